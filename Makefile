@@ -1,0 +1,56 @@
+# The two commands of a newcomer: `make demo` and `make test`. Each builds what it needs in .venv.
+#   PYTHON       a Python 3.11 to 3.13 with venv             make demo PYTHON=python3.12
+#   TORCH_INDEX  PyTorch's wheel index, if not the default   see README.md
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test drills lint bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/ict-fast prepare digits --out data/digits
+	$(BIN)/ict-fast train --preset digits
+	$(BIN)/ict-fast sample runs/digits --count 64 --out runs/digits/one-step.png
+	$(BIN)/ict-fast sample runs/digits --count 64 --steps 2 --out runs/digits/two-steps.png
+	$(BIN)/ict-fast evaluate runs/digits
+	@echo "The picture, one network evaluation per digit: runs/digits/one-step.png"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not drill"
+
+drills: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m drill
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "ict-fast needs Python 3.11 to 3.13; name one: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+		{ echo "$(PYTHON) has no venv module (Debian: apt-get install python3-venv)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, so that TORCH_INDEX decides which build it is.
+$(VENV)/.torch: $(VENV)/bin/python constraints.txt
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,312 @@
+"""Checkpoints: written whole or not at all, verified when read, never a pickle.
+
+<run>/checkpoints/step-00001000/
+    <name>.safetensors   one per group of tensors: weights, ema, optimizer, ...
+    state.json           the rest of the training state
+    MANIFEST.json        size and SHA-256 of each file; written last
+<run>/checkpoints/latest the newest one's name, for people and scripts. Nothing here reads it.
+
+Equal states give byte-identical files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from ict_fast.data.durable import flush_directory, replace_durably, sha256_file, write_durably
+from ict_fast.errors import InputError, TrainingError, did_you_mean
+
+FORMAT = "ict-fast checkpoint"
+VERSION = 1
+_MANIFEST, _STATE = "MANIFEST.json", "state.json"
+_STEP_NAME = re.compile(r"step-(\d+)")
+_FILE_NAME = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+)  # no separator, no leading dot: it stays in its folder
+_UNFINISHED = ".tmp-"
+_HEADERS = 1 << 16  # bytes of JSON beside the tensors, generously, for the free-space check
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. The tensors are read on demand."""
+
+    path: Path
+    step: int
+    """Optimizer steps done."""
+    state: dict[str, Any]
+    """state.json."""
+    names: tuple[str, ...]
+    """The groups of tensors that `tensors` can read."""
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """One group of tensors, on the CPU and contiguous.
+
+        Args:
+            name: weights, ema, optimizer, ...
+        Raises:
+            InputError: if this checkpoint has no such group, or it cannot be read.
+        """
+        if name not in self.names:
+            raise InputError(f"{self.path}: has no {name}.safetensors{did_you_mean(name, self.names)}")
+        file = self.path / f"{name}.safetensors"
+        try:
+            return safetensors.torch.load_file(file)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"{file}: cannot be read: {error}") from error
+
+
+def write_checkpoint(
+    run: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Writes the checkpoint of one step and deletes the oldest ones.
+
+    At every moment, a kill or a power cut included, the whole checkpoints of other steps stay whole.
+
+    Args:
+        run: the run's directory.
+        step: optimizer steps done.
+        tensors: groups by name (weights, ema, optimizer), each a mapping from names to tensors of any device
+            and layout. Values are kept, the memory format is not: channels_last comes back contiguous.
+        state: everything else, as JSON values.
+        keep: how many of the newest checkpoints to keep, at least 2.
+    Returns:
+        The checkpoint's directory.
+    Raises:
+        OSError: disk full or another failure to write; older checkpoints are untouched, nothing half is left.
+        TrainingError: a tensor or a number of the state is not finite; nothing is written.
+    """
+    assert keep >= 2, keep
+    state_content = _encode_state(state)
+    _refuse_non_finite(tensors)
+
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    _delete_unfinished(folder)  # first: what a killed process left may be what fills the disk
+    size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    free = shutil.disk_usage(folder).free
+    if free < size + _HEADERS:
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint needs {size / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB left",
+            str(folder),
+        )
+
+    final = folder / f"step-{step:08d}"
+    partial = folder / f"{_UNFINISHED}{final.name}"
+    try:
+        partial.mkdir()
+        files = {}
+        for name, group in tensors.items():
+            assert _FILE_NAME.fullmatch(name), name
+            # Groups are encoded in memory, one at a time: safetensors' own file writer neither flushes to the
+            # disk nor raises OSError.
+            files[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", _encode(group))
+        files[_STATE] = _write(partial / _STATE, state_content)
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+        _write(partial / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        flush_directory(partial)
+        _put_in_place(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    flush_directory(folder)
+    flush_directory(run)
+    replace_durably(folder / "latest", f"{final.name}\n".encode())
+    _delete_old(folder, step, keep)
+    return final
+
+
+def open_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Checkpoint:
+    """Opens and verifies a checkpoint for reading.
+
+    Args:
+        path: a checkpoint's directory, or a run's, which means its newest whole checkpoint.
+        warn: told of each broken checkpoint that is passed over; by default a line on standard error.
+    Raises:
+        InputError: naming the file that is missing, truncated, altered, unreadable or hostile.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: does not exist; name a run or a checkpoint")
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file; name the directory of a run or of a checkpoint")
+    if (path / _MANIFEST).exists() or _STEP_NAME.fullmatch(path.name):
+        return _open_whole(path)
+    newest = latest_checkpoint(path, warn or _warn_on_standard_error)
+    if newest is None:
+        raise InputError(f"{path}: has no checkpoint; is it the directory of a run that has saved one?")
+    return newest
+
+
+def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint of a run.
+
+    Args:
+        run: the run's directory; it need not exist.
+        warn: told of each broken checkpoint that is passed over, naming the file.
+    Returns:
+        None if the run has no checkpoints.
+    Raises:
+        InputError: if it has, and none is whole.
+    """
+    steps = _steps(run / "checkpoints")
+    for step in sorted(steps, reverse=True):
+        try:
+            return _open_whole(steps[step])
+        except InputError as error:
+            warn(f"{error}; passing over this checkpoint")
+    if steps:
+        raise InputError(
+            f"{run / 'checkpoints'}: none of the {len(steps)} checkpoints is whole; restore one from a copy,"
+            f" or delete {run} to start again"
+        )
+    return None
+
+
+def _open_whole(path: Path) -> Checkpoint:
+    manifest = _read_json(path / _MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path / _MANIFEST}: not written by ict-fast")
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{path / _MANIFEST}: format version {manifest.get('version')};"
+            f" this ict-fast reads version {VERSION}"
+        )
+    step, files = manifest.get("step"), manifest.get("files")
+    named = _STEP_NAME.fullmatch(path.name)
+    if not isinstance(step, int) or step < 0 or (named and int(named[1]) != step):
+        raise InputError(f"{path / _MANIFEST}: altered, it says step {step!r}")
+    if not isinstance(files, dict) or _STATE not in files:
+        raise InputError(f"{path / _MANIFEST}: altered, it lists no {_STATE}")
+    for name, entry in files.items():
+        _verify(path, name, entry)
+    names = sorted(name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors"))
+    return Checkpoint(path=path, step=step, state=_read_json(path / _STATE), names=tuple(names))
+
+
+def _verify(path: Path, name: str, entry: Any) -> None:
+    if not _FILE_NAME.fullmatch(name):
+        raise InputError(f"{path / _MANIFEST}: refused, it names a file outside the checkpoint: {name!r}")
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+        raise InputError(f"{path / _MANIFEST}: altered at {name}")
+    file = path / name
+    try:
+        if not file.is_file():
+            raise InputError(f"{file}: missing")
+        size = file.stat().st_size
+        if size < entry["bytes"]:
+            raise InputError(f"{file}: truncated, {size} of {entry['bytes']} bytes")
+        if size != entry["bytes"] or sha256_file(file) != entry.get("sha256"):
+            raise InputError(f"{file}: altered, it is not what {_MANIFEST} describes")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{file}: missing") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: altered, not readable as JSON") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: altered, not a JSON object")
+    return value
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoint directories by step, whole or not."""
+    try:
+        entries = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    named = ((_STEP_NAME.fullmatch(entry.name), entry) for entry in entries)
+    return {int(name[1]): entry for name, entry in named if name}
+
+
+def _refuse_non_finite(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    for group_name, group in tensors.items():
+        for name, tensor in group.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise TrainingError(f"{group_name}: {name} is not finite; this state is not saved")
+
+
+def _encode_state(state: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(state, indent=1, sort_keys=True, allow_nan=False).encode()
+    except ValueError as error:
+        raise TrainingError(f"{_STATE}: a number is not finite; this state is not saved") from error
+
+
+def _encode(group: Mapping[str, torch.Tensor]) -> bytes:
+    """safetensors refuses views that share memory, and other layouts; so each tensor is copied plainly."""
+    plain = {}
+    for name, tensor in group.items():
+        plain[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return safetensors.torch.save(plain)
+
+
+def _write(file: Path, content: bytes) -> dict[str, Any]:
+    write_durably(file, content)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Renames the finished directory. A whole, equal one that is there already stays."""
+    if final.exists():
+        try:
+            _open_whole(final)
+            equal = (final / _MANIFEST).read_bytes() == (partial / _MANIFEST).read_bytes()
+        except InputError:
+            equal = False
+        if equal:
+            shutil.rmtree(partial)
+            return
+        # A broken checkpoint of this step, which resuming has passed over. It steps aside, because a rename
+        # cannot replace a directory that is not empty.
+        os.replace(final, partial.with_name(f"{partial.name}-replaced"))
+    os.replace(partial, final)
+
+
+def _delete_old(folder: Path, step: int, keep: int) -> None:
+    """Keeps the newest `keep` up to `step`. Later ones are another history's: not counted, not deleted."""
+    past = {number: path for number, path in _steps(folder).items() if number <= step}
+    for number in sorted(past, reverse=True)[keep:]:
+        # Renamed first, so that a kill halfway leaves no checkpoint that looks broken.
+        os.replace(past[number], folder / f"{_UNFINISHED}{past[number].name}-old")
+    _delete_unfinished(folder)
+
+
+def _delete_unfinished(folder: Path) -> None:
+    for entry in folder.glob(f"{_UNFINISHED}*"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _warn_on_standard_error(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

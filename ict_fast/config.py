@@ -1,0 +1,368 @@
+"""The frozen dataclasses of a run, their validation, and their way to and from JSON.
+
+Field names and defaults are METHOD's; every field is a flag: `--training.total-steps 200`. A field marked
+"believed" in its description is not verified against the paper and kept adjustable for that reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ict_fast.errors import InputError, did_you_mean
+
+# What may differ between a run and its resumption: it decides how the run executes, not what it computes.
+EXECUTION_FIELDS = frozenset(
+    {
+        "preset",
+        "data.path",
+        "data.loader",
+        "method.second_sigma",
+        "training.micro_batch",
+        "training.deterministic",
+    }
+    | {f"logging.{name}" for name in ("log_every", "grid_every", "checkpoint_every", "keep_checkpoints")}
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from."""
+
+    path: str = "data/digits"
+    """Folder of a prepared store (images.npy, labels.npy, meta.json)."""
+    loader: Literal["auto", "memmap"] = "auto"
+    """How batches reach the device. auto: the fastest that this machine has."""
+    flip: bool = False
+    """Flip each image horizontally with probability 1/2, a pure function of (seed, sample number)."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network F in f(x, s) = c_skip(s) x + c_out(s) F(c_in(s) x, c_noise(s))."""
+
+    name: Literal["ncsnpp", "adm"] = "ncsnpp"
+    """NCSN++ (CIFAR-10) or ADM (ImageNet 64x64)."""
+    resolution: int = 8
+    """Height and width of the images in pixels."""
+    image_channels: int = 1
+    """1 for grey, 3 for RGB."""
+    num_classes: int = 0
+    """Number of classes of a class-conditional model; 0 for an unconditional one."""
+    head_channels: int = 0
+    """Channels per attention head; 0 means a single head."""
+    channels: int = 24
+    """Base width; level l has channels * channel_mult[l]."""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """Width multiplier per resolution level, finest first."""
+    num_blocks: int = 1
+    """Residual blocks per resolution level."""
+    attention_resolutions: tuple[int, ...] = (4,)
+    """Resolutions at which blocks carry self-attention."""
+    adaptive_norm: bool = False
+    """Noise embedding as scale and shift of the norm (True) or added to the activations (False)."""
+    dropout: float = 0.0
+    """Dropout probability inside the residual blocks; teacher and student share one mask."""
+    dropout_max_resolution: int = 0
+    """Dropout only in blocks at this resolution or below; 0 means at every resolution."""
+    embedding: Literal["fourier", "positional"] = "fourier"
+    """Embedding of the noise level: random Fourier features or fixed sinusoids."""
+    embedding_scale: float = 0.02
+    """Standard deviation of the Fourier frequencies (16 in NCSN++, 0.02 in iCT)."""
+    c_noise: Literal["log", "adm-openai"] = "log"
+    """log: ln(s)/4 (believed). adm-openai: 250 ln(s + 1e-44), for imported weights."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The objective. The defaults are iCT; each ingredient is a switch of its own for ablations."""
+
+    p_mean: float = -1.1
+    """Mean of ln sigma in the lognormal index distribution."""
+    p_std: float = 2.0
+    """Standard deviation of ln sigma in the lognormal index distribution."""
+    sigma_min: float = 0.002
+    """Smallest noise level; the boundary condition is f(x, sigma_min) = x."""
+    sigma_max: float = 80.0
+    """Largest noise level; sampling starts there."""
+    rho: float = 7.0
+    """Curvature of the noise-level grid."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data, in images scaled to [-1, 1]."""
+    s0: int = 10
+    """Number of intervals the curriculum starts with."""
+    s1: int = 1280
+    """Number of intervals the curriculum ends with."""
+    curriculum: Literal["doubling", "square-root", "fixed"] = "doubling"
+    """How N(k) grows from s0 to s1. fixed: N = s0 + 1 throughout."""
+    indices: Literal["lognormal", "uniform"] = "lognormal"
+    """Distribution of the grid index."""
+    weighting: Literal["inverse-gap", "uniform"] = "inverse-gap"
+    """lambda = 1 / (s_{i+1} - s_i), or 1."""
+    metric: Literal["pseudo-huber", "l2", "l1"] = "pseudo-huber"
+    """Distance between student and teacher over the whole image: Pseudo-Huber, squared L2, or L1."""
+    huber_c: float | None = None
+    """c of the Pseudo-Huber metric; by default 0.00054 sqrt(d), d = values per image."""
+    teacher: Literal["student", "ema"] = "student"
+    """The teacher's weights: the student's own (iCT), or their EMA with decay mu(k) (2023)."""
+    teacher_ema: float = 0.9
+    """mu0 of the EMA teacher: mu(k) = exp(s0 ln mu0 / N(k)); unused when the teacher is the student."""
+    second_sigma: float = 0.821
+    """Noise level of the second step when sampling with two (0.821 CIFAR-10; 1.526 ImageNet, as in ECT)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """RAdam and the average of the weights that is evaluated."""
+
+    lr: float = 2e-3
+    """Learning rate, constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient."""
+    ema_decay: float = 0.999
+    """Decay of the average of the weights that is sampled and evaluated."""
+    ema_warmup: bool = True
+    """Use min(ema_decay, (k+1)/(k+10)): a short run would else evaluate its initialisation."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how large, and in which arithmetic."""
+
+    total_steps: int = 1200
+    """Optimizer steps K; the curriculum is laid over them."""
+    batch_size: int = 96
+    """Images per optimizer step over all processes."""
+    micro_batch: int = 0
+    """Images per forward pass and process; 0 means all at once. Gradients accumulate over the rest."""
+    seed: int = 0
+    """Seed of the initial weights, the order, the flips, the noise, the levels and the dropout."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the network's trunk; its ends stay fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    max_skipped_steps: int = 100
+    """Give up after this many steps in a row with a non-finite gradient."""
+    deterministic: bool = False
+    """Repeatable CUDA algorithms, so that resuming on a GPU is bit-exact. A CPU always is."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written down, and how often (in steps)."""
+
+    log_every: int = 25
+    """A line in log.jsonl and TensorBoard; the only steps that wait for the device."""
+    grid_every: int = 300
+    """A grid of one-step samples from fixed seeds; 0 for none."""
+    checkpoint_every: int = 300
+    """A checkpoint; one is written at the end in any case."""
+    keep_checkpoints: int = 2
+    """The newest checkpoints to keep."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs to know; what two runs share if they compute the same."""
+
+    preset: str = "digits"
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON values, nested by section."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any], origin: str = "configuration") -> Config:
+    """Builds and validates a Config from plain JSON values.
+
+    Args:
+        values: nested by section; a missing field takes its default.
+        origin: the file to name in errors.
+    Raises:
+        InputError: on an unknown field, a wrong type, or a value that `validate` refuses.
+    """
+    config = _build(Config, values, origin, "")
+    validate(config)
+    return config
+
+
+def differences(ours: Config, theirs: Config) -> list[tuple[str, Any, Any]]:
+    """The fields of science that differ, as (dotted name, our value, their value)."""
+    other = dict(_leaves(to_dict(theirs)))
+    return [
+        (name, value, other[name])
+        for name, value in _leaves(to_dict(ours))
+        if name not in EXECUTION_FIELDS and value != other[name]
+    ]
+
+
+def validate(config: Config) -> None:
+    """Checks what the types cannot say.
+
+    Raises:
+        InputError: naming the flag, the value seen, and what would be right.
+    """
+    network, method, optimizer = config.network, config.method, config.optimizer
+    training, logging = config.training, config.logging
+
+    for name, number in (
+        ("network.resolution", network.resolution),
+        ("network.image-channels", network.image_channels),
+        ("network.channels", network.channels),
+        ("network.num-blocks", network.num_blocks),
+        ("training.total-steps", training.total_steps),
+        ("training.batch-size", training.batch_size),
+        ("training.max-skipped-steps", training.max_skipped_steps),
+        ("logging.log-every", logging.log_every),
+        ("logging.checkpoint-every", logging.checkpoint_every),
+        ("method.s0", method.s0),
+    ):
+        _require(number >= 1, name, number, "at least 1")
+    for name, number in (
+        ("network.num-classes", network.num_classes),
+        ("network.head-channels", network.head_channels),
+        ("network.dropout-max-resolution", network.dropout_max_resolution),
+        ("training.micro-batch", training.micro_batch),
+        ("training.seed", training.seed),
+        ("logging.grid-every", logging.grid_every),
+        ("optimizer.weight-decay", optimizer.weight_decay),
+    ):
+        _require(number >= 0, name, number, "0 or more")
+    _require(training.seed < 2**63, "training.seed", training.seed, "below 2^63")
+    _require(training.total_steps < 2**32, "training.total-steps", training.total_steps, "below 2^32")
+    _require(logging.keep_checkpoints >= 2, "logging.keep-checkpoints", logging.keep_checkpoints, "at least 2")
+
+    _require(len(network.channel_mult) >= 1, "network.channel-mult", network.channel_mult, "one per level")
+    _require(min(network.channel_mult) >= 1, "network.channel-mult", network.channel_mult, "positive numbers")
+    divisor = 2 ** (len(network.channel_mult) - 1)
+    _require(
+        network.resolution % divisor == 0,
+        "network.resolution",
+        network.resolution,
+        f"a multiple of {divisor}, because {len(network.channel_mult)} levels halve it"
+        f" {len(network.channel_mult) - 1} times",
+    )
+    resolutions = [network.resolution >> level for level in range(len(network.channel_mult))]
+    for resolution in network.attention_resolutions:
+        _require(
+            resolution in resolutions,
+            "network.attention-resolutions",
+            resolution,
+            f"among this network's resolutions {', '.join(map(str, resolutions))}",
+        )
+    for level, multiplier in enumerate(network.channel_mult):
+        width = network.channels * multiplier
+        groups = min(32, width // 4)
+        _require(
+            groups >= 1 and width % groups == 0,
+            "network.channels",
+            network.channels,
+            f"such that every level's width is a multiple of its group count; {width} channels at level"
+            f" {level} make {max(groups, 1)} groups",
+        )
+        if network.head_channels and resolutions[level] in network.attention_resolutions:
+            _require(
+                width % network.head_channels == 0,
+                "network.head-channels",
+                network.head_channels,
+                f"a divisor of the {width} channels at resolution {resolutions[level]}",
+            )
+    _require(0 <= network.dropout < 1, "network.dropout", network.dropout, "in [0, 1)")
+    _require(network.embedding_scale > 0, "network.embedding-scale", network.embedding_scale, "positive")
+
+    _require(method.s1 >= method.s0, "method.s1", method.s1, f"at least method.s0 = {method.s0}")
+    if method.curriculum == "square-root":
+        _require(method.s0 >= 2, "method.s0", method.s0, "at least 2 with the square-root curriculum")
+    _require(
+        method.sigma_min < method.second_sigma < method.sigma_max,
+        "method.second-sigma",
+        method.second_sigma,
+        "between method.sigma-min and method.sigma-max",
+    )
+    _require(method.s1 <= 2**20, "method.s1", method.s1, "at most 2^20")
+    _require(
+        0 < method.sigma_min < method.sigma_max,
+        "method.sigma-min",
+        method.sigma_min,
+        f"between 0 and method.sigma-max = {method.sigma_max}",
+    )
+    for name, value in (
+        ("method.rho", method.rho),
+        ("method.p-std", method.p_std),
+        ("method.sigma-data", method.sigma_data),
+        ("optimizer.lr", optimizer.lr),
+        ("optimizer.eps", optimizer.eps),
+    ):
+        _require(value > 0 and math.isfinite(value), name, value, "positive")
+    _require(method.huber_c is None or method.huber_c > 0, "method.huber-c", method.huber_c, "positive")
+    _require(0 < method.teacher_ema < 1, "method.teacher-ema", method.teacher_ema, "in (0, 1)")
+    _require(all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas", optimizer.betas, "in [0, 1)")
+    _require(0 <= optimizer.ema_decay < 1, "optimizer.ema-decay", optimizer.ema_decay, "in [0, 1)")
+
+    micro_batch = training.micro_batch or training.batch_size
+    _require(
+        training.batch_size % micro_batch == 0,
+        "training.micro-batch",
+        micro_batch,
+        f"a divisor of training.batch-size = {training.batch_size}",
+    )
+
+
+def _require(holds: bool, name: str, value: object, right: str) -> None:
+    if not holds:
+        raise InputError(f"--{name} is {value}; it must be {right}")
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _build(cls: type, values: Any, origin: str, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{origin}: {prefix.rstrip('.') or 'the whole'} is {values!r}; it must be an object")
+    types_by_name = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in types_by_name:
+            raise InputError(f"{origin}: unknown field {prefix}{name}{did_you_mean(name, types_by_name)}")
+        arguments[name] = _coerce(types_by_name[name], value, origin, prefix + name)
+    return cls(**arguments)
+
+
+def _coerce(kind: Any, value: Any, origin: str, name: str) -> Any:
+    """A JSON value as the annotated type, or an InputError; only the kinds that occur above."""
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, origin, name + ".")
+    form, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if form is Literal:
+        if value in arguments:
+            return value
+        raise InputError(f"{origin}: {name} is {value!r}{did_you_mean(str(value), arguments)}")
+    if form is types.UnionType:  # float | None
+        return None if value is None else _coerce(arguments[0], value, origin, name)
+    if form is tuple and isinstance(value, list | tuple):
+        return tuple(_coerce(arguments[0], item, origin, name) for item in value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise InputError(f"{origin}: {name} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")

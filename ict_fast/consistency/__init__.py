@@ -1,0 +1,18 @@
+"""The science of consistency models: preconditioning, curriculum, objective and sampling."""
+
+from ict_fast.consistency.curriculum import Stage, num_scales, stages, teacher_ema_decay
+from ict_fast.consistency.model import ConsistencyModel, load_model
+from ict_fast.consistency.objective import ConsistencyObjective
+from ict_fast.consistency.sampling import sample, sampling_sigmas
+
+__all__ = [
+    "ConsistencyModel",
+    "ConsistencyObjective",
+    "Stage",
+    "load_model",
+    "num_scales",
+    "sample",
+    "sampling_sigmas",
+    "stages",
+    "teacher_ema_decay",
+]

@@ -1,0 +1,66 @@
+"""How many noise levels there are at step k: the curriculum N(k), and what else follows from it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ict_fast.config import MethodConfig
+
+
+class Stage(NamedTuple):
+    """Steps first_step <= k < end_step train with N = num_scales."""
+
+    first_step: int
+    end_step: int
+    num_scales: int
+
+
+def num_scales(step: int, total_steps: int, method: MethodConfig) -> int:
+    """Number of noise levels N(k) at training step k; there are N(k) - 1 pairs.
+
+    "doubling" (iCT, section 3.4): from s0 to s1 in equal stages; 11, 21, 41, ..., 1281 for the defaults.
+    "square-root" (Song et al. 2023, appendix C): s0, ..., s1 + 1.
+    "fixed": s0 + 1.
+
+    Args:
+        step: global step k, 0 <= k <= total_steps.
+        total_steps: K. Runs too short for every stage keep the first ones.
+        method: s0, s1 and the name of the curriculum.
+    """
+    s0, s1 = method.s0, method.s1
+    if method.curriculum == "doubling":
+        stage_length = max(1, math.floor(total_steps / (math.log2(s1 // s0) + 1)))
+        return min(s0 * 2 ** (step // stage_length), s1) + 1
+    if method.curriculum == "square-root":
+        # ceil(sqrt(v) - 1) + 1 = ceil(sqrt(v)) for v = k/K ((s1+1)^2 - s0^2) + s0^2, in exact integers.
+        ceiling = -(-(step * ((s1 + 1) ** 2 - s0**2) + total_steps * s0**2) // total_steps)
+        return math.isqrt(ceiling - 1) + 1
+    return s0 + 1
+
+
+def stages(total_steps: int, method: MethodConfig) -> list[Stage]:
+    """The plan of a run: its stages in order, covering steps 0 to total_steps - 1."""
+    plan: list[Stage] = []
+    first = 0
+    while first < total_steps:
+        scales = num_scales(first, total_steps, method)
+        # N(k) never falls, so the end of the stage can be found by bisection.
+        low, high = first, total_steps
+        while high - low > 1:
+            middle = (low + high) // 2
+            if num_scales(middle, total_steps, method) == scales:
+                low = middle
+            else:
+                high = middle
+        plan.append(Stage(first, high, scales))
+        first = high
+    return plan
+
+
+def teacher_ema_decay(scales: int, method: MethodConfig) -> float:
+    """Decay of the EMA teacher, mu(k) = exp(s0 ln mu0 / N(k)) (Song et al. 2023, appendix C).
+
+    Published code divides by N(k) - 1 instead; the paper's form is the one here.
+    """
+    return math.exp(method.s0 * math.log(method.teacher_ema) / scales)

@@ -1,0 +1,92 @@
+"""The consistency function f(x, sigma): a network and its preconditioning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from ict_kernels import c_in, c_out, c_skip
+from torch import Tensor, nn
+
+from ict_fast.config import Config, from_dict
+from ict_fast.errors import InputError
+from ict_fast.networks import build_network
+
+
+def noise_condition(sigma: Tensor, kind: str) -> Tensor:
+    """c_noise(sigma), what the network is told of the noise level, in fp32.
+
+    Args:
+        sigma: (N,) noise levels.
+        kind: "log" for ln(sigma)/4 (Karras et al. 2022, table 1), "adm-openai" for 250 ln(sigma + 1e-44)
+            (the convention of the released ADM consistency models).
+    """
+    if kind == "log":
+        return sigma.float().log() / 4
+    return 250 * (sigma.float() + 1e-44).log()
+
+
+class ConsistencyModel(nn.Module):
+    """f(x, s) = c_skip(s) x + c_out(s) F(c_in(s) x, c_noise(s)), with f(x, sigma_min) = x exactly.
+
+    (iCT, equation 6 and section 2; Song et al. 2023, appendix C.)
+    """
+
+    def __init__(self, config: Config, network: nn.Module | None = None) -> None:
+        """Draws fresh weights from config.training.seed unless a network is given."""
+        super().__init__()
+        self.config = config
+        self.network = build_seeded_network(config) if network is None else network
+
+    def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+        """The denoised image.
+
+        Args:
+            x: (N, C, H, W) float, image plus noise of standard deviation sigma; images are in [-1, 1].
+            sigma: (N,) or a number, between sigma_min and sigma_max.
+            labels: (N,) int64 class numbers for a class-conditional model.
+        Returns:
+            (N, C, H, W) fp32.
+        """
+        method = self.config.method
+        x = x.float()
+        sigma_n = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        sigma_n111 = sigma_n.view(-1, 1, 1, 1)
+        scaled = (c_in(sigma_n111, sigma_data=method.sigma_data) * x).contiguous(
+            memory_format=torch.channels_last
+        )
+        output = self.network(scaled, noise_condition(sigma_n, self.config.network.c_noise), labels)
+        skip = c_skip(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.sigma_min)
+        out = c_out(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.sigma_min)
+        return skip * x + out * output
+
+
+def build_seeded_network(config: Config) -> nn.Module:
+    """The network with weights drawn from config.training.seed, leaving torch's generators untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        return build_network(config.network)
+
+
+def load_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> ConsistencyModel:
+    """The model of a run or a checkpoint, ready to sample: averaged weights, evaluation mode.
+
+    Args:
+        path: a run's directory (its newest whole checkpoint) or a checkpoint's.
+        weights: "ema" for the average, "weights" for the trained weights themselves.
+    Raises:
+        InputError: if nothing whole is there, or the weights do not fit the stored configuration.
+    """
+    from ict_fast.checkpoint import open_checkpoint  # needs safetensors, which training on its own does not
+
+    checkpoint = open_checkpoint(Path(path))
+    state_file = checkpoint.path / "state.json"
+    if "config" not in checkpoint.state:
+        raise InputError(f"{state_file} holds no configuration; it was not written by ict-fast")
+    model = ConsistencyModel(from_dict(checkpoint.state["config"], str(state_file)))
+    try:
+        model.network.load_state_dict(checkpoint.tensors(weights))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{checkpoint.path / weights}.safetensors does not fit its network: {reason}") from None
+    return model.to(device).eval().requires_grad_(False)

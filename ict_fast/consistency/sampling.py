@@ -1,0 +1,113 @@
+"""One- and multi-step sampling from a consistency model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from ict_kernels.philox import INITIAL, normal
+from torch import Tensor
+
+from ict_fast.config import MethodConfig
+from ict_fast.consistency.model import ConsistencyModel
+from ict_fast.errors import InputError
+
+# Images per forward pass: the same for every count, so that a compiled network sees one shape.
+BATCH_SIZE = 256
+
+
+def sampling_sigmas(steps: int, method: MethodConfig) -> tuple[float, ...]:
+    """The noise levels of steps 2, 3, ...: geometric from sigma_max down to `method.second_sigma`.
+
+    Returns:
+        steps - 1 descending levels; (second_sigma,) for two steps.
+    """
+    ratio = method.second_sigma / method.sigma_max
+    return tuple(method.sigma_max * ratio ** (j / (steps - 1)) for j in range(1, steps))
+
+
+def check_sampling(
+    model: ConsistencyModel, count: int, steps: int, sigmas: Sequence[float] | None, labels: Tensor | None
+) -> tuple[float, ...]:
+    """The noise levels to use, or InputError for what cannot be sampled."""
+    method, num_classes = model.config.method, model.config.network.num_classes
+    if count < 1:
+        raise InputError(f"count is {count}; it must be at least 1")
+    if steps < 1:
+        raise InputError(f"steps is {steps}; it must be at least 1")
+    levels = sampling_sigmas(steps, method) if sigmas is None else tuple(sigmas)
+    if len(levels) != steps - 1:
+        raise InputError(f"{steps} steps need {steps - 1} sigmas after sigma_max; {len(levels)} were given")
+    previous = method.sigma_max
+    for sigma in levels:
+        if not method.sigma_min < sigma < previous:
+            raise InputError(
+                f"sigmas are {', '.join(map(str, levels))}; they must fall from below sigma_max ="
+                f" {method.sigma_max} to above sigma_min = {method.sigma_min}"
+            )
+        previous = sigma
+    if labels is not None and num_classes == 0:
+        raise InputError("labels were given, but the model is unconditional")
+    if labels is not None and labels.shape != (count,):
+        raise InputError(f"labels have shape {tuple(labels.shape)}; they must be one per image, ({count},)")
+    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise InputError(f"labels must lie in 0..{num_classes - 1}; seen: {labels.min()}..{labels.max()}")
+    return levels
+
+
+@torch.no_grad()
+def sample(
+    model: ConsistencyModel,
+    count: int,
+    steps: int = 1,
+    sigmas: Sequence[float] | None = None,
+    labels: Tensor | Sequence[int] | None = None,
+    seed: int = 0,
+    *,
+    clamp: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Images from noise: x = f(sigma_max z, sigma_max), then x = f(x + sqrt(tau^2 - sigma_min^2) z, tau).
+
+    (Song et al. 2023, algorithm 1.) Image i depends on (seed, i) alone, not on `count`.
+
+    Args:
+        model: see `load_model`.
+        count: number of images.
+        steps: network evaluations per image.
+        sigmas: the levels tau of steps 2, 3, ..., descending; by default `sampling_sigmas`.
+        labels: (count,) class numbers. A class-conditional model without labels takes i mod num_classes.
+        seed: of the noise.
+        clamp: limit the images to [-1, 1] after every step.
+        progress: called with the number of images done.
+    Returns:
+        (count, C, H, W) fp32 on the model's device.
+    Raises:
+        InputError: see `check_sampling`.
+    """
+    network = model.config.network
+    method = model.config.method
+    if labels is not None:
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+    levels = (method.sigma_max, *check_sampling(model, count, steps, sigmas, labels))
+    if labels is None and network.num_classes:
+        labels = torch.arange(count) % network.num_classes
+    device = next(model.parameters()).device
+    labels = None if labels is None else labels.to(device)
+
+    images = []
+    for first in range(0, count, BATCH_SIZE):
+        size = min(BATCH_SIZE, count - first)
+        shape = (size, network.image_channels, network.resolution, network.resolution)
+        x = torch.zeros(shape, device=device)
+        for number, sigma in enumerate(levels):
+            noise_seed = torch.tensor([seed, number], device=device)
+            noise = normal(shape, seed=noise_seed, offset=first, purpose=INITIAL, device=device)
+            scale = sigma if number == 0 else (sigma**2 - method.sigma_min**2) ** 0.5
+            x = model(x + scale * noise, sigma, None if labels is None else labels[first : first + size])
+            if clamp:
+                x = x.clamp(-1, 1)
+        images.append(x)
+        if progress is not None:
+            progress(first + size)
+    return torch.cat(images)

@@ -1,0 +1,61 @@
+"""Writing that survives a power cut: flushed files, flushed directories, replacement in one step.
+
+A rename is atomic, but only a flushed directory makes it last, and only a flushed file its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content in hexadecimal.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes a new file and flushes it to the disk.
+
+    Raises:
+        OSError: disk full, no permission; a part of the file may be left behind.
+    """
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_directory(path: Path) -> None:
+    """Makes the creations and renames inside a directory last.
+
+    Raises:
+        OSError: if it cannot be opened or flushed.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Writes a file so that readers see the old content or the new, never a part.
+
+    Raises:
+        OSError: disk full, no permission; the old file is then untouched.
+    """
+    partial = path.with_name(f".tmp-{path.name}")
+    try:
+        write_durably(partial, content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush_directory(path.parent)

@@ -1,0 +1,344 @@
+"""The on-disk format of a data set: one memory-mapped array of images, one of labels, and what they are.
+
+images.npy  uint8 (N, H, W, C): one raw array beats every sharded or encoded form (0.6 M images/s at 64x64).
+labels.npy  int64 (N,), in [0, number of classes); all zero where there are no classes.
+meta.json   format, source, recipe, classes, and the size and SHA-256 of both arrays.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ict_fast.data.durable import flush_directory, sha256_file, write_durably
+from ict_fast.errors import InputError
+
+FORMAT = "ict-fast store"
+VERSION = 1
+HASH_ALWAYS_BELOW = 1 << 30  # bytes; hashing ImageNet-64 (15.7 GB) at every start would cost 10 s or more
+
+
+@dataclass(frozen=True)
+class Store:
+    """A verified data set. `images` is memory-mapped and read-only; keep its files while it is in use."""
+
+    path: Path
+    images: np.ndarray
+    """uint8 (N, H, W, C), H = W."""
+    labels: np.ndarray
+    """int64 (N,)."""
+    meta: dict[str, Any]
+    """meta.json: source, recipe, classes, files."""
+
+    @property
+    def num_images(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def resolution(self) -> int:
+        """Height and width in pixels."""
+        return self.images.shape[1]
+
+    @property
+    def image_channels(self) -> int:
+        """1 for grey, 3 for RGB."""
+        return self.images.shape[3]
+
+    @property
+    def num_classes(self) -> int:
+        """0 where the images have no labels."""
+        return len(self.meta["classes"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the SHA-256 of the images and of the labels: equal for equal data."""
+        return _fingerprint(self.meta["files"])
+
+
+def write_store(
+    out: Path,
+    images: np.ndarray | Iterable[np.ndarray],
+    labels: np.ndarray,
+    *,
+    source: str,
+    recipe: str,
+    classes: Sequence[str],
+) -> Path:
+    """Writes a store in one step: it is there whole, or not at all.
+
+    A store that is there already is compared and verified instead of rebuilt.
+
+    Args:
+        out: the folder to create; it must not exist, be empty, or hold the very same store.
+        images: uint8 (N, H, W, C) with H = W and C = 1 or 3, or blocks of it in order, which need not fit in
+            memory together.
+        labels: integers (N,), indices into `classes`; all zero if `classes` is empty.
+        source: where the images come from.
+        recipe: how their pixels were computed; results of different recipes do not compare.
+        classes: the names of the classes, in the order of the labels.
+    Returns:
+        out.
+    Raises:
+        InputError: `out` holds something else, is being written by another process, or the disk is full;
+            images or labels that the format cannot hold.
+    """
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"labels are of type {labels.dtype}; they must be integers")
+    labels = np.ascontiguousarray(labels, dtype=np.int64)
+    _check_labels(labels, len(classes), "labels")
+    blocks = iter([images] if isinstance(images, np.ndarray) else images)
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": source,
+        "recipe": recipe,
+        "num_classes": len(classes),
+        "classes": list(classes),
+    }
+
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        return _keep_equal(out, about, blocks, labels)
+
+    partial = out.parent / f".{out.name}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock_folder(partial)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be created: {error.strerror or error}") from error
+    try:
+        for leftover in partial.iterdir():  # of a writer that was killed
+            leftover.unlink()
+        with (partial / "images.npy").open("wb") as file:
+            image_entry = _write_images(file, blocks, len(labels), out)
+            file.flush()
+            os.fsync(file.fileno())
+        encoded_labels = _encode_labels(labels)
+        write_durably(partial / "labels.npy", encoded_labels)
+        files = {"images.npy": image_entry, "labels.npy": _entry(encoded_labels)}
+        write_durably(partial / "meta.json", json.dumps({**about, "files": files}, indent=1).encode())
+        flush_directory(partial)
+        os.replace(partial, out)
+        flush_directory(out.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
+        raise
+    finally:
+        os.close(lock)
+    return out
+
+
+def open_store(path: Path, *, verify: bool = False) -> Store:
+    """Opens a store after checking it.
+
+    Sizes, types, shapes and labels are always checked; the SHA-256 of both arrays if they are below 1 GiB.
+
+    Args:
+        path: folder with images.npy, labels.npy and meta.json.
+        verify: check the SHA-256 of a larger store too.
+    Raises:
+        InputError: naming the file that is missing, truncated, altered or foreign, and what to do.
+    """
+    source = "digits" if path.name.startswith("digits") else "<source>"
+    make = f"`ict-fast prepare {source} --out {path}`"
+    if not path.exists():
+        raise InputError(f"{path}: there is no data here; make it with {make}")
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file; name the folder that `ict-fast prepare` has made")
+    meta = _read_meta(path / "meta.json", make)
+
+    again = f"delete {path} and make it again with {make}"
+    for name, entry in meta["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise InputError(f"{file}: missing; {again}")
+        size = file.stat().st_size
+        if size < entry["bytes"]:
+            raise InputError(f"{file}: truncated, {size} of {entry['bytes']} bytes; {again}")
+        if size > entry["bytes"]:
+            raise InputError(f"{file}: altered, {size} bytes instead of {entry['bytes']}; {again}")
+    images = _map_array(path / "images.npy", np.dtype(np.uint8), 4, again)
+    labels = np.array(_map_array(path / "labels.npy", np.dtype(np.int64), 1, again))
+    problem = _image_shape_problem(images.shape)
+    if problem:
+        raise InputError(f"{path / 'images.npy'}: {problem}; {again}")
+    if len(images) != len(labels):
+        raise InputError(f"{path / 'labels.npy'}: {len(labels)} labels for {len(images)} images; {again}")
+    _check_labels(labels, len(meta["classes"]), str(path / "labels.npy"))
+
+    if verify or sum(entry["bytes"] for entry in meta["files"].values()) < HASH_ALWAYS_BELOW:
+        for name, entry in meta["files"].items():
+            if sha256_file(path / name) != entry["sha256"]:
+                raise InputError(f"{path / name}: altered, its SHA-256 is not that of meta.json; {again}")
+    return Store(path=path, images=images, labels=labels, meta=meta)
+
+
+def _keep_equal(out: Path, about: dict[str, Any], blocks: Iterator[np.ndarray], labels: np.ndarray) -> Path:
+    """Verifies the store at `out` and that it is what would have been written."""
+    if not (out / "meta.json").is_file():
+        raise InputError(f"{out}: exists and is not a prepared store; name another --out")
+    there = open_store(out, verify=True).meta
+    ours = {
+        **about,
+        "images": _write_images(None, blocks, len(labels), out)["sha256"],
+        "labels": _entry(_encode_labels(labels))["sha256"],
+    }
+    theirs = {**there, **{name: there["files"][f"{name}.npy"]["sha256"] for name in ("images", "labels")}}
+    different = [name for name, value in ours.items() if theirs.get(name) != value]
+    if different:
+        raise InputError(f"{out}: holds another store (other {', '.join(different)}); name another --out")
+    return out
+
+
+def _lock_folder(partial: Path) -> int:
+    """Creates the folder and locks it until the descriptor is closed; a killed process loses its lock."""
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"{partial}: another process is writing it; wait until it has finished") from None
+    except OSError:
+        pass  # a file system without locks
+    # Its owner may have renamed the folder into place between our opening and our locking it.
+    if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+        os.close(descriptor)
+        raise InputError(f"{partial}: another process has just written it; run the same command again")
+    return descriptor
+
+
+def _write_images(
+    file: BinaryIO | None, blocks: Iterator[np.ndarray], num_images: int, out: Path
+) -> dict[str, Any]:
+    """Writes (or only hashes, if file is None) the blocks as one .npy; returns its entry in meta.json."""
+    digest, written, count = hashlib.sha256(), 0, 0
+    shape: tuple[int, ...] | None = None
+    for block in blocks:
+        if block.dtype != np.uint8:
+            raise InputError(f"images are of type {block.dtype}; a store holds uint8")
+        if shape is None:
+            problem = _image_shape_problem((num_images, *block.shape[1:]))
+            if problem:
+                raise InputError(f"images: {problem}")
+            shape = block.shape[1:]
+            header = _npy_header((num_images, *shape), np.dtype(np.uint8))
+            needed = len(header) + num_images * int(np.prod(shape))
+            if file is not None:
+                free = shutil.disk_usage(out.parent).free
+                if free < needed:
+                    raise InputError(
+                        f"{out}: needs {needed / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left"
+                    )
+                file.write(header)
+            digest.update(header)
+            written = len(header)
+        if block.shape[1:] != shape:
+            raise InputError(f"images of shapes {shape} and {block.shape[1:]}; a store holds one shape")
+        count += len(block)
+        content = np.ascontiguousarray(block).data
+        if file is not None:
+            file.write(content)
+        digest.update(content)
+        written += content.nbytes
+    if shape is None or count != num_images:
+        raise InputError(f"{count} images for {num_images} labels")
+    return {"bytes": written, "sha256": digest.hexdigest()}
+
+
+def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    return header.getvalue()
+
+
+def _encode_labels(labels: np.ndarray) -> bytes:
+    return _npy_header(labels.shape, labels.dtype) + labels.tobytes()
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _image_shape_problem(shape: tuple[int, ...]) -> str:
+    if len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or 0 in shape:
+        return f"shape {shape}; it must be (N, H, W, C) with N > 0, H = W and C = 1 or 3"
+    return ""
+
+
+def _check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
+    if labels.ndim != 1 or len(labels) == 0:
+        raise InputError(f"{name}: shape {labels.shape}; it must be (N,) with N > 0")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= max(1, num_classes):
+        raise InputError(
+            f"{name}: labels from {low} to {high}; there are {num_classes} classes, counted from 0"
+        )
+
+
+def _read_meta(file: Path, make: str) -> dict[str, Any]:
+    try:
+        meta = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{file}: missing, so this is not a prepared store; make one with {make}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as JSON; delete the folder and run {make}") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise InputError(f"{file}: not written by ict-fast; make a store with {make}")
+    if meta.get("version") != VERSION:
+        raise InputError(
+            f"{file}: format version {meta.get('version')}; this ict-fast reads version {VERSION};"
+            f" make the store again with {make}"
+        )
+    files, classes = meta.get("files"), meta.get("classes")
+    well_formed = (
+        isinstance(classes, list)
+        and len(classes) == meta.get("num_classes")
+        and isinstance(files, dict)
+        and set(files) == {"images.npy", "labels.npy"}
+        and all(isinstance(entry, dict) for entry in files.values())
+        and all(isinstance(entry.get("bytes"), int) for entry in files.values())
+        and all(isinstance(entry.get("sha256"), str) for entry in files.values())
+    )
+    if not well_formed:
+        raise InputError(f"{file}: altered, its fields are not a store's; delete the folder and run {make}")
+    return meta
+
+
+def _map_array(file: Path, dtype: np.dtype, ndim: int, again: str) -> np.ndarray:
+    """Memory-maps a .npy read-only; object arrays, which would be pickles, are refused."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}; {again}") from error
+    except (ValueError, TypeError, SyntaxError, EOFError, OverflowError) as error:
+        raise InputError(f"{file}: not a plain .npy array; {again}") from error
+    if not isinstance(array, np.memmap) or array.dtype != dtype or array.ndim != ndim:
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise InputError(
+            f"{file}: holds {kind} in {getattr(array, 'ndim', 0)} dimensions;"
+            f" a store has {dtype} in {ndim}; {again}"
+        )
+    if not array.flags.c_contiguous:
+        raise InputError(f"{file}: in Fortran order; a store is in C order; {again}")
+    return array
+
+
+def _fingerprint(files: dict[str, Any]) -> str:
+    joined = "".join(files[name]["sha256"] for name in ("images.npy", "labels.npy"))
+    return hashlib.sha256(joined.encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""What a user sees when something goes wrong: one clear line and an exit code, never a traceback.
+
+Exit codes: 0 done, 1 training failed, 2 bad input, 130 SIGINT and 143 SIGTERM after saving, 141 when the
+reader of the output has gone (`ict-fast ... | head`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_SIGINT = 130
+EXIT_BROKEN_PIPE = 141
+EXIT_SIGTERM = 143
+
+
+class InputError(Exception):
+    """The person gave something that cannot work: what was wrong, the value seen, what would be right.
+
+    The message is one line. The command line prints it and exits with code 2.
+    """
+
+
+class TrainingError(Exception):
+    """Training could not go on although the input was right. One line; exit code 1."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The hint that follows an unknown name: the nearest right one, or all of them if none is near.
+
+    Args:
+        word: what was typed.
+        known: the names that would have been right.
+    Returns:
+        `; did you mean "digits"?` or `; choose one of: a, b, c`. Never empty if `known` is not.
+    """
+    names = sorted(known)
+    meant = "cuda" if word == "gpu" else word  # else "cpu" is the nearest
+    near = difflib.get_close_matches(meant, names, n=1, cutoff=0.6)
+    if near:
+        return f'; did you mean "{near[0]}"?'
+    return f"; choose one of: {', '.join(names)}" if names else ""
+
+
+def refusal(event: Any, kinds: Mapping[str, object], argv: Sequence[str], command: str) -> str:
+    """What tyro refuses, in one line: it takes the place of tyro's boxes.
+
+    Args:
+        event: a `ParseErrorEvent` of tyro 1.0.17, told apart by its class's name, so that only cli.py
+            imports tyro. A kind of event that is not known here still gives a line.
+        kinds: every option of the command, spelled with dashes, and its Python type.
+        argv: the words that were parsed.
+        command: such as `ict-fast train`.
+    """
+    help_command, name = f"{command} --help", type(event).__name__
+    if name == "UnrecognizedArgs" and not any(token.startswith("-") for token in event.tokens):
+        return f'unexpected argument "{event.tokens[0]}"; `{help_command}` lists the options'
+    argument = getattr(event, "argument", None)
+    option = "" if argument is None else str(argument.lowered.name_or_flags[0])
+    if name in ("UnrecognizedArgs", "MissingArgs") or (name == "BadValue" and not option.startswith("-")):
+        # A positional that seems to be missing is often an unknown option's fault: `sample --cuont 3 RUN`.
+        for word in getattr(event, "tokens", argv):
+            if word.startswith("-") and not _is_number(word) and not _is_known(word, kinds):
+                return unknown_option(word, kinds, help_command)
+        missing = [given.arg for given in getattr(event, "missing_arguments", ())] or [argument]
+        names = [", ".join(each.lowered.choices or [str(each.lowered.metavar)]) for each in missing]
+        return f"{command} needs {' and '.join(names)}; see `{help_command}`"
+    if argument is None:
+        return f"cannot read the command line ({name}); see `{help_command}`"
+    if name == "InvalidChoice":
+        label = option if option.startswith("-") else command
+        return f'{label} "{event.value}"{did_you_mean(event.value, event.choices)}'
+    if name == "InstantiationFailure":
+        return bad_value(option, _seen(option, argv), kinds.get(option))
+    return missing_value(option, kinds.get(option))
+
+
+def _is_known(word: str, kinds: Mapping[str, object]) -> bool:
+    option = word.partition("=")[0].replace("_", "-")
+    return option in kinds or option.replace("no-", "", 1) in kinds or option in ("--", "--help", "-h")
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _seen(option: str, argv: Sequence[str]) -> str:
+    """The words given to an option, the last time it was given."""
+    seen: list[str] = []
+    inside = False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            inside, seen = not equals, [value] if equals else []
+        elif word.startswith("--"):
+            inside = False
+        elif inside:
+            seen.append(word)
+    return " ".join(seen)
+
+
+def unknown_option(token: str, known: Iterable[str], help_command: str) -> str:
+    """The message for an option that does not exist.
+
+    A field without its section (`--lr`) finds its whole name (`--optimizer.lr`).
+
+    Args:
+        token: what was typed, such as `--training.totl-steps` or `--lr=1`.
+        known: every option of the command, spelled with dashes.
+        help_command: lists the options; named if none of them is near.
+    """
+    options = sorted(known)
+    typed = token.partition("=")[0]
+    wanted = typed.replace("_", "-")
+    same_field = [option for option in options if option.split(".")[-1] == wanted.lstrip("-")]
+    near = same_field or difflib.get_close_matches(wanted, options, n=1, cutoff=0.6)
+    hint = f'did you mean "{near[0]}"?' if near else f"`{help_command}` lists them"
+    return f"unknown option {typed}; {hint}"
+
+
+def missing_value(option: str, kind: object) -> str:
+    """The message for an option whose value is absent or incomplete; `kind` is its Python type."""
+    return f"{option} needs {expected(kind)}"
+
+
+def bad_value(option: str, seen: str, kind: object) -> str:
+    """The message for a value that is not of the option's Python type `kind`."""
+    return f"{option} {seen}: expected {expected(kind)}"
+
+
+def expected(kind: object) -> str:
+    """A Python type in words: `int | None` is "an integer", `tuple[float, float]` "2 numbers"."""
+    members = [member for member in typing.get_args(kind) if member is not type(None)]
+    if typing.get_origin(kind) is tuple:
+        plural = "integers" if members[0] is int else "numbers" if members[0] is float else "values"
+        return plural if members[-1] is Ellipsis else f"{len(members)} {plural}"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of: {', '.join(map(str, members))}"
+    if members:
+        return expected(members[0])
+    words = {int: "an integer", float: "a number", Path: "a path"}
+    return words.get(typing.cast(type, kind), "a value")

@@ -1,0 +1,110 @@
+"""What a command leaves behind: where it may go, and pictures and arrays of samples."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ict_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def require_run(path: Path) -> None:
+    """Raises InputError unless there is something at `path` to load."""
+    if not path.exists():
+        raise InputError(f"there is no run or checkpoint at {path}; `ict-fast train --out {path}` makes one")
+
+
+def run_folder(path: Path) -> Path:
+    """The run that `path`, a run or one of its checkpoints, belongs to."""
+    return path.absolute().parent.parent if path.absolute().parent.name == "checkpoints" else path
+
+
+def require_place(folder: Path, option: str) -> None:
+    """Raises InputError unless `folder` is, or can become, a folder that can be written into."""
+    nearest = folder.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise InputError(f"{option} is {folder}, but {nearest} is not a folder; choose another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{option} is {folder}, but {nearest} cannot be written; choose another place")
+
+
+def require_sample_place(out: Path, count: int) -> None:
+    """Raises InputError unless `save_samples` can write `count` images to `out`."""
+    if out.is_dir() or not out.suffix:
+        require_place(out, "--out")
+        names = {_image_name(number) for number in range(count)}
+        others = sorted({entry.name for entry in out.iterdir()} - names) if out.is_dir() else []
+        if others:
+            raise InputError(f"--out is {out}, which holds {others[0]}; images need a folder of their own")
+    elif out.suffix in (".png", ".npz"):
+        require_place(out.parent, "--out")
+    else:
+        raise InputError(f"--out is {out}; it must end with .png or .npz, or name a folder")
+
+
+def save_samples(images: np.ndarray, labels: Sequence[int] | None, out: Path) -> None:
+    """Writes images as a grid (.png), as arrays (.npz: arr_0, arr_1), or as one PNG each (a folder).
+
+    Args:
+        images: uint8 (N, H, W, C).
+        labels: one per image, or None for an unconditional model.
+        out: see `require_sample_place`.
+    Raises:
+        InputError: if it cannot be written.
+    """
+    import numpy as np
+
+    from ict_fast.data.pictures import image_grid, save_png
+
+    with _writing(out):
+        if out.suffix == ".png" and not out.is_dir():
+            save_png(image_grid(images), out)
+        elif out.suffix == ".npz" and not out.is_dir():
+            content = io.BytesIO()
+            np.savez(content, images, *([] if labels is None else [np.asarray(labels, dtype=np.int64)]))
+            write(out, content.getvalue())
+        else:
+            from PIL import Image
+
+            out.mkdir(parents=True, exist_ok=True)
+            for number, image in enumerate(images):
+                save_png(
+                    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image),
+                    out / _image_name(number),
+                )
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, creating its folder.
+
+    Raises:
+        InputError: if it cannot be written; an older file is then untouched.
+    """
+    from ict_fast.data.durable import replace_durably
+
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_durably(path, content)
+
+
+def _image_name(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror or error}; choose another --out"
+        ) from error

@@ -1,0 +1,102 @@
+"""Where a run executes, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+
+from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError
+
+
+def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.device:
+    """The device that `--device` and `--gpus` mean on this machine.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        gpus: how many GPUs were asked for, or None.
+    Raises:
+        InputError: if it does not exist, or an NVIDIA device is there that torch cannot use: a run never
+            falls back to the CPU in silence.
+    """
+    if device not in ("auto", "cuda", "cpu"):
+        raise InputError(f"--device is {device}; it must be auto, cuda or cpu")
+    if gpus is not None and gpus < 1:
+        raise InputError(f"--gpus is {gpus}; it must be at least 1 (--device cpu trains without a GPU)")
+    if device == "cpu":
+        if gpus is not None:
+            raise InputError(f"--gpus {gpus} and --device cpu exclude each other")
+        return torch.device("cpu")
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus is not None and gpus > visible:
+        raise InputError(
+            f"--gpus is {gpus}, but torch sees {visible} here; choose at most {visible}"
+            if visible
+            else f"--gpus is {gpus}, but torch sees no GPU here; `ict-fast doctor` says why,"
+            " --device cpu trains without one"
+        )
+    if gpus is not None and gpus > 1:
+        raise InputError(f"--gpus is {gpus}; this version trains on one GPU, choose --gpus 1")
+    if visible:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device == "cuda":
+        raise InputError("--device is cuda, but torch sees no GPU here; `ict-fast doctor` says why")
+    if nvidia_device_present() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise InputError(
+            "this machine has an NVIDIA device that torch cannot use; `ict-fast doctor` says why,"
+            " --device cpu trains without it"
+        )
+    return torch.device("cpu")
+
+
+def nvidia_device_present() -> bool:
+    """Whether the machine has an NVIDIA GPU, whatever torch thinks of it."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def configure_torch(device: torch.device, *, deterministic: bool) -> None:
+    """Sets the process-wide switches of torch that a run relies on."""
+    # The network's ends must be IEEE fp32: TF32 rounding makes neighbouring noise levels identical.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+class StopRequest:
+    """Turns SIGTERM and the first SIGINT into a request to save and stop; a second SIGINT interrupts.
+
+    A context manager; the previous handlers come back at its end.
+
+    Attributes:
+        exit_code: None, or 143 (SIGTERM) or 130 (SIGINT) once a stop was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        except ValueError:
+            pass  # not in the main thread: whoever started us owns the signals
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.exit_code is not None:
+            raise KeyboardInterrupt
+        self.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT

@@ -1,0 +1,122 @@
+"""A run's directory: whether to start, resume or refuse, and the log that must agree with the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ict_fast.checkpoint import Checkpoint, latest_checkpoint
+from ict_fast.config import Config, differences, from_dict, to_dict
+from ict_fast.errors import InputError
+
+LOG_NAME = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A directory that is ready to be trained in."""
+
+    out: Path
+    config: Config
+    checkpoint: Checkpoint | None
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.training.total_steps
+
+
+def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: Callable[[str], None]) -> Run:
+    """Decides what a `train` command means for its directory, and changes nothing in it.
+
+    Args:
+        config: what was asked for.
+        out: the directory, there or not.
+        resume: "auto" starts or resumes, "never" refuses an existing run, "must" refuses a new one.
+        extend: the new total number of steps of an existing run, or None.
+        warn: told of every broken checkpoint that is passed over.
+    Raises:
+        InputError: if the run there is another one (names each field of science that differs), or `resume`
+            or `extend` rule it out, or `out` is something else.
+    """
+    if resume not in ("auto", "never", "must"):
+        raise InputError(f"--resume is {resume}; it must be auto, never or must")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; --out must name a directory")
+    config_file = out / "config.json"
+    if not config_file.exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out} is not empty and holds no run (no config.json); choose another --out")
+        if resume == "must":
+            raise InputError(f"there is no run in {out} to resume; --resume auto starts one")
+        if extend is not None:
+            raise InputError(f"there is no run in {out} to extend; set --training.total-steps to start one")
+        return Run(out, config, None)
+
+    if resume == "never":
+        raise InputError(f"there is a run in {out} already; --resume auto continues it, another --out starts one")
+    stored = read_config(config_file)
+    if extend is not None:
+        if extend < stored.training.total_steps:
+            raise InputError(f"--extend is {extend}; the run in {out} has {stored.training.total_steps} steps")
+        config = replace(config, training=replace(config.training, total_steps=extend))
+        stored = replace(stored, training=replace(stored.training, total_steps=extend))
+    different = differences(stored, config)
+    if different:
+        fields = ", ".join(f"{name} (there {ours!r}, asked {theirs!r})" for name, ours, theirs in different)
+        hint = "another --out starts a new run"
+        if [name for name, _, _ in different] == ["training.total_steps"]:
+            hint = f"--extend {config.training.total_steps} changes it"
+        raise InputError(f"the run in {out} differs in {fields}; {hint}")
+    checkpoint = latest_checkpoint(out, warn)
+    if checkpoint is None and resume == "must":
+        raise InputError(f"the run in {out} has no checkpoint to resume from; --resume auto starts it again")
+    return Run(out, config, checkpoint)
+
+
+def read_config(path: Path) -> Config:
+    """The configuration stored in a run.
+
+    Raises:
+        InputError: naming the file, if it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore it, or choose another --out") from None
+    return from_dict(values, str(path))
+
+
+def prepare_directory(run: Run) -> None:
+    """Writes config.json, and cuts the log back to the checkpoint's step."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    _write(run.out / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
+    log = run.out / LOG_NAME
+    if log.exists():
+        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= run.step]
+        _write(log, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; infinite for one that a killed process left half-written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a small file so that a reader or a kill finds the old one or the new one whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

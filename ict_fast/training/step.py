@@ -1,0 +1,219 @@
+"""One optimizer step, and the state that it advances."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from ict_kernels import RAdamEMA
+from torch import Tensor, nn
+
+from ict_fast import consistency
+from ict_fast.config import Config
+from ict_fast.consistency.model import build_seeded_network
+from ict_fast.consistency.objective import ConsistencyObjective
+from ict_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from ict_fast.checkpoint import Checkpoint
+    from ict_fast.data.loaders import Batch
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class TrainStep:
+    """Network, optimizer and averages of one run, and the step that advances them.
+
+    All that changes from step to step (k, N(k), decays) is written into device tensors, so that nothing in
+    a step waits for the device and a compiled step never sees a new constant.
+
+    Attributes:
+        network: the student, on the device, channels_last.
+        optimizer: RAdam with the average of the weights.
+        loss_sum, loss_count: sum and number of the finite step losses since `reset_loss`; fp64 scalars.
+        skipped_in_a_row: the longest run of skipped steps since `reset_loss`; int64 scalar.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.network = _on_device(build_seeded_network(config), device)
+        self.autocast_dtype = trunk_dtype(config.training.precision, device)
+        teacher = None
+        if config.method.teacher == "ema":
+            teacher = copy.deepcopy(self.network).requires_grad_(False)
+        self.teacher: nn.Module | None = teacher
+        total = config.training.total_steps
+        self.objective = ConsistencyObjective(
+            self.network,
+            config.method,
+            c_noise=config.network.c_noise,
+            scales=[stage.num_scales for stage in consistency.stages(total, config.method)],
+            teacher=teacher,
+        )
+
+        def scalar(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(value, dtype=dtype, device=device)
+
+        self.seed_and_step = torch.tensor([config.training.seed, 0], device=device)
+        self.num_scales = scalar(0, torch.int64)
+        self.ema_decay = scalar(0.0, torch.float64)
+        self.teacher_decay = scalar(0.0, torch.float64)
+        optimizer = config.optimizer
+        self.optimizer = RAdamEMA(
+            self.network.parameters(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            ema_decay=self.ema_decay,
+        )
+        self.loss_sum = scalar(0.0, torch.float64)
+        self.loss_count = scalar(0, torch.int64)
+        self.skipped_in_a_row = scalar(0, torch.int64)
+        self._skipping_since = scalar(0, torch.int64)
+
+    def __call__(self, step: int, micro_batches: Iterable[Batch]) -> None:
+        """Trains on global batch `step` (counted from 0); nothing here waits for the device."""
+        config = self.config
+        scales = consistency.num_scales(step, config.training.total_steps, config.method)
+        self.seed_and_step[1].fill_(step)
+        self.num_scales.fill_(scales)
+        self.ema_decay.fill_(ema_decay(step, config))
+
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            loss += self._backward(batch)
+        self.optimizer.step()
+
+        skipped = self.optimizer.last_step_skipped
+        if self.teacher is not None:
+            self.teacher_decay.fill_(consistency.teacher_ema_decay(scales, config.method))
+            self._advance_teacher(skipped)
+        self._skipping_since.add_(1).mul_(skipped)
+        torch.maximum(self.skipped_in_a_row, self._skipping_since, out=self.skipped_in_a_row)
+        finite = torch.isfinite(loss)
+        self.loss_sum += torch.where(finite, loss, 0.0)
+        self.loss_count += finite
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Adds the gradient of the micro-batch's share of the global mean loss; returns that share."""
+        with torch.autocast(
+            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
+        ):
+            loss_n = self.objective(
+                batch.images,
+                batch.labels if self.config.network.num_classes else None,
+                num_scales=self.num_scales,
+                seed=self.seed_and_step,
+                offset=batch.offset,
+                flip=batch.flip,
+            )
+        loss = loss_n.sum() / self.config.training.batch_size
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def _advance_teacher(self, skipped: Tensor) -> None:
+        """theta_teacher = mu theta_teacher + (1 - mu) theta, unchanged by a skipped step."""
+        assert self.teacher is not None
+        decay = torch.where(skipped, 1.0, self.teacher_decay).float()
+        teacher = [parameter.data for parameter in self.teacher.parameters()]
+        student = [parameter.data for parameter in self.network.parameters()]
+        torch._foreach_mul_(teacher, decay)
+        torch._foreach_add_(teacher, torch._foreach_mul(student, 1 - decay))
+
+    def reset_loss(self) -> None:
+        """Starts a new window of the mean loss."""
+        self.loss_sum.zero_()
+        self.loss_count.zero_()
+        self.skipped_in_a_row.zero_()
+
+    # ---- what a checkpoint holds ----
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that the next step depends on, by file and name; no copies are made."""
+        names = [name for name, _ in self.network.named_parameters()]
+        weights = dict(self.network.state_dict())
+        files = {"weights": weights, "ema": self.ema_weights()}
+        state = [self.optimizer.state[parameter] for parameter in self.network.parameters()]
+        files["optimizer"] = {
+            f"{name}.{moment}": entry[moment]
+            for name, entry in zip(names, state, strict=True)
+            for moment in _MOMENTS
+        }
+        files["optimizer"]["skipped"] = self.optimizer.skipped
+        files["optimizer"]["skipping_since"] = self._skipping_since
+        files["optimizer"]["skipped_in_a_row"] = self.skipped_in_a_row
+        files["optimizer"]["loss_sum"] = self.loss_sum
+        files["optimizer"]["loss_count"] = self.loss_count
+        if self.teacher is not None:
+            files["teacher"] = dict(self.teacher.state_dict())
+        return files
+
+    def ema_weights(self) -> dict[str, Tensor]:
+        """The averaged weights as a network's state dict: buffers, such as Fourier frequencies, included."""
+        weights = dict(self.network.state_dict())
+        names = [name for name, _ in self.network.named_parameters()]
+        weights.update(zip(names, self.optimizer.ema_parameters(), strict=True))
+        return weights
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes over a checkpoint's state, bit for bit.
+
+        Raises:
+            InputError: naming the file, if it does not fit this network.
+        """
+        _load(self.network, checkpoint, "weights")
+        if self.teacher is not None:
+            _load(self.teacher, checkpoint, "teacher")
+        ema, saved = checkpoint.tensors("ema"), checkpoint.tensors("optimizer")
+        with torch.no_grad():
+            try:
+                self.optimizer.load_state_dict(self._optimizer_state(ema, saved))
+                self.optimizer.skipped.copy_(saved["skipped"])
+                self._skipping_since.copy_(saved["skipping_since"])
+                self.skipped_in_a_row.copy_(saved["skipped_in_a_row"])
+                self.loss_sum.copy_(saved["loss_sum"])
+                self.loss_count.copy_(saved["loss_count"])
+            except KeyError as missing:
+                raise InputError(f"{checkpoint.path}/optimizer.safetensors lacks {missing}") from None
+
+    def _optimizer_state(self, ema: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict:
+        """The optimizer's state dict from tensors kept by parameter name, in the parameters' own layout."""
+        state = {}
+        for number, (name, parameter) in enumerate(self.network.named_parameters()):
+            entry = {moment: saved[f"{name}.{moment}"] for moment in _MOMENTS} | {"ema": ema[name]}
+            state[number] = {
+                key: value if key == "step" else torch.empty_like(parameter).copy_(value)
+                for key, value in entry.items()
+            }
+        return {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+
+
+def ema_decay(step: int, config: Config) -> float:
+    """Decay of the evaluated average at step k; with warm-up min(decay, (k+1)/(k+10))."""
+    decay = config.optimizer.ema_decay
+    return min(decay, (step + 1) / (step + 10)) if config.optimizer.ema_warmup else decay
+
+
+def trunk_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype of the network's trunk, or None for fp32 throughout."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def _on_device(network: nn.Module, device: torch.device) -> nn.Module:
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _load(network: nn.Module, checkpoint: Checkpoint, name: str) -> None:
+    try:
+        network.load_state_dict(checkpoint.tensors(name))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{checkpoint.path}/{name}.safetensors does not fit the network: {reason}") from None

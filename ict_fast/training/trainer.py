@@ -1,0 +1,217 @@
+"""The training loop, in one fixed order: log, grid, checkpoint, done?, batch, step."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ict_fast.checkpoint import write_checkpoint
+from ict_fast.config import Config, to_dict, validate
+from ict_fast.consistency.curriculum import num_scales
+from ict_fast.consistency.model import ConsistencyModel, build_seeded_network
+from ict_fast.consistency.sampling import sample
+from ict_fast.data.loaders import make_loader
+from ict_fast.data.pictures import image_grid, save_png, to_uint8
+from ict_fast.data.prepare import prepare_digits
+from ict_fast.data.store import Store, open_store
+from ict_fast.errors import EXIT_DONE, InputError, TrainingError
+from ict_fast.presets import DIGITS
+from ict_fast.training.describe import describe_stages
+from ict_fast.training.launch import StopRequest, configure_torch, resolve_device
+from ict_fast.training.monitor import Monitor
+from ict_fast.training.run_directory import Run, open_run, prepare_directory
+from ict_fast.training.step import TrainStep
+from ict_fast.version import __version__
+
+_GRID_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of `train` ended.
+
+    Attributes:
+        out: the run's directory.
+        step: steps done.
+        exit_code: 0 finished, 130 or 143 saved and stopped by a signal.
+        message: one line for the person.
+    """
+
+    out: Path
+    step: int
+    exit_code: int
+    message: str
+
+
+def train(
+    config: Config,
+    *,
+    out: Path | str | None = None,
+    device: str = "auto",
+    gpus: int | None = None,
+    resume: str = "auto",
+    extend: int | None = None,
+) -> RunResult:
+    """Trains, or goes on training, one run.
+
+    The same call resumes a run that was interrupted; on a CPU, at an equal number of threads, bit for bit as
+    if it had not been.
+
+    Args:
+        config: see `ict_fast.presets.get`.
+        out: the run's directory; by default runs/<preset>.
+        device, gpus: see `resolve_device`.
+        resume, extend: see `open_run`.
+    Raises:
+        InputError: before anything is written, if the input cannot work.
+        TrainingError: too many steps in a row without a finite gradient, or the end could not be saved.
+    """
+    validate(config)
+    torch_device = resolve_device(device, gpus)
+    out = Path("runs") / config.preset if out is None else Path(out)
+    warnings: list[str] = []
+    run = open_run(config, out, resume, extend, warnings.append)
+    config = run.config
+    if run.finished:
+        return RunResult(out, run.step, EXIT_DONE, f"{out} is finished: {run.step:,} steps are done")
+    store = _open_data(config)
+    _check_same_data(run, store)
+
+    configure_torch(torch_device, deterministic=config.training.deterministic)
+    train_step = TrainStep(config, torch_device)
+    if run.checkpoint is not None:
+        train_step.restore(run.checkpoint)
+    prepare_directory(run)
+    total = config.training.total_steps
+    monitor = Monitor(out, first_step=run.step, total_steps=total, batch_size=config.training.batch_size)
+    loader, reason = make_loader(config, store, torch_device)
+    with StopRequest() as stop, monitor, loader:
+        for warning in warnings:
+            monitor.warn(warning)
+        monitor.say(f"training {config.preset} in {out} on {torch_device}; data: {reason}")
+        if extend is not None:
+            monitor.say(describe_stages(config))
+        if run.step:
+            monitor.say(f"resuming at step {run.step:,} of {total:,}")
+        return _loop(run, store, train_step, loader, monitor, stop)
+
+
+def _loop(
+    run: Run, store: Store, train_step: TrainStep, loader: Any, monitor: Monitor, stop: StopRequest
+) -> RunResult:
+    config, out, step = run.config, run.out, run.step
+    total, logging = config.training.total_steps, config.logging
+    saved_step = step
+    while True:
+        done = step == total
+        if step > run.step:
+            if done or step % logging.log_every == 0:
+                monitor.record(step, _metrics(train_step, step, config))
+            if logging.grid_every and (done or step % logging.grid_every == 0):
+                _save_grid(train_step, out / "grids" / f"step-{step:08d}.png", monitor)
+            if done or stop.exit_code is not None or step % logging.checkpoint_every == 0:
+                saved_step = _save(run, store, train_step, step, saved_step, monitor)
+        if done or stop.exit_code is not None:
+            break
+        train_step(step, loader.micro_batches(step))
+        step += 1
+        monitor.advance(step)
+    if saved_step != step:
+        raise TrainingError(f"step {step:,} could not be saved; {out} holds step {saved_step:,}")
+    if done:
+        return RunResult(out, step, EXIT_DONE, f"{out}: {total:,} steps are done")
+    assert stop.exit_code is not None
+    message = f"{out}: stopped and saved at step {step:,} of {total:,}; the same command resumes"
+    return RunResult(out, step, stop.exit_code, message)
+
+
+def _metrics(train_step: TrainStep, step: int, config: Config) -> dict[str, Any]:
+    """The values of a log line; the one place where the loop waits for the device.
+
+    Raises:
+        TrainingError: if too many steps in a row had no finite gradient.
+    """
+    count = int(train_step.loss_count)
+    values = {
+        "loss": float(train_step.loss_sum) / count if count else None,
+        "num_scales": num_scales(step - 1, config.training.total_steps, config.method),
+        "skipped": int(train_step.optimizer.skipped),
+    }
+    in_a_row = int(train_step.skipped_in_a_row)
+    if in_a_row >= config.training.max_skipped_steps:
+        raise TrainingError(
+            f"{in_a_row} steps in a row up to step {step:,} had no finite gradient; the last checkpoint is"
+            " from before them; a smaller --optimizer.lr may help"
+        )
+    gradient_norm = float(train_step.optimizer.grad_norm)
+    values["gradient_norm"] = gradient_norm if gradient_norm < float("inf") else None
+    train_step.reset_loss()
+    return values
+
+
+def _save_grid(train_step: TrainStep, path: Path, monitor: Monitor) -> None:
+    """One-step samples of the averaged weights, from the same noise every time."""
+    network = build_seeded_network(train_step.config).to(train_step.device)
+    network.load_state_dict(train_step.ema_weights())
+    model = ConsistencyModel(train_step.config, network).eval()
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_png(image_grid(to_uint8(sample(model, _GRID_IMAGES))), path)
+    except OSError as error:
+        monitor.warn(f"{path} cannot be written ({error.strerror}); training goes on")
+
+
+def _save(
+    run: Run, store: Store, train_step: TrainStep, step: int, saved_step: int, monitor: Monitor
+) -> int:
+    """Writes a checkpoint; returns the step of the newest one that is on disk."""
+    state = {
+        "step": step,
+        "config": to_dict(run.config),
+        "data_fingerprint": store.fingerprint,
+        "versions": {"ict_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    try:
+        write_checkpoint(run.out, step, train_step.tensors(), state, keep=run.config.logging.keep_checkpoints)
+    except OSError as error:
+        monitor.warn(
+            f"the checkpoint of step {step:,} could not be written ({error.strerror}); the one of step"
+            f" {saved_step:,} stays, training goes on"
+        )
+        return saved_step
+    return step
+
+
+def _open_data(config: Config) -> Store:
+    """The store, checked against the network; the bundled digits are prepared where they are missing."""
+    path = Path(config.data.path)
+    if config.data.path == DIGITS.data.path and not path.exists():
+        prepare_digits(path)
+    store = open_store(path)
+    network = config.network
+    if (store.resolution, store.image_channels) != (network.resolution, network.image_channels):
+        raise InputError(
+            f"{path} holds {store.resolution}x{store.resolution} images of {store.image_channels} channels;"
+            f" the network takes {network.resolution}x{network.resolution} of {network.image_channels}"
+            " (--network.resolution, --network.image-channels)"
+        )
+    if network.num_classes and store.num_classes > network.num_classes:
+        raise InputError(
+            f"{path} has {store.num_classes} classes; --network.num-classes is {network.num_classes}"
+        )
+    return store
+
+
+def _check_same_data(run: Run, store: Store) -> None:
+    if run.checkpoint is None:
+        return
+    before = run.checkpoint.state.get("data_fingerprint")
+    if before != store.fingerprint:
+        raise InputError(
+            f"{run.config.data.path} holds other images than {run.out} was trained on (fingerprint"
+            f" {str(store.fingerprint)[:12]}, before {str(before)[:12]}); --data must name the same store"
+        )

@@ -1,0 +1,327 @@
+"""Where every random number comes from: Philox4x32-10, addressed by position instead of by order of drawing.
+
+Ten rounds turn a 128-bit counter and a 64-bit key into four 32-bit words (Salmon, Moraes, Dror & Shaw, "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011). One round, with * a 32 x 32 -> 64 bit product and the key bumped between rounds:
+
+    (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0,  lo(M1 c2),  hi(M0 c0) ^ c3 ^ k1,  lo(M0 c0))
+
+    key     = run seed, (low, high) word
+    counter = (call in the sample, number of the sample in the global batch, step, purpose << 16 | layer)
+
+A call is 4 words: 8 lanes of 16 bits (dropout) or 4 lanes of 32 bits (noise). Elements of a sample are numbered
+channels-last, (h W + w) C + c, whatever their layout in memory, so call = element // 8 and lane = element % 8 (// 4, % 4).
+So a number depends on (seed, step, sample, element, purpose, layer) and on nothing else: not on the layout, the
+micro-batch, the rank, the backend or the order of the calls.
+
+Words are int64 tensors holding 0 .. 2^32 - 1. Bytes: 16 read and 16 written per call.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Purposes: the high half of the counter's last word. Changing one changes every run; append only.
+LEVELS = 1  # noise levels of a training batch, one word per sample
+NOISE = 2  # Gaussian noise of a training batch
+DROPOUT = 3  # dropout masks; the low half is the layer's number
+FLIP = 4  # horizontal flips, one bit per sample of the whole run
+INITIAL = 5  # Gaussian noise that sampling starts from (layer = number of the sampling step)
+
+_MASK32 = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+# 4,096 calls are 32 KiB per int64 tensor; the dozen that a round keeps alive stay in a 1 MiB L2.
+_CHUNK = 4096
+# Below this many calls the eager rounds (about 120 small ops) are cheaper than waiting for a compiler.
+_COMPILE_FROM = 1024
+
+Seed = int | Tensor | None
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------- the eager definition
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> Words:
+    """Philox4x32-10 in int64 arithmetic: four output words from four counter words and two key words.
+
+    Args:
+        c0, c1, c2, c3, k0, k1: int64 tensors holding 0 .. 2^32 - 1; they broadcast together.
+    Returns:
+        Four int64 tensors holding 0 .. 2^32 - 1, of the broadcast shape.
+    Source:
+        Salmon et al., SC 2011; the constants are Random123's.
+    """
+    for _ in range(_ROUNDS):
+        low0, high0 = _product(c0, _M0)
+        low1, high1 = _product(c2, _M1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _product(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """(low, high) words of a * multiplier, for a multiplier of at least 2^31.
+
+    The product itself can pass 2^63, and signed overflow is undefined in the C++ that Inductor writes. With the
+    multiplier taken as m - 2^32 it cannot, and the high word only lacks the 2^32 a that was left out.
+    """
+    product = a * (multiplier - 2**32)
+    return product & _MASK32, (product >> 32) + a
+
+
+def _packed_words(c0: Tensor, c1: Tensor, constants: Tensor) -> Tensor:
+    """(calls, 2) int64, the four words of each call in memory order; constants = (k0, k1, c2, c3)."""
+    k0, k1, c2, c3 = constants.unbind()
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
+    return torch.stack((w0 | (w1 << 32), w2 | (w3 << 32)), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------- the CPU's quicker paths
+
+_compiled: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+_no_compiler: str | None = None
+_compile_lock = threading.Lock()
+
+
+def cpu_path() -> str:
+    """Which path the rounds take on a CPU: "compiled", "eager: <reason>", or "undecided" before the first large draw."""
+    if _compiled is not None:
+        return "compiled"
+    return "undecided" if _no_compiler is None else f"eager: {_no_compiler}"
+
+
+def _compiled_rounds() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The rounds through torch.compile, made on first use and checked against the eager ones; None without a compiler."""
+    global _compiled, _no_compiler
+    with _compile_lock:
+        if _compiled is None and _no_compiler is None:
+            c0 = torch.arange(_COMPILE_FROM)
+            probe = (c0, (c0 * 0x9E3779B9) & _MASK32, torch.tensor([_MASK32, 3 << 16, _MASK32, 0x80000000]))
+            try:
+                rounds = torch.compile(_packed_words, dynamic=True, fullgraph=True)
+                if torch.equal(rounds(*probe), _packed_words(*probe)):
+                    _compiled = rounds
+                else:
+                    _no_compiler = "the compiled rounds gave other bits"
+            except Exception as error:  # any failure of a compiler is a reason to do without it
+                _no_compiler = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return _compiled
+
+
+def _rounds(c0: Tensor, c1: Tensor, constants: Tensor) -> Tensor:
+    """_packed_words by the quickest path for this device; the bits are the same on all of them."""
+    calls = c0.shape[0]
+    if torch.compiler.is_compiling() or c0.device.type != "cpu" or calls < _COMPILE_FROM:
+        return _packed_words(c0, c1, constants)
+    rounds = _compiled_rounds()
+    if rounds is not None:
+        with torch.autocast("cpu", enabled=False):  # autocast is a guard too, and means nothing to integers
+            return rounds(c0, c1, constants)
+    packed = torch.empty(calls, 2, dtype=torch.int64)
+    for start in range(0, calls, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        packed[chunk] = _packed_words(c0[chunk], c1[chunk], constants)
+    return packed
+
+
+# ------------------------------------------------------------------------------------------------------ addressing
+
+
+def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
+    """A seed in its one form, an int64 tensor (run seed, step) on `device`.
+
+    Args:
+        seed: an int (taken modulo 2^64; step 0), an int64 tensor of shape (2,), or None: drawn once from torch's
+            default generator, so that torch.manual_seed decides it.
+        device: where the draw will happen.
+    Raises:
+        ValueError: if a tensor seed has another shape or dtype.
+    """
+    if seed is None:
+        drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+        return torch.cat((drawn, torch.zeros_like(drawn))).to(device)
+    if isinstance(seed, Tensor):
+        if seed.shape != (2,) or seed.dtype != torch.int64:
+            raise ValueError(
+                "a seed tensor is int64 of shape (2,), (run seed, step); "
+                f"got {seed.dtype} of shape {tuple(seed.shape)}"
+            )
+        return seed.to(device)
+    return torch.tensor([(int(seed) + 2**63) % 2**64 - 2**63, 0], dtype=torch.int64, device=device)
+
+
+def _draw(samples: int, calls: int, seed: Seed, offset: int | Tensor, device: torch.device, stream: int) -> Tensor:
+    """(samples, calls, 2) int64: packed words of every call of every sample, for c3 = stream."""
+    if calls > 2**32:
+        raise ValueError(f"a sample may spend 2^32 Philox calls, not {calls}: its elements would share numbers")
+    # Mixed grad and inference modes would make one guard, hence one compilation, each.
+    with torch.inference_mode(False), torch.no_grad():
+        # (seed low, seed high, step low, step high) -> (k0, k1, c2, c3)
+        constants = seed_tensor(seed, device).view(torch.int32).to(torch.int64) & _MASK32
+        constants[3] = stream
+        if isinstance(offset, Tensor):
+            offset = offset.to(device=device, dtype=torch.int64)
+        sample_n = (torch.arange(samples, device=device) + offset) & _MASK32
+        call = torch.arange(calls, device=device)
+        c0 = call.expand(samples, calls).reshape(-1)
+        c1 = sample_n[:, None].expand(samples, calls).reshape(-1)
+        return _rounds(c0, c1, constants).view(samples, calls, 2)
+
+
+def _stream(purpose: int, layer: int) -> int:
+    if not 0 <= layer < 2**16:
+        raise ValueError(f"layer must be in 0 .. 65535, got {layer}")
+    return purpose << 16 | layer
+
+
+def _channels_last(lanes: Tensor, shape: Sequence[int]) -> Tensor:
+    """(N, at least C*spatial) lanes in element order -> (N, C, *spatial), dense and channels last in memory."""
+    samples, channels, *spatial = shape
+    elements = channels * _prod(spatial)
+    return lanes[:, :elements].reshape(samples, *spatial, channels).movedim(-1, 1)
+
+
+def _prod(numbers: Sequence[int]) -> int:
+    total = 1
+    for number in numbers:
+        total *= number
+    return total
+
+
+# ------------------------------------------------------------------------------------------------- public functions
+
+
+def uniform_bits(
+    count: int,
+    seed: Seed,
+    offset: int | Tensor = 0,
+    purpose: int = LEVELS,
+    *,
+    layer: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """One 32-bit word per sample: word 0 of call 0.
+
+    Args:
+        count: number of samples.
+        seed: int, int64 tensor (run seed, step) or None; see `seed_tensor`.
+        offset: number of the first sample in the global batch, int or 0-dim int64 tensor.
+        purpose, layer: the stream, one of this file's constants and a number below 2^16.
+        device: where to draw; default: the seed tensor's device, else the CPU.
+    Returns:
+        (count,) int64, uniform on 0 .. 2^32 - 1.
+    """
+    packed = _draw(count, 1, seed, offset, _device(device, seed), _stream(purpose, layer))
+    return packed[:, 0, 0] & _MASK32
+
+
+def normal(
+    shape: Sequence[int],
+    seed: Seed,
+    offset: int | Tensor = 0,
+    purpose: int = NOISE,
+    *,
+    layer: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal noise by Box-Muller, 4 values per call.
+
+    Words (w0, w1) give elements 4i and 4i + 1, words (w2, w3) give 4i + 2 and 4i + 3:
+    r = sqrt(-2 ln u1) with u1 = w0 2^-32 + 2^-33, times cos and sin of 2 pi w1 2^-32, all in fp32. No value passes 6.77.
+
+    Args:
+        shape: (N, C, *spatial).
+        seed, offset, purpose, layer, device: as in `uniform_bits`.
+    Returns:
+        fp32 of the given shape, channels last in memory.
+    """
+    elements = _prod(shape[1:])
+    packed = _draw(shape[0], -(-elements // 4), seed, offset, _device(device, seed), _stream(purpose, layer))
+    signed = packed.view(torch.int32).unflatten(-1, (2, 2)).to(torch.float32) * 2.0**-32
+    # The words are read as signed. For the angle that is the same turn, measured from -pi and so rounded more finely.
+    fraction, turn = signed.unbind(-1)
+    fraction = torch.where(fraction < 0, fraction + 1.0, fraction)
+    radius = torch.sqrt(-2.0 * torch.log(fraction + 2.0**-33))
+    angle = turn * (2.0 * torch.pi)
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return _channels_last(pairs.flatten(1), shape)
+
+
+def dropout_threshold(p: float) -> int:
+    """Number of the 65,536 values of a 16-bit lane that are dropped, round(65536 p).
+
+    Raises:
+        ValueError: if p is outside [0, 1) or rounds to 1, where nothing would be kept.
+    """
+    threshold = round(p * 65536) if 0.0 <= p < 1.0 else -1
+    if not 0 <= threshold < 65536:
+        raise ValueError(f"dropout must be in [0, 1), at most 0.99999; got {p}")
+    return threshold
+
+
+def dropout_keep_mask(
+    like: Tensor | Sequence[int],
+    p: float,
+    seed: Seed,
+    offset: int | Tensor = 0,
+    layer: int = 0,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which elements dropout keeps: those whose 16-bit lane is at least round(65536 p).
+
+    Args:
+        like: a tensor (N, C, *spatial), or such a shape.
+        p: probability of dropping an element, applied as round(65536 p) / 65536.
+        seed, offset: as in `uniform_bits`. Equal seeds give equal masks: so student and teacher share one.
+        layer: number of the layer in the network, below 2^16; different layers have independent masks.
+        device: where to draw; default: that of `like`, else of the seed.
+    Returns:
+        bool (N, C, *spatial), True where kept, channels last in memory.
+    """
+    if isinstance(like, Tensor):
+        device = like.device if device is None else device
+        like = like.shape
+    threshold = dropout_threshold(p)
+    elements = _prod(like[1:])
+    packed = _draw(like[0], -(-elements // 8), seed, offset, _device(device, seed), _stream(DROPOUT, layer))
+    # Flipping the top bit maps lanes 0 .. 65535 to -32768 .. 32767 in order. On a CPU two clamped int16 passes take
+    # half the time of `>=`, which int16 -> bool does one element at a time.
+    lanes = packed.view(torch.int16).flatten(1) ^ -32768
+    if threshold == 0:
+        return _channels_last(torch.ones_like(lanes, dtype=torch.bool), like)
+    border = threshold - 32768
+    keep = (lanes.clamp_(border - 1, border) - (border - 1)).to(torch.uint8).view(torch.bool)
+    return _channels_last(keep, like)
+
+
+def flip_bits(seed: int, sample_numbers: Tensor) -> Tensor:
+    """One fair bit for each sample of a run: does its image appear mirrored this time?
+
+    Args:
+        seed: run seed, an int modulo 2^64.
+        sample_numbers: int64 of any shape: n = step * global batch + place in it, counted over the whole run.
+    Returns:
+        uint8 of the same shape and device, 0 or 1: the low bit of word 0 for the counter (n low, n high, 0, FLIP << 16).
+    """
+    run_seed, _ = seed_tensor(seed, sample_numbers.device).unbind()
+    zero = torch.zeros_like(run_seed)
+    words = philox(
+        sample_numbers & _MASK32,
+        (sample_numbers >> 32) & _MASK32,
+        zero,
+        zero + (FLIP << 16),
+        run_seed & _MASK32,
+        (run_seed >> 32) & _MASK32,
+    )
+    return (words[0] & 1).to(torch.uint8)
+
+
+def _device(device: torch.device | str | None, seed: Seed) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return seed.device if isinstance(seed, Tensor) else torch.device("cpu")

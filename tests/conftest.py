@@ -1,0 +1,38 @@
+"""Set-up that several test files share."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ict_fast import presets
+from ict_fast.config import Config
+
+# Two threads, here and in every process that a test starts: results are compared to the last bit.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def digits_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared digits."""
+    from ict_fast.data.prepare import prepare_digits
+
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture
+def tiny(digits_store: Path) -> Config:
+    """The digits preset shrunk until a step takes milliseconds; dropout on, all eight stages."""
+    preset = presets.get("digits")
+    return replace(
+        preset,
+        data=replace(preset.data, path=str(digits_store), flip=True),
+        network=replace(preset.network, channels=8, dropout=0.2),
+        training=replace(preset.training, total_steps=24, batch_size=16),
+        logging=replace(preset.logging, log_every=4, grid_every=0, checkpoint_every=5),
+    )

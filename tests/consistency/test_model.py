@@ -1,0 +1,67 @@
+"""The consistency function's boundary condition and preconditioning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ict_fast.config import Config
+from ict_fast.consistency.model import ConsistencyModel, build_seeded_network, noise_condition
+
+
+def _awake(model: ConsistencyModel) -> ConsistencyModel:
+    """Random weights everywhere: fresh networks have zeros at their ends."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_f_at_sigma_min_is_the_identity_to_the_last_bit(tiny: Config) -> None:
+    model = _awake(ConsistencyModel(tiny))
+    x = 3 * torch.randn(16, 1, 8, 8)
+    assert torch.equal(model(x, tiny.method.sigma_min), x)
+    assert not torch.equal(model(x, 2 * tiny.method.sigma_min), x)
+
+
+def test_forward_equals_the_equation_in_float64(tiny: Config) -> None:
+    model = _awake(ConsistencyModel(tiny))
+    x = torch.randn(5, 1, 8, 8)
+    sigma = torch.tensor([0.002, 0.1, 0.821, 5.0, 80.0])
+    seen = {}
+
+    def record(module: torch.nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+        seen.update(input=arguments[0], noise=arguments[1], output=output)
+
+    model.network.register_forward_hook(record)
+    denoised = model(x, sigma)
+    for i, s in enumerate(sigma.double().tolist()):
+        c_in = 1 / math.sqrt(s**2 + 0.25)
+        c_skip = 0.25 / ((s - 0.002) ** 2 + 0.25)
+        c_out = 0.5 * (s - 0.002) / math.sqrt(s**2 + 0.25)
+        torch.testing.assert_close(seen["input"][i].double(), c_in * x[i].double(), rtol=1e-6, atol=1e-7)
+        assert float(seen["noise"][i]) == pytest.approx(math.log(s) / 4, rel=1e-6)
+        expected = c_skip * x[i].double() + c_out * seen["output"][i].double()
+        torch.testing.assert_close(denoised[i].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adm_noise_condition_is_openais() -> None:
+    sigma = torch.tensor([0.002, 1.0, 80.0])
+    expected = [250 * math.log(0.002), 0.0, 250 * math.log(80.0)]
+    assert noise_condition(sigma, "adm-openai").tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_seed_alone_decides_the_initial_weights(tiny: Config) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = build_seeded_network(tiny).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), before), "the ambient generator was disturbed"
+    torch.manual_seed(6)
+    second = build_seeded_network(tiny).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = build_seeded_network(replace(tiny, training=replace(tiny.training, seed=1))).state_dict()
+    assert any(not torch.equal(first[name], other[name]) for name in first)

@@ -1,0 +1,202 @@
+"""`evaluate` from end to end, with stand-ins for models whose quality is known."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from ict_fast.config import Config
+from ict_fast.data.prepare import prepare_digits
+from ict_fast.data.store import write_store
+from ict_fast.errors import InputError, TrainingError
+from ict_fast.evaluation import evaluate, table
+from ict_fast.evaluation.features import digits
+from rich.console import Console
+from torch import nn
+
+
+class RemembersDigits(nn.Module):
+    """Turns pure noise into one of the digits, picked by its first pixel, and anything else into the nearest."""
+
+    def __init__(self, num_classes=0):
+        super().__init__()
+        config = Config()
+        self.config = dataclasses.replace(
+            config, network=dataclasses.replace(config.network, num_classes=num_classes)
+        )
+        images, labels = digits()
+        order = np.argsort(labels, kind="stable")
+        self.images = nn.Parameter(torch.from_numpy(images[order]).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        self.first = torch.from_numpy(np.searchsorted(labels[order], np.arange(11)))
+        self.seen_labels = []
+
+    def forward(self, x, sigma, labels=None):
+        assert not self.training, "evaluated in training mode"
+        if sigma < 10:
+            return self.images[torch.cdist(x.flatten(1), self.images.flatten(1)).argmin(1)]
+        uniform = torch.special.ndtr(x[:, 0, 0, 0] / sigma).clamp(0, 1 - 1e-6)
+        if labels is None:
+            return self.images[(uniform * len(self.images)).long()]
+        self.seen_labels.append(labels)
+        begin, end = self.first[labels], self.first[labels + 1]
+        return self.images[begin + (uniform * (end - begin)).long()]
+
+
+class Paints(nn.Module):
+    """Returns whatever it is told to."""
+
+    def __init__(self, painter):
+        super().__init__()
+        self.config = Config()
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.painter = painter
+
+    def forward(self, x, sigma, labels=None):
+        return self.painter(x)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="module")
+def good(store):
+    return evaluate(RemembersDigits(), store, count=2000)
+
+
+def test_a_model_that_returns_real_digits_is_as_near_as_real_halves(good):
+    halves = good["reference"]["halves"]
+    assert good["one_step"]["frechet_distance"] < halves
+    assert good["two_step"]["frechet_distance"] < halves
+    assert good["one_step"]["relative_to_noise"] < 0.01
+    assert good["one_step"]["relative_to_gaussian"] < 0.1
+
+
+def test_a_model_that_returns_noise_scores_as_noise(store):
+    result = evaluate(Paints(lambda x: torch.erf(x / 80 / 2**0.5)), store, steps=(1,), count=2000)
+    assert result["one_step"]["relative_to_noise"] == pytest.approx(1, abs=0.05)
+
+
+def test_a_model_that_returns_one_image_scores_far_worse_than_a_gaussian(store):
+    image = torch.from_numpy(digits()[0][0]).permute(2, 0, 1) / 127.5 - 1
+    result = evaluate(Paints(lambda x: image.expand_as(x)), store, steps=(1,), count=100)
+    assert result["one_step"]["relative_to_gaussian"] > 3
+
+
+def test_the_result_is_json_with_what_is_needed_to_repeat_it(good, store):
+    assert json.loads(json.dumps(good)) == good
+    assert good["count"] == 2000
+    assert good["seed"] == 0
+    assert good["one_step"]["sigmas"] == [80.0]
+    assert len(good["two_step"]["sigmas"]) == 2
+    assert good["features"]["accuracy"] >= 0.97
+    assert good["reference_path"] == str(store)
+    assert len(good["reference_fingerprint"]) == 64
+    assert good["versions"]["torch"] == torch.__version__.split("+")[0] or good["versions"]["torch"]
+
+
+def test_the_same_seed_repeats_the_result_and_another_changes_the_samples_only(good, store):
+    assert evaluate(RemembersDigits(), store, count=2000) == good
+    other = evaluate(RemembersDigits(), store, count=2000, seed=1)
+    assert other["reference"] == good["reference"]
+    assert other["one_step"]["frechet_distance"] != good["one_step"]["frechet_distance"]
+
+
+def test_any_number_of_steps_has_a_key(store):
+    result = evaluate(RemembersDigits(), store, steps=(3, 12), count=50)
+    assert result["steps"] == [3, 12]
+    assert {"three_step", "12_step"} <= result.keys()
+
+
+def test_by_default_5000_images_are_sampled(store):
+    assert evaluate(RemembersDigits(), store, steps=(1,))["count"] == 5000
+
+
+def test_a_conditional_model_gets_labels_in_the_references_proportions(tmp_path):
+    images, labels = digits()
+    kept = labels < 2
+    kept &= (labels == 0) | (np.arange(len(labels)) % 4 == 0)
+    names = [str(number) for number in range(10)]
+    path = write_store(tmp_path / "two", images[kept], labels[kept], source="test", recipe="test", classes=names)
+    model = RemembersDigits(num_classes=10)
+    result = evaluate(model, path, steps=(1,), count=2000)
+    seen = torch.cat(model.seen_labels)
+    assert seen.unique().tolist() == [0, 1]
+    assert (seen == 0).double().mean().item() == pytest.approx((labels[kept] == 0).mean(), abs=0.03)
+    assert result["one_step"]["relative_to_gaussian"] < 0.5
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(store):
+    model = RemembersDigits().train()
+    evaluate(model, store, steps=(1,), count=10)
+    assert model.training
+
+
+def test_progress_rises_to_one(store):
+    seen = []
+    evaluate(RemembersDigits(), store, count=600, progress=lambda fraction, text: seen.append((fraction, text)))
+    fractions = [fraction for fraction, _ in seen]
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+    assert any("sampling 600 images in two steps" in text for _, text in seen)
+
+
+def test_the_table_names_every_distance(good):
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(json.loads(json.dumps(good))))
+    text = console.export_text()
+    for words in ("one half to the other", "one step", "two steps", "Gaussian fitted", "uniform noise", "100.00%"):
+        assert words in text
+    assert f"{good['one_step']['frechet_distance']:.3f}" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_are_a_failure_of_training(store, value):
+    def one_bad_image(x):
+        images = torch.zeros_like(x)
+        images[3] = value
+        return images if value != value else images / torch.zeros(1)
+
+    with pytest.raises(TrainingError, match="NaN or infinite.*diverged"):
+        evaluate(Paints(one_bad_image), store, count=10)
+
+
+def _write(path, images, classes=()):
+    return write_store(
+        path, images, np.zeros(len(images), np.int64), source="test", recipe="test", classes=classes
+    )
+
+
+@pytest.mark.parametrize(("shape", "seen"), [((4, 16, 16, 1), "16x16"), ((4, 8, 8, 3), "3 channels")])
+def test_a_reference_of_another_size_is_refused(tmp_path, shape, seen):
+    path = _write(tmp_path / "other", np.zeros(shape, np.uint8))
+    with pytest.raises(InputError, match=f"{seen}.*the model makes 8x8 with 1 channel;"):
+        evaluate(RemembersDigits(), path)
+
+
+def test_images_other_than_the_digits_are_refused_with_what_to_do(tmp_path):
+    path = _write(tmp_path / "other", noise_like_digits := 255 - digits()[0][:10])
+    assert len(noise_like_digits) == 10
+    with pytest.raises(InputError, match="other images than .*digits.*ict-fast prepare digits"):
+        evaluate(RemembersDigits(), path)
+
+
+def test_too_few_images_are_refused(store, tmp_path):
+    with pytest.raises(InputError, match="--count is 1; .*at least 2"):
+        evaluate(RemembersDigits(), store, count=1)
+    with pytest.raises(InputError, match="holds 3 images; .*at least 4"):
+        evaluate(RemembersDigits(), _write(tmp_path / "few", digits()[0][:3]))
+
+
+@pytest.mark.parametrize("steps", [(), (0,), (1, -2)])
+def test_senseless_steps_are_refused(store, steps):
+    with pytest.raises(InputError, match="--steps is .*each at least 1"):
+        evaluate(RemembersDigits(), store, steps=steps)
+
+
+def test_a_model_of_other_classes_is_refused(tmp_path):
+    path = _write(tmp_path / "unlabelled", digits()[0][:10])
+    with pytest.raises(InputError, match="has 0 classes, the model 10"):
+        evaluate(RemembersDigits(num_classes=10), path)

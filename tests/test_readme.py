@@ -1,0 +1,84 @@
+"""Every command of the README runs as it stands there (training shortened, in an empty directory)."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = ["--training.total-steps", "16", "--logging.grid-every", "0", "--device", "cpu"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+def test_the_readmes_ict_fast_commands_run_in_their_order(workshop: Path) -> None:
+    ran = 0
+    for command in commands():
+        if command[0] != "ict-fast":
+            continue
+        if command[1] == "train" and "--dry-run" not in command:
+            command = [*shlex.split(re.sub(r"--training.total-steps \d+", "", shlex.join(command))), *SHORT]
+        run = subprocess.run(
+            [sys.executable, "-m", "ict_fast", *command[1:]],
+            cwd=workshop,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, f"{shlex.join(command)}\n{run.stdout}{run.stderr}"
+        ran += 1
+    assert ran >= 7
+    for name in ("digits.png", "samples.npz", "runs/digits/config.json"):
+        assert (workshop / name).exists()
+
+
+def test_the_other_commands_are_ones_that_exist() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for command in commands():
+        if command[0] == "make":
+            assert command[1] in targets
+        elif command[0] == "pip":
+            assert (ROOT / "constraints.txt").exists()
+        elif command[0] in ("pytest", "python"):
+            assert (ROOT / command[1]).exists()
+        else:
+            assert command[0] == "ict-fast", command
+
+
+def test_the_readmes_python_runs(workshop: Path) -> None:
+    for block in blocks("python"):
+        code = block.replace('config = ict_fast.presets.get("digits")', _SHORT_CONFIG)
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=workshop, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, f"{code}\n{run.stderr}"
+
+
+_SHORT_CONFIG = """
+from dataclasses import replace
+config = ict_fast.presets.get("digits")
+config = replace(config, training=replace(config.training, total_steps=16))
+"""
+
+
+def test_the_readmes_picture_is_there() -> None:
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / picture).stat().st_size > 1000

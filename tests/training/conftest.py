@@ -1,0 +1,65 @@
+"""Runs of the trainer in this process and in others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ict_fast.config import Config
+from ict_fast.data.loaders import Batch
+
+
+def flags(config: Config) -> list[str]:
+    """The command-line options that turn the default preset into `config`'s fields of interest."""
+    training, logging = config.training, config.logging
+    return [
+        *("--data.path", config.data.path, "--data.flip" if config.data.flip else "--data.no-flip"),
+        *("--network.channels", str(config.network.channels), "--network.dropout", str(config.network.dropout)),
+        *("--training.total-steps", str(training.total_steps), "--training.batch-size", str(training.batch_size)),
+        *("--training.micro-batch", str(training.micro_batch)),
+        *("--logging.log-every", str(logging.log_every), "--logging.grid-every", str(logging.grid_every)),
+        *("--logging.checkpoint-every", str(logging.checkpoint_every)),
+    ]
+
+
+@pytest.fixture
+def command() -> Callable[..., subprocess.Popen]:
+    """Starts `ict-fast train` on the CPU in a process of its own."""
+
+    def start(config: Config, out: Path, *extra: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "ict_fast", "train", "--device", "cpu", "--out", str(out)),
+                *flags(config),
+                *extra,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+
+    return start
+
+
+@pytest.fixture
+def batches() -> Callable[..., list[Batch]]:
+    """Makes the micro-batches of a step from random images: (config, step, size of a micro-batch)."""
+
+    def make(config: Config, step: int = 0, size: int | None = None) -> list[Batch]:
+        generator = torch.Generator().manual_seed(step)
+        total = config.training.batch_size
+        images = torch.randint(0, 256, (total, 8, 8, 1), dtype=torch.uint8, generator=generator)
+        flip = torch.randint(0, 2, (total,), dtype=torch.uint8, generator=generator)
+        labels = torch.arange(total) % 10
+        size = size or total
+        starts = range(0, total, size)
+        return [Batch(images[i : i + size], labels[i : i + size], flip[i : i + size], i) for i in starts]
+
+    return make

@@ -1,0 +1,123 @@
+"""A run that was interrupted ends exactly as one that was not."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from ict_fast.checkpoint import open_checkpoint
+from ict_fast.config import Config
+from ict_fast.training.trainer import train
+
+
+def _log(out: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len({record["step"] for record in records}) == len(records), "a step was logged twice"
+    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records}
+
+
+def _assert_same_run(ours: Path, theirs: Path, step: int) -> None:
+    """Weights, EMA, optimizer state and log losses, bit for bit."""
+    for name in ("weights", "ema", "optimizer"):
+        file = f"checkpoints/step-{step:08d}/{name}.safetensors"
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), f"{name} differ"
+    with safe_open(ours / f"checkpoints/step-{step:08d}/optimizer.safetensors", "pt") as tensors:
+        assert any(key.endswith("exp_avg_sq") for key in tensors.keys())  # noqa: SIM118
+    assert _log(ours) == _log(theirs)
+    assert max(_log(ours)) == step
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4], ids=["whole-batch", "accumulated"])
+def test_stopping_anywhere_and_resuming_changes_no_bit(tiny: Config, tmp_path: Path, micro_batch: int) -> None:
+    config = replace(tiny, training=replace(tiny.training, micro_batch=micro_batch))
+    train(config, out=tmp_path / "whole", device="cpu")
+    _interrupt_at(config, tmp_path / "broken", steps=[3, 11, 17])
+    _assert_same_run(tmp_path / "whole", tmp_path / "broken", 24)
+
+
+def _interrupt_at(config: Config, out: Path, steps: list[int]) -> None:
+    """Runs `config` in this process, abandoned without saving when each of `steps` is reached."""
+    from ict_fast.training.step import TrainStep
+
+    class PowerCut(Exception):
+        pass
+
+    original = TrainStep.__call__
+    for cut in steps:
+
+        def until(self: TrainStep, step: int, batches: object, cut: int = cut) -> None:
+            if step == cut:
+                raise PowerCut
+            original(self, step, batches)
+
+        TrainStep.__call__ = until  # type: ignore[method-assign]
+        try:
+            with pytest.raises(PowerCut):
+                train(config, out=out, device="cpu")
+        finally:
+            TrainStep.__call__ = original  # type: ignore[method-assign]
+    assert train(config, out=out, device="cpu").step == config.training.total_steps
+
+
+def test_two_kill_nines_and_reruns_of_the_command_change_no_bit(
+    tiny: Config, tmp_path: Path, command: Callable[..., subprocess.Popen]
+) -> None:
+    # Long enough that a kill meets it in the middle; checkpoints at odd steps.
+    config = replace(
+        tiny,
+        training=replace(tiny.training, total_steps=160, micro_batch=8),
+        logging=replace(tiny.logging, log_every=10, checkpoint_every=7),
+    )
+    whole = command(config, tmp_path / "whole")
+    out, choose = tmp_path / "killed", random.Random(0)
+    for _ in range(2):
+        before = _newest(out)
+        process = command(config, out)
+        while _newest(out) <= before + 7 and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(choose.uniform(0, 0.3))
+        assert process.poll() is None, process.communicate()[0]
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    process = command(config, out)
+    assert process.wait(timeout=120) == 0, process.communicate()[0]
+    assert whole.wait(timeout=120) == 0
+    _assert_same_run(tmp_path / "whole", out, 160)
+
+
+def _newest(out: Path) -> int:
+    pointer = out / "checkpoints" / "latest"
+    pointer = pointer if pointer.exists() else out / "latest"
+    return int(pointer.read_text().strip().split("-")[-1]) if pointer.exists() else 0
+
+
+def test_a_signal_saves_and_stops_and_the_same_command_resumes(
+    tiny: Config, tmp_path: Path, command: Callable[..., subprocess.Popen]
+) -> None:
+    config = replace(
+        tiny,
+        training=replace(tiny.training, total_steps=100_000),
+        logging=replace(tiny.logging, log_every=1, checkpoint_every=100_000),
+    )
+    out, saved = tmp_path / "run", 0
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = command(config, out)
+        while (not (out / "log.jsonl").exists() or max(_log(out), default=0) <= saved) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == code, output
+        assert "stopped and saved at step" in output
+        assert "Traceback" not in output
+        assert ("resuming at step" in output) == (saved > 0)
+        assert open_checkpoint(out).step > saved
+        saved = open_checkpoint(out).step

@@ -1,0 +1,157 @@
+"""One step: no waiting for the device, non-finite gradients, accumulation, precision, the averages."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ict_fast import consistency
+from ict_fast.config import Config
+from ict_fast.training.step import TrainStep, ema_decay, trunk_dtype
+
+CPU = torch.device("cpu")
+Batches = Callable[..., list]
+
+
+def _vector(step: TrainStep) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in step.network.parameters()])
+
+
+@contextmanager
+def _no_host_synchronisation() -> Iterator[list[str]]:
+    """Every way in which a tensor's value reaches the host is recorded."""
+    seen: list[str] = []
+    names = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+    originals = {name: getattr(torch.Tensor, name) for name in names}
+    try:
+        for name, original in originals.items():
+
+            def spy(self: torch.Tensor, *args: object, n: str = name, o: object = original, **kw: object) -> object:
+                seen.append(n)
+                return o(self, *args, **kw)  # type: ignore[operator]
+
+            setattr(torch.Tensor, name, spy)
+        yield seen
+    finally:
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+
+
+@pytest.mark.parametrize("teacher", ["student", "ema"])
+def test_a_step_never_waits_for_the_device(tiny: Config, batches: Batches, teacher: str) -> None:
+    config = replace(tiny, method=replace(tiny.method, teacher=teacher))
+    train_step = TrainStep(config, CPU)
+    for step in range(2):  # tables are built on the first one
+        train_step(step, batches(config, step, 8))
+    ready = [batches(config, step, 8) for step in range(2, 6)]
+    with _no_host_synchronisation() as seen:
+        for step, batch in enumerate(ready, start=2):
+            train_step(step, batch)
+    assert seen == []
+
+
+def test_a_non_finite_gradient_changes_nothing_and_is_counted(tiny: Config, batches: Batches) -> None:
+    train_step = TrainStep(replace(tiny, method=replace(tiny.method, teacher="ema")), CPU)
+    train_step(0, batches(tiny))
+    before = copy.deepcopy(train_step.tensors())
+
+    def poison(parameter: torch.Tensor) -> None:
+        parameter.grad.view(-1)[0] = torch.nan  # type: ignore[union-attr]
+
+    victim = next(iter(train_step.network.parameters()))
+    handle = victim.register_post_accumulate_grad_hook(poison)
+    train_step(1, batches(tiny, 1))
+    train_step(2, batches(tiny, 2))
+    after = train_step.tensors()
+    for file in ("weights", "ema", "teacher"):
+        assert all(torch.equal(before[file][name], after[file][name]) for name in before[file]), file
+    moments = [name for name in before["optimizer"] if name.endswith(("exp_avg", "exp_avg_sq", ".step"))]
+    assert len(moments) == 3 * len(list(train_step.network.parameters()))
+    assert all(torch.equal(before["optimizer"][name], after["optimizer"][name]) for name in moments)
+    assert int(train_step.optimizer.skipped) == 2
+    assert int(train_step.skipped_in_a_row) == 2
+
+    handle.remove()
+    train_step(3, batches(tiny, 3))
+    assert int(train_step.optimizer.skipped) == 2
+    train_step.reset_loss()
+    train_step(4, batches(tiny, 4))
+    assert int(train_step.skipped_in_a_row) == 0
+    assert not torch.equal(_vector(train_step), torch.cat([v.flatten() for v in before["weights"].values()])[:1])
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny: Config, batches: Batches) -> None:
+    vectors = []
+    for size in (16, 4):
+        train_step = TrainStep(tiny, CPU)
+        for step in range(3):
+            train_step(step, batches(tiny, step, size))
+        vectors.append(_vector(train_step).double())
+    assert float((vectors[0] - vectors[1]).norm() / vectors[0].norm()) < 1e-5
+
+
+def test_ema_follows_its_recurrence(tiny: Config, batches: Batches) -> None:
+    train_step = TrainStep(tiny, CPU)
+    expected = _vector(train_step).double()
+    for step in range(4):
+        train_step(step, batches(tiny, step))
+        decay = min(0.999, (step + 1) / (step + 10))
+        expected = decay * expected + (1 - decay) * _vector(train_step).double()
+    weights = train_step.ema_weights()
+    names = [name for name, _ in train_step.network.named_parameters()]
+    ours = torch.cat([weights[name].flatten() for name in names]).double()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_ema_files_hold_the_buffers_of_the_network(tiny: Config, batches: Batches) -> None:
+    train_step = TrainStep(tiny, CPU)
+    train_step(0, batches(tiny))
+    ema, buffers = train_step.ema_weights(), dict(train_step.network.named_buffers())
+    assert ema.keys() == train_step.network.state_dict().keys()
+    assert buffers, "NCSN++ has Fourier frequencies"
+    assert all(torch.equal(ema[name], value) for name, value in buffers.items())
+
+
+def test_warm_up_of_the_ema(tiny: Config) -> None:
+    assert [ema_decay(k, tiny) for k in (0, 9, 10**6)] == pytest.approx([0.1, 10 / 19, 0.999])
+    cold = replace(tiny, optimizer=replace(tiny.optimizer, ema_warmup=False))
+    assert ema_decay(0, cold) == 0.999
+
+
+def test_ema_teacher_follows_its_recurrence(tiny: Config, batches: Batches) -> None:
+    config = replace(tiny, method=replace(tiny.method, teacher="ema"))
+    train_step = TrainStep(config, CPU)
+    assert train_step.teacher is not None
+    expected = _vector(train_step).double()
+    for step in range(4):
+        train_step(step, batches(config, step))
+        scales = consistency.num_scales(step, config.training.total_steps, config.method)
+        decay = 0.9 ** (config.method.s0 / scales)
+        expected = decay * expected + (1 - decay) * _vector(train_step).double()
+    teacher = torch.cat([p.flatten() for p in train_step.teacher.parameters()]).double()
+    torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_precision_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
+    assert trunk_dtype("auto", CPU) is None
+    assert trunk_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert trunk_dtype("bf16", CPU) is torch.bfloat16
+    assert trunk_dtype("fp32", torch.device("cuda")) is None
+
+
+def test_bf16_trunk_keeps_the_loss_and_the_gradients_in_fp32(tiny: Config, batches: Batches) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        config = replace(tiny, training=replace(tiny.training, precision=precision))
+        train_step = TrainStep(config, CPU)
+        for step in range(3):
+            train_step(step, batches(config, step))
+        losses.append(float(train_step.loss_sum / train_step.loss_count))
+        assert all(parameter.dtype == torch.float32 for parameter in train_step.network.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]

@@ -1,0 +1,347 @@
+"""The loop and the run's directory: what is written, what is refused, what survives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ict_fast import checkpoint as checkpoint_module
+from ict_fast.checkpoint import open_checkpoint
+from ict_fast.config import Config
+from ict_fast.consistency import load_model, sample
+from ict_fast.errors import InputError, TrainingError
+from ict_fast.training import trainer
+from ict_fast.training.describe import describe
+from ict_fast.training.launch import resolve_device
+from ict_fast.training.monitor import Monitor
+from ict_fast.training.trainer import train
+
+
+def _records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, digits_store: Path) -> tuple[Config, Path]:
+    """A finished run of 24 steps."""
+    from ict_fast import presets
+
+    preset = presets.get("digits")
+    config = replace(
+        preset,
+        data=replace(preset.data, path=str(digits_store)),
+        network=replace(preset.network, channels=8, dropout=0.1),
+        training=replace(preset.training, total_steps=24, batch_size=16),
+        logging=replace(preset.logging, log_every=5, grid_every=12, checkpoint_every=8),
+    )
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(config, out=out, device="cpu").exit_code == 0
+    return config, out
+
+
+@pytest.fixture
+def run(finished: tuple[Config, Path], tmp_path: Path) -> tuple[Config, Path]:
+    """A copy of the finished run that a test may spoil."""
+    config, out = finished
+    shutil.copytree(out, tmp_path / "run")
+    return config, tmp_path / "run"
+
+
+def test_a_run_leaves_what_the_design_names(finished: tuple[Config, Path]) -> None:
+    config, out = finished
+    assert [record["step"] for record in _records(out)] == [5, 10, 15, 20, 24]
+    assert [record["num_scales"] for record in _records(out)] == [21, 81, 161, 641, 1281]
+    assert all(record["loss"] > 0 and record["skipped"] == 0 for record in _records(out))
+    steps = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000016", "step-00000024"], "the newest two"
+    assert json.loads((out / "config.json").read_text())["network"]["channels"] == 8
+    for step in (12, 24):
+        assert Image.open(out / f"grids/step-{step:08d}.png").size >= (8 * 48, 8 * 48)
+
+
+def test_the_grid_is_the_ema_weights_sampled_from_fixed_seeds(finished: tuple[Config, Path]) -> None:
+    _, out = finished
+    from ict_fast.data.pictures import image_grid, to_uint8
+
+    expected = image_grid(to_uint8(sample(load_model(out), 64)))
+    seen = Image.open(out / "grids/step-00000024.png")
+    assert np.array_equal(np.asarray(seen), np.asarray(expected))
+    raw = image_grid(to_uint8(sample(load_model(out, weights="weights"), 64)))
+    assert not np.array_equal(np.asarray(seen), np.asarray(raw))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished: tuple[Config, Path]) -> None:
+    config, out = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    result = train(config, out=out, device="cpu")
+    assert result.exit_code == 0
+    assert "is finished" in result.message
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("optimizer", "lr", 1e-3),
+        ("network", "dropout", 0.5),
+        ("method", "metric", "l2"),
+        ("training", "seed", 1),
+        ("training", "batch_size", 32),
+    ],
+)
+def test_another_science_is_refused_by_the_fields_name(
+    finished: tuple[Config, Path], section: str, field: str, value: object
+) -> None:
+    config, out = finished
+    other = replace(config, **{section: replace(getattr(config, section), **{field: value})})
+    with pytest.raises(InputError, match=rf"{section}\.{field} \(there .*, asked {value!r}\)"):
+        train(other, out=out, device="cpu")
+
+
+def test_every_differing_field_is_named(finished: tuple[Config, Path]) -> None:
+    config, out = finished
+    other = replace(
+        config,
+        optimizer=replace(config.optimizer, lr=1.0),
+        training=replace(config.training, total_steps=30),
+    )
+    with pytest.raises(InputError, match=r"optimizer\.lr.*training\.total_steps"):
+        train(other, out=out, device="cpu")
+
+
+def test_execution_may_differ_on_resume_and_extend_continues(
+    run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = run
+    other = replace(
+        config,
+        training=replace(config.training, micro_batch=8),
+        logging=replace(config.logging, log_every=2),
+    )
+    longer = replace(other, training=replace(other.training, total_steps=32))
+    with pytest.raises(InputError, match=r"--extend 32"):
+        train(longer, out=out, device="cpu")
+    result = train(other, out=out, device="cpu", extend=32)
+    assert result.step == 32
+    shown = capsys.readouterr().err
+    assert "resuming at step 24 of 32" in shown
+    assert "N = 1281" in shown, "the new curriculum is printed"
+    assert _records(out)[-1]["step"] == 32
+    assert train(other, out=out, device="cpu", extend=32).message.endswith("32 steps are done")
+    with pytest.raises(InputError, match="--extend is 8"):
+        train(other, out=out, device="cpu", extend=8)
+
+
+def test_resume_never_and_must(run: tuple[Config, Path], tmp_path: Path) -> None:
+    config, out = run
+    with pytest.raises(InputError, match="there is a run in"):
+        train(config, out=out, device="cpu", resume="never")
+    with pytest.raises(InputError, match="there is no run in"):
+        train(config, out=tmp_path / "new", device="cpu", resume="must")
+    with pytest.raises(InputError, match="no run in .* to extend"):
+        train(config, out=tmp_path / "new", device="cpu", extend=99)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="--resume is maybe"):
+        train(config, out=out, device="cpu", resume="maybe")
+
+
+def test_a_directory_that_is_something_else_is_not_touched(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="holds no run"):
+        train(tiny, out=tmp_path, device="cpu")
+    with pytest.raises(InputError, match="is a file"):
+        train(tiny, out=tmp_path / "thesis.tex", device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_broken_config_file_is_named(run: tuple[Config, Path]) -> None:
+    config, out = run
+    (out / "config.json").write_text('{"network": ')
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
+        train(config, out=out, device="cpu")
+    (out / "config.json").write_text('{"netwrk": {}}')
+    with pytest.raises(InputError, match=r'netwrk; did you mean "network"'):
+        train(config, out=out, device="cpu")
+
+
+def test_an_altered_newest_checkpoint_falls_back_to_the_one_before(
+    finished: tuple[Config, Path], run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = run
+    victim = out / "checkpoints/step-00000024/weights.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    assert train(config, out=out, device="cpu").step == 24
+    shown = capsys.readouterr().err
+    assert "weights.safetensors" in shown
+    assert "resuming at step 16 of 24" in shown
+    whole = finished[1] / "checkpoints/step-00000024/weights.safetensors"
+    assert victim.read_bytes() == whole.read_bytes(), "trained again, bit for bit"
+    assert [record["step"] for record in _records(out)] == [5, 10, 15, 20, 24], "the log was cut back"
+
+
+def test_a_run_whose_checkpoints_are_all_broken_is_refused(run: tuple[Config, Path]) -> None:
+    config, out = run
+    for file in out.glob("checkpoints/*/ema.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"ema\.safetensors|broken|whole"):
+        train(config, out=out, device="cpu")
+
+
+def test_other_images_under_the_same_name_are_refused(run: tuple[Config, Path], tmp_path: Path) -> None:
+    from ict_fast.data.store import open_store, write_store
+
+    config, out = run
+    store = open_store(config.data.path)
+    images, labels = np.array(store.images), np.array(store.labels)
+    images[0] ^= 1
+    write_store(tmp_path / "other", images, labels, source="test", recipe="test", classes=list("0123456789"))
+    other = replace(config, data=replace(config.data, path=str(tmp_path / "other")))
+    shutil.rmtree(out / "checkpoints/step-00000024")
+    with pytest.raises(InputError, match="holds other images"):
+        train(other, out=out, device="cpu")
+
+
+def test_data_that_do_not_fit_the_network_are_refused(tiny: Config, tmp_path: Path) -> None:
+    larger = replace(tiny, network=replace(tiny.network, resolution=16, attention_resolutions=(8,)))
+    with pytest.raises(InputError, match=r"8x8 images of 1 channels; .* 16x16"):
+        train(larger, out=tmp_path / "run", device="cpu")
+    missing = replace(tiny, data=replace(tiny.data, path=str(tmp_path / "nothing")))
+    with pytest.raises(InputError, match=r"ict-fast prepare"):
+        train(missing, out=tmp_path / "run", device="cpu")
+    few = replace(tiny, network=replace(tiny.network, num_classes=5))
+    with pytest.raises(InputError, match=r"10 classes; --network.num-classes is 5"):
+        train(few, out=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@contextmanager
+def _full_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> Iterator[None]:
+    """The next `times` checkpoints meet a full disk."""
+    write, left = trainer.write_checkpoint, [times]
+
+    def full(*args: object, **kwargs: object) -> object:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        return write(*args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_checkpoint", full)
+        yield
+
+
+def test_a_full_disk_costs_a_warning_and_no_training(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _full_disk(monkeypatch, 2):
+        assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
+    shown = capsys.readouterr().err
+    assert shown.count("could not be written (No space left on device)") == 2
+    assert open_checkpoint(tmp_path / "run").step == 24
+
+
+def test_an_end_that_could_not_be_saved_is_a_failure(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        _full_disk(monkeypatch, 100),
+        pytest.raises(TrainingError, match="step 24 could not be saved"),
+    ):
+        train(tiny, out=tmp_path / "run", device="cpu")
+
+
+def test_too_many_non_finite_steps_in_a_row_end_the_run(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ict_fast.training.step import TrainStep
+
+    config = replace(tiny, training=replace(tiny.training, max_skipped_steps=6))
+    original = TrainStep.__call__
+
+    def poisoned(self: TrainStep, step: int, batches: object) -> None:
+        if step == 9:
+            next(iter(self.network.parameters())).register_post_accumulate_grad_hook(
+                lambda parameter: parameter.grad.fill_(torch.inf)
+            )
+        original(self, step, batches)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    with pytest.raises(TrainingError, match=r"steps in a row up to step 16"):
+        train(config, out=tmp_path / "run", device="cpu")
+    records = _records(tmp_path / "run")
+    assert records[-1]["step"] == 12
+    assert records[-1]["skipped"] == 3
+    weights = open_checkpoint(tmp_path / "run").tensors("weights")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_a_log_that_cannot_be_written_is_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = Monitor(tmp_path / "gone", first_step=0, total_steps=10, batch_size=1)
+    for step in (1, 2):
+        monitor.record(step, {"loss": 1.0, "num_scales": 11, "skipped": 0})
+    assert capsys.readouterr().err.count("cannot be written (No such file or directory)") == 1
+
+
+def test_dry_run_text_names_configuration_parameters_and_stages() -> None:
+    from ict_fast import presets
+
+    text = describe(presets.get("cifar10"))
+    assert '"batch_size": 1024' in text
+    assert "8: steps 350,000 to 399,999, N = 1281" in text
+    count = int(next(line for line in text.splitlines() if line.startswith("parameters")).split()[1].replace(",", ""))
+    assert count == pytest.approx(56.40e6, rel=0.005)
+    long = describe(presets.get("cifar10-ct2023"))
+    assert "stages: 149 (square-root)" in long or "stages: 150 (square-root)" in long
+    assert "..." in long
+
+
+def test_devices_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--gpus is 8, but torch sees no GPU"):
+        resolve_device("auto", 8)
+    with pytest.raises(InputError, match="--device is cuda"):
+        resolve_device("cuda", None)
+    with pytest.raises(InputError, match="exclude each other"):
+        resolve_device("cpu", 1)
+    with pytest.raises(InputError, match="--gpus is 0"):
+        resolve_device("auto", 0)
+    with pytest.raises(InputError, match="must be auto, cuda or cpu"):
+        resolve_device("tpu", None)
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_that_torch_cannot_use_is_never_passed_over_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ict_fast.training import launch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "nvidia_device_present", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(InputError, match="NVIDIA device that torch cannot use"):
+        resolve_device("auto")
+    assert resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(InputError, match="--gpus is 8, but torch sees 4"):
+        resolve_device("auto", 8)
+
+
+def test_non_finite_state_is_never_checkpointed(tmp_path: Path) -> None:
+    tensors = {"weights": {"w": torch.tensor([1.0, torch.nan])}, "ema": {}, "optimizer": {}}
+    with pytest.raises(TrainingError, match="w"):
+        checkpoint_module.write_checkpoint(tmp_path, 1, tensors, {"step": 1}, keep=2)
+    assert not list(tmp_path.glob("checkpoints/step-*"))

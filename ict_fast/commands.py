@@ -34,10 +34,10 @@ def train(options: TrainOptions) -> int:
         return errors.EXIT_DONE
     results.require_place(out, "--out")
 
-    from ict_fast.training import trainer
+    from ict_fast.training.trainer import train as train_run
 
     try:
-        result = trainer.train(
+        result = train_run(
             config,
             out=out,
             device=options.device,
@@ -69,18 +69,19 @@ def sample(options: SampleOptions) -> int:
     out = options.out if options.out is not None else results.run_folder(options.run) / "samples.png"
     results.require_sample_place(out, options.count)
 
-    from ict_fast import consistency
+    from ict_fast.consistency import load_model
+    from ict_fast.consistency import sample as sample_images
     from ict_fast.data.pictures import to_uint8
     from ict_fast.training.launch import resolve_device
 
     device = resolve_device(options.device, None)
-    model = consistency.load_model(options.run).to(device)
+    model = load_model(options.run).to(device)
     num_classes = model.config.network.num_classes
     labels: list[int] | None = None
     if num_classes or options.labels:
         labels = list(itertools.islice(itertools.cycle(options.labels or range(num_classes)), options.count))
     with _live_line() as progress:
-        samples = consistency.sample(
+        samples = sample_images(
             model,
             options.count,
             steps=steps,
@@ -106,9 +107,10 @@ def evaluate(options: EvaluateOptions) -> int:
     _seed(options.seed)
     results.require_run(options.run)
 
-    from ict_fast import evaluation
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
+    from ict_fast.evaluation import evaluate as evaluate_model
+    from ict_fast.evaluation import table
     from ict_fast.training.launch import resolve_device
 
     device = resolve_device(options.device, None)
@@ -119,12 +121,12 @@ def evaluate(options: EvaluateOptions) -> int:
     results.require_place(out.parent, "the run")
 
     with _live_line() as progress:
-        result = evaluation.evaluate(
+        result = evaluate_model(
             model, reference, steps=steps, count=options.count, seed=options.seed, progress=progress
         )
     result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **result}
     results.write(out, (json.dumps(result, indent=2) + "\n").encode())
-    _print_table(evaluation.table(result))
+    _print_table(table(result))
     print(f"written: {out}")
     return errors.EXIT_DONE
 

@@ -220,6 +220,10 @@ def validate(config: Config) -> None:
     network, method, optimizer = config.network, config.method, config.optimizer
     training, logging = config.training, config.logging
 
+    for name, value in _leaves(dataclasses.asdict(config)):
+        for number in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(number, float) or math.isfinite(number)
+            _require(finite, name.replace("_", "-"), number, "a finite number")
     for name, number in (
         ("network.resolution", network.resolution),
         ("network.image-channels", network.image_channels),
@@ -245,7 +249,8 @@ def validate(config: Config) -> None:
         _require(number >= 0, name, number, "0 or more")
     _require(training.seed < 2**63, "training.seed", training.seed, "below 2^63")
     _require(training.total_steps < 2**32, "training.total-steps", training.total_steps, "below 2^32")
-    _require(logging.keep_checkpoints >= 2, "logging.keep-checkpoints", logging.keep_checkpoints, "at least 2")
+    keep = logging.keep_checkpoints
+    _require(keep >= 2, "logging.keep-checkpoints", keep, "at least 2")
 
     _require(len(network.channel_mult) >= 1, "network.channel-mult", network.channel_mult, "one per level")
     _require(min(network.channel_mult) >= 1, "network.channel-mult", network.channel_mult, "positive numbers")

@@ -77,7 +77,9 @@ def table(found: list[Check]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table("", "status", "found")
+    shown = Table()
+    for heading in ("", "status", "found"):
+        shown.add_column(heading, overflow="fold")
     colours = {"ok": "green", "none": "dim", "warn": "yellow", "FAIL": "bold red"}
     for check in found:
         shown.add_row(check.name, Text(check.status, style=colours[check.status]), Text(check.found))

@@ -49,9 +49,9 @@ def evaluate(
         seed: of the samples' noise.
         progress: called with the fraction done in [0, 1] and what is being done.
     Returns:
-        JSON-able: one_step, two_step, ... (frechet_distance, relative_to_noise, relative_to_gaussian, sigmas);
-        reference (halves, noise, gaussian: distances for comparison, see `table`); count, seed and what else
-        the numbers depend on.
+        JSON-able: one_step, two_step, ..., 9_step (each frechet_distance, relative_to_noise,
+        relative_to_gaussian, sigmas); reference (halves, noise, gaussian: distances for comparison, see
+        `table`); count, seed and what else the numbers depend on.
     Raises:
         InputError: a reference of another resolution or channel count than the model's, or that does not hold
             digits; too few images; no or senseless steps.
@@ -78,7 +78,7 @@ def evaluate(
         text = f"sampling {count:,} images in {_in_words(number)}"
 
         def images_done(images: int, begun: int = done, number: int = number, text: str = text) -> None:
-            report(0.2 + 0.8 * (begun + number * images / count) / total, text)
+            report(0.2 + 0.79 * (begun + number * images / count) / total, text)
 
         value = distance.to(_sampled(model, count, number, labels, seed, images_done))
         measured[_key(number)] = {
@@ -120,7 +120,11 @@ def table(result: dict[str, Any]) -> Table:
     reference = result["reference"]
     count = f"{result['count']:,}"
     rows = [
-        ("real images, one half to the other", reference["halves"], "as near as real images are to each other"),
+        (
+            "real images, one half to the other",
+            reference["halves"],
+            "as near as real images are to each other",
+        ),
         *(
             (
                 f"generated in {_in_words(number)}",
@@ -129,13 +133,17 @@ def table(result: dict[str, Any]) -> Table:
             )
             for number in result["steps"]
         ),
-        ("Gaussian fitted to the pixels", reference["gaussian"], "what a linear model achieves; be well below"),
+        (
+            "Gaussian fitted to the pixels",
+            reference["gaussian"],
+            "what a linear model achieves; be well below",
+        ),
         ("uniform noise", reference["noise"], "the ceiling: no image at all"),
     ]
     shown = Table(
         title=f"Fréchet distance to {reference['count']:,} real images (lower is better)",
-        caption=f"features: {result['features']['name']}, right on {result['features']['accuracy']:.1%} of digits"
-        " that it has not seen. Compare only with distances of the same features and count.",
+        caption=f"features: {result['features']['name']}, right on {result['features']['accuracy']:.1%}"
+        " of digits that it has not seen. Compare only with distances of the same features and count.",
     )
     shown.add_column("images")
     shown.add_column("distance", justify="right")
@@ -158,14 +166,18 @@ def _in_words(number: int) -> str:
 def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
     if not steps or min(steps) < 1:
         shown = ",".join(map(str, steps)) or "empty"
-        raise InputError(f"--steps is {shown}; it must be numbers of sampling steps, each at least 1, like 1,2")
+        raise InputError(
+            f"--steps is {shown}; it must be numbers of sampling steps, each at least 1, like 1,2"
+        )
     return tuple(dict.fromkeys(steps))
 
 
 def _check_reference(model: ConsistencyModel, store: Store, count: int) -> None:
     network = model.config.network
     if count < 2:
-        raise InputError(f"--count is {count}; a Fréchet distance needs at least 2 images, and better thousands")
+        raise InputError(
+            f"--count is {count}; a Fréchet distance needs at least 2 images, and better thousands"
+        )
     ours = (network.resolution, network.resolution, network.image_channels)
     theirs = (store.resolution, store.resolution, store.image_channels)
     if ours != theirs:
@@ -180,7 +192,9 @@ def _check_reference(model: ConsistencyModel, store: Store, count: int) -> None:
             " these only; name a store made by `ict-fast prepare digits` as --reference"
         )
     if store.num_images < 4:
-        raise InputError(f"{store.path}: holds {store.num_images} images; two halves to compare need at least 4")
+        raise InputError(
+            f"{store.path}: holds {store.num_images} images; two halves to compare need at least 4"
+        )
 
 
 def _size(shape: tuple[int, int, int]) -> str:
@@ -220,7 +234,8 @@ def _sampled(
     broken = int((~images.isfinite()).flatten(1).any(1).sum())
     if broken:
         raise TrainingError(
-            f"{broken} of {count} images sampled in {_in_words(steps)} hold NaN or infinite values: the model's"
-            " training has diverged; evaluate an earlier checkpoint, or train again with a lower learning rate"
+            f"{broken} of {count} images sampled in {_in_words(steps)} hold NaN or infinite values: the"
+            " model's training has diverged; evaluate an earlier checkpoint, or train again with a lower"
+            " learning rate"
         )
     return to_uint8(images)

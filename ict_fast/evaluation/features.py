@@ -29,7 +29,7 @@ class DigitsFeatures(nn.Module):
     """A classifier of 8x8 digits whose last hidden layer is the feature vector; float64 throughout.
 
     Has the interface that torchmetrics' metrics ask of a feature module: `num_features`, uint8 images in.
-    The weights are unset: `digits_features` returns the trained one.
+    The weights are unset: `digits_features` returns a trained one.
 
     Attributes:
         name: what an evaluation records as its features.
@@ -78,19 +78,20 @@ def digits_features() -> DigitsFeatures:
     Returns:
         a module in evaluation mode without gradients, on the CPU.
     """
-    images_nhwc, labels = digits()
-    images, targets = torch.from_numpy(images_nhwc).permute(0, 3, 1, 2), torch.from_numpy(labels)
-    generator = torch.Generator().manual_seed(SEED)
-    order = torch.randperm(len(images), generator=generator)
-    held_out, training = order[:HELD_OUT], order[HELD_OUT:]
-
-    features = DigitsFeatures()
+    # Tensors made in inference mode cannot be trained on; whoever evaluates may be in it.
     with torch.inference_mode(False), torch.enable_grad(), _one_thread():
+        images_nhwc, labels = digits()
+        images, targets = torch.from_numpy(images_nhwc).permute(0, 3, 1, 2), torch.from_numpy(labels)
+        generator = torch.Generator().manual_seed(SEED)
+        order = torch.randperm(len(images), generator=generator)
+        held_out, training = order[:HELD_OUT], order[HELD_OUT:]
+
+        features = DigitsFeatures()
         _initialise(features, generator)
         _train(features, images[training], targets[training], generator)
-    features.eval().requires_grad_(False)
-    predicted = features.classify(features(images[held_out])).argmax(1)
-    features.accuracy = float((predicted == targets[held_out]).double().mean())
+        features.eval().requires_grad_(False)
+        predicted = features.classify(features(images[held_out])).argmax(1)
+        features.accuracy = float((predicted == targets[held_out]).double().mean())
     return features
 
 
@@ -110,7 +111,8 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 def _initialise(features: DigitsFeatures, generator: torch.Generator) -> None:
     """He's uniform initialisation, drawn from `generator`; biases zero."""
     for layer in features.children():
-        assert isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        assert layer.bias is not None
         nn.init.kaiming_uniform_(layer.weight, generator=generator)
         nn.init.zeros_(layer.bias)
 

@@ -1,7 +1,7 @@
 """What NCSN++ and ADM are made of: resampling, noise features, attention, the residual block, the ends.
 
 Which arithmetic runs where (METHOD.md, trap 6): the trunk follows autocast, the ends do not. An adjacent pair
-of noise levels differs by less than bf16 can express, so the path of the noise embedding (up to its projection
+of noise levels differs by less than bf16 can express, so the path of the noise embedding (to its projection
 in every block), the convolutions that read the image, and the output norm and convolution leave autocast and
 compute in the dtype of their parameters. TF32 is a global switch of torch, not a layer's: the caller sets
 `torch.backends.cudnn.conv.fp32_precision = "ieee"`, which costs a bf16 trunk nothing, and leaves

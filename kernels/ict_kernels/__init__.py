@@ -1,0 +1,28 @@
+"""ict_kernels: the hot operations of improved consistency training, each defined in plain PyTorch too."""
+
+from .backend import get_backend, set_backend
+from .consistency_loss import c_in, c_out, c_skip, consistency_loss, pseudo_huber_loss
+from .group_norm_silu import GroupNormSiLU, group_norm_silu
+from .noise_levels import NoiseLevels, noise_level_grid, noise_level_probabilities, sample_noise_levels
+from .noising import noise_images
+from .radam_ema import RAdamEMA
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GroupNormSiLU",
+    "NoiseLevels",
+    "RAdamEMA",
+    "c_in",
+    "c_out",
+    "c_skip",
+    "consistency_loss",
+    "get_backend",
+    "group_norm_silu",
+    "noise_images",
+    "noise_level_grid",
+    "noise_level_probabilities",
+    "pseudo_huber_loss",
+    "sample_noise_levels",
+    "set_backend",
+]

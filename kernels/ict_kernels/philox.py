@@ -1,17 +1,18 @@
 """Where every random number comes from: Philox4x32-10, addressed by position instead of by order of drawing.
 
-Ten rounds turn a 128-bit counter and a 64-bit key into four 32-bit words (Salmon, Moraes, Dror & Shaw, "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011). One round, with * a 32 x 32 -> 64 bit product and the key bumped between rounds:
+Ten rounds turn a 128-bit counter and a 64-bit key into four 32-bit words (Salmon, Moraes, Dror & Shaw,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011). One round, with 32 x 32 -> 64 bit products and the
+key bumped between rounds:
 
     (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0,  lo(M1 c2),  hi(M0 c0) ^ c3 ^ k1,  lo(M0 c0))
 
     key     = run seed, (low, high) word
     counter = (call in the sample, number of the sample in the global batch, step, purpose << 16 | layer)
 
-A call is 4 words: 8 lanes of 16 bits (dropout) or 4 lanes of 32 bits (noise). Elements of a sample are numbered
-channels-last, (h W + w) C + c, whatever their layout in memory, so call = element // 8 and lane = element % 8 (// 4, % 4).
-So a number depends on (seed, step, sample, element, purpose, layer) and on nothing else: not on the layout, the
-micro-batch, the rank, the backend or the order of the calls.
+A call is 4 words: 8 lanes of 16 bits (dropout) or 4 lanes of 32 bits (noise). Elements of a sample are
+numbered channels-last, (h W + w) C + c, whatever their layout in memory: call = element // 8 and
+lane = element % 8 (or // 4 and % 4). A number depends on (seed, step, sample, element, purpose, layer) and on
+nothing else: not on the layout, the micro-batch, the rank, the backend or the order of the calls.
 
 Words are int64 tensors holding 0 .. 2^32 - 1. Bytes: 16 read and 16 written per call.
 """
@@ -42,7 +43,7 @@ Seed = int | Tensor | None
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------- the eager definition
+# --------------------------------------------------------------------------------------- the eager definition
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> Words:
@@ -66,8 +67,8 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tenso
 def _product(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """(low, high) words of a * multiplier, for a multiplier of at least 2^31.
 
-    The product itself can pass 2^63, and signed overflow is undefined in the C++ that Inductor writes. With the
-    multiplier taken as m - 2^32 it cannot, and the high word only lacks the 2^32 a that was left out.
+    The product itself can pass 2^63, and signed overflow is undefined in the C++ that Inductor writes. With
+    the multiplier taken as m - 2^32 it cannot, and the high word only lacks the 2^32 a that was left out.
     """
     product = a * (multiplier - 2**32)
     return product & _MASK32, (product >> 32) + a
@@ -80,7 +81,7 @@ def _packed_words(c0: Tensor, c1: Tensor, constants: Tensor) -> Tensor:
     return torch.stack((w0 | (w1 << 32), w2 | (w3 << 32)), dim=-1)
 
 
-# ------------------------------------------------------------------------------------------- the CPU's quicker paths
+# ------------------------------------------------------------------------------------ the CPU's quicker paths
 
 _compiled: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 _no_compiler: str | None = None
@@ -88,14 +89,14 @@ _compile_lock = threading.Lock()
 
 
 def cpu_path() -> str:
-    """Which path the rounds take on a CPU: "compiled", "eager: <reason>", or "undecided" before the first large draw."""
+    """The path of large draws on a CPU: "compiled", "eager: <reason>", or "undecided" before the first."""
     if _compiled is not None:
         return "compiled"
     return "undecided" if _no_compiler is None else f"eager: {_no_compiler}"
 
 
 def _compiled_rounds() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The rounds through torch.compile, made on first use and checked against the eager ones; None without a compiler."""
+    """The rounds through torch.compile, made and checked on first use; None where there is no compiler."""
     global _compiled, _no_compiler
     with _compile_lock:
         if _compiled is None and _no_compiler is None:
@@ -117,9 +118,10 @@ def _rounds(c0: Tensor, c1: Tensor, constants: Tensor) -> Tensor:
     calls = c0.shape[0]
     if torch.compiler.is_compiling() or c0.device.type != "cpu" or calls < _COMPILE_FROM:
         return _packed_words(c0, c1, constants)
-    rounds = _compiled_rounds()
-    if rounds is not None:
-        with torch.autocast("cpu", enabled=False):  # autocast is a guard too, and means nothing to integers
+    # Grad mode, inference mode and autocast are guards of the compiled function: here they never change.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        rounds = _compiled_rounds()
+        if rounds is not None:
             return rounds(c0, c1, constants)
     packed = torch.empty(calls, 2, dtype=torch.int64)
     for start in range(0, calls, _CHUNK):
@@ -128,15 +130,16 @@ def _rounds(c0: Tensor, c1: Tensor, constants: Tensor) -> Tensor:
     return packed
 
 
-# ------------------------------------------------------------------------------------------------------ addressing
+# ------------------------------------------------------------------------------------------------- addressing
 
 
 def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
     """A seed in its one form, an int64 tensor (run seed, step) on `device`.
 
     Args:
-        seed: an int (taken modulo 2^64; step 0), an int64 tensor of shape (2,), or None: drawn once from torch's
-            default generator, so that torch.manual_seed decides it.
+        seed: an int (taken modulo 2^64; step 0), an int64 tensor of shape (2,), or None: drawn once from
+            torch's default generator, so that torch.manual_seed decides it. Inside torch.compile pass a
+            tensor: every new int may be a new compilation.
         device: where the draw will happen.
     Raises:
         ValueError: if a tensor seed has another shape or dtype.
@@ -151,15 +154,20 @@ def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
                 f"got {seed.dtype} of shape {tuple(seed.shape)}"
             )
         return seed.to(device)
-    return torch.tensor([(int(seed) + 2**63) % 2**64 - 2**63, 0], dtype=torch.int64, device=device)
+    if not -(2**63) <= seed < 2**63:  # only then: under torch.compile an int may be symbolic, of 64 bits
+        seed = (seed + 2**63) % 2**64 - 2**63
+    return torch.tensor([seed, 0], dtype=torch.int64, device=device)
 
 
-def _draw(samples: int, calls: int, seed: Seed, offset: int | Tensor, device: torch.device, stream: int) -> Tensor:
+def _draw(
+    samples: int, calls: int, seed: Seed, offset: int | Tensor, device: torch.device, stream: int
+) -> Tensor:
     """(samples, calls, 2) int64: packed words of every call of every sample, for c3 = stream."""
     if calls > 2**32:
-        raise ValueError(f"a sample may spend 2^32 Philox calls, not {calls}: its elements would share numbers")
-    # Mixed grad and inference modes would make one guard, hence one compilation, each.
-    with torch.inference_mode(False), torch.no_grad():
+        raise ValueError(
+            f"a sample may spend 2^32 Philox calls, not {calls}: its elements would share numbers"
+        )
+    with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, in whatever mode the caller is
         # (seed low, seed high, step low, step high) -> (k0, k1, c2, c3)
         constants = seed_tensor(seed, device).view(torch.int32).to(torch.int64) & _MASK32
         constants[3] = stream
@@ -167,8 +175,9 @@ def _draw(samples: int, calls: int, seed: Seed, offset: int | Tensor, device: to
             offset = offset.to(device=device, dtype=torch.int64)
         sample_n = (torch.arange(samples, device=device) + offset) & _MASK32
         call = torch.arange(calls, device=device)
-        c0 = call.expand(samples, calls).reshape(-1)
-        c1 = sample_n[:, None].expand(samples, calls).reshape(-1)
+        # contiguous, never a stride of 0, which would be one compilation more
+        c0 = call.expand(samples, calls).contiguous().view(-1)
+        c1 = sample_n[:, None].expand(samples, calls).contiguous().view(-1)
         return _rounds(c0, c1, constants).view(samples, calls, 2)
 
 
@@ -179,7 +188,7 @@ def _stream(purpose: int, layer: int) -> int:
 
 
 def _channels_last(lanes: Tensor, shape: Sequence[int]) -> Tensor:
-    """(N, at least C*spatial) lanes in element order -> (N, C, *spatial), dense and channels last in memory."""
+    """(N, at least C*spatial) lanes in element order -> (N, C, *spatial), channels last in memory."""
     samples, channels, *spatial = shape
     elements = channels * _prod(spatial)
     return lanes[:, :elements].reshape(samples, *spatial, channels).movedim(-1, 1)
@@ -192,7 +201,7 @@ def _prod(numbers: Sequence[int]) -> int:
     return total
 
 
-# ------------------------------------------------------------------------------------------------- public functions
+# ------------------------------------------------------------------------------------------- public functions
 
 
 def uniform_bits(
@@ -231,7 +240,8 @@ def normal(
     """Standard normal noise by Box-Muller, 4 values per call.
 
     Words (w0, w1) give elements 4i and 4i + 1, words (w2, w3) give 4i + 2 and 4i + 3:
-    r = sqrt(-2 ln u1) with u1 = w0 2^-32 + 2^-33, times cos and sin of 2 pi w1 2^-32, all in fp32. No value passes 6.77.
+    r = sqrt(-2 ln u1) with u1 = w0 2^-32 + 2^-33, times cos and sin of 2 pi w1 2^-32, all in fp32. No value
+    passes 6.77.
 
     Args:
         shape: (N, C, *spatial).
@@ -242,7 +252,8 @@ def normal(
     elements = _prod(shape[1:])
     packed = _draw(shape[0], -(-elements // 4), seed, offset, _device(device, seed), _stream(purpose, layer))
     signed = packed.view(torch.int32).unflatten(-1, (2, 2)).to(torch.float32) * 2.0**-32
-    # The words are read as signed. For the angle that is the same turn, measured from -pi and so rounded more finely.
+    # The words are read as signed. For the angle that is the same turn, measured from -pi and so rounded more
+    # finely.
     fraction, turn = signed.unbind(-1)
     fraction = torch.where(fraction < 0, fraction + 1.0, fraction)
     radius = torch.sqrt(-2.0 * torch.log(fraction + 2.0**-33))
@@ -289,8 +300,8 @@ def dropout_keep_mask(
     threshold = dropout_threshold(p)
     elements = _prod(like[1:])
     packed = _draw(like[0], -(-elements // 8), seed, offset, _device(device, seed), _stream(DROPOUT, layer))
-    # Flipping the top bit maps lanes 0 .. 65535 to -32768 .. 32767 in order. On a CPU two clamped int16 passes take
-    # half the time of `>=`, which int16 -> bool does one element at a time.
+    # Flipping the top bit maps lanes 0 .. 65535 to -32768 .. 32767 in order. On a CPU two clamped int16
+    # passes take half the time of `>=`, which int16 -> bool does one element at a time.
     lanes = packed.view(torch.int16).flatten(1) ^ -32768
     if threshold == 0:
         return _channels_last(torch.ones_like(lanes, dtype=torch.bool), like)
@@ -306,7 +317,8 @@ def flip_bits(seed: int, sample_numbers: Tensor) -> Tensor:
         seed: run seed, an int modulo 2^64.
         sample_numbers: int64 of any shape: n = step * global batch + place in it, counted over the whole run.
     Returns:
-        uint8 of the same shape and device, 0 or 1: the low bit of word 0 for the counter (n low, n high, 0, FLIP << 16).
+        uint8 of the same shape and device, 0 or 1: the low bit of word 0 for the counter (n low, n high, 0,
+            FLIP << 16).
     """
     run_seed, _ = seed_tensor(seed, sample_numbers.device).unbind()
     zero = torch.zeros_like(run_seed)

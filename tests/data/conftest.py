@@ -20,13 +20,9 @@ def numbered_images(count: int = NUM_IMAGES) -> np.ndarray:
 @pytest.fixture
 def store_path(tmp_path: Path) -> Path:
     labels = np.arange(NUM_IMAGES) % 3
+    classes = ["a", "b", "c"]
     return write_store(
-        tmp_path / "store",
-        numbered_images(),
-        labels,
-        source="test",
-        recipe="numbered",
-        classes=["a", "b", "c"],
+        tmp_path / "store", numbered_images(), labels, source="test", recipe="numbered", classes=classes
     )
 
 

@@ -1,23 +1,25 @@
 """`evaluate` from end to end, with stand-ins for models whose quality is known."""
 
 import dataclasses
+import importlib.metadata
 import json
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from torch import nn
+
 from ict_fast.config import Config
 from ict_fast.data.prepare import prepare_digits
 from ict_fast.data.store import write_store
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.evaluation import evaluate, table
 from ict_fast.evaluation.features import digits
-from rich.console import Console
-from torch import nn
 
 
 class RemembersDigits(nn.Module):
-    """Turns pure noise into one of the digits, picked by its first pixel, and anything else into the nearest."""
+    """Turns pure noise into a digit, picked by the first pixel, and anything else into the nearest digit."""
 
     def __init__(self, num_classes=0):
         super().__init__()
@@ -94,7 +96,7 @@ def test_the_result_is_json_with_what_is_needed_to_repeat_it(good, store):
     assert good["features"]["accuracy"] >= 0.97
     assert good["reference_path"] == str(store)
     assert len(good["reference_fingerprint"]) == 64
-    assert good["versions"]["torch"] == torch.__version__.split("+")[0] or good["versions"]["torch"]
+    assert good["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_the_same_seed_repeats_the_result_and_another_changes_the_samples_only(good, store):
@@ -119,7 +121,9 @@ def test_a_conditional_model_gets_labels_in_the_references_proportions(tmp_path)
     kept = labels < 2
     kept &= (labels == 0) | (np.arange(len(labels)) % 4 == 0)
     names = [str(number) for number in range(10)]
-    path = write_store(tmp_path / "two", images[kept], labels[kept], source="test", recipe="test", classes=names)
+    path = write_store(
+        tmp_path / "two", images[kept], labels[kept], source="test", recipe="test", classes=names
+    )
     model = RemembersDigits(num_classes=10)
     result = evaluate(model, path, steps=(1,), count=2000)
     seen = torch.cat(model.seen_labels)
@@ -136,7 +140,9 @@ def test_the_model_is_left_in_the_mode_it_was_in(store):
 
 def test_progress_rises_to_one(store):
     seen = []
-    evaluate(RemembersDigits(), store, count=600, progress=lambda fraction, text: seen.append((fraction, text)))
+    evaluate(
+        RemembersDigits(), store, count=600, progress=lambda fraction, text: seen.append((fraction, text))
+    )
     fractions = [fraction for fraction, _ in seen]
     assert fractions == sorted(fractions)
     assert (fractions[0], fractions[-1]) == (0.0, 1.0)
@@ -147,19 +153,25 @@ def test_the_table_names_every_distance(good):
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(json.loads(json.dumps(good))))
     text = console.export_text()
-    for words in ("one half to the other", "one step", "two steps", "Gaussian fitted", "uniform noise", "100.00%"):
+    for words in (
+        "one half to the other",
+        "one step",
+        "two steps",
+        "Gaussian fitted",
+        "uniform noise",
+        "100.00%",
+    ):
         assert words in text
     assert f"{good['one_step']['frechet_distance']:.3f}" in text
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_samples_that_are_not_finite_are_a_failure_of_training(store, value):
+def test_nan_in_the_samples_is_a_failure_of_training(store):
     def one_bad_image(x):
         images = torch.zeros_like(x)
-        images[3] = value
-        return images if value != value else images / torch.zeros(1)
+        images[3, 0, 0, 0] = float("nan")
+        return images
 
-    with pytest.raises(TrainingError, match="NaN or infinite.*diverged"):
+    with pytest.raises(TrainingError, match=r"1 of 10 images sampled in one step hold NaN .* diverged"):
         evaluate(Paints(one_bad_image), store, count=10)
 
 
@@ -177,26 +189,25 @@ def test_a_reference_of_another_size_is_refused(tmp_path, shape, seen):
 
 
 def test_images_other_than_the_digits_are_refused_with_what_to_do(tmp_path):
-    path = _write(tmp_path / "other", noise_like_digits := 255 - digits()[0][:10])
-    assert len(noise_like_digits) == 10
-    with pytest.raises(InputError, match="other images than .*digits.*ict-fast prepare digits"):
+    path = _write(tmp_path / "other", 255 - digits()[0][:10])
+    with pytest.raises(InputError, match=r"other images than .*digits.*ict-fast prepare digits"):
         evaluate(RemembersDigits(), path)
 
 
 def test_too_few_images_are_refused(store, tmp_path):
-    with pytest.raises(InputError, match="--count is 1; .*at least 2"):
+    with pytest.raises(InputError, match=r"--count is 1; .*at least 2"):
         evaluate(RemembersDigits(), store, count=1)
-    with pytest.raises(InputError, match="holds 3 images; .*at least 4"):
+    with pytest.raises(InputError, match=r"holds 3 images; .*at least 4"):
         evaluate(RemembersDigits(), _write(tmp_path / "few", digits()[0][:3]))
 
 
 @pytest.mark.parametrize("steps", [(), (0,), (1, -2)])
 def test_senseless_steps_are_refused(store, steps):
-    with pytest.raises(InputError, match="--steps is .*each at least 1"):
+    with pytest.raises(InputError, match=r"--steps is .*each at least 1"):
         evaluate(RemembersDigits(), store, steps=steps)
 
 
 def test_a_model_of_other_classes_is_refused(tmp_path):
     path = _write(tmp_path / "unlabelled", digits()[0][:10])
-    with pytest.raises(InputError, match="has 0 classes, the model 10"):
+    with pytest.raises(InputError, match=r"has 0 classes, the model 10"):
         evaluate(RemembersDigits(num_classes=10), path)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch import nn
+
 from ict_fast.errors import InputError
 from ict_fast.evaluation.features import digits, digits_features
 from ict_fast.evaluation.metrics import FrechetDistance, gaussian_images, halves, noise_images
-from torch import nn
 
 
 class Pixels(nn.Module):
@@ -82,7 +83,7 @@ def test_a_read_only_memory_map_is_a_set_like_any_other(tmp_path):
 
 def test_one_image_is_refused():
     images = digits()[0]
-    with pytest.raises(InputError, match="1 images; .* at least 2"):
+    with pytest.raises(InputError, match=r"1 images; .* at least 2"):
         FrechetDistance(digits_features(), images).to(images[:1])
 
 

@@ -202,7 +202,7 @@ def test_other_images_under_the_same_name_are_refused(run: tuple[Config, Path], 
     from ict_fast.data.store import open_store, write_store
 
     config, out = run
-    store = open_store(config.data.path)
+    store = open_store(Path(config.data.path))
     images, labels = np.array(store.images), np.array(store.labels)
     images[0] ^= 1
     write_store(tmp_path / "other", images, labels, source="test", recipe="test", classes=list("0123456789"))
@@ -271,9 +271,7 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(
 
     def poisoned(self: TrainStep, step: int, batches: object) -> None:
         if step == 9:
-            next(iter(self.network.parameters())).register_post_accumulate_grad_hook(
-                lambda parameter: parameter.grad.fill_(torch.inf)
-            )
+            next(iter(self.network.parameters())).register_hook(lambda gradient: gradient * torch.inf)
         original(self, step, batches)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)

@@ -1,0 +1,356 @@
+"""RAdam + EMA against torch.optim.RAdam, and the step that must not happen."""
+
+import copy
+
+import pytest
+import torch
+from ict_kernels import RAdamEMA
+from torch import Tensor, nn
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((8, 4, 3, 3), (8,), (5, 7), ())
+    made = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+    made[0].data = made[0].data.contiguous(memory_format=torch.channels_last)
+    return made
+
+
+def set_gradients(params: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale).to(p.dtype)
+
+
+def bits(optimizer: RAdamEMA) -> list[bytes]:
+    """Every parameter and every state tensor, byte for byte."""
+    state = [t for p in optimizer.state for t in (p, *optimizer.state[p].values())]
+    return [t.detach().contiguous().numpy().tobytes() for t in state]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 1e-2},
+        {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4},
+        {"lr": 1e-2, "betas": (0.5, 0.99)},
+        {"lr": 1e-2, "betas": (0.9, 0.5)},  # rho never passes 5: never rectified
+    ],
+)
+def test_sixty_steps_are_those_of_torch_optim_radam(dtype, settings):
+    ours, theirs = parameters(dtype), parameters(dtype)
+    optimizer = RAdamEMA(ours, ema_decay=0.9, **settings)
+    reference = torch.optim.RAdam(theirs, **settings)
+    emas = [p.detach().clone() for p in theirs]
+    tolerance = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+    for step in range(60):  # rho passes 5 at the sixth step for the default betas
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step()
+        reference.step()
+        emas = [0.9 * ema + 0.1 * p.detach() for ema, p in zip(emas, theirs, strict=True)]
+        for a, b, ema, average in zip(ours, theirs, emas, optimizer.ema_parameters(), strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
+            torch.testing.assert_close(average, ema, **tolerance)
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                mine, torchs = optimizer.state[a][name], reference.state[b][name]
+                torch.testing.assert_close(mine, torchs, check_dtype=name != "step", **tolerance)
+    assert optimizer.state[ours[0]]["step"].dtype == torch.float32
+
+
+def test_the_size_of_the_first_rectified_step_is_the_papers():
+    p = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = RAdamEMA([p], lr=1.0, eps=0.0)
+    for _ in range(6):
+        p.grad = torch.ones_like(p)
+        before = p.detach().clone()
+        optimizer.step()
+    # Constant gradient 1: m_hat = v_hat = 1, so the sixth change is the rectification alone.
+    rho_inf, t = 1999.0, 6
+    rho = rho_inf - 2 * t * 0.999**t / (1 - 0.999**t)
+    assert rho > 5
+    r = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+    assert float(before - p) == pytest.approx(r, rel=1e-9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("after", [0, 3, 10])
+def test_a_non_finite_gradient_anywhere_changes_not_one_bit(bad, after):
+    params = parameters()
+    params[1].data[0] = -0.0
+    optimizer = RAdamEMA(params, lr=1e-2)
+    list(optimizer.ema_parameters())
+    for step in range(after):
+        set_gradients(params, step)
+        optimizer.step()
+    before = bits(optimizer)
+    for place in range(4):
+        set_gradients(params, 99)
+        params[place].grad.view(-1)[-1] = bad
+        optimizer.step()
+        assert bits(optimizer) == before
+        assert bool(optimizer.last_step_skipped)
+    assert int(optimizer.skipped) == 4
+    assert not bool(torch.isfinite(optimizer.grad_norm))
+    set_gradients(params, 100)
+    optimizer.step()
+    assert bits(optimizer) != before
+    assert not bool(optimizer.last_step_skipped)
+    assert int(optimizer.skipped) == 4
+    assert float(optimizer.state[params[0]]["step"]) == after + 1
+
+
+def test_a_skipped_step_leaves_the_next_ones_as_if_it_had_not_been():
+    straight, disturbed = parameters(), parameters()
+    one, other = RAdamEMA(straight), RAdamEMA(disturbed)
+    for step in range(12):
+        set_gradients(straight, step)
+        one.step()
+        if step % 4 == 2:
+            set_gradients(disturbed, 77)
+            disturbed[2].grad[0, 0] = float("nan")
+            other.step()
+        set_gradients(disturbed, step)
+        other.step()
+    assert bits(one) == bits(other)
+
+
+def test_found_inf_skips_and_grad_scale_divides():
+    plain, scaled = parameters(), parameters()
+    one, other = RAdamEMA(plain, lr=1e-2), RAdamEMA(scaled, lr=1e-2)
+    other.grad_scale = torch.tensor(1024.0)
+    other.found_inf = torch.tensor(0.0)
+    for step in range(8):
+        set_gradients(plain, step)
+        set_gradients(scaled, step, scale=1024.0)
+        one.step()
+        other.step()
+    assert bits(one) == bits(other)  # a power of two divides exactly
+    assert torch.equal(one.grad_norm, other.grad_norm)
+    before = bits(other)
+    other.found_inf = torch.tensor(1.0)
+    other.step()
+    assert bits(other) == before
+    other.grad_scale = other.found_inf = None
+    other.step()
+    assert bits(other) != before
+
+
+def test_torchs_grad_scaler_drives_it():
+    params = parameters()
+    optimizer = RAdamEMA(params, lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step, poison in enumerate((False, True, False)):
+        set_gradients(params, step)
+        loss = sum((p * p.grad).sum() for p in params) * (float("inf") if poison else 1.0)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert bool(optimizer.last_step_skipped) == poison
+    assert scaler.get_scale() == 128.0
+    assert int(optimizer.skipped) == 1
+    assert float(optimizer.state[params[0]]["step"]) == 2
+
+
+def test_the_gradient_norm_is_over_all_parameters():
+    params = parameters()
+    optimizer = RAdamEMA(params)
+    set_gradients(params, 3)
+    optimizer.step()
+    expected = torch.cat([p.grad.flatten().double() for p in params]).norm()
+    assert float(optimizer.grad_norm) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_step_never_waits_for_the_host(monkeypatch):
+    params = parameters()
+    optimizer = RAdamEMA(params, lr=torch.tensor(1e-2), ema_decay=torch.tensor(0.99))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+
+    def wait(*args, **kwargs):
+        raise AssertionError("the step read a tensor on the host")
+
+    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(Tensor, name, wait)
+    for step in range(8):
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def test_tensor_learning_rates_and_decays_act_like_numbers_and_are_read_at_each_step():
+    by_number, by_tensor = parameters(), parameters()
+    lr, decay = torch.tensor(1e-2, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+    one, other = RAdamEMA(by_number, lr=1e-2, ema_decay=0.9), RAdamEMA(by_tensor, lr=lr, ema_decay=decay)
+    for step in range(10):
+        if step == 5:
+            lr.fill_(1e-3)
+            decay.fill_(0.5)
+            one.param_groups[0].update(lr=1e-3, ema_decay=0.5)
+        set_gradients(by_number, step)
+        set_gradients(by_tensor, step)
+        one.step()
+        other.step()
+    assert bits(one) == bits(other)
+
+
+def test_parameters_that_join_late_or_pause_have_their_own_step_as_in_torch():
+    ours, theirs = parameters(), parameters()
+    optimizer = RAdamEMA([{"params": ours[:3]}, {"params": ours[3:], "lr": 1e-1}], lr=1e-2)
+    reference = torch.optim.RAdam([{"params": theirs[:3]}, {"params": theirs[3:], "lr": 1e-1}], lr=1e-2)
+    for step in range(20):
+        for params, stepper in ((ours, optimizer), (theirs, reference)):
+            set_gradients(params, step)
+            if step < 7:
+                params[1].grad = None
+            if step % 3 == 0:
+                params[2].grad = None
+            stepper.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+        assert float(optimizer.state[a]["step"]) == float(reference.state[b]["step"])
+
+
+def test_state_keeps_the_parameters_memory_format():
+    params = parameters()
+    optimizer = RAdamEMA(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    contiguous = copy.deepcopy(optimizer.state_dict())
+    for state in contiguous["state"].values():
+        for name in ("exp_avg", "exp_avg_sq", "ema"):
+            state[name] = state[name].contiguous()  # as a file would hand it back
+    for _ in range(2):
+        for name in ("exp_avg", "exp_avg_sq", "ema"):
+            assert optimizer.state[params[0]][name].stride() == params[0].stride()
+        optimizer.load_state_dict(contiguous)
+    assert params[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_restored_run_goes_on_to_the_last_bit(tmp_path):
+    straight = parameters()
+    one = RAdamEMA(straight, lr=1e-2, ema_decay=0.99)
+    for step in range(20):
+        set_gradients(straight, step)
+        one.step()
+        if step == 9:
+            torch.save((one.state_dict(), [p.detach() for p in straight]), tmp_path / "checkpoint.pt")
+    state, values = torch.load(tmp_path / "checkpoint.pt")
+    resumed = parameters()
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    other = RAdamEMA(resumed, lr=lr, ema_decay=0.5)
+    other.load_state_dict(state)
+    assert other.param_groups[0]["lr"] is lr
+    assert float(lr) == 1e-2
+    assert other.param_groups[0]["ema_decay"] == 0.99
+    with torch.no_grad():
+        for p, value in zip(resumed, values, strict=True):
+            p.copy_(value)
+    for step in range(10, 20):
+        set_gradients(resumed, step)
+        other.step()
+    assert bits(one) == bits(other)
+
+
+def test_loading_shares_nothing_with_the_dict():
+    params = parameters()
+    optimizer = RAdamEMA(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    frozen = copy.deepcopy(state)
+    twin = RAdamEMA(parameters())
+    twin.load_state_dict(state)
+    twin_params = twin.param_groups[0]["params"]
+    set_gradients(twin_params, 1)
+    twin.step()
+    for index, saved in frozen["state"].items():
+        for name, value in saved.items():
+            assert torch.equal(state["state"][index][name], value)
+
+
+def test_a_run_can_switch_from_and_to_torch_optim_radam():
+    theirs, ours, both = parameters(), parameters(), parameters()
+    reference, optimizer = torch.optim.RAdam(theirs, lr=1e-2), RAdamEMA(ours, lr=1e-2)
+    for step in range(8):
+        set_gradients(theirs, step)
+        reference.step()
+    optimizer.load_state_dict(reference.state_dict())
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            p.copy_(q)
+    assert all(torch.equal(e, p) for e, p in zip(optimizer.ema_parameters(), theirs, strict=True))
+    back = torch.optim.RAdam(both, lr=1e-2)
+    back.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        for p, q in zip(both, theirs, strict=True):
+            p.copy_(q)
+    for step in range(8, 12):
+        for params, stepper in ((theirs, reference), (ours, optimizer), (both, back)):
+            set_gradients(params, step)
+            stepper.step()
+    for a, b, c in zip(theirs, ours, both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-7)
+
+
+def test_a_state_dict_of_another_mathematics_is_refused():
+    for switch in ({"maximize": True}, {"decoupled_weight_decay": True}):
+        reference = torch.optim.RAdam(parameters(), **switch)
+        with pytest.raises(ValueError, match=next(iter(switch))):
+            RAdamEMA(parameters()).load_state_dict(reference.state_dict())
+
+
+def test_the_average_starts_from_the_parameters_and_a_closure_is_called():
+    params = parameters()
+    optimizer = RAdamEMA(params, lr=1.0, ema_decay=1.0)
+    start = [p.detach().clone() for p in params]
+
+    def closure() -> float:
+        set_gradients(params, 0)
+        return 3.5
+
+    assert optimizer.step(closure) == 3.5
+    assert all(torch.equal(e, s) for e, s in zip(optimizer.ema_parameters(), start, strict=True))
+    assert not torch.equal(params[0], start[0])
+
+
+def test_a_step_without_gradients_does_nothing():
+    optimizer = RAdamEMA(parameters())
+    list(optimizer.ema_parameters())
+    before = bits(optimizer)
+    optimizer.step()
+    assert bits(optimizer) == before
+
+
+def test_low_precision_gradients_and_parameters_work():
+    params = parameters(torch.bfloat16)
+    optimizer = RAdamEMA(params, lr=1e-2)
+    set_gradients(params, 0, scale=1e4)
+    optimizer.step()
+    assert not bool(optimizer.last_step_skipped)
+    assert all(torch.isfinite(p).all() for p in params)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr must be"),
+        ({"betas": (0.9, 1.0)}, "betas must be"),
+        ({"eps": -1e-8}, "eps must be"),
+        ({"weight_decay": -0.1}, "weight_decay must be"),
+        ({"ema_decay": 1.1}, "ema_decay must be"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RAdamEMA(parameters(), **settings)
+
+
+def test_complex_and_sparse_are_refused():
+    with pytest.raises(ValueError, match="complex"):
+        RAdamEMA([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+    p = nn.Parameter(torch.zeros(3, 2))
+    p.grad = torch.sparse_coo_tensor([[0]], [[1.0, 2.0]], (3, 2))
+    with pytest.raises(RuntimeError, match="sparse"):
+        RAdamEMA([p]).step()

@@ -1,0 +1,564 @@
+"""The command line: what it parses, what it refuses and how, and what it hands to the packages below."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ict_fast
+from ict_fast import cli, presets
+from ict_fast.cli import main
+from ict_fast.config import Config, to_dict
+from ict_fast.errors import InputError, TrainingError
+
+COMMANDS = ("train", "sample", "evaluate", "prepare", "doctor")
+REPOSITORY = Path(ict_fast.__file__).parent.parent
+
+
+def run(*words, **options):
+    """`python -m ict_fast WORDS` in a process of its own."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    return subprocess.run(
+        [sys.executable, "-m", "ict_fast", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": path},
+        **options,
+    )
+
+
+def stand_in(monkeypatch, name, **names):
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(**names))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stands in for the trainer; holds the arguments of its calls."""
+    calls = []
+
+    def train(config, **options):
+        calls.append((config, options))
+        return SimpleNamespace(out=options["out"], step=3, exit_code=0, message="3 steps are done")
+
+    stand_in(monkeypatch, "ict_fast.training.trainer", train=train)
+    return calls
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """Stands in for a trained model; `model.calls` holds what was asked of it, `model.config` may be set."""
+    config = Config()
+    fake = SimpleNamespace(config=config, calls=[], to=lambda device: fake)
+
+    def sample(asked, count, **options):
+        import torch
+
+        assert asked is fake
+        fake.calls.append({"count": count, **options})
+        network = fake.config.network
+        return torch.zeros(count, network.image_channels, network.resolution, network.resolution)
+
+    def evaluate(asked, reference, **options):
+        assert asked is fake
+        fake.calls.append({"reference": reference, **options})
+        options["progress"](0.5, "half")
+        return {"one_step": {"frechet_distance": 1.5}, "reference": {"noise": 100.0}}
+
+    def open_checkpoint(path):
+        return SimpleNamespace(path=path / "checkpoints" / "step-00000003", step=3)
+
+    stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path: fake, sample=sample)
+    stand_in(monkeypatch, "ict_fast.checkpoint", open_checkpoint=open_checkpoint)
+    stand_in(monkeypatch, "ict_fast.evaluation", evaluate=evaluate, table=lambda result: "the table")
+    stand_in(monkeypatch, "ict_fast.training.launch", resolve_device=lambda device, gpus: device)
+    return fake
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "runs" / "digits"
+    (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+    return folder
+
+
+def refused(capsys, *words):
+    """The one line on standard error with which the program refuses WORDS."""
+    assert main(words) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("ict-fast: error: ")
+    assert error.count("\n") == 1
+    assert not set("╭│╰") & set(error)
+    return error.removeprefix("ict-fast: error: ").rstrip("\n")
+
+
+# --- it starts at once -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--lr", "1"], ["--version"]])
+def test_help_and_refusals_import_neither_torch_nor_numpy(words):
+    program = (
+        "import sys; from ict_fast.cli import main; main(sys.argv[1:]);"
+        "sys.exit(bool({'torch', 'numpy', 'PIL', 'ict_kernels'} & set(sys.modules)))"
+    )
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["train", "--help"]])
+def test_it_answers_in_under_a_second(words):
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        assert run(*words).returncode == 0
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 1
+
+
+def test_importing_ict_fast_imports_no_torch_and_still_offers_every_name():
+    program = (
+        "import sys, ict_fast; assert 'torch' not in sys.modules; assert ict_fast.__version__;"
+        "assert ict_fast.presets.names(); assert ict_fast.Config().preset == 'digits';"
+        "assert 'torch' not in sys.modules; assert set(ict_fast._HOME) < set(dir(ict_fast));"
+        "import importlib.util;"
+        "assert all(importlib.util.find_spec(home) for home in ict_fast._HOME.values())"
+    )
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_that_ict_fast_lacks_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+        _ = ict_fast.load_modle
+
+
+# --- help --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_the_overview_lists_every_command(capsys, words):
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ict-fast {ict_fast.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(capsys, command):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"usage: ict-fast {command}" in out
+    assert cli.COMMANDS[command][0].__doc__.split(".")[0] in " ".join(out.split())
+
+
+def test_python_m_is_the_same_program():
+    assert run("train", "--help").stdout.startswith("usage: ict-fast train")
+
+
+def test_the_help_of_a_preset_shows_its_values(capsys):
+    main(["train", "--help"])
+    digits = " ".join(capsys.readouterr().out.split())
+    main(["train", "--preset", "cifar10", "--help"])
+    cifar10 = " ".join(capsys.readouterr().out.split())
+    assert "(default: 400000)" in cifar10
+    assert "(default: 400000)" not in digits
+    assert "(default: 2 2 2)" in cifar10
+
+
+def test_every_configuration_field_is_a_flag_and_preset_is_there_once(capsys):
+    main(["train", "--help"])
+    out = capsys.readouterr().out
+    for section, values in to_dict(Config()).items():
+        if section != "preset":
+            for name in values:
+                assert f"--{section}.{name}".replace("_", "-") in out
+    assert out.count("--preset") == 1
+
+
+# --- train -------------------------------------------------------------------------------------------------
+
+
+def test_train_alone_is_the_digits_preset_in_its_own_folder(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train"]) == 0
+    expected = {"out": Path("runs/digits"), "device": "auto", "gpus": None, "resume": "auto", "extend": None}
+    assert trained == [(presets.get("digits"), expected)]
+    assert "3 steps are done" in capsys.readouterr().out
+
+
+def test_train_hands_its_options_on(trained, tmp_path):
+    out = tmp_path / "run"
+    words = "--gpus 2 --device cuda --resume must --extend 500 --preset imagenet64 --data /images --out"
+    assert main(["train", *words.split(), str(out)]) == 0
+    [(config, options)] = trained
+    assert options == {"out": out, "device": "cuda", "gpus": 2, "resume": "must", "extend": 500}
+    preset = presets.get("imagenet64")
+    assert config == dataclasses.replace(preset, data=dataclasses.replace(preset.data, path="/images"))
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("--training.total-steps 200", "training.total_steps", 200),
+        ("--training.total_steps=200", "training.total_steps", 200),
+        ("--network.channel-mult 1 2 --training.seed 0", "network.channel_mult", (1, 2)),
+        ("--network.channel_mult 1 1", "network.channel_mult", (1, 1)),
+        ("--optimizer.betas 0.5 0.9", "optimizer.betas", (0.5, 0.9)),
+        ("--optimizer.lr 1e-4", "optimizer.lr", 1e-4),
+        ("--method.p-mean -2", "method.p_mean", -2.0),
+        ("--method.huber-c 0.1", "method.huber_c", 0.1),
+        ("--method.huber-c None", "method.huber_c", None),
+        ("--method.metric l1", "method.metric", "l1"),
+        ("--data.flip", "data.flip", True),
+        ("--data.flip true", "data.flip", True),
+        ("--data.flip=True --training.seed 0", "data.flip", True),
+        ("--data.flip --data.no-flip", "data.flip", False),
+        ("--data.flip --data.flip false", "data.flip", False),
+        ("--optimizer.ema_warmup false --training.seed 0", "optimizer.ema_warmup", False),
+        ("--optimizer.no-ema-warmup", "optimizer.ema_warmup", False),
+        ("--data.path elsewhere", "data.path", "elsewhere"),
+        ("--data elsewhere", "data.path", "elsewhere"),
+        ("--data=elsewhere --data.path elsewhere", "data.path", "elsewhere"),
+    ],
+)
+def test_a_field_is_set_by_its_flag(trained, tmp_path, words, field, value):
+    assert main(["train", "--out", str(tmp_path), *words.split()]) == 0
+    section, name = field.split(".")
+    config = Config()
+    part = dataclasses.replace(getattr(config, section), **{name: value})
+    assert trained[0][0] == dataclasses.replace(config, **{section: part})
+
+
+def test_a_dry_run_describes_and_trains_nothing(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stand_in(
+        monkeypatch,
+        "ict_fast.training.describe",
+        describe=lambda config: f"{config.training.total_steps} steps",
+    )
+    assert main(["train", "--dry-run", "--training.total-steps", "77", "--gpus", "8"]) == 0
+    assert capsys.readouterr().out == "77 steps\n"
+    assert trained == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_run_gives_its_exit_code_and_message_on(monkeypatch, tmp_path, capsys):
+    result = SimpleNamespace(out=tmp_path, step=3, exit_code=143, message="stopped and saved")
+    stand_in(monkeypatch, "ict_fast.training.trainer", train=lambda config, **options: result)
+    assert main(["train", "--out", str(tmp_path)]) == 143
+    assert capsys.readouterr() == ("", "stopped and saved\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (TrainingError("diverged"), 1, "ict-fast: error: diverged (log: {out}/log.jsonl)\n"),
+        (InputError("two\nlines"), 2, "ict-fast: error: two lines\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_an_error_below_becomes_one_line_and_an_exit_code(monkeypatch, tmp_path, capsys, error, code, said):
+    def train(config, **options):
+        raise error
+
+    stand_in(monkeypatch, "ict_fast.training.trainer", train=train)
+    assert main(["train", "--out", str(tmp_path)]) == code
+    assert capsys.readouterr().err == said.format(out=tmp_path)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    stand_in(monkeypatch, "ict_fast.training.trainer", train=lambda config, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--out", str(tmp_path)])
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("trian", 'unknown command "trian"; did you mean "train"?'),
+        ("zzz", 'unknown command "zzz"; choose one of: doctor, evaluate, prepare, sample, train'),
+        ("--versoin", 'unknown option --versoin before a command; did you mean "--version"?'),
+        ("train --preset cifr10", 'there is no preset "cifr10"; did you mean "cifar10"?'),
+        ("train --preset=cifr10 --help", 'there is no preset "cifr10"; did you mean "cifar10"?'),
+        ("train --preset", "--preset needs a value"),
+        ("train --preset --dry-run", "--preset needs a value"),
+        ("train --preset digits --preset cifar10", "--preset is given 2 times: digits, cifar10; choose one"),
+        ("train --lr 3", 'unknown option --lr; did you mean "--optimizer.lr"?'),
+        ("train --total_steps=3", 'unknown option --total_steps; did you mean "--training.total-steps"?'),
+        (
+            "train --training.totl-steps 3",
+            'unknown option --training.totl-steps; did you mean "--training.total-steps"?',
+        ),
+        ("train --zzz", "unknown option --zzz; `ict-fast train --help` lists them"),
+        ("train digits", 'unexpected argument "digits"; `ict-fast train --help` lists the options'),
+        (
+            "train --data.flip perhaps",
+            'unexpected argument "perhaps"; `ict-fast train --help` lists the options',
+        ),
+        ("train --training.total-steps abc", "--training.total-steps abc: expected an integer"),
+        ("train --training.total_steps=1.5", "--training.total-steps 1.5: expected an integer"),
+        ("train --training.total-steps", "--training.total-steps needs an integer"),
+        ("train --training.total-steps --dry-run", "--training.total-steps needs an integer"),
+        ("train --optimizer.lr fast", "--optimizer.lr fast: expected a number"),
+        ("train --method.huber-c big", "--method.huber-c big: expected a number"),
+        ("train --network.channel-mult 1 x --dry-run", "--network.channel-mult 1 x: expected integers"),
+        ("train --optimizer.betas 0.9", "--optimizer.betas needs 2 numbers"),
+        ("train --optimizer.betas 0.9 high", "--optimizer.betas 0.9 high: expected 2 numbers"),
+        ("train --gpus all", "--gpus all: expected an integer"),
+        ("train --gpus 0", "--gpus is 0; it must be at least 1"),
+        ("train --extend 0", "--extend is 0; it must be at least 1"),
+        ("train --data", "--data needs a path"),
+        ("train --data a --data.path b", "--data is a and --data.path is b; give one of them"),
+        ("train --device gpu", '--device "gpu"; did you mean "cuda"?'),
+        ("train --resume maybe", '--resume "maybe"; choose one of: auto, must, never'),
+        ("train --network.name adn", '--network.name "adn"; did you mean "adm"?'),
+        ("train --training.batch-size 0", "--training.batch-size is 0; it must be at least 1"),
+        ("sample", "ict-fast sample needs RUN|CHECKPOINT; see `ict-fast sample --help`"),
+        ("sample --cuont 3 {run}", 'unknown option --cuont; did you mean "--count"?'),
+        ("sample {run} {run}", 'unexpected argument "{run}"; `ict-fast sample --help` lists the options'),
+        ("sample {run} --count 0", "--count is 0; it must be at least 1"),
+        ("sample {run} --count many", "--count many: expected an integer"),
+        ("sample {run} --steps 0", "--steps is 0; it must be at least 1"),
+        ("sample {run} --seed -1", "--seed is -1; it must be 0 or more and below 2^63"),
+        ("sample {run} --sigmas 0.3 0.8", "--sigmas is 0.3 0.8; it must be descending and positive"),
+        ("sample {run} --sigmas 0.8 -1", "--sigmas is 0.8 -1.0; it must be descending and positive"),
+        ("sample {run} --sigmas nan", "--sigmas is nan; it must be descending and positive"),
+        ("sample {run} --sigmas 0.8 --steps 3", "--sigmas has 1 values; --steps 3 needs 2"),
+        ("sample {run} --labels 1 two", "--labels 1 two: expected integers"),
+        ("sample {run} --labels 1 2 3 --count 2", "--labels has 3 values; --count is 2"),
+        ("sample {run} --out a.jpg", "--out is a.jpg; it must end with .png or .npz, or name a folder"),
+        ("evaluate {run} --steps 1,x", "--steps 1,x: expected integers"),
+        ("evaluate {run} --steps 0,1", "--steps is 0; it must be at least 1"),
+        ("evaluate {run} --count 1", "--count is 1; it must be at least 2"),
+        ("prepare", "ict-fast prepare needs digits; see `ict-fast prepare --help`"),
+        ("prepare digit", 'ict-fast prepare "digit"; did you mean "digits"?'),
+        ("doctor --fix", "unknown option --fix; `ict-fast doctor --help` lists them"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(capsys, trained, model, run_folder, words, said):
+    assert refused(capsys, *words.format(run=run_folder).split()) == said.format(run=run_folder)
+    assert trained == []
+    assert model.calls == []
+
+
+def test_an_event_that_tyro_may_add_later_is_refused_all_the_same():
+    from ict_fast.errors import refusal
+
+    event = type("NewKind", (), {"prog": "ict-fast train"})()
+    assert refusal(event, {}, [], "ict-fast train") == (
+        "cannot read the command line (NewKind); see `ict-fast train --help`"
+    )
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_a_run_that_does_not_exist_is_refused_before_torch_is_loaded(tmp_path, command):
+    done = run(command, "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ict-fast: error: there is no run or checkpoint at nowhere;")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --out {file}",
+        "train --out {file}/run",
+        "prepare digits --out {file}",
+        "sample {run} --out {file}/a.png",
+    ],
+)
+def test_a_place_that_is_a_file_is_refused(capsys, trained, model, run_folder, tmp_path, words):
+    file = tmp_path / "file"
+    file.write_text("precious")
+    said = refused(capsys, *words.format(file=file, run=run_folder).split())
+    assert f"{file} is not a folder; choose another place" in said
+    assert file.read_text() == "precious"
+    assert trained == model.calls == []
+
+
+def test_a_place_that_cannot_be_written_is_refused(capsys, trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+    assert refused(capsys, "train", "--out", str(tmp_path / "a" / "b")) == (
+        f"--out is {tmp_path}/a/b, but {tmp_path} cannot be written; choose another place"
+    )
+    assert trained == []
+
+
+# --- sample ------------------------------------------------------------------------------------------------
+
+
+def test_samples_go_beside_the_run_as_a_grid(model, run_folder, capsys):
+    assert main(["sample", str(run_folder)]) == 0
+    [call] = model.calls
+    assert {**call, "progress": None} == {
+        "count": 64, "steps": 1, "sigmas": None, "labels": None, "seed": 0, "progress": None,
+    }  # fmt: skip
+    Image.open(run_folder / "samples.png").verify()
+    assert capsys.readouterr().out == f"64 images in 1 step: {run_folder}/samples.png\n"
+
+
+def test_samples_of_a_checkpoint_go_to_its_run(model, run_folder):
+    assert main(["sample", str(run_folder / "checkpoints" / "step-00000003")]) == 0
+    assert (run_folder / "samples.png").exists()
+
+
+def test_sigmas_imply_the_number_of_steps(model, run_folder):
+    assert main(["sample", str(run_folder), "--sigmas", "0.821"]) == 0
+    assert model.calls[0]["steps"] == 2
+    assert list(model.calls[0]["sigmas"]) == [0.821]
+
+
+def test_options_may_come_before_the_run(model, run_folder):
+    assert main(["sample", "--seed", "7", "--count", "3", "--steps", "2", str(run_folder)]) == 0
+    assert (model.calls[0]["count"], model.calls[0]["steps"], model.calls[0]["seed"]) == (3, 2, 7)
+
+
+def conditional(model):
+    model.config = dataclasses.replace(
+        model.config, network=dataclasses.replace(model.config.network, num_classes=10, image_channels=3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "labels"), [([], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]), (["--labels", "3", "5"], [3, 5] * 6)]
+)
+def test_an_npz_holds_images_and_labels(model, run_folder, tmp_path, words, labels):
+    conditional(model)
+    out = tmp_path / "new" / "samples.npz"
+    assert main(["sample", str(run_folder), "--count", "12", "--out", str(out), *words]) == 0
+    assert list(model.calls[0]["labels"]) == labels
+    with np.load(out) as arrays:
+        assert (arrays["arr_0"].dtype, arrays["arr_0"].shape) == (np.uint8, (12, 8, 8, 3))
+        assert (arrays["arr_1"].dtype, arrays["arr_1"].tolist()) == (np.int64, labels)
+
+
+def test_an_unconditional_npz_has_no_labels(model, run_folder, tmp_path):
+    assert main(["sample", str(run_folder), "--count", "2", "--out", str(tmp_path / "a.npz")]) == 0
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays.files == ["arr_0"]
+
+
+def test_labels_for_an_unconditional_model_reach_the_function_that_refuses_them(model, run_folder):
+    main(["sample", str(run_folder), "--labels", "3"])
+    assert list(model.calls[0]["labels"]) == [3] * 64
+
+
+def test_a_folder_gets_one_png_per_image(model, run_folder, tmp_path):
+    out = tmp_path / "images"
+    for _ in range(2):  # the same command again overwrites its own
+        assert main(["sample", str(run_folder), "--count", "3", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    assert Image.open(out / "000001.png").size == (8, 8)
+
+
+def test_a_folder_with_other_files_is_refused(model, run_folder, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "000003.png").touch()
+    said = refused(capsys, "sample", str(run_folder), "--count", "3", "--out", str(tmp_path / "images"))
+    assert "which holds 000003.png" in said
+
+
+def test_a_disk_that_fails_is_bad_input_not_a_traceback(model, run_folder, monkeypatch, capsys):
+    import ict_fast.data.pictures
+
+    def save_png(image, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ict_fast.data.pictures, "save_png", save_png)
+    said = refused(capsys, "sample", str(run_folder))
+    assert (
+        said == f"{run_folder}/samples.png cannot be written: No space left on device; choose another --out"
+    )
+
+
+# --- evaluate, prepare, doctor -----------------------------------------------------------------------------
+
+
+def test_evaluate_writes_its_measures_beside_the_checkpoint(model, run_folder, capsys):
+    assert main(["evaluate", str(run_folder), "--count", "10", "--seed", "3"]) == 0
+    [call] = model.calls
+    assert call["reference"] == Path("data/digits")
+    assert (call["steps"], call["count"], call["seed"]) == ((1, 2), 10, 3)
+    written = run_folder / "checkpoints" / "evaluation.json"
+    assert json.loads(written.read_text()) == {
+        "checkpoint": "step-00000003",
+        "step": 3,
+        "one_step": {"frechet_distance": 1.5},
+        "reference": {"noise": 100.0},
+    }
+    assert capsys.readouterr().out == f"the table\nwritten: {written}\n"
+
+
+@pytest.mark.parametrize("words", [["--steps", "1,4"], ["--steps", "1", "4"]])
+def test_evaluate_takes_a_list_of_steps(model, run_folder, words):
+    assert main(["evaluate", str(run_folder), *words, "--reference", "real"]) == 0
+    assert model.calls[0]["steps"] == (1, 4)
+    assert model.calls[0]["reference"] == Path("real")
+
+
+def test_prepare_writes_where_it_is_told(monkeypatch, tmp_path, capsys):
+    stand_in(monkeypatch, "ict_fast.data.prepare", prepare_digits=lambda out: out)
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", "digits", "--out", "x"]) == 0
+    assert main(["prepare", "digits"]) == 0
+    assert capsys.readouterr().out == "digits: x\ndigits: data/digits\n"
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("none", 0), ("FAIL", 2)])
+def test_doctor_fails_only_for_what_is_essential(monkeypatch, capsys, status, code):
+    from ict_fast import doctor
+
+    monkeypatch.setattr(doctor, "checks", lambda: [doctor.Check("GPU", status, "seen", "do this")])
+    assert main(["doctor"]) == code
+    out = capsys.readouterr().out
+    assert "GPU: do this\n" in out
+    assert ("Essential and missing: GPU." in out) == (code == 2)
+
+
+# --- pipes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["--help", "train --help"])
+def test_a_reader_that_leaves_is_no_error(words, unbuffered):
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    program = subprocess.Popen(
+        [sys.executable, "-m", "ict_fast", *words.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": unbuffered},
+    )
+    program.stdout.close()  # before a word is written
+    assert program.stderr.read() == b""
+    program.stderr.close()
+    assert program.wait() == 141
+
+
+def test_a_broken_pipe_of_something_else_is_a_bug(monkeypatch, tmp_path):
+    def train(config, **options):
+        raise BrokenPipeError("a worker has died")
+
+    stand_in(monkeypatch, "ict_fast.training.trainer", train=train)
+    with pytest.raises(BrokenPipeError, match="worker"):
+        main(["train", "--out", str(tmp_path)])

@@ -1,0 +1,214 @@
+"""The configuration: what it refuses and by which name, its JSON, and what counts as science."""
+
+import ast
+import dataclasses
+import inspect
+import json
+
+import pytest
+
+from ict_fast import config as config_module
+from ict_fast import presets
+from ict_fast.config import Config, differences, from_dict, to_dict, validate
+from ict_fast.errors import InputError
+
+SECTIONS = ("data", "network", "method", "optimizer", "training", "logging")
+# What a resumed run may change (DESIGN.md, "Rerunning"), written out a second time.
+EXECUTION = {
+    "preset",
+    "data.path",
+    "data.loader",
+    "method.second_sigma",
+    "training.micro_batch",
+    "training.deterministic",
+    "logging.log_every",
+    "logging.grid_every",
+    "logging.checkpoint_every",
+    "logging.keep_checkpoints",
+}
+
+
+def changed(name, value, base=None):
+    """The configuration with one field, given as section.field, set to a value."""
+    base = base or Config()
+    section, field = name.split(".")
+    part = dataclasses.replace(getattr(base, section), **{field: value})
+    return dataclasses.replace(base, **{section: part})
+
+
+def fields():
+    """Every section.field, its default, in order."""
+    return [
+        (f"{section}.{field.name}", getattr(getattr(Config(), section), field.name))
+        for section in SECTIONS
+        for field in dataclasses.fields(getattr(Config(), section))
+    ]
+
+
+def another(name, value):
+    """A value of the same type that is not `value`."""
+    choices = {
+        "data.loader": "memmap",
+        "network.name": "adm",
+        "network.embedding": "positional",
+        "network.c_noise": "adm-openai",
+        "method.curriculum": "fixed",
+        "method.indices": "uniform",
+        "method.weighting": "uniform",
+        "method.metric": "l1",
+        "method.teacher": "ema",
+        "training.precision": "fp32",
+    }
+    if name in choices:
+        return choices[name]
+    if value is None:
+        return 0.5
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (*value[:-1], value[-1] / 2 if isinstance(value[-1], float) else value[-1] + 1)
+    return value + "-other" if isinstance(value, str) else value + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("network.resolution", 0),
+        ("network.resolution", 7),
+        ("network.image_channels", 0),
+        ("network.channels", 0),
+        ("network.channels", 3),
+        ("network.channels", 37),
+        ("network.num_blocks", 0),
+        ("network.num_classes", -1),
+        ("network.head_channels", -1),
+        ("network.head_channels", 7),
+        ("network.channel_mult", ()),
+        ("network.channel_mult", (1, 0)),
+        ("network.attention_resolutions", (5,)),
+        ("network.dropout", 1.0),
+        ("network.dropout", -0.1),
+        ("network.dropout", float("nan")),
+        ("network.dropout_max_resolution", -1),
+        ("network.embedding_scale", 0.0),
+        ("network.embedding_scale", float("inf")),
+        ("method.p_mean", float("nan")),
+        ("method.p_std", 0.0),
+        ("method.rho", 0.0),
+        ("method.rho", float("inf")),
+        ("method.sigma_data", -0.5),
+        ("method.sigma_min", 0.0),
+        ("method.sigma_max", float("inf")),
+        ("method.second_sigma", 80.0),
+        ("method.second_sigma", 0.002),
+        ("method.s0", 0),
+        ("method.s1", 9),
+        ("method.s1", 2**21),
+        ("method.huber_c", 0.0),
+        ("method.teacher_ema", 1.0),
+        ("optimizer.lr", 0.0),
+        ("optimizer.lr", float("nan")),
+        ("optimizer.eps", 0.0),
+        ("optimizer.betas", (0.9, 1.0)),
+        ("optimizer.betas", (float("nan"), 0.999)),
+        ("optimizer.weight_decay", -1.0),
+        ("optimizer.ema_decay", 1.0),
+        ("training.total_steps", 0),
+        ("training.total_steps", 2**32),
+        ("training.batch_size", 0),
+        ("training.micro_batch", -1),
+        ("training.micro_batch", 7),
+        ("training.seed", -1),
+        ("training.seed", 2**63),
+        ("training.max_skipped_steps", 0),
+        ("logging.log_every", 0),
+        ("logging.grid_every", -1),
+        ("logging.checkpoint_every", 0),
+        ("logging.keep_checkpoints", 1),
+    ],
+)
+def test_a_senseless_value_is_refused_by_the_name_of_its_flag(name, value):
+    with pytest.raises(InputError) as refused:
+        validate(changed(name, value))
+    message = str(refused.value)
+    assert message.startswith(f"--{name.replace('_', '-')} is ")
+    assert "; it must be " in message
+    assert "\n" not in message
+
+
+def test_the_message_says_the_value_and_what_would_be_right():
+    with pytest.raises(InputError) as refused:
+        validate(changed("training.micro_batch", 7))
+    assert str(refused.value) == (
+        "--training.micro-batch is 7; it must be a divisor of training.batch-size = 96"
+    )
+
+
+def test_a_sigma_min_above_sigma_max_is_refused():
+    config = changed("method.sigma_max", 1.0, changed("method.sigma_min", 2.0))
+    with pytest.raises(InputError, match=r"--method\.(sigma-min|second-sigma) is"):
+        validate(config)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_configuration_survives_json(name):
+    config = presets.get(name)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(("name", "value"), fields())
+def test_every_field_survives_json_with_its_type(name, value):
+    config = changed(name, another(name, value))
+    assert config_module._build(Config, json.loads(json.dumps(to_dict(config))), "x", "") == config
+
+
+def test_a_missing_field_takes_its_default():
+    assert from_dict({"training": {"seed": 3}}) == changed("training.seed", 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"trainning": {}}, r'run\.json: unknown field trainning; did you mean "training"\?'),
+        ({"method": {"sigma_mn": 1}}, r'unknown field method\.sigma_mn; did you mean "sigma_m'),
+        ({"training": {"seed": "3"}}, r"run\.json: training\.seed is '3'; it must be of type int"),
+        ({"training": {"seed": True}}, r"training\.seed is True; it must be of type int"),
+        ({"training": {"seed": 1.5}}, r"training\.seed is 1\.5; it must be of type int"),
+        ({"data": {"flip": 1}}, r"data\.flip is 1; it must be of type bool"),
+        ({"network": {"name": "adn"}}, r"network\.name is 'adn'; did you mean \"adm\""),
+        ({"network": {"channel_mult": 2}}, r"network\.channel_mult is 2; it must be"),
+        ({"network": {"channel_mult": ["a"]}}, r"network\.channel_mult is 'a'; it must be of type int"),
+        ({"method": 3}, r"run\.json: method is 3; it must be an object"),
+        ([], r"run\.json: the whole is \[\]; it must be an object"),
+        ({"training": {"batch_size": 0}}, r"--training\.batch-size is 0"),
+    ],
+)
+def test_a_foreign_json_is_refused_by_the_name_of_its_field(values, said):
+    with pytest.raises(InputError, match=said):
+        from_dict(values, "run.json")
+
+
+@pytest.mark.parametrize(("name", "value"), [*fields(), ("preset", "digits")])
+def test_differences_are_those_of_science_alone(name, value):
+    new = another(name, value)
+    ours = dataclasses.replace(Config(), preset=new) if name == "preset" else changed(name, new)
+    listed = [difference[0] for difference in differences(ours, Config())]
+    assert listed == ([] if name in EXECUTION else [name])
+
+
+def test_a_difference_tells_both_values():
+    assert differences(changed("training.seed", 1), Config()) == [("training.seed", 1, 0)]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_has_a_help_text(section):
+    kind = type(getattr(Config(), section))
+    body = ast.parse(inspect.getsource(kind)).body[0].body
+    described = {
+        field.target.id: text.value.value
+        for field, text in zip(body, [*body[1:], ast.Pass()], strict=True)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    assert set(described) == {field.name for field in dataclasses.fields(kind)}
+    assert all(len(text) > 10 for text in described.values())
+    assert kind.__doc__

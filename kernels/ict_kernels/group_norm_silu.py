@@ -45,6 +45,9 @@ def _definition(
     y = wide(x)
     if pre_bias is not None:
         y = y + per_channel(pre_bias)
+    if y.device.type == "cpu" and torch.is_grad_enabled() and not y.requires_grad:
+        # torch 2.13's backward crashes (segmentation fault) on a channels-last input that needs no gradient.
+        y = y.contiguous()
     # Not F.group_norm, which refuses a single value per group; its normalised value is 0.
     y = torch.group_norm(
         y, num_groups, None if weight is None else wide(weight), None if bias is None else wide(bias), eps

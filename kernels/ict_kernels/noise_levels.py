@@ -35,7 +35,8 @@ CURRICULUM_SCALES = (11, 21, 41, 81, 161, 321, 641, 1281)
 class NoiseLevels(NamedTuple):
     """The levels of a batch, each field of shape (batch,)."""
 
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index. int64, 0 .. N-2: the pair's lower point on the ascending grid
+    # int64, 0 .. N-2: the pair's lower point on the ascending grid (the field hides tuple.index)
+    index: Tensor  # type: ignore[assignment]
     sigma: Tensor  # fp32, the teacher's level
     sigma_next: Tensor  # fp32, the student's level, the next one up
     weight: Tensor  # fp32, the loss weight

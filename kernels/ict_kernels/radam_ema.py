@@ -218,7 +218,8 @@ class RAdamEMA(Optimizer):
         torch._foreach_add_(steps, healthy.to(torch.float32))
         for new, old in ((new_p, params), (new_m, m), (new_v, v), (new_ema, ema)):
             for new_tensor, old_tensor in zip(new, old, strict=True):
-                torch.where(healthy, new_tensor, old_tensor, out=old_tensor)
+                # A 0-dim fp32 scalar promotes a bf16 parameter that is itself 0-dim.
+                torch.where(healthy, new_tensor.to(old_tensor.dtype), old_tensor, out=old_tensor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict of this class, to the last bit, or of torch.optim.RAdam (with a fresh EMA).

@@ -1,7 +1,8 @@
 """The choice of implementation says honestly what this version has."""
 
-import ict_kernels
 import pytest
+
+import ict_kernels
 
 
 def test_auto_and_eager_are_accepted():

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from ict_kernels import (
     NoiseLevels,
     c_in,
@@ -15,7 +17,6 @@ from ict_kernels import (
     pseudo_huber_loss,
     sample_noise_levels,
 )
-from torch import Tensor
 
 
 def huber(difference: Tensor, c: float) -> Tensor:
@@ -28,7 +29,7 @@ def batch(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tup
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
 
 
-# ---------------------------------------------------------------------------------------------- the preconditioning
+# ---------------------------------------------------------------------------------------- the preconditioning
 
 
 def test_the_consistency_function_is_the_identity_at_sigma_min_to_the_last_bit():
@@ -55,7 +56,7 @@ def test_the_network_sees_unit_variance():
     assert float((data_and_noise * c_in(torch.tensor(3.0))).std()) == pytest.approx(1, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------------- the metric
+# ------------------------------------------------------------------------------------------------- the metric
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (3, 5, 7), (3, 2, 5, 7), (2, 3, 2, 5, 7), (1, 1, 1, 1)])
@@ -174,7 +175,7 @@ def test_other_bad_arguments_are_named():
         pseudo_huber_loss(torch.zeros(3), torch.zeros(3))
 
 
-# --------------------------------------------------------------------------------------------------- the whole loss
+# --------------------------------------------------------------------------------------------- the whole loss
 
 
 @pytest.fixture

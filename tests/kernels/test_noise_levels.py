@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from ict_kernels import noise_level_grid, noise_level_probabilities, philox, sample_noise_levels
 from ict_kernels.noise_levels import CURRICULUM_SCALES
 

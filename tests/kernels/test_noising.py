@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ict_kernels import NoiseLevels, noise_images, noise_level_grid, philox, sample_noise_levels
 
 

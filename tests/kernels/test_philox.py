@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from ict_kernels import philox
 from ict_kernels.philox import dropout_keep_mask, flip_bits, normal, uniform_bits
 

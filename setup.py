@@ -33,7 +33,7 @@ EXTRAS = {
 setup(
     name="ict-fast",
     version=VERSION,
-    description="Improved consistency training (iCT) of one-step image generators: fast kernels, exact resume",
+    description="Improved consistency training (iCT) of one-step image generators",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,7 +1,7 @@
-"""Measures ict-fast on the GPU of this machine and writes raw JSON: `python benchmarks/run_gpu.py --part step`.
+"""Measures ict-fast on the GPU of this machine, writes raw JSON: `python benchmarks/run_gpu.py --part step`.
 
-Needs torch and Triton alone, no installation: the checkout is put on the path. Without a GPU it runs the same
-code on the CPU at sizes that say nothing about speed (the suite does, so that the script never rots).
+Needs torch and Triton alone, no installation: the checkout is put on the path. Without a GPU it runs the
+same code on the CPU, at sizes that say nothing about speed (the suite does, so that the script never rots).
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class SyntheticBatch(NamedTuple):
 
 def hardware() -> dict[str, Any]:
     """What a reader needs to judge the figures."""
-    described: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    described: dict[str, Any] = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         described |= {

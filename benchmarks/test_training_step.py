@@ -1,7 +1,7 @@
 """Whole training steps: `pytest benchmarks/ --benchmark-only`.
 
-Each variant names its cost: matrix FLOPs of a step, counted by torch's counter (2 per multiply-add), beside the
-time. The images are random and already on the device, so no loader is measured.
+Each variant names its cost: matrix FLOPs of a step, counted by torch's counter (2 per multiply-add), beside
+the time. The images are random and already on the device, so no loader is measured.
 """
 
 from __future__ import annotations

@@ -128,9 +128,7 @@ class EvaluateOptions:
     """Folder of a prepared store with the real images."""
     steps: Annotated[tuple[str, ...], arg(metavar="1,2")] = ("1,2",)
     """Numbers of sampling steps to measure."""
-    count: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: as many as real ones)")] = (
-        None
-    )
+    count: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 5000)")] = None
     """Number of images to generate."""
     seed: int = 0
     """Seed of the noise."""

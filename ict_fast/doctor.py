@@ -11,13 +11,13 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ict_fast.hardware import nvidia_device
 from ict_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -91,23 +91,6 @@ def advice(found: list[Check]) -> str:
     failed = [check.name for check in found if check.status == "FAIL"]
     verdict = f"Essential and missing: {', '.join(failed)}." if failed else "This machine can train."
     return "\n".join([*(f"{check.name}: {check.advice}" for check in found if check.advice), verdict])
-
-
-def nvidia_device() -> str | None:
-    """How the operating system shows an NVIDIA GPU, whatever torch thinks of it; None if there is none."""
-    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
-    if devices:
-        return str(devices[0])
-    if Path("/proc/driver/nvidia").exists():
-        return "/proc/driver/nvidia"
-    if shutil.which("nvidia-smi"):
-        try:
-            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if listed.returncode == 0 and "GPU" in listed.stdout:
-            return "nvidia-smi -L"
-    return None
 
 
 def apex() -> Check:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from ict_kernels import c_in, c_out, c_skip
 from torch import Tensor, nn
 
 from ict_fast.config import Config, from_dict
 from ict_fast.errors import InputError
 from ict_fast.networks import build_network
+from ict_kernels import c_in, c_out, c_skip
 
 
 def noise_condition(sigma: Tensor, kind: str) -> Tensor:
@@ -68,7 +68,9 @@ def build_seeded_network(config: Config) -> nn.Module:
         return build_network(config.network)
 
 
-def load_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> ConsistencyModel:
+def load_model(
+    path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"
+) -> ConsistencyModel:
     """The model of a run or a checkpoint, ready to sample: averaged weights, evaluation mode.
 
     Args:
@@ -88,5 +90,7 @@ def load_model(path: str | Path, weights: str = "ema", device: str | torch.devic
         model.network.load_state_dict(checkpoint.tensors(weights))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{checkpoint.path / weights}.safetensors does not fit its network: {reason}") from None
+        raise InputError(
+            f"{checkpoint.path / weights}.safetensors does not fit its network: {reason}"
+        ) from None
     return model.to(device).eval().requires_grad_(False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from ict_kernels import consistency_loss, noise_images, sample_noise_levels
 from torch import Tensor, nn
 
 from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import noise_condition
+from ict_kernels import consistency_loss, noise_images, sample_noise_levels
 
 
 class ConsistencyObjective:

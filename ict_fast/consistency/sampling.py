@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from ict_kernels.philox import INITIAL, normal
 from torch import Tensor
 
 from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import ConsistencyModel
 from ict_fast.errors import InputError
+from ict_kernels.philox import INITIAL, normal
 
 # Images per forward pass: the same for every count, so that a compiled network sees one shape.
 BATCH_SIZE = 256

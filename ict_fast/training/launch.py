@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
 
 from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError
+from ict_fast.hardware import nvidia_device
 
 
 def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.device:
@@ -44,17 +44,12 @@ def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.devic
         return torch.device("cuda", torch.cuda.current_device())
     if device == "cuda":
         raise InputError("--device is cuda, but torch sees no GPU here; `ict-fast doctor` says why")
-    if nvidia_device_present() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and (found := nvidia_device()):
         raise InputError(
-            "this machine has an NVIDIA device that torch cannot use; `ict-fast doctor` says why,"
+            f"this machine has an NVIDIA device ({found}) that torch cannot use; `ict-fast doctor` says why,"
             " --device cpu trains without it"
         )
     return torch.device("cpu")
-
-
-def nvidia_device_present() -> bool:
-    """Whether the machine has an NVIDIA GPU, whatever torch thinks of it."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def configure_torch(device: torch.device, *, deterministic: bool) -> None:

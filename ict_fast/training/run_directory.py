@@ -61,11 +61,15 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
         return Run(out, config, None)
 
     if resume == "never":
-        raise InputError(f"there is a run in {out} already; --resume auto continues it, another --out starts one")
+        raise InputError(
+            f"there is a run in {out} already; --resume auto continues it, another --out starts one"
+        )
     stored = read_config(config_file)
     if extend is not None:
         if extend < stored.training.total_steps:
-            raise InputError(f"--extend is {extend}; the run in {out} has {stored.training.total_steps} steps")
+            raise InputError(
+                f"--extend is {extend}; the run in {out} has {stored.training.total_steps} steps"
+            )
         config = replace(config, training=replace(config.training, total_steps=extend))
         stored = replace(stored, training=replace(stored.training, total_steps=extend))
     different = differences(stored, config)

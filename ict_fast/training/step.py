@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from ict_kernels import RAdamEMA
 from torch import Tensor, nn
 
 from ict_fast import consistency
@@ -15,6 +14,7 @@ from ict_fast.config import Config
 from ict_fast.consistency.model import build_seeded_network
 from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
+from ict_kernels import RAdamEMA
 
 if TYPE_CHECKING:
     from ict_fast.checkpoint import Checkpoint

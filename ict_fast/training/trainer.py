@@ -165,15 +165,17 @@ def _save_grid(train_step: TrainStep, path: Path, monitor: Monitor) -> None:
         monitor.warn(f"{path} cannot be written ({error.strerror}); training goes on")
 
 
-def _save(
-    run: Run, store: Store, train_step: TrainStep, step: int, saved_step: int, monitor: Monitor
-) -> int:
+def _save(run: Run, store: Store, train_step: TrainStep, step: int, saved_step: int, monitor: Monitor) -> int:
     """Writes a checkpoint; returns the step of the newest one that is on disk."""
     state = {
         "step": step,
         "config": to_dict(run.config),
         "data_fingerprint": store.fingerprint,
-        "versions": {"ict_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "ict_fast": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     }
     try:
         write_checkpoint(run.out, step, train_step.tensors(), state, keep=run.config.logging.keep_checkpoints)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from ict_kernels import RAdamEMA, c_in, c_out, c_skip
 from torch import Tensor, nn
 
 from ict_fast.config import MethodConfig
 from ict_fast.consistency.curriculum import num_scales, stages
 from ict_fast.consistency.model import noise_condition
 from ict_fast.consistency.objective import ConsistencyObjective
+from ict_kernels import RAdamEMA, c_in, c_out, c_skip
 
 DATA_STD = 0.3
 TOTAL_STEPS = 1600

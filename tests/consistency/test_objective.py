@@ -127,7 +127,9 @@ def test_student_and_teacher_get_the_same_dropout_seed_and_offset() -> None:
 
 
 def test_student_and_teacher_share_the_dropout_mask(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = importlib.import_module("ict_kernels.group_norm_silu")  # the package hands on a function of that name
+    op = importlib.import_module(
+        "ict_kernels.group_norm_silu"
+    )  # the package hands on a function of that name
 
     masks: list[Tensor] = []
     draw = op.dropout_keep_mask

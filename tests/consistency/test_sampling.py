@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -67,7 +68,7 @@ def test_default_levels_are_geometric_down_to_the_second_sigma(tiny: Config) -> 
     assert sampling_sigmas(1, tiny.method) == ()
     assert sampling_sigmas(2, tiny.method) == pytest.approx((0.821,))
     levels = (80.0, *sampling_sigmas(5, tiny.method))
-    ratios = [b / a for a, b in zip(levels, levels[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(levels)]
     assert ratios == pytest.approx([ratios[0]] * 4)
 
 

@@ -20,8 +20,18 @@ def flags(config: Config) -> list[str]:
     training, logging = config.training, config.logging
     return [
         *("--data.path", config.data.path, "--data.flip" if config.data.flip else "--data.no-flip"),
-        *("--network.channels", str(config.network.channels), "--network.dropout", str(config.network.dropout)),
-        *("--training.total-steps", str(training.total_steps), "--training.batch-size", str(training.batch_size)),
+        *(
+            "--network.channels",
+            str(config.network.channels),
+            "--network.dropout",
+            str(config.network.dropout),
+        ),
+        *(
+            "--training.total-steps",
+            str(training.total_steps),
+            "--training.batch-size",
+            str(training.batch_size),
+        ),
         *("--training.micro-batch", str(training.micro_batch)),
         *("--logging.log-every", str(logging.log_every), "--logging.grid-every", str(logging.grid_every)),
         *("--logging.checkpoint-every", str(logging.checkpoint_every)),

@@ -37,7 +37,9 @@ def _assert_same_run(ours: Path, theirs: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [0, 4], ids=["whole-batch", "accumulated"])
-def test_stopping_anywhere_and_resuming_changes_no_bit(tiny: Config, tmp_path: Path, micro_batch: int) -> None:
+def test_stopping_anywhere_and_resuming_changes_no_bit(
+    tiny: Config, tmp_path: Path, micro_batch: int
+) -> None:
     config = replace(tiny, training=replace(tiny.training, micro_batch=micro_batch))
     train(config, out=tmp_path / "whole", device="cpu")
     _interrupt_at(config, tmp_path / "broken", steps=[3, 11, 17])
@@ -111,7 +113,9 @@ def test_a_signal_saves_and_stops_and_the_same_command_resumes(
     out, saved = tmp_path / "run", 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         process = command(config, out)
-        while (not (out / "log.jsonl").exists() or max(_log(out), default=0) <= saved) and process.poll() is None:
+        while (
+            not (out / "log.jsonl").exists() or max(_log(out), default=0) <= saved
+        ) and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(number)
         output = process.communicate(timeout=60)[0]

@@ -31,7 +31,9 @@ def _no_host_synchronisation() -> Iterator[list[str]]:
     try:
         for name, original in originals.items():
 
-            def spy(self: torch.Tensor, *args: object, n: str = name, o: object = original, **kw: object) -> object:
+            def spy(
+                self: torch.Tensor, *args: object, n: str = name, o: object = original, **kw: object
+            ) -> object:
                 seen.append(n)
                 return o(self, *args, **kw)  # type: ignore[operator]
 
@@ -82,7 +84,9 @@ def test_a_non_finite_gradient_changes_nothing_and_is_counted(tiny: Config, batc
     train_step.reset_loss()
     train_step(4, batches(tiny, 4))
     assert int(train_step.skipped_in_a_row) == 0
-    assert not torch.equal(_vector(train_step), torch.cat([v.flatten() for v in before["weights"].values()])[:1])
+    assert not torch.equal(
+        _vector(train_step), torch.cat([v.flatten() for v in before["weights"].values()])[:1]
+    )
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny: Config, batches: Batches) -> None:

@@ -57,7 +57,7 @@ def run(finished: tuple[Config, Path], tmp_path: Path) -> tuple[Config, Path]:
 
 
 def test_a_run_leaves_what_the_design_names(finished: tuple[Config, Path]) -> None:
-    config, out = finished
+    _config, out = finished
     assert [record["step"] for record in _records(out)] == [5, 10, 15, 20, 24]
     assert [record["num_scales"] for record in _records(out)] == [21, 81, 161, 641, 1281]
     assert all(record["loss"] > 0 and record["skipped"] == 0 for record in _records(out))
@@ -147,7 +147,7 @@ def test_resume_never_and_must(run: tuple[Config, Path], tmp_path: Path) -> None
         train(config, out=out, device="cpu", resume="never")
     with pytest.raises(InputError, match="there is no run in"):
         train(config, out=tmp_path / "new", device="cpu", resume="must")
-    with pytest.raises(InputError, match="no run in .* to extend"):
+    with pytest.raises(InputError, match=r"no run in .* to extend"):
         train(config, out=tmp_path / "new", device="cpu", extend=99)
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="--resume is maybe"):
@@ -299,7 +299,9 @@ def test_dry_run_text_names_configuration_parameters_and_stages() -> None:
     text = describe(presets.get("cifar10"))
     assert '"batch_size": 1024' in text
     assert "8: steps 350,000 to 399,999, N = 1281" in text
-    count = int(next(line for line in text.splitlines() if line.startswith("parameters")).split()[1].replace(",", ""))
+    count = int(
+        next(line for line in text.splitlines() if line.startswith("parameters")).split()[1].replace(",", "")
+    )
     assert count == pytest.approx(56.40e6, rel=0.005)
     long = describe(presets.get("cifar10-ct2023"))
     assert "stages: 149 (square-root)" in long or "stages: 150 (square-root)" in long
@@ -325,9 +327,9 @@ def test_a_gpu_that_torch_cannot_use_is_never_passed_over_in_silence(monkeypatch
     from ict_fast.training import launch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(launch, "nvidia_device_present", lambda: True)
+    monkeypatch.setattr(launch, "nvidia_device", lambda: "/dev/nvidia0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(InputError, match="NVIDIA device that torch cannot use"):
+    with pytest.raises(InputError, match=r"NVIDIA device \(/dev/nvidia0\) that torch cannot use"):
         resolve_device("auto")
     assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

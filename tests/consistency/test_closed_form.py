@@ -12,7 +12,7 @@ from ict_fast.consistency.objective import ConsistencyObjective
 from ict_kernels import RAdamEMA, c_in, c_out, c_skip
 
 DATA_STD = 0.3
-TOTAL_STEPS = 1600
+TOTAL_STEPS = 2400
 METHOD = MethodConfig(s1=320)
 
 
@@ -53,7 +53,7 @@ def test_gaussian_data_give_the_linear_consistency_function() -> None:
     scales = [stage.num_scales for stage in stages(TOTAL_STEPS, METHOD)]
     objective = ConsistencyObjective(network, METHOD, c_noise="log", scales=scales)
     ema_decay = torch.tensor(0.0)
-    optimizer = RAdamEMA(network.parameters(), lr=1e-3, ema_decay=ema_decay)
+    optimizer = RAdamEMA(network.parameters(), lr=5e-3, ema_decay=ema_decay)
     generator = torch.Generator().manual_seed(1)
 
     sigma = torch.logspace(-1, 1.9, 8).repeat_interleave(64)
@@ -61,22 +61,26 @@ def test_gaussian_data_give_the_linear_consistency_function() -> None:
     x = z * torch.sqrt(DATA_STD**2 + sigma**2)
     exact = _exact(x, sigma)
 
-    def error() -> float:
+    denoiser = x * DATA_STD**2 / (DATA_STD**2 + sigma**2)
+
+    def error(reference: Tensor) -> float:
+        """Root mean square over noise levels, in units of the data's standard deviation."""
         with torch.no_grad():
-            difference = _consistency_function(network, x, sigma) - exact
+            difference = _consistency_function(network, x, sigma) - reference
         return float(difference.square().mean().sqrt() / DATA_STD)
 
-    untrained = error()
+    assert error(exact) > 0.7, "nothing is learned yet"
     for step in range(TOTAL_STEPS):
         images = DATA_STD * torch.randn((256, 1, 1, 1), generator=generator)
         optimizer.zero_grad()
         count = num_scales(step, TOTAL_STEPS, METHOD)
         objective(images, None, num_scales=count, seed=torch.tensor([0, step])).mean().backward()
-        ema_decay.fill_(min(0.995, (step + 1) / (step + 10)))
+        ema_decay.fill_(min(0.998, (step + 1) / (step + 10)))
         optimizer.step()
     with torch.no_grad():
         for parameter, average in zip(network.parameters(), optimizer.ema_parameters(), strict=True):
             parameter.copy_(average)
-    trained = error()
-    assert untrained > 0.3
-    assert trained < 0.1, f"relative error {trained:.3f}"
+    assert error(exact) < 0.12
+    assert error(denoiser) > 0.5, (
+        "the mean E[x | x + sigma z], which a diffusion model learns, is another map"
+    )

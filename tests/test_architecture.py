@@ -1,0 +1,97 @@
+"""The house's rules: who may import whom, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Arrows run down only; a folder may import from folders of a higher number, never its own level's siblings.
+FLOORS = {
+    "ict_fast.cli": 0,
+    "ict_fast.commands": 0,
+    "ict_fast.training": 1,
+    "ict_fast.evaluation": 1,
+    "ict_fast.consistency": 2,
+    "ict_fast.networks": 3,
+    "ict_fast.data": 3,
+    "ict_kernels": 4,
+}
+
+
+def _imports(path: Path) -> list[str]:
+    """Modules that a file imports, those for type checking apart."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped.update(child for statement in node.body for child in ast.walk(statement))
+    found = []
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append("." * node.level + (node.module or ""))
+    return found
+
+
+def _package(module: str) -> str:
+    parts = module.split(".")
+    return parts[0] if parts[0] == "ict_kernels" else ".".join(parts[:2])
+
+
+def _sources() -> list[tuple[str, Path]]:
+    files = [(path, path.relative_to(ROOT)) for path in (ROOT / "ict_fast").rglob("*.py")]
+    return [(".".join(relative.with_suffix("").parts), path) for path, relative in files]
+
+
+def test_arrows_run_down_only() -> None:
+    wrong = []
+    for module, path in _sources():
+        ours = FLOORS.get(_package(module))
+        for imported in _imports(path):
+            theirs = FLOORS.get(_package(imported))
+            if ours is None or theirs is None or _package(module) == _package(imported):
+                continue
+            if theirs <= ours and not (ours == theirs == 0):
+                wrong.append(f"{module} imports {imported}")
+    assert wrong == []
+
+
+def test_ict_kernels_imports_torch_alone_and_itself_relatively() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
+    for path in (ROOT / "kernels/ict_kernels").glob("*.py"):
+        for imported in _imports(path):
+            if imported.startswith("."):
+                continue
+            assert imported.split(".")[0] in allowed, f"{path.name} imports {imported}"
+
+
+def test_only_the_command_line_imports_tyro() -> None:
+    users = [module for module, path in _sources() if any(i.split(".")[0] == "tyro" for i in _imports(path))]
+    assert users == ["ict_fast.cli"]
+
+
+def test_the_folder_kernels_is_no_package() -> None:
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+@pytest.mark.parametrize("module", ["ict_fast", "ict_fast.cli", "ict_fast.config", "ict_fast.presets"])
+def test_what_help_needs_does_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ict_kernels_brings_nothing_of_the_trainer() -> None:
+    code = (
+        "import sys, ict_kernels; "
+        "print([n for n in ('ict_fast', 'tyro', 'rich', 'PIL', 'sklearn', 'nvidia.dali') if n in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -34,7 +34,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_both_packages_and_never_kernels(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"ict_fast", "ict_kernels"}
     ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ict_fast").rglob("*.py")}
     ours |= {f"ict_kernels/{path.name}" for path in (ROOT / "kernels/ict_kernels").glob("*.py")}
@@ -44,7 +45,8 @@ def test_the_wheel_holds_both_packages_and_never_kernels(built: Path) -> None:
 
 def test_the_sdist_can_be_built_from(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
     assert "kernels/ict_kernels/philox.py" in names
     assert "kernels/__init__.py" not in names

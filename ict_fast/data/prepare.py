@@ -21,15 +21,25 @@ def prepare_digits(out: Path) -> Path:
     Raises:
         InputError: if `out` holds something else or cannot be written.
     """
-    from sklearn.datasets import load_digits  # takes a second, and only this source needs it
-
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # 0..16 in the source
+    images, labels = load_digits()
     return write_store(
         out,
         images,
-        digits.target,
+        labels,
         source="scikit-learn load_digits (UCI optical recognition of handwritten digits, test part)",
         recipe="8x8 grey, round(value * 255 / 16)",
-        classes=[str(name) for name in digits.target_names],
+        classes=[str(digit) for digit in range(10)],
     )
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The 1,797 digits of scikit-learn as the project stores them.
+
+    Returns:
+        images (1797, 8, 8, 1) uint8, the 17 grey levels v mapped to round(255 v / 16); labels (1797,) int64.
+    """
+    from sklearn import datasets  # takes a second, and only this source needs it
+
+    bundled = datasets.load_digits()
+    images = np.rint(bundled.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
+    return images, bundled.target.astype(np.int64)

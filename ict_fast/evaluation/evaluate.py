@@ -14,9 +14,10 @@ from rich.table import Table
 
 from ict_fast.consistency import ConsistencyModel, sample, sampling_sigmas
 from ict_fast.data.pictures import to_uint8
+from ict_fast.data.prepare import load_digits
 from ict_fast.data.store import Store, open_store
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.evaluation.features import DigitsFeatures, digits, digits_features
+from ict_fast.evaluation.features import DigitsFeatures, digits_features
 from ict_fast.evaluation.metrics import FrechetDistance, gaussian_images, halves, noise_images
 from ict_fast.version import __version__
 
@@ -185,7 +186,7 @@ def _check_reference(model: ConsistencyModel, store: Store, count: int) -> None:
             f"{store.path}: holds images of {_size(theirs)}, the model makes {_size(ours)};"
             " name the data that it was trained on as --reference"
         )
-    known = {image.tobytes() for image in digits()[0]}
+    known = {image.tobytes() for image in load_digits()[0]}
     if any(image.tobytes() not in known for image in store.images):
         raise InputError(
             f"{store.path}: holds other images than scikit-learn's digits, and this version has features for"

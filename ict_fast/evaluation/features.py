@@ -11,11 +11,11 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ict_fast.data.prepare import load_digits
 from ict_fast.errors import InputError
 
 NUM_FEATURES = 64
@@ -80,7 +80,7 @@ def digits_features() -> DigitsFeatures:
     """
     # Tensors made in inference mode cannot be trained on; whoever evaluates may be in it.
     with torch.inference_mode(False), torch.enable_grad(), _one_thread():
-        images_nhwc, labels = digits()
+        images_nhwc, labels = load_digits()
         images, targets = torch.from_numpy(images_nhwc).permute(0, 3, 1, 2), torch.from_numpy(labels)
         generator = torch.Generator().manual_seed(SEED)
         order = torch.randperm(len(images), generator=generator)
@@ -93,19 +93,6 @@ def digits_features() -> DigitsFeatures:
         predicted = features.classify(features(images[held_out])).argmax(1)
         features.accuracy = float((predicted == targets[held_out]).double().mean())
     return features
-
-
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    """The 1,797 digits of scikit-learn as the project stores them.
-
-    Returns:
-        images (1797, 8, 8, 1) uint8, the 17 grey levels v mapped to round(255 v / 16); labels (1797,) int64.
-    """
-    from sklearn.datasets import load_digits
-
-    bundled = load_digits()
-    images = np.rint(bundled.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
-    return images, bundled.target.astype(np.int64)
 
 
 def _initialise(features: DigitsFeatures, generator: torch.Generator) -> None:

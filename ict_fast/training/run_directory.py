@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ict_fast.checkpoint import Checkpoint, latest_checkpoint
 from ict_fast.config import Config, differences, from_dict, to_dict
+from ict_fast.data.durable import replace_durably
 from ict_fast.errors import InputError
 
 LOG_NAME = "log.jsonl"
@@ -101,11 +101,11 @@ def read_config(path: Path) -> Config:
 def prepare_directory(run: Run) -> None:
     """Writes config.json, and cuts the log back to the checkpoint's step."""
     run.out.mkdir(parents=True, exist_ok=True)
-    _write(run.out / "config.json", json.dumps(to_dict(run.config), indent=2) + "\n")
+    replace_durably(run.out / "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode())
     log = run.out / LOG_NAME
     if log.exists():
         kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= run.step]
-        _write(log, "".join(line + "\n" for line in kept))
+        replace_durably(log, "".join(line + "\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> float:
@@ -114,13 +114,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces a small file so that a reader or a kill finds the old one or the new one whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -11,11 +11,10 @@ from rich.console import Console
 from torch import nn
 
 from ict_fast.config import Config
-from ict_fast.data.prepare import prepare_digits
+from ict_fast.data.prepare import load_digits, prepare_digits
 from ict_fast.data.store import write_store
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.evaluation import evaluate, table
-from ict_fast.evaluation.features import digits
 
 
 class RemembersDigits(nn.Module):
@@ -27,7 +26,7 @@ class RemembersDigits(nn.Module):
         self.config = dataclasses.replace(
             config, network=dataclasses.replace(config.network, num_classes=num_classes)
         )
-        images, labels = digits()
+        images, labels = load_digits()
         order = np.argsort(labels, kind="stable")
         self.images = nn.Parameter(torch.from_numpy(images[order]).permute(0, 3, 1, 2).float() / 127.5 - 1)
         self.first = torch.from_numpy(np.searchsorted(labels[order], np.arange(11)))
@@ -82,7 +81,7 @@ def test_a_model_that_returns_noise_scores_as_noise(store):
 
 
 def test_a_model_that_returns_one_image_scores_far_worse_than_a_gaussian(store):
-    image = torch.from_numpy(digits()[0][0]).permute(2, 0, 1) / 127.5 - 1
+    image = torch.from_numpy(load_digits()[0][0]).permute(2, 0, 1) / 127.5 - 1
     result = evaluate(Paints(lambda x: image.expand_as(x)), store, steps=(1,), count=100)
     assert result["one_step"]["relative_to_gaussian"] > 3
 
@@ -117,7 +116,7 @@ def test_by_default_5000_images_are_sampled(store):
 
 
 def test_a_conditional_model_gets_labels_in_the_references_proportions(tmp_path):
-    images, labels = digits()
+    images, labels = load_digits()
     kept = labels < 2
     kept &= (labels == 0) | (np.arange(len(labels)) % 4 == 0)
     names = [str(number) for number in range(10)]
@@ -189,7 +188,7 @@ def test_a_reference_of_another_size_is_refused(tmp_path, shape, seen):
 
 
 def test_images_other_than_the_digits_are_refused_with_what_to_do(tmp_path):
-    path = _write(tmp_path / "other", 255 - digits()[0][:10])
+    path = _write(tmp_path / "other", 255 - load_digits()[0][:10])
     with pytest.raises(InputError, match=r"other images than .*digits.*ict-fast prepare digits"):
         evaluate(RemembersDigits(), path)
 
@@ -198,7 +197,7 @@ def test_too_few_images_are_refused(store, tmp_path):
     with pytest.raises(InputError, match=r"--count is 1; .*at least 2"):
         evaluate(RemembersDigits(), store, count=1)
     with pytest.raises(InputError, match=r"holds 3 images; .*at least 4"):
-        evaluate(RemembersDigits(), _write(tmp_path / "few", digits()[0][:3]))
+        evaluate(RemembersDigits(), _write(tmp_path / "few", load_digits()[0][:3]))
 
 
 @pytest.mark.parametrize("steps", [(), (0,), (1, -2)])
@@ -208,6 +207,6 @@ def test_senseless_steps_are_refused(store, steps):
 
 
 def test_a_model_of_other_classes_is_refused(tmp_path):
-    path = _write(tmp_path / "unlabelled", digits()[0][:10])
+    path = _write(tmp_path / "unlabelled", load_digits()[0][:10])
     with pytest.raises(InputError, match=r"has 0 classes, the model 10"):
         evaluate(RemembersDigits(num_classes=10), path)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from ict_fast.data.prepare import load_digits
 from ict_fast.errors import InputError
-from ict_fast.evaluation.features import digits, digits_features
+from ict_fast.evaluation.features import digits_features
 from ict_fast.evaluation.metrics import FrechetDistance, gaussian_images, halves, noise_images
 
 _IN_A_FRESH_PROCESS = """
@@ -35,7 +36,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def distance_to_the_digits():
-    return FrechetDistance(digits_features(), digits()[0]).to
+    return FrechetDistance(digits_features(), load_digits()[0]).to
 
 
 def _corrupted_by_noise(images, standard_deviation):
@@ -73,7 +74,7 @@ def test_features_have_the_interface_of_torchmetrics_and_no_gradients():
 
 
 def test_no_feature_is_dead_on_the_digits():
-    features = digits_features()(torch.from_numpy(digits()[0]).permute(0, 3, 1, 2))
+    features = digits_features()(torch.from_numpy(load_digits()[0]).permute(0, 3, 1, 2))
     assert np.linalg.cond(np.cov(features.numpy(), rowvar=False)) < 1e8
 
 
@@ -92,7 +93,7 @@ def test_other_images_are_refused_with_their_shape(images):
 
 
 def test_more_corruption_is_a_larger_distance(distance_to_the_digits):
-    images = digits()[0]
+    images = load_digits()[0]
     for corrupt, amounts in ((_corrupted_by_noise, (8, 24, 64, 128)), (_blurred, (0.3, 0.5, 0.7, 1.0))):
         distances = [distance_to_the_digits(corrupt(images, amount)) for amount in amounts]
         assert distances == sorted(distances)
@@ -100,7 +101,7 @@ def test_more_corruption_is_a_larger_distance(distance_to_the_digits):
 
 
 def test_distances_rank_sets_from_real_images_to_noise(distance_to_the_digits):
-    images, labels = digits()
+    images, labels = load_digits()
     mean_digit = images.mean(0, keepdims=True).round().astype(np.uint8).repeat(1797, axis=0)
     ranked = [
         images,
@@ -120,7 +121,7 @@ def test_distances_rank_sets_from_real_images_to_noise(distance_to_the_digits):
 def test_real_halves_are_ten_times_nearer_than_a_gaussian_and_below_1_percent_of_noise(
     distance_to_the_digits,
 ):
-    images = digits()[0]
+    images = load_digits()[0]
     first, second = halves(images)
     between_halves = FrechetDistance(digits_features(), first).to(second)
     assert between_halves < 0.1 * distance_to_the_digits(gaussian_images(images, 5000))

@@ -9,8 +9,9 @@ import scipy.linalg
 import torch
 from torch import nn
 
+from ict_fast.data.prepare import load_digits
 from ict_fast.errors import InputError
-from ict_fast.evaluation.features import digits, digits_features
+from ict_fast.evaluation.features import digits_features
 from ict_fast.evaluation.metrics import FrechetDistance, gaussian_images, halves, noise_images
 
 
@@ -33,7 +34,7 @@ def _by_square_root_of_the_matrix(features_a, features_b):
 
 
 def test_equal_sets_have_distance_zero():
-    images = digits()[0]
+    images = load_digits()[0]
     assert FrechetDistance(digits_features(), images).to(images[::-1]) < 1e-6 * images.size
 
 
@@ -52,7 +53,7 @@ def test_two_gaussians_have_the_closed_form_distance():
 
 
 def test_the_distance_equals_scipys_matrix_square_root():
-    images = digits()[0]
+    images = load_digits()[0]
     features = digits_features()
 
     def numbers(images):
@@ -64,7 +65,7 @@ def test_the_distance_equals_scipys_matrix_square_root():
 
 
 def test_a_reference_is_measured_once_and_serves_several_sets():
-    images = digits()[0]
+    images = load_digits()[0]
     distance = FrechetDistance(digits_features(), images)
     noise = noise_images(images, 300)
     first = distance.to(noise)
@@ -73,7 +74,7 @@ def test_a_reference_is_measured_once_and_serves_several_sets():
 
 
 def test_a_read_only_memory_map_is_a_set_like_any_other(tmp_path):
-    images = digits()[0]
+    images = load_digits()[0]
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     noise = noise_images(images, 300)
@@ -82,7 +83,7 @@ def test_a_read_only_memory_map_is_a_set_like_any_other(tmp_path):
 
 
 def test_one_image_is_refused():
-    images = digits()[0]
+    images = load_digits()[0]
     with pytest.raises(InputError, match=r"1 images; .* at least 2"):
         FrechetDistance(digits_features(), images).to(images[:1])
 

@@ -12,8 +12,9 @@ import torch
 from ict_fast import presets
 from ict_fast.config import Config
 
-# Two threads, here and in every process that a test starts: results are compared to the last bit.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread, here and in every process that a test starts: results are compared to the last bit, and processes
+# that run side by side on two cores would spin against each other with more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	@echo "The picture, one network evaluation per digit: runs/digits/one-step.png"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not drill"
+	$(BIN)/python -m pytest
 
 drills: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m drill

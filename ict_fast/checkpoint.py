@@ -11,6 +11,7 @@ Equal states give byte-identical files.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -27,7 +28,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ict_fast.data.durable import flush_directory, replace_durably, sha256_file, write_durably
+from ict_fast.durable import flush_directory, replace_durably, sha256_file, write_durably
 from ict_fast.errors import InputError, TrainingError, did_you_mean
 
 FORMAT = "ict-fast checkpoint"
@@ -126,13 +127,16 @@ def write_checkpoint(
         _write(partial / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
         flush_directory(partial)
         _put_in_place(partial, final)
+        flush_directory(folder)
+        flush_directory(run)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    flush_directory(folder)
-    flush_directory(run)
-    replace_durably(folder / "latest", f"{final.name}\n".encode())
-    _delete_old(folder, step, keep)
+    # The checkpoint is safe: what fails from here on costs a stale pointer, or space until the next one.
+    with contextlib.suppress(OSError):
+        _delete_old(folder, step, keep)
+    with contextlib.suppress(OSError):
+        replace_durably(folder / "latest", f"{final.name}\n".encode())
     return final
 
 

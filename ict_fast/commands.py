@@ -72,9 +72,10 @@ def sample(options: SampleOptions) -> int:
     from ict_fast.consistency import load_model
     from ict_fast.consistency import sample as sample_images
     from ict_fast.data.pictures import to_uint8
-    from ict_fast.training.launch import resolve_device
+    from ict_fast.training.launch import configure_torch, resolve_device
 
     device = resolve_device(options.device, None)
+    configure_torch(device, deterministic=False)
     model = load_model(options.run).to(device)
     num_classes = model.config.network.num_classes
     labels: list[int] | None = None
@@ -111,9 +112,10 @@ def evaluate(options: EvaluateOptions) -> int:
     from ict_fast.consistency import load_model
     from ict_fast.evaluation import evaluate as evaluate_model
     from ict_fast.evaluation import table
-    from ict_fast.training.launch import resolve_device
+    from ict_fast.training.launch import configure_torch, resolve_device
 
     device = resolve_device(options.device, None)
+    configure_torch(device, deterministic=False)
     checkpoint = open_checkpoint(options.run)
     model = load_model(checkpoint.path).to(device)
     reference = options.reference or Path(model.config.data.path)

@@ -26,6 +26,7 @@ EXECUTION_FIELDS = frozenset(
         "method.second_sigma",
         "training.micro_batch",
         "training.deterministic",
+        "training.max_skipped_steps",
     }
     | {f"logging.{name}" for name in ("log_every", "grid_every", "checkpoint_every", "keep_checkpoints")}
 )
@@ -113,6 +114,8 @@ class MethodConfig:
     """The teacher's weights: the student's own (iCT), or their EMA with decay mu(k) (2023)."""
     teacher_ema: float = 0.9
     """mu0 of the EMA teacher: mu(k) = exp(s0 ln mu0 / N(k)); unused when the teacher is the student."""
+    teacher_ema_divisor: Literal["points", "pairs"] = "points"
+    """Divide by N(k), the grid points (the paper), or by N(k) - 1, the pairs (published code)."""
     second_sigma: float = 0.821
     """Noise level of the second step when sampling with two (0.821 CIFAR-10; 1.526 ImageNet, as in ECT)."""
 
@@ -160,7 +163,7 @@ class LoggingConfig:
     """What is written down, and how often (in steps)."""
 
     log_every: int = 25
-    """A line in log.jsonl and TensorBoard; the only steps that wait for the device."""
+    """A line in log.jsonl; the only steps that wait for the device."""
     grid_every: int = 300
     """A grid of one-step samples from fixed seeds; 0 for none."""
     checkpoint_every: int = 300
@@ -287,7 +290,7 @@ def validate(config: Config) -> None:
                 network.head_channels,
                 f"a divisor of the {width} channels at resolution {resolutions[level]}",
             )
-    _require(0 <= network.dropout < 1, "network.dropout", network.dropout, "in [0, 1)")
+    _require(0 <= network.dropout <= 0.9999, "network.dropout", network.dropout, "in [0, 0.9999]")
     _require(network.embedding_scale > 0, "network.embedding-scale", network.embedding_scale, "positive")
 
     _require(method.s1 >= method.s0, "method.s1", method.s1, f"at least method.s0 = {method.s0}")
@@ -319,12 +322,37 @@ def validate(config: Config) -> None:
     _require(all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas", optimizer.betas, "in [0, 1)")
     _require(0 <= optimizer.ema_decay < 1, "optimizer.ema-decay", optimizer.ema_decay, "in [0, 1)")
 
+    _validate_levels(method)
+
     micro_batch = training.micro_batch or training.batch_size
     _require(
         training.batch_size % micro_batch == 0,
         "training.micro-batch",
         micro_batch,
         f"a divisor of training.batch-size = {training.batch_size}",
+    )
+
+
+def _validate_levels(method: MethodConfig) -> None:
+    """The finest grid must be strictly ascending, and the lognormal must reach it."""
+    low, high = (math.log(sigma) for sigma in (method.sigma_min, method.sigma_max))
+    try:
+        ends = [math.exp(log / method.rho) for log in (low, high)]
+        first_gap = (ends[0] + (ends[1] - ends[0]) / method.s1) ** method.rho - method.sigma_min
+    except OverflowError:
+        first_gap = 0.0
+    _require(
+        first_gap > 1e-6 * method.sigma_min,
+        "method.rho",
+        method.rho,
+        f"such that {method.s1 + 1} noise levels differ between {method.sigma_min} and {method.sigma_max}",
+    )
+    mass = [math.erf((log - method.p_mean) / (math.sqrt(2) * method.p_std)) for log in (low, high)]
+    _require(
+        mass[1] - mass[0] > 1e-6,
+        "method.p-mean",
+        method.p_mean,
+        f"within reach of the noise levels: ln sigma runs from {low:.1f} to {high:.1f}",
     )
 
 
@@ -365,6 +393,8 @@ def _coerce(kind: Any, value: Any, origin: str, name: str) -> Any:
     if form is types.UnionType:  # float | None
         return None if value is None else _coerce(arguments[0], value, origin, name)
     if form is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise InputError(f"{origin}: {name} is {value!r}; it must have {len(arguments)} numbers")
         return tuple(_coerce(arguments[0], item, origin, name) for item in value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)

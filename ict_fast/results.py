@@ -89,7 +89,7 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         InputError: if it cannot be written; an older file is then untouched.
     """
-    from ict_fast.data.durable import replace_durably
+    from ict_fast.durable import replace_durably
 
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

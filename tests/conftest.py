@@ -12,8 +12,8 @@ import torch
 from ict_fast import presets
 from ict_fast.config import Config
 
-# One thread, here and in every process that a test starts: results are compared to the last bit, and processes
-# that run side by side on two cores would spin against each other with more.
+# One thread, here and in every process that a test starts: results are compared to the last bit, and
+# processes that run side by side on two cores would spin against each other with more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

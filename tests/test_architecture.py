@@ -12,14 +12,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Arrows run down only; a folder may import from folders of a higher number, never its own level's siblings.
 FLOORS = {
+    "ict_fast.__main__": 0,
     "ict_fast.cli": 0,
     "ict_fast.commands": 0,
+    "ict_fast.doctor": 0,
+    "ict_fast.results": 0,
     "ict_fast.training": 1,
     "ict_fast.evaluation": 1,
     "ict_fast.consistency": 2,
     "ict_fast.networks": 3,
     "ict_fast.data": 3,
     "ict_kernels": 4,
+    # What everybody may use, and what uses nobody: configuration, errors, files.
+    "ict_fast.checkpoint": 4,
+    "ict_fast.presets": 4,
+    "ict_fast.config": 5,
+    "ict_fast.durable": 5,
+    "ict_fast.hardware": 5,
+    "ict_fast.errors": 6,
+    "ict_fast.version": 6,
 }
 
 
@@ -37,7 +48,8 @@ def _imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append("." * node.level + (node.module or ""))
+            module = "." * node.level + (node.module or "")
+            found += [module, *(f"{module}.{alias.name}" for alias in node.names)]
     return found
 
 
@@ -62,6 +74,21 @@ def test_arrows_run_down_only() -> None:
             if theirs <= ours and not (ours == theirs == 0):
                 wrong.append(f"{module} imports {imported}")
     assert wrong == []
+
+
+def test_every_module_has_a_floor() -> None:
+    found = {_package(module) for module, _ in _sources()} - {"ict_fast.__init__"}
+    assert found - FLOORS.keys() == set()
+
+
+def test_nothing_imports_another_folders_private_names() -> None:
+    for module, path in _sources():
+        for imported in _imports(path):
+            private = any(part.startswith("_") and part != "__version__" for part in imported.split(".")[1:])
+            foreign = imported.startswith(("ict_fast", "ict_kernels")) and _package(imported) != _package(
+                module
+            )
+            assert not (private and foreign), f"{module} imports {imported}"
 
 
 def test_ict_kernels_imports_torch_alone_and_itself_relatively() -> None:

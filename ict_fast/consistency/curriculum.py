@@ -61,6 +61,10 @@ def stages(total_steps: int, method: MethodConfig) -> list[Stage]:
 def teacher_ema_decay(scales: int, method: MethodConfig) -> float:
     """Decay of the EMA teacher, mu(k) = exp(s0 ln mu0 / N(k)) (Song et al. 2023, appendix C).
 
-    Published code divides by N(k) - 1 instead; the paper's form is the one here.
+    Args:
+        scales: N(k).
+        method: s0, mu0, and whether to divide by the N(k) grid points or, as published code does, by the
+            N(k) - 1 pairs.
     """
-    return math.exp(method.s0 * math.log(method.teacher_ema) / scales)
+    divisor = scales if method.teacher_ema_divisor == "points" else scales - 1
+    return math.exp(method.s0 * math.log(method.teacher_ema) / divisor)

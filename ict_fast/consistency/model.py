@@ -64,7 +64,7 @@ class ConsistencyModel(nn.Module):
 def build_seeded_network(config: Config) -> nn.Module:
     """The network with weights drawn from config.training.seed, leaving torch's generators untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
+        torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would seed GPUs too
         return build_network(config.network)
 
 

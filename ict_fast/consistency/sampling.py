@@ -12,7 +12,7 @@ from ict_fast.consistency.model import ConsistencyModel
 from ict_fast.errors import InputError
 from ict_kernels.philox import INITIAL, normal
 
-# Images per forward pass: the same for every count, so that a compiled network sees one shape.
+# Images per forward pass.
 BATCH_SIZE = 256
 
 
@@ -69,7 +69,7 @@ def sample(
 ) -> Tensor:
     """Images from noise: x = f(sigma_max z, sigma_max), then x = f(x + sqrt(tau^2 - sigma_min^2) z, tau).
 
-    (Song et al. 2023, algorithm 1.) Image i depends on (seed, i) alone, not on `count`.
+    (Song et al. 2023, algorithm 1.) Image i depends on (seed, i) alone, and to rounding not on `count`.
 
     Args:
         model: see `load_model`.

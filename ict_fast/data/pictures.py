@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ict_fast.data.durable import replace_durably
+from ict_fast.durable import replace_durably
 
 _LEGIBLE = 48  # a tile of fewer pixels than this is hard to see on a screen
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ict_fast.data.durable import flush_directory, sha256_file, write_durably
+from ict_fast.durable import flush_directory, sha256_file, write_durably
 from ict_fast.errors import InputError
 
 FORMAT = "ict-fast store"

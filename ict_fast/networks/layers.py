@@ -3,9 +3,8 @@
 Which arithmetic runs where (METHOD.md, trap 6): the trunk follows autocast, the ends do not. An adjacent pair
 of noise levels differs by less than bf16 can express, so the path of the noise embedding (to its projection
 in every block), the convolutions that read the image, and the output norm and convolution leave autocast and
-compute in the dtype of their parameters. TF32 is a global switch of torch, not a layer's: the caller sets
-`torch.backends.cudnn.conv.fp32_precision = "ieee"`, which costs a bf16 trunk nothing, and leaves
-`torch.backends.cuda.matmul.fp32_precision` as it is by default, "ieee".
+compute in the dtype of their parameters. TF32 is a global switch of torch, not a layer's: the caller turns it
+off (`ict_fast.training.launch.configure_torch`), which costs a bf16 trunk nothing.
 
 Randomness is an argument: dropout happens if and only if a seed is passed, whatever train() and eval() say.
 """

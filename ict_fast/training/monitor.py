@@ -87,7 +87,8 @@ class Monitor:
         line = {"step": step, **values, "images_per_second": round(rate, 1), "time": round(time.time(), 3)}
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+                # A line that a full disk cut short must not swallow this one.
+                file.write(("\n" if self._log_failed else "") + json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             if not self._log_failed:
                 self.warn(f"{self._path} cannot be written ({error.strerror}); training goes on")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ict_fast.checkpoint import Checkpoint, latest_checkpoint
 from ict_fast.config import Config, differences, from_dict, to_dict
-from ict_fast.data.durable import replace_durably
+from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
 
 LOG_NAME = "log.jsonl"
@@ -48,11 +48,16 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
     """
     if resume not in ("auto", "never", "must"):
         raise InputError(f"--resume is {resume}; it must be auto, never or must")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; --out must name a directory")
+    try:
+        # What a run leaves that was killed while config.json was being written counts for nothing.
+        entries = (
+            [entry for entry in out.iterdir() if not entry.name.startswith(".tmp-")] if out.exists() else []
+        )
+    except OSError as error:
+        raise InputError(f"{out} cannot be read ({error.strerror}); --out must name a directory") from None
     config_file = out / "config.json"
-    if not config_file.exists():
-        if out.is_dir() and any(out.iterdir()):
+    if config_file not in entries:
+        if entries:
             raise InputError(f"{out} is not empty and holds no run (no config.json); choose another --out")
         if resume == "must":
             raise InputError(f"there is no run in {out} to resume; --resume auto starts one")
@@ -77,7 +82,10 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
         fields = ", ".join(f"{name} (there {ours!r}, asked {theirs!r})" for name, ours, theirs in different)
         hint = "another --out starts a new run"
         if [name for name, _, _ in different] == ["training.total_steps"]:
-            hint = f"--extend {config.training.total_steps} changes it"
+            longer = config.training.total_steps > stored.training.total_steps
+            option = "--extend" if longer else "--training.total-steps"
+            steps = max(config.training.total_steps, stored.training.total_steps)
+            hint = f"{option} {steps} continues it"
         raise InputError(f"the run in {out} differs in {fields}; {hint}")
     checkpoint = latest_checkpoint(out, warn)
     if checkpoint is None and resume == "must":
@@ -99,16 +107,23 @@ def read_config(path: Path) -> Config:
 
 
 def prepare_directory(run: Run) -> None:
-    """Writes config.json, and cuts the log back to the checkpoint's step."""
-    run.out.mkdir(parents=True, exist_ok=True)
-    replace_durably(run.out / "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode())
+    """Writes config.json, and cuts the log back to the checkpoint's step.
+
+    Raises:
+        InputError: if the directory cannot be written.
+    """
     log = run.out / LOG_NAME
-    if log.exists():
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= run.step]
-        replace_durably(log, "".join(line + "\n" for line in kept).encode())
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        replace_durably(run.out / "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode())
+        if log.exists():
+            kept = [line for line in log.read_bytes().splitlines() if _step_of(line) <= run.step]
+            replace_durably(log, b"".join(line + b"\n" for line in kept))
+    except OSError as error:
+        raise InputError(f"{run.out} cannot be written ({error.strerror}); choose another --out") from None
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a log line; infinite for one that a killed process left half-written."""
     try:
         return float(json.loads(line)["step"])

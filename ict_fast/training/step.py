@@ -101,8 +101,12 @@ class TrainStep:
 
     def _backward(self, batch: Batch) -> Tensor:
         """Adds the gradient of the micro-batch's share of the global mean loss; returns that share."""
+        # No cache of cast weights: the teacher would fill it without gradients, for the student to find.
         with torch.autocast(
-            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
+            self.device.type,
+            dtype=self.autocast_dtype,
+            enabled=self.autocast_dtype is not None,
+            cache_enabled=False,
         ):
             loss_n = self.objective(
                 batch.images,

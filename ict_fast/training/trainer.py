@@ -85,6 +85,9 @@ def train(
     train_step = TrainStep(config, torch_device)
     if run.checkpoint is not None:
         train_step.restore(run.checkpoint)
+        before, now = run.checkpoint.state.get("trunk_dtype"), str(train_step.autocast_dtype)
+        if before != now:
+            warnings.append(f"the run so far has a trunk in {before}, on this device it goes on in {now}")
     prepare_directory(run)
     total = config.training.total_steps
     monitor = Monitor(out, first_step=run.step, total_steps=total, batch_size=config.training.batch_size)
@@ -97,7 +100,12 @@ def train(
             monitor.say(describe_stages(config))
         if run.step:
             monitor.say(f"resuming at step {run.step:,} of {total:,}")
-        return _loop(run, store, train_step, loader, monitor, stop)
+        try:
+            return _loop(run, store, train_step, loader, monitor, stop)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory: {_reason(error)}; a smaller --training.micro-batch needs less"
+            ) from error
 
 
 def _loop(
@@ -107,15 +115,16 @@ def _loop(
     total, logging = config.training.total_steps, config.logging
     saved_step = step
     while True:
-        done = step == total
+        done, stop_code = step == total, stop.exit_code
         if step > run.step:
             if done or step % logging.log_every == 0:
                 monitor.record(step, _metrics(train_step, step, config))
+                _check_progress(train_step, step, config)
             if logging.grid_every and (done or step % logging.grid_every == 0):
                 _save_grid(train_step, out / "grids" / f"step-{step:08d}.png", monitor)
-            if done or stop.exit_code is not None or step % logging.checkpoint_every == 0:
+            if done or stop_code is not None or step % logging.checkpoint_every == 0:
                 saved_step = _save(run, store, train_step, step, saved_step, monitor)
-        if done or stop.exit_code is not None:
+        if done or stop_code is not None:
             break
         train_step(step, loader.micro_batches(step))
         step += 1
@@ -124,33 +133,37 @@ def _loop(
         raise TrainingError(f"step {step:,} could not be saved; {out} holds step {saved_step:,}")
     if done:
         return RunResult(out, step, EXIT_DONE, f"{out}: {total:,} steps are done")
-    assert stop.exit_code is not None
-    message = f"{out}: stopped and saved at step {step:,} of {total:,}; the same command resumes"
-    return RunResult(out, step, stop.exit_code, message)
+    assert stop_code is not None
+    saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
+    return RunResult(out, step, stop_code, f"{out}: {saved}; the same command resumes")
 
 
 def _metrics(train_step: TrainStep, step: int, config: Config) -> dict[str, Any]:
-    """The values of a log line; the one place where the loop waits for the device.
-
-    Raises:
-        TrainingError: if too many steps in a row had no finite gradient.
-    """
+    """The values of a log line: here the loop waits for the device."""
     count = int(train_step.loss_count)
     values = {
         "loss": float(train_step.loss_sum) / count if count else None,
         "num_scales": num_scales(step - 1, config.training.total_steps, config.method),
         "skipped": int(train_step.optimizer.skipped),
     }
-    in_a_row = int(train_step.skipped_in_a_row)
-    if in_a_row >= config.training.max_skipped_steps:
-        raise TrainingError(
-            f"{in_a_row} steps in a row up to step {step:,} had no finite gradient; the last checkpoint is"
-            " from before them; a smaller --optimizer.lr may help"
-        )
     gradient_norm = float(train_step.optimizer.grad_norm)
     values["gradient_norm"] = gradient_norm if gradient_norm < float("inf") else None
-    train_step.reset_loss()
     return values
+
+
+def _check_progress(train_step: TrainStep, step: int, config: Config) -> None:
+    """Gives up after too many steps in a row without a finite gradient; begins a new window of the loss.
+
+    Raises:
+        TrainingError: see above. The weights are still those of the last good step.
+    """
+    in_a_row = int(train_step.skipped_in_a_row)
+    train_step.reset_loss()
+    if in_a_row >= config.training.max_skipped_steps:
+        raise TrainingError(
+            f"{in_a_row} steps in a row up to step {step:,} had no finite gradient, and changed no weight;"
+            " a smaller --optimizer.lr, in a new --out, may help"
+        )
 
 
 def _save_grid(train_step: TrainStep, path: Path, monitor: Monitor) -> None:
@@ -161,8 +174,8 @@ def _save_grid(train_step: TrainStep, path: Path, monitor: Monitor) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         save_png(image_grid(to_uint8(sample(model, _GRID_IMAGES))), path)
-    except OSError as error:
-        monitor.warn(f"{path} cannot be written ({error.strerror}); training goes on")
+    except (OSError, torch.OutOfMemoryError) as error:
+        monitor.warn(f"{path} cannot be written ({_reason(error)}); training goes on")
 
 
 def _save(run: Run, store: Store, train_step: TrainStep, step: int, saved_step: int, monitor: Monitor) -> int:
@@ -171,6 +184,7 @@ def _save(run: Run, store: Store, train_step: TrainStep, step: int, saved_step: 
         "step": step,
         "config": to_dict(run.config),
         "data_fingerprint": store.fingerprint,
+        "trunk_dtype": str(train_step.autocast_dtype),
         "versions": {
             "ict_fast": __version__,
             "torch": torch.__version__,
@@ -181,11 +195,15 @@ def _save(run: Run, store: Store, train_step: TrainStep, step: int, saved_step: 
         write_checkpoint(run.out, step, train_step.tensors(), state, keep=run.config.logging.keep_checkpoints)
     except OSError as error:
         monitor.warn(
-            f"the checkpoint of step {step:,} could not be written ({error.strerror}); the one of step"
+            f"the checkpoint of step {step:,} could not be written ({_reason(error)}); the one of step"
             f" {saved_step:,} stays, training goes on"
         )
         return saved_step
     return step
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def _open_data(config: Config) -> Store:
@@ -201,9 +219,9 @@ def _open_data(config: Config) -> Store:
             f" the network takes {network.resolution}x{network.resolution} of {network.image_channels}"
             " (--network.resolution, --network.image-channels)"
         )
-    if network.num_classes and store.num_classes > network.num_classes:
+    if network.num_classes and not 0 < store.num_classes <= network.num_classes:
         raise InputError(
-            f"{path} has {store.num_classes} classes; --network.num-classes is {network.num_classes}"
+            f"{path} has {store.num_classes or 'no'} classes; --network.num-classes is {network.num_classes}"
         )
     return store
 

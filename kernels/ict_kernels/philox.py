@@ -28,7 +28,7 @@ LEVELS = 1  # noise levels of a training batch, one word per sample
 NOISE = 2  # Gaussian noise of a training batch
 DROPOUT = 3  # dropout masks; the low half is the layer's number
 FLIP = 4  # horizontal flips, one bit per sample of the whole run
-INITIAL = 5  # Gaussian noise that sampling starts from (layer = number of the sampling step)
+INITIAL = 5  # Gaussian noise that sampling starts from (step = number of the sampling step)
 
 _MASK32 = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -103,7 +103,8 @@ def _compiled_rounds() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
             c0 = torch.arange(_COMPILE_FROM)
             probe = (c0, (c0 * 0x9E3779B9) & _MASK32, torch.tensor([_MASK32, 3 << 16, _MASK32, 0x80000000]))
             try:
-                rounds = torch.compile(_packed_words, dynamic=True, fullgraph=True)
+                # Not fullgraph: an error under a TorchDispatchMode (a FLOP counter), where eager runs.
+                rounds = torch.compile(_packed_words, dynamic=True)
                 if torch.equal(rounds(*probe), _packed_words(*probe)):
                     _compiled = rounds
                 else:

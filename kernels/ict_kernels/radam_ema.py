@@ -207,7 +207,7 @@ class RAdamEMA(Optimizer):
         denominator = torch._foreach_sqrt(new_v)
         torch._foreach_add_(denominator, group["eps"])
         torch._foreach_mul_(denominator, rectified.to(dtype))
-        torch._foreach_add_(denominator, (1.0 - rectified).to(dtype))
+        _add_scalar_(denominator, (1.0 - rectified).to(dtype))
         new_p = torch._foreach_div(new_m, denominator)
         torch._foreach_mul_(new_p, (-size).to(dtype))
         torch._foreach_add_(new_p, params)
@@ -215,7 +215,7 @@ class RAdamEMA(Optimizer):
         new_ema = torch._foreach_mul(ema, decay.to(dtype))
         torch._foreach_add_(new_ema, torch._foreach_mul(new_p, (1.0 - decay).to(dtype)))
 
-        torch._foreach_add_(steps, healthy.to(torch.float32))
+        _add_scalar_(steps, healthy.to(torch.float32))
         for new, old in ((new_p, params), (new_m, m), (new_v, v), (new_ema, ema)):
             for new_tensor, old_tensor in zip(new, old, strict=True):
                 # A 0-dim fp32 scalar promotes a bf16 parameter that is itself 0-dim.
@@ -290,6 +290,11 @@ def step_size(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> t
     rectification = torch.where(rectified, variance, 1.0).sqrt()
     adaptive = rectification * correction2.sqrt()
     return lr / correction1 * torch.where(rectified, adaptive, 1.0), rectified.to(torch.float64)
+
+
+def _add_scalar_(tensors: list[Tensor], scalar: Tensor) -> None:
+    """Adds a 0-dim device tensor. torch._foreach_add_ would take its overload for numbers: a host read."""
+    torch.ops.aten._foreach_add_.Tensor(tensors, scalar)
 
 
 def _scalar_dtype(tensor: Tensor) -> torch.dtype:

@@ -188,6 +188,39 @@ def test_each_switch_changes_exactly_what_it_names() -> None:
     torch.testing.assert_close(reference_loss.double() * gaps, unweighted.double(), rtol=1e-3, atol=1e-6)
 
 
+def test_curriculum_dropout_and_teacher_change_nothing_but_what_they_name(tiny: Config) -> None:
+    """What the networks are shown at each step, by variant: (x, noise) of every call."""
+    from ict_fast.data.loaders import Batch
+    from ict_fast.training.step import TrainStep
+
+    images = _images(16)
+    batch = Batch(images, torch.zeros(16, dtype=torch.int64), None, 0)
+
+    def shown(config: Config, step: int) -> tuple[list[Tensor], float]:
+        seen: list[Tensor] = []
+        train_step = TrainStep(config, torch.device("cpu"))
+        for network in {train_step.objective.student, train_step.objective.teacher}:
+            network.register_forward_pre_hook(lambda _, arguments: seen.extend(arguments[:2]))
+        train_step(step, [batch])
+        return seen, float(train_step.loss_sum)
+
+    def same(a: list[Tensor], b: list[Tensor]) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    method = tiny.method
+    plain = replace(tiny, network=replace(tiny.network, dropout=0.0))
+    reference, loss = shown(plain, step=4)  # the second stage, N = 21
+    with_dropout = replace(tiny, network=replace(tiny.network, dropout=0.5))
+    ema_teacher = replace(plain, method=replace(method, teacher="ema"))
+    fixed_n = replace(plain, method=replace(method, curriculum="fixed", s0=20))
+    other_n = replace(plain, method=replace(method, curriculum="fixed", s0=10))
+    assert same(shown(with_dropout, 4)[0], reference)
+    assert shown(ema_teacher, 4)[1] == loss, "before the first update the EMA teacher is the student"
+    assert same(shown(ema_teacher, 4)[0], reference)
+    assert same(shown(fixed_n, 4)[0], reference), "N(4) = 21 either way: the curriculum is N(k) and no more"
+    assert not same(shown(other_n, 4)[0], reference)
+
+
 def test_the_ema_teacher_is_the_network_that_answers_for_the_teacher() -> None:
     student, teacher = Recorder(0.7), Recorder(0.2)
     objective = ConsistencyObjective(student, MethodConfig(), c_noise="log", scales=SCALES, teacher=teacher)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
+import torch
 
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
@@ -26,24 +26,64 @@ def _log(out: Path) -> dict[int, float]:
 
 
 def _assert_same_run(ours: Path, theirs: Path, step: int) -> None:
-    """Weights, EMA, optimizer state and log losses, bit for bit."""
-    for name in ("weights", "ema", "optimizer"):
+    """Weights, EMA, optimizer state (the EMA teacher, if there is one) and log losses, bit for bit."""
+    checkpoint = open_checkpoint(ours / f"checkpoints/step-{step:08d}")
+    assert {"weights", "ema", "optimizer"} <= set(checkpoint.names)
+    assert any(name.endswith("exp_avg_sq") for name in checkpoint.tensors("optimizer"))
+    for name in checkpoint.names:
         file = f"checkpoints/step-{step:08d}/{name}.safetensors"
         assert (ours / file).read_bytes() == (theirs / file).read_bytes(), f"{name} differ"
-    with safe_open(ours / f"checkpoints/step-{step:08d}/optimizer.safetensors", "pt") as tensors:
-        assert any(key.endswith("exp_avg_sq") for key in tensors.keys())  # noqa: SIM118
     assert _log(ours) == _log(theirs)
     assert max(_log(ours)) == step
 
 
-@pytest.mark.parametrize("micro_batch", [0, 4], ids=["whole-batch", "accumulated"])
-def test_stopping_anywhere_and_resuming_changes_no_bit(
-    tiny: Config, tmp_path: Path, micro_batch: int
-) -> None:
-    config = replace(tiny, training=replace(tiny.training, micro_batch=micro_batch))
+VARIANTS: dict[str, Callable[[Config], Config]] = {
+    "dropout": lambda config: config,
+    "accumulated": lambda config: replace(config, training=replace(config.training, micro_batch=4)),
+    "ema-teacher": lambda config: replace(config, method=replace(config.method, teacher="ema")),
+    "conditional": lambda config: replace(config, network=replace(config.network, num_classes=10)),
+    "adm-bf16": lambda config: replace(
+        config,
+        network=replace(config.network, name="adm"),
+        training=replace(config.training, precision="bf16"),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopping_anywhere_and_resuming_changes_no_bit(tiny: Config, tmp_path: Path, variant: str) -> None:
+    config = VARIANTS[variant](tiny)
     train(config, out=tmp_path / "whole", device="cpu")
     _interrupt_at(config, tmp_path / "broken", steps=[3, 11, 17])
     _assert_same_run(tmp_path / "whole", tmp_path / "broken", 24)
+
+
+def test_a_run_resumed_while_it_skips_steps_goes_on_exactly(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ict_fast.training.step import TrainStep
+
+    original = TrainStep.__call__
+
+    def poisoned(self: TrainStep, step: int, batches: object) -> None:
+        """Steps 8 to 12 have an infinite gradient; the checkpoint of step 10 falls between them."""
+        parameter = next(iter(self.network.parameters()))
+        handle = parameter.register_hook(lambda gradient: gradient * (torch.inf if 8 <= step < 13 else 1))
+        original(self, step, batches)  # type: ignore[arg-type]
+        handle.remove()
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    train(tiny, out=tmp_path / "whole", device="cpu")
+    _interrupt_at(tiny, tmp_path / "broken", steps=[11])
+    _assert_same_run(tmp_path / "whole", tmp_path / "broken", 24)
+    assert int(open_checkpoint(tmp_path / "broken").tensors("optimizer")["skipped"]) == 5
+
+
+def test_a_kill_while_the_run_is_being_made_is_forgotten(tiny: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".tmp-config.json").write_text('{"preset": "dig')
+    assert train(tiny, out=out, device="cpu").step == 24
 
 
 def _interrupt_at(config: Config, out: Path, steps: list[int]) -> None:
@@ -107,7 +147,6 @@ def test_two_kill_nines_and_reruns_of_the_command_change_no_bit(
 
 def _newest(out: Path) -> int:
     pointer = out / "checkpoints" / "latest"
-    pointer = pointer if pointer.exists() else out / "latest"
     return int(pointer.read_text().strip().split("-")[-1]) if pointer.exists() else 0
 
 

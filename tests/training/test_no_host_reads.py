@@ -1,0 +1,63 @@
+"""Nothing in a step brings a value to the host: seen where torch dispatches, not where Python calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ict_fast.config import Config
+from ict_fast.training.step import TrainStep
+
+# Operators whose result the host must wait for: a value, a shape that depends on values, a comparison.
+_WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2", "_unique2"}
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operators that would wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        boolean_index = name in ("index", "index_put_") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in args[1]
+            if index is not None
+        )
+        if name in _WAITING or boolean_index:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_a_read() -> None:
+    with HostReads() as watch:
+        torch._foreach_add_([torch.zeros(2)], torch.tensor(1.0))
+        float(torch.ones(()))
+    assert watch.seen == ["aten._local_scalar_dense.default"] * 2
+
+
+@pytest.mark.parametrize("teacher", ["student", "ema"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_never_waits_for_the_device(
+    tiny: Config, batches: Callable[..., list], teacher: str, precision: str
+) -> None:
+    config = replace(
+        tiny,
+        method=replace(tiny.method, teacher=teacher),
+        training=replace(tiny.training, precision=precision),
+    )
+    train_step = TrainStep(config, torch.device("cpu"))
+    for step in range(2):  # tables are built on the first one
+        train_step(step, batches(config, step, 8))
+    ready = [batches(config, step, 8) for step in range(2, 6)]
+    with HostReads() as watch:
+        for step, batch in enumerate(ready, start=2):
+            train_step(step, batch)
+    assert watch.seen == []

@@ -79,7 +79,12 @@ def model(monkeypatch):
     stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path: fake, sample=sample)
     stand_in(monkeypatch, "ict_fast.checkpoint", open_checkpoint=open_checkpoint)
     stand_in(monkeypatch, "ict_fast.evaluation", evaluate=evaluate, table=lambda result: "the table")
-    stand_in(monkeypatch, "ict_fast.training.launch", resolve_device=lambda device, gpus: device)
+    stand_in(
+        monkeypatch,
+        "ict_fast.training.launch",
+        resolve_device=lambda device, gpus: device,
+        configure_torch=lambda device, deterministic: None,
+    )
     return fake
 
 

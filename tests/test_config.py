@@ -15,6 +15,7 @@ from ict_fast.errors import InputError
 SECTIONS = ("data", "network", "method", "optimizer", "training", "logging")
 # What a resumed run may change (DESIGN.md, "Rerunning"), written out a second time.
 EXECUTION = {
+    "training.max_skipped_steps",
     "preset",
     "data.path",
     "data.loader",
@@ -55,6 +56,7 @@ def another(name, value):
         "method.curriculum": "fixed",
         "method.indices": "uniform",
         "method.weighting": "uniform",
+        "method.teacher_ema_divisor": "pairs",
         "method.metric": "l1",
         "method.teacher": "ema",
         "training.precision": "fp32",
@@ -178,6 +180,10 @@ def test_a_missing_field_takes_its_default():
         ({"network": {"name": "adn"}}, r"network\.name is 'adn'; did you mean \"adm\""),
         ({"network": {"channel_mult": 2}}, r"network\.channel_mult is 2; it must be"),
         ({"network": {"channel_mult": ["a"]}}, r"network\.channel_mult is 'a'; it must be of type int"),
+        ({"optimizer": {"betas": [0.9]}}, r"optimizer\.betas is \[0\.9\]; it must have 2 numbers"),
+        ({"method": {"p_mean": 1000.0}}, r"--method\.p-mean is 1000\.0; it must be within reach"),
+        ({"method": {"rho": 0.001}}, r"--method\.rho is 0\.001; it must be such that 1281 noise levels"),
+        ({"network": {"dropout": 0.99999}}, r"--network\.dropout is 0\.99999"),
         ({"method": 3}, r"run\.json: method is 3; it must be an object"),
         ([], r"run\.json: the whole is \[\]; it must be an object"),
         ({"training": {"batch_size": 0}}, r"--training\.batch-size is 0"),

@@ -15,7 +15,7 @@ is a tensor.
 Bytes per fp32 parameter, at least: 20 read (p, g, m, v, ema) and 16 written.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -292,7 +292,7 @@ def step_size(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> t
     return lr / correction1 * torch.where(rectified, adaptive, 1.0), rectified.to(torch.float64)
 
 
-def _add_scalar_(tensors: list[Tensor], scalar: Tensor) -> None:
+def _add_scalar_(tensors: Sequence[Tensor], scalar: Tensor) -> None:
     """Adds a 0-dim device tensor. torch._foreach_add_ would take its overload for numbers: a host read."""
     torch.ops.aten._foreach_add_.Tensor(tensors, scalar)
 

@@ -158,7 +158,7 @@ def test_a_directory_that_is_something_else_is_not_touched(tiny: Config, tmp_pat
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="holds no run"):
         train(tiny, out=tmp_path, device="cpu")
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match="--out must name a directory"):
         train(tiny, out=tmp_path / "thesis.tex", device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -278,8 +278,9 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(
     with pytest.raises(TrainingError, match=r"steps in a row up to step 16"):
         train(config, out=tmp_path / "run", device="cpu")
     records = _records(tmp_path / "run")
-    assert records[-1]["step"] == 12
-    assert records[-1]["skipped"] == 3
+    assert records[-1]["step"] == 16
+    assert records[-1]["skipped"] == 7
+    assert records[-1]["loss"] > 0, "the loss itself stays finite here"
     weights = open_checkpoint(tmp_path / "run").tensors("weights")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
@@ -304,7 +305,7 @@ def test_dry_run_text_names_configuration_parameters_and_stages() -> None:
     )
     assert count == pytest.approx(56.40e6, rel=0.005)
     long = describe(presets.get("cifar10-ct2023"))
-    assert "stages: 149 (square-root)" in long or "stages: 150 (square-root)" in long
+    assert "stages: 150 (square-root)" in long, "N = 2, ..., 151"
     assert "..." in long
 
 

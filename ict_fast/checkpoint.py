@@ -173,15 +173,17 @@ def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
         InputError: if it has, and none is whole.
     """
     steps = _steps(run / "checkpoints")
+    reason = ""
     for step in sorted(steps, reverse=True):
         try:
             return _open_whole(steps[step])
         except InputError as error:
             warn(f"{error}; passing over this checkpoint")
+            reason = reason or str(error)
     if steps:
         raise InputError(
-            f"{run / 'checkpoints'}: none of the {len(steps)} checkpoints is whole; restore one from a copy,"
-            f" or delete {run} to start again"
+            f"{run / 'checkpoints'}: none of the {len(steps)} checkpoints is whole (newest: {reason});"
+            f" restore one from a copy, or delete {run} to start again"
         )
     return None
 

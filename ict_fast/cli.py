@@ -183,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return errors.EXIT_BROKEN_PIPE
+    except OSError as error:  # a folder without permission, a name too long, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(InputError(f"{where}{error.strerror or error}"), errors.EXIT_BAD_INPUT)
 
 
 def _reader_has_gone() -> bool:

@@ -91,6 +91,8 @@ def sample(options: SampleOptions) -> int:
             seed=options.seed,
             progress=lambda done: progress(done / options.count, "sampling"),
         )
+    if not bool(samples.isfinite().all()):
+        raise TrainingError(f"the images of {options.run} are not finite: its training has diverged")
     results.save_samples(to_uint8(samples), labels, out)
     print(f"{options.count} images in {steps} step{'s' if steps > 1 else ''}: {out}")
     return errors.EXIT_DONE
@@ -119,6 +121,8 @@ def evaluate(options: EvaluateOptions) -> int:
     checkpoint = open_checkpoint(options.run)
     model = load_model(checkpoint.path).to(device)
     reference = options.reference or Path(model.config.data.path)
+    if options.reference is None and not reference.exists():
+        raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
     out = Path(checkpoint.path).parent / "evaluation.json"
     results.require_place(out.parent, "the run")
 

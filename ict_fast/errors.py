@@ -7,6 +7,7 @@ reader of the output has gone (`ict-fast ... | head`).
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,8 @@ def refusal(event: Any, kinds: Mapping[str, object], argv: Sequence[str], comman
         for word in getattr(event, "tokens", argv):
             if word.startswith("-") and not _is_number(word) and not _is_known(word, kinds):
                 return unknown_option(word, kinds, help_command)
+        if name == "UnrecognizedArgs":
+            return f'unexpected argument "{event.tokens[0]}"; `{help_command}` lists the options'
         missing = [given.arg for given in getattr(event, "missing_arguments", ())] or [argument]
         names = [", ".join(each.lowered.choices or [str(each.lowered.metavar)]) for each in missing]
         return f"{command} needs {' and '.join(names)}; see `{help_command}`"
@@ -83,7 +86,8 @@ def refusal(event: Any, kinds: Mapping[str, object], argv: Sequence[str], comman
 
 def _is_known(word: str, kinds: Mapping[str, object]) -> bool:
     option = word.partition("=")[0].replace("_", "-")
-    return option in kinds or option.replace("no-", "", 1) in kinds or option in ("--", "--help", "-h")
+    positive = re.sub(r"(^--|\.)no-(?=[^.]*$)", r"\1", option)  # --data.no-flip, not --no-data.flip
+    return option in kinds or positive in kinds or option in ("--", "--help", "-h")
 
 
 def _is_number(word: str) -> bool:

@@ -56,7 +56,7 @@ def trained(monkeypatch):
 @pytest.fixture
 def model(monkeypatch):
     """Stands in for a trained model; `model.calls` holds what was asked of it, `model.config` may be set."""
-    config = Config()
+    config = presets.get("digits")
     fake = SimpleNamespace(config=config, calls=[], to=lambda device: fake)
 
     def sample(asked, count, **options):
@@ -248,7 +248,7 @@ def test_train_hands_its_options_on(trained, tmp_path):
 def test_a_field_is_set_by_its_flag(trained, tmp_path, words, field, value):
     assert main(["train", "--out", str(tmp_path), *words.split()]) == 0
     section, name = field.split(".")
-    config = Config()
+    config = presets.get("digits")
     part = dataclasses.replace(getattr(config, section), **{name: value})
     assert trained[0][0] == dataclasses.replace(config, **{section: part})
 
@@ -500,7 +500,9 @@ def test_a_disk_that_fails_is_bad_input_not_a_traceback(model, run_folder, monke
 # --- evaluate, prepare, doctor -----------------------------------------------------------------------------
 
 
-def test_evaluate_writes_its_measures_beside_the_checkpoint(model, run_folder, capsys):
+def test_evaluate_writes_its_measures_beside_the_checkpoint(model, run_folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/digits").mkdir(parents=True)
     assert main(["evaluate", str(run_folder), "--count", "10", "--seed", "3"]) == 0
     [call] = model.calls
     assert call["reference"] == Path("data/digits")
@@ -567,3 +569,19 @@ def test_a_broken_pipe_of_something_else_is_a_bug(monkeypatch, tmp_path):
     stand_in(monkeypatch, "ict_fast.training.trainer", train=train)
     with pytest.raises(BrokenPipeError, match="worker"):
         main(["train", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train --no-data.flip", "unknown option --no-data.flip"),
+        ("train -5", 'unexpected argument "-5"'),
+        ("evaluate a -1", 'unexpected argument "-1"'),
+    ],
+)
+def test_what_looks_like_an_option_and_is_none_is_one_line(capsys, words, said):
+    assert said in refused(capsys, *words.split())
+
+
+def test_an_error_of_the_system_is_one_line(capsys, tmp_path):
+    assert "File name too long" in refused(capsys, "sample", str(tmp_path / ("x" * 300)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -35,7 +36,7 @@ class Monitor:
         self._log_failed = False
         self._console = Console(stderr=True)
         self._live: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=None),
@@ -59,11 +60,12 @@ class Monitor:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line for the person, on standard error."""
-        if self._live is not None:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        """A line for the person, on standard error; one that cannot be written never ends a run."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed, none
+            if self._live is not None:
+                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         self.say(f"ict-fast: warning: {text}")

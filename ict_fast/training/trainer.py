@@ -85,8 +85,8 @@ def train(
     train_step = TrainStep(config, torch_device)
     if run.checkpoint is not None:
         train_step.restore(run.checkpoint)
-        before, now = run.checkpoint.state.get("trunk_dtype"), str(train_step.autocast_dtype)
-        if before != now:
+        before, now = run.checkpoint.state.get("trunk_dtype"), _trunk_name(train_step)
+        if before not in (None, now):
             warnings.append(f"the run so far has a trunk in {before}, on this device it goes on in {now}")
     prepare_directory(run)
     total = config.training.total_steps
@@ -102,7 +102,10 @@ def train(
             monitor.say(f"resuming at step {run.step:,} of {total:,}")
         try:
             return _loop(run, store, train_step, loader, monitor, stop)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            # torch.OutOfMemoryError is the GPU's; the CPU's allocator raises a plain RuntimeError.
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
             raise TrainingError(
                 f"out of memory: {_reason(error)}; a smaller --training.micro-batch needs less"
             ) from error
@@ -184,7 +187,7 @@ def _save(run: Run, store: Store, train_step: TrainStep, step: int, saved_step: 
         "step": step,
         "config": to_dict(run.config),
         "data_fingerprint": store.fingerprint,
-        "trunk_dtype": str(train_step.autocast_dtype),
+        "trunk_dtype": _trunk_name(train_step),
         "versions": {
             "ict_fast": __version__,
             "torch": torch.__version__,
@@ -200,6 +203,10 @@ def _save(run: Run, store: Store, train_step: TrainStep, step: int, saved_step: 
         )
         return saved_step
     return step
+
+
+def _trunk_name(train_step: TrainStep) -> str:
+    return str(train_step.autocast_dtype or torch.float32).removeprefix("torch.")
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -346,3 +347,23 @@ def test_non_finite_state_is_never_checkpointed(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="w"):
         checkpoint_module.write_checkpoint(tmp_path, 1, tensors, {"step": 1}, keep=2)
     assert not list(tmp_path.glob("checkpoints/step-*"))
+
+
+def test_progress_that_cannot_be_shown_never_ends_a_run(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "wb", buffering=0) as full, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", io.TextIOWrapper(full, write_through=True))
+        assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
+        patch.setattr("sys.stderr", None)
+        assert train(tiny, out=tmp_path / "other", device="cpu").exit_code == 0
+
+
+def test_a_trunk_in_another_arithmetic_is_said(
+    run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = run
+    state = out / "checkpoints/step-00000024/state.json"
+    assert json.loads(state.read_text())["trunk_dtype"] == "float32"
+    train(config, out=out, device="cpu", extend=25)
+    assert "goes on in" not in capsys.readouterr().err

@@ -33,7 +33,7 @@ def _digits(**network: object) -> Config:
 
 VARIANTS = {
     "digits": _digits(),
-    "digits-without-dropout": _digits(dropout=0.0),
+    "digits-dropout": _digits(dropout=0.3),
     "digits-adm": _digits(name="adm", embedding="positional"),
 }
 

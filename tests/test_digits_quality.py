@@ -25,7 +25,7 @@ def _run(*words: str, cwd: Path) -> None:
 
 @pytest.fixture(scope="module")
 def evaluations(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """evaluation.json of three seeds, also kept as a result of the project."""
+    """evaluation.json of three seeds; the raw results are kept whether they pass or not."""
     folder = tmp_path_factory.mktemp("quality")
     found = []
     for seed in range(3):

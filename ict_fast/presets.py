@@ -19,8 +19,8 @@ from ict_fast.config import (
 from ict_fast.errors import InputError, did_you_mean
 
 # Small enough for two to three minutes on two CPU cores. The second moment forgets in 100 steps, not 1,000.
-# Chosen on one seed (1.67 % of the Fréchet distance of noise in one step and 1.37 % in two, against 1.96 % and
-# 1.89 %); the likely reason, not shown, is that the mean of lambda doubles every 150 steps here.
+# Chosen on one seed: 1.67 % of the Fréchet distance of noise in one step and 1.37 % in two, against 1.96 %
+# and 1.89 %. The likely reason, not shown, is that the mean of lambda doubles every 150 steps here.
 DIGITS = Config(preset="digits", optimizer=OptimizerConfig(betas=(0.9, 0.99)))
 
 _LARGE_RUN_LOGGING = LoggingConfig(log_every=100, grid_every=5000, checkpoint_every=5000, keep_checkpoints=3)

@@ -1,5 +1,10 @@
 """Which implementation the ops use: the process-wide choice of `set_backend`."""
 
+import torch
+from torch import Tensor
+
+from .triton_support import INTERPRETED, MISSING, runs_on
+
 _BACKENDS = ("auto", "triton", "eager", "apex")
 _chosen = "auto"
 
@@ -7,21 +12,49 @@ _chosen = "auto"
 def set_backend(name: str) -> None:
     """Choose the implementation of every op of this package, for the whole process.
 
+    float64 tensors, and whatever else the kernels do not take, go to the eager definitions in any case.
+
     Args:
-        name: "eager", the PyTorch definitions; "auto", the fastest that this version has for the device.
-            This version has eager definitions only, so both mean the same.
+        name: "auto", the Triton kernels on CUDA (and on a CPU under TRITON_INTERPRET=1), the PyTorch
+            definitions elsewhere; "triton", the same, but a tensor of a device that the kernels cannot run on
+            is an error; "eager", the PyTorch definitions.
     Raises:
-        RuntimeError: for "triton" and "apex", which this version does not hold.
+        RuntimeError: for "triton" where Triton cannot run at all, and for "apex", which this version does not
+            hold.
         ValueError: for any other name.
     """
     global _chosen
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(_BACKENDS)}")
-    if name in ("triton", "apex"):
-        raise RuntimeError(f"this version of ict_kernels has no {name} kernels; use 'auto' or 'eager'")
+    if name == "apex":
+        raise RuntimeError("this version of ict_kernels does not call apex; use 'auto', 'triton' or 'eager'")
+    if name == "triton":
+        if MISSING is not None:
+            raise RuntimeError(f"Triton cannot be imported ({MISSING}); use 'auto' or 'eager'")
+        if not (INTERPRETED or torch.cuda.is_available()):
+            raise RuntimeError(
+                "torch sees no GPU, and TRITON_INTERPRET=1 is not set, so Triton kernels cannot run; use"
+                " 'auto' or 'eager'"
+            )
     _chosen = name
 
 
 def get_backend() -> str:
     """The backend last chosen by `set_backend`; "auto" at first."""
     return _chosen
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """Whether an op on these tensors goes to its Triton kernel. float64 never does.
+
+    Raises:
+        RuntimeError: if "triton" was chosen, and a tensor lies where its kernels cannot run.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if _chosen == "eager" or any(tensor.dtype == torch.float64 for tensor in given):
+        return False
+    able = all(runs_on(tensor.device) for tensor in given)
+    if _chosen == "triton" and not able:
+        devices = ", ".join(sorted({tensor.device.type for tensor in given}))
+        raise RuntimeError(f"the backend is 'triton', whose kernels cannot run on: {devices}")
+    return able

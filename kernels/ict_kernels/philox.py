@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Where every random number comes from: Philox4x32-10, addressed by position instead of by order of drawing.
 
 Ten rounds turn a 128-bit counter and a 64-bit key into four 32-bit words (Salmon, Moraes, Dror & Shaw,
@@ -22,6 +23,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from .triton_support import jit, tl
 
 # Purposes: the high half of the counter's last word. Changing one changes every run; append only.
 LEVELS = 1  # noise levels of a training batch, one word per sample
@@ -338,3 +341,74 @@ def _device(device: torch.device | str | None, seed: Seed) -> torch.device:
     if device is not None:
         return torch.device(device)
     return seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------- inside a kernel
+
+_MUL0, _MUL1 = tl.constexpr(_M0), tl.constexpr(_M1)
+_BUMP0, _BUMP1 = tl.constexpr(_W0), tl.constexpr(_W1)
+
+
+@jit
+def philox_words(c0, c1, c2, c3, k0, k1):
+    """`philox` on uint32 values of any one shape (the keys may be scalars); returns four words."""
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, _MUL0), c0 * _MUL0
+        high1, low1 = tl.umulhi(c2, _MUL1), c2 * _MUL1
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += _BUMP0
+        k1 += _BUMP1
+    return c0, c1, c2, c3
+
+
+@jit
+def philox_call(seed_ptr, sample, call, stream):
+    """The four words of one call: `seed_ptr` holds (run seed, step), stream = purpose << 16 | layer.
+
+    `sample` (global, int64 or less) and `call` broadcast together; words are uint32 of that shape.
+    """
+    seed, step = tl.load(seed_ptr), tl.load(seed_ptr + 1)
+    c0, c1 = tl.broadcast(call.to(tl.uint32), sample.to(tl.uint32))
+    zero = c0 * 0
+    return philox_words(
+        c0,
+        c1,
+        zero + step.to(tl.uint32),
+        zero + stream.to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
+
+
+@jit
+def interleave4(w0, w1, w2, w3):
+    """[...] four times -> [..., 2, 2], which reshaped is their values in this order."""
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+@jit
+def lanes16(w0, w1, w2, w3):
+    """Four words of calls [...] -> [..., 2, 2, 2] lanes in 0 .. 65535 (int32), 8 in element order."""
+    words = interleave4(w0, w1, w2, w3)
+    return tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
+
+
+@jit
+def normal4(w0, w1, w2, w3):
+    """Four words of calls [...] -> [..., 2, 2] standard normal fp32, 4 in element order, as `normal`."""
+    r01, r23 = _radius(w0), _radius(w2)
+    a01, a23 = _angle(w1), _angle(w3)
+    return interleave4(r01 * tl.cos(a01), r01 * tl.sin(a01), r23 * tl.cos(a23), r23 * tl.sin(a23))
+
+
+@jit
+def _radius(word):
+    # As the eager definition: the word is read as signed, scaled, and 1 added where that is negative.
+    fraction = word.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    fraction = tl.where(fraction < 0, fraction + 1.0, fraction)
+    return tl.sqrt(-2.0 * tl.log(fraction + 1.1641532182693481e-10))
+
+
+@jit
+def _angle(word):
+    return word.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10 * 6.283185307179586

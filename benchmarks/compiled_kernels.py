@@ -1,0 +1,142 @@
+"""What the Triton kernels become, without a GPU: `python benchmarks/compiled_kernels.py`.
+
+Every launch of every case in kernel_cases/ is compiled ahead of time for each architecture, and its machine
+code is read: registers, spills, shared memory, the widths of its global accesses, fp64 instructions,
+instructions per element. Writes compiled-kernels.json and compiled-kernels.md to --out.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+
+from ict_kernels.triton_support import Launch  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One kernel on one architecture.
+
+    Attributes:
+        stack_bytes: local memory per thread: anything but 0 is a spill, or an array that is indexed.
+        loads, stores: global accesses by width in bits.
+        fp64: fp64 arithmetic instructions.
+        instructions_per_element: static instructions, times threads, over the elements that they handle.
+    """
+
+    architecture: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    fp64: int
+    instructions: int
+    instructions_per_element: float | None
+
+
+def compile_launch(launch: Launch, architecture: int, scalar: str = "fp32") -> MachineCode:
+    """Compiles what a launch would compile, and reads the machine code.
+
+    Args:
+        launch: a recorded one; tensors may be on the meta device and count as aligned to 16 bytes.
+        architecture: 80, 90 or 100.
+        scalar: the type of Python floats: "fp32" (Triton's own launcher) or "fp64" (Inductor's).
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments.get(parameter.name, parameter.default)
+        kind = "constexpr" if parameter.is_constexpr or value is None else _type(value, scalar)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor) or (
+            isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+        ):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = _output(tool, "--dump-resource-usage", cubin.name)
+        sass = _output(tool, "--dump-sass", cubin.name)
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    opcodes = [opcode for opcode in opcodes if opcode != "NOP"]
+    threads = 32 * launch.num_warps
+    return MachineCode(
+        architecture=architecture,
+        registers=_field(usage, "REG"),
+        stack_bytes=_field(usage, "STACK") + _field(usage, "LOCAL"),
+        shared_bytes=compiled.metadata.shared,
+        loads=_widths(opcodes, "LDG"),
+        stores=_widths(opcodes, "STG"),
+        fp64=sum(opcode.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for opcode in opcodes),
+        instructions=len(opcodes),
+        instructions_per_element=round(len(opcodes) * threads / launch.elements, 2)
+        if launch.elements
+        else None,
+    )
+
+
+def _type(value: Any, scalar: str) -> str:
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    assert isinstance(value, float), value
+    return scalar
+
+
+def _widths(opcodes: list[str], prefix: str) -> dict[int, int]:
+    """Global accesses by width in bits: LDG.E.128 -> 128, LDG.E.U16 -> 16, LDG.E -> 32."""
+    widths: Counter[int] = Counter()
+    for opcode in opcodes:
+        parts = opcode.split(".")
+        if parts[0] == prefix:
+            numbers = [int(part.lstrip("US")) for part in parts[1:] if part.lstrip("US").isdigit()]
+            widths[numbers[0] if numbers else 32] += 1
+    return dict(sorted(widths.items()))
+
+
+def _field(usage: str, name: str) -> int:
+    found = re.search(rf"\b{name}:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1])
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,107 @@
+"""Triton where it is installed, and stand-ins that let the kernels' files be imported where it is not.
+
+Kernels are `@jit` functions in the file of their op, beside the eager definition that says what they compute.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+
+    MISSING: str | None = None
+except ImportError as error:  # Triton is for Linux
+    triton: Any = None  # type: ignore[no-redef]
+    tl: Any = SimpleNamespace(constexpr=int)  # type: ignore[no-redef]
+    MISSING = str(error)
+
+    def jit(function: Any) -> Any:
+        return function
+
+
+# Triton reads the variable when it is imported; so it says for the life of the process what kernels do.
+INTERPRETED = MISSING is None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, as `launch` was asked for it.
+
+    Attributes:
+        kernel: the `@jit` function.
+        grid: programs along each axis.
+        arguments: by the kernel's names, compile-time constants included.
+        num_warps: of each program.
+        elements: how many elements of the bulk tensors a program's straight-line code handles (one iteration
+            of a loop); 0 where that means nothing.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    elements: int
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collects launches instead of making them: what an op would launch for tensors on the meta device."""
+    global _recorded
+    launches: list[Launch] = []
+    _recorded = launches
+    try:
+        yield launches
+    finally:
+        _recorded = None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, elements: int = 0, **arguments: Any
+) -> None:
+    """Runs a kernel on the device of its tensors; see `Launch`. An empty grid runs nothing."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, num_warps, elements))
+        return
+    if 0 in grid:
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](**arguments, num_warps=num_warps)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels can run on tensors of this device in this process."""
+    if MISSING is not None:
+        return False
+    return INTERPRETED if device.type == "cpu" else device.type == "cuda"
+
+
+def refuse_forward_ad(op: str, *tensors: Tensor | None) -> None:
+    """Raises where forward-mode AD goes through a Triton op, which would return a zero tangent in silence.
+
+    Raises:
+        NotImplementedError: if one of the tensors carries a tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative in its Triton kernels; use"
+                " ict_kernels.set_backend('eager') for torch.func.jvp and forward AD"
+            )

@@ -153,6 +153,8 @@ def open_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Ch
         raise InputError(f"{path}: does not exist; name a run or a checkpoint")
     if not path.is_dir():
         raise InputError(f"{path}: is a file; name the directory of a run or of a checkpoint")
+    if path.name == "checkpoints" and not (path / "checkpoints").exists():
+        path = path.parent
     if (path / _MANIFEST).exists() or _STEP_NAME.fullmatch(path.name):
         return _open_whole(path)
     newest = latest_checkpoint(path, warn or _warn_on_standard_error)

@@ -126,6 +126,10 @@ class EvaluateOptions:
         Path | None, arg(metavar="DATA", help_behavior_hint="(default: what the run was trained on)")
     ] = None
     """Folder of a prepared store with the real images."""
+    out: Annotated[
+        Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: evaluation.json beside it)")
+    ] = None
+    """Where the result is written; the default is overwritten by the next evaluation in the same run."""
     steps: Annotated[tuple[str, ...], arg(metavar="1,2")] = ("1,2",)
     """Numbers of sampling steps to measure."""
     count: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 5000)")] = None
@@ -169,6 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code; see `ict_fast.errors`.
     """
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal that knows ASCII alone
+                stream.reconfigure(errors="replace")
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
@@ -177,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         return _complain(error, errors.EXIT_FAILED)
     except KeyboardInterrupt:
-        return errors.EXIT_SIGINT
+        return _complain(TrainingError("interrupted; nothing more was saved"), errors.EXIT_SIGINT)
     except BrokenPipeError:
         if not _reader_has_gone():
             raise
@@ -200,7 +207,12 @@ def _reader_has_gone() -> bool:
 
 
 def _dispatch(argv: list[str]) -> int:
+    if "" in argv:
+        before = argv[argv.index("") - 1] if argv.index("") else PROGRAM
+        raise InputError(f"the argument after {before} is empty; leave it out, or give it a value")
     word = argv[0] if argv else "--help"
+    if word == "help" and argv[1:] and argv[1] in COMMANDS:
+        argv, word = [argv[1], "--help"], argv[1]
     if word in ("--help", "-h", "help"):
         print(_overview())
         return errors.EXIT_DONE

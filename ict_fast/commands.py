@@ -27,24 +27,20 @@ def train(options: TrainOptions) -> int:
     for name, number in (("gpus", options.gpus), ("extend", options.extend)):
         if number is not None:
             _at_least(1, name, number)
-    if options.dry_run:
-        from ict_fast.training.describe import describe
-
-        print(describe(config))
-        return errors.EXIT_DONE
     results.require_place(out, "--out")
+    arguments: dict[str, Any] = {
+        name: getattr(options, name) for name in ("device", "gpus", "resume", "extend")
+    }
+    if options.dry_run:
+        from ict_fast.training.trainer import plan
+
+        print(plan(config, out=out, **arguments))
+        return errors.EXIT_DONE
 
     from ict_fast.training.trainer import train as train_run
 
     try:
-        result = train_run(
-            config,
-            out=out,
-            device=options.device,
-            gpus=options.gpus,
-            resume=options.resume,
-            extend=options.extend,
-        )
+        result = train_run(config, out=out, **arguments)
     except TrainingError as error:
         raise TrainingError(f"{error} (log: {out / 'log.jsonl'})") from error
     if result.message:
@@ -123,8 +119,9 @@ def evaluate(options: EvaluateOptions) -> int:
     reference = options.reference or Path(model.config.data.path)
     if options.reference is None and not reference.exists():
         raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
-    out = Path(checkpoint.path).parent / "evaluation.json"
-    results.require_place(out.parent, "the run")
+    beside = Path(checkpoint.path).parent / "evaluation.json"
+    out = beside if options.out is None else options.out
+    results.require_place(out.parent, "the run" if options.out is None else "--out")
 
     with _live_line() as progress:
         result = evaluate_model(

@@ -229,7 +229,6 @@ def validate(config: Config) -> None:
             _require(finite, name.replace("_", "-"), number, "a finite number")
     for name, number in (
         ("network.resolution", network.resolution),
-        ("network.image-channels", network.image_channels),
         ("network.channels", network.channels),
         ("network.num-blocks", network.num_blocks),
         ("training.total-steps", training.total_steps),
@@ -251,6 +250,17 @@ def validate(config: Config) -> None:
     ):
         _require(number >= 0, name, number, "0 or more")
     _require(training.seed < 2**63, "training.seed", training.seed, "below 2^63")
+    # Far above any use, and below what exhausts the memory before it can be refused.
+    for name, number, most in (
+        ("network.resolution", network.resolution, 4096),
+        ("network.num-classes", network.num_classes, 10**6),
+        ("network.channels", network.channels, 4096),
+        ("network.channel-mult", max(network.channel_mult, default=1), 64),
+        ("network.num-blocks", network.num_blocks, 64),
+        ("training.batch-size", training.batch_size, 2**20),
+    ):
+        _require(number <= most, name, number, f"at most {most:,}")
+    _require(network.image_channels in (1, 3), "network.image-channels", network.image_channels, "1 or 3")
     _require(training.total_steps < 2**32, "training.total-steps", training.total_steps, "below 2^32")
     keep = logging.keep_checkpoints
     _require(keep >= 2, "logging.keep-checkpoints", keep, "at least 2")

@@ -126,8 +126,11 @@ def unknown_option(token: str, known: Iterable[str], help_command: str) -> str:
     options = sorted(known)
     typed = token.partition("=")[0]
     wanted = typed.replace("_", "-")
-    same_field = [option for option in options if option.split(".")[-1] == wanted.lstrip("-")]
-    near = same_field or difflib.get_close_matches(wanted, options, n=1, cutoff=0.6)
+    name = wanted.strip("-")
+    fields = {option: option.lstrip("-").split(".")[-1] for option in options}
+    same_field = [option for option in options if fields[option] == name]
+    part_of = sorted((option for option in options if name in fields[option].split("-")), key=len)
+    near = same_field or part_of or difflib.get_close_matches(wanted, options, n=1, cutoff=0.6)
     hint = f'did you mean "{near[0]}"?' if near else f"`{help_command}` lists them"
     return f"unknown option {typed}; {hint}"
 

@@ -253,16 +253,17 @@ def test_a_field_is_set_by_its_flag(trained, tmp_path, words, field, value):
     assert trained[0][0] == dataclasses.replace(config, **{section: part})
 
 
-def test_a_dry_run_describes_and_trains_nothing(trained, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_describes_and_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    stand_in(
-        monkeypatch,
-        "ict_fast.training.describe",
-        describe=lambda config: f"{config.training.total_steps} steps",
-    )
-    assert main(["train", "--dry-run", "--training.total-steps", "77", "--gpus", "8"]) == 0
-    assert capsys.readouterr().out == "77 steps\n"
-    assert trained == []
+    assert main(["train", "--dry-run", "--training.total-steps", "77"]) == 0
+    said = capsys.readouterr().out
+    assert '"total_steps": 77' in said
+    assert "run: runs/digits would start" in said
+    assert "data: data/digits would be prepared" in said
+    assert main(["train", "--dry-run", "--preset", "cifar10", "--gpus", "800"]) == 0
+    said = capsys.readouterr().out
+    assert "device: not here: --gpus is 800" in said
+    assert "data: not ready: data/cifar10: there is no data here" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,7 +279,7 @@ def test_a_stopped_run_gives_its_exit_code_and_message_on(monkeypatch, tmp_path,
     [
         (TrainingError("diverged"), 1, "ict-fast: error: diverged (log: {out}/log.jsonl)\n"),
         (InputError("two\nlines"), 2, "ict-fast: error: two lines\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "ict-fast: error: interrupted; nothing more was saved\n"),
     ],
 )
 def test_an_error_below_becomes_one_line_and_an_exit_code(monkeypatch, tmp_path, capsys, error, code, said):
@@ -311,11 +312,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("train --preset --dry-run", "--preset needs a value"),
         ("train --preset digits --preset cifar10", "--preset is given 2 times: digits, cifar10; choose one"),
         ("train --lr 3", 'unknown option --lr; did you mean "--optimizer.lr"?'),
+        ("train --steps 3", 'unknown option --steps; did you mean "--training.total-steps"?'),
+        ("train --batch 3", 'unknown option --batch; did you mean "--training.batch-size"?'),
         ("train --total_steps=3", 'unknown option --total_steps; did you mean "--training.total-steps"?'),
         (
             "train --training.totl-steps 3",
             'unknown option --training.totl-steps; did you mean "--training.total-steps"?',
         ),
+        ("train --out --preset digits", "--out needs a path"),
         ("train --zzz", "unknown option --zzz; `ict-fast train --help` lists them"),
         ("train digits", 'unexpected argument "digits"; `ict-fast train --help` lists the options'),
         (
@@ -497,6 +501,21 @@ def test_a_disk_that_fails_is_bad_input_not_a_traceback(model, run_folder, monke
     )
 
 
+def test_an_empty_argument_is_refused(capsys):
+    assert refused(capsys, "train", "--out", "") == (
+        "the argument after --out is empty; leave it out, or give it a value"
+    )
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_question_marks():
+    encoding = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(REPOSITORY / "kernels")}
+    program = "from ict_fast import cli; cli._overview = lambda: 'Fréchet'; cli.main(['--help'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=encoding, capture_output=True, check=True
+    )
+    assert done.stdout == b"Fr?chet\n"
+
+
 # --- evaluate, prepare, doctor -----------------------------------------------------------------------------
 
 
@@ -515,6 +534,13 @@ def test_evaluate_writes_its_measures_beside_the_checkpoint(model, run_folder, c
         "reference": {"noise": 100.0},
     }
     assert capsys.readouterr().out == f"the table\nwritten: {written}\n"
+
+
+def test_evaluate_writes_where_it_is_told(model, run_folder, capsys, tmp_path):
+    out = tmp_path / "new/result.json"
+    assert main(["evaluate", str(run_folder), "--reference", "real", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["step"] == 3
+    assert not (run_folder / "checkpoints/evaluation.json").exists()
 
 
 @pytest.mark.parametrize("words", [["--steps", "1,4"], ["--steps", "1", "4"]])

@@ -77,8 +77,13 @@ def another(name, value):
     [
         ("network.resolution", 0),
         ("network.resolution", 7),
+        ("network.resolution", 8192),
         ("network.image_channels", 0),
+        ("network.image_channels", 2),
         ("network.channels", 0),
+        ("network.channels", 10**9),
+        ("network.num_classes", 10**12),
+        ("training.batch_size", 10**12),
         ("network.channels", 3),
         ("network.channels", 37),
         ("network.num_blocks", 0),

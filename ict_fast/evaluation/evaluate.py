@@ -139,7 +139,7 @@ def table(result: dict[str, Any]) -> Table:
             reference["gaussian"],
             "what a linear model achieves; be well below",
         ),
-        ("uniform noise", reference["noise"], "the ceiling: no image at all"),
+        ("uniform noise", reference["noise"], "no image at all"),
     ]
     shown = Table(
         title=f"Fréchet distance to {reference['count']:,} real images (lower is better)",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
 
 LOG_NAME = "log.jsonl"
+_LOCK_NAME = ".lock"
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,16 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
         raise InputError(f"--resume is {resume}; it must be auto, never or must")
     try:
         # What a run leaves that was killed while config.json was being written counts for nothing.
-        entries = (
-            [entry for entry in out.iterdir() if not entry.name.startswith(".tmp-")] if out.exists() else []
-        )
+        entries = [
+            entry
+            for entry in (out.iterdir() if out.exists() else ())
+            if not entry.name.startswith(".tmp-") and entry.name != _LOCK_NAME
+        ]
     except OSError as error:
         raise InputError(f"{out} cannot be read ({error.strerror}); --out must name a directory") from None
     config_file = out / "config.json"
-    if config_file not in entries:
+    without_config = latest_checkpoint(out, warn) if entries and config_file not in entries else None
+    if config_file not in entries and without_config is None:
         if entries:
             raise InputError(f"{out} is not empty and holds no run (no config.json); choose another --out")
         if resume == "must":
@@ -69,7 +76,12 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
         raise InputError(
             f"there is a run in {out} already; --resume auto continues it, another --out starts one"
         )
-    stored = read_config(config_file)
+    if without_config is None:
+        stored = read_config(config_file)
+    else:
+        origin = without_config.path / "state.json"
+        stored = from_dict(without_config.state.get("config", {}), str(origin))
+        warn(f"{config_file} is missing; what it said is restored from {origin}")
     if extend is not None:
         if extend < stored.training.total_steps:
             raise InputError(
@@ -90,7 +102,41 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
     checkpoint = latest_checkpoint(out, warn)
     if checkpoint is None and resume == "must":
         raise InputError(f"the run in {out} has no checkpoint to resume from; --resume auto starts it again")
+    if checkpoint is None and (logged := _last_logged_step(out / LOG_NAME)):
+        warn(f"{out} has a log of {logged:,} steps and no checkpoint; the run starts again, and its log too")
     return Run(out, config, checkpoint)
+
+
+@contextmanager
+def lock(run: Run) -> Iterator[None]:
+    """Keeps every other process from training in the run's directory, which is created.
+
+    Raises:
+        InputError: if another process trains there, or the directory cannot be written.
+    """
+    path = run.out / _LOCK_NAME
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{run.out} cannot be written ({error.strerror}); choose another --out") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise InputError(
+                f"another process (number {holder}) is training in {run.out}; wait for it, or choose another"
+                " --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        with suppress(OSError):  # the number is a courtesy
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_config(path: Path) -> Config:
@@ -107,20 +153,27 @@ def read_config(path: Path) -> Config:
 
 
 def prepare_directory(run: Run) -> None:
-    """Writes config.json, and cuts the log back to the checkpoint's step.
+    """Writes config.json, and cuts the log back to the checkpoint's step; the directory is there and locked.
 
     Raises:
         InputError: if the directory cannot be written.
     """
     log = run.out / LOG_NAME
     try:
-        run.out.mkdir(parents=True, exist_ok=True)
         replace_durably(run.out / "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode())
         if log.exists():
             kept = [line for line in log.read_bytes().splitlines() if _step_of(line) <= run.step]
             replace_durably(log, b"".join(line + b"\n" for line in kept))
     except OSError as error:
         raise InputError(f"{run.out} cannot be written ({error.strerror}); choose another --out") from None
+
+
+def _last_logged_step(log: Path) -> int:
+    try:
+        steps = [_step_of(line) for line in log.read_bytes().splitlines()]
+    except OSError:
+        return 0
+    return int(max((step for step in steps if step < float("inf")), default=0))
 
 
 def _step_of(line: bytes) -> float:

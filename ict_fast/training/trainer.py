@@ -20,10 +20,10 @@ from ict_fast.data.prepare import prepare_digits
 from ict_fast.data.store import Store, open_store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
 from ict_fast.presets import DIGITS
-from ict_fast.training.describe import describe_stages
+from ict_fast.training.describe import describe, describe_stages
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_device
 from ict_fast.training.monitor import Monitor
-from ict_fast.training.run_directory import Run, open_run, prepare_directory
+from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
 from ict_fast.training.step import TrainStep
 from ict_fast.version import __version__
 
@@ -78,11 +78,70 @@ def train(
     config = run.config
     if run.finished:
         return RunResult(out, run.step, EXIT_DONE, f"{out} is finished: {run.step:,} steps are done")
+    if config.data.path == DIGITS.data.path and not Path(config.data.path).exists():
+        prepare_digits(Path(config.data.path))
     store = _open_data(config)
     _check_same_data(run, store)
+    with lock(run):
+        try:
+            return _train(run, store, torch_device, extend is not None, warnings)
+        except (RuntimeError, MemoryError) as error:
+            # torch.OutOfMemoryError is the GPU's; the CPU's allocator raises a plain RuntimeError.
+            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if not out_of_memory and "allocate memory" not in str(error):
+                raise
+            raise TrainingError(
+                f"out of memory: {_reason(error)}; a smaller --training.micro-batch needs less"
+            ) from error
 
-    configure_torch(torch_device, deterministic=config.training.deterministic)
-    train_step = TrainStep(config, torch_device)
+
+def plan(
+    config: Config,
+    *,
+    out: Path | str | None = None,
+    device: str = "auto",
+    gpus: int | None = None,
+    resume: str = "auto",
+    extend: int | None = None,
+) -> str:
+    """What `train` would do with the same arguments, in words; writes nothing.
+
+    Data or a device that are missing on this machine are said so, not raised: a plan may be made elsewhere.
+
+    Raises:
+        InputError: if the input cannot work, or the run that is there is another one.
+    """
+    validate(config)
+    out = Path("runs") / config.preset if out is None else Path(out)
+    lines: list[str] = []
+    run = open_run(config, out, resume, extend, lambda text: lines.append(f"warning: {text}"))
+    config, total = run.config, f"{run.config.training.total_steps:,}"
+    if run.finished:
+        lines.append(f"run: {out} is finished, its {total} steps are done")
+    elif run.step:
+        lines.append(f"run: {out} would go on from step {run.step:,} of {total}")
+    else:
+        lines.append(f"run: {out} would start")
+    try:
+        lines.append(f"device: {resolve_device(device, gpus)}")
+    except InputError as error:
+        lines.append(f"device: not here: {error}")
+    try:
+        if config.data.path == DIGITS.data.path and not Path(config.data.path).exists():
+            lines.append(f"data: {config.data.path} would be prepared")
+        else:
+            store = _open_data(config)
+            _check_same_data(run, store)
+            lines.append(f"data: {store.path}, {store.num_images:,} images")
+    except InputError as error:
+        lines.append(f"data: not ready: {error}")
+    return "\n".join([describe(config), *lines])
+
+
+def _train(run: Run, store: Store, device: torch.device, extended: bool, warnings: list[str]) -> RunResult:
+    config, out = run.config, run.out
+    configure_torch(device, deterministic=config.training.deterministic)
+    train_step = TrainStep(config, device)
     if run.checkpoint is not None:
         train_step.restore(run.checkpoint)
         before, now = run.checkpoint.state.get("trunk_dtype"), _trunk_name(train_step)
@@ -91,24 +150,16 @@ def train(
     prepare_directory(run)
     total = config.training.total_steps
     monitor = Monitor(out, first_step=run.step, total_steps=total, batch_size=config.training.batch_size)
-    loader, reason = make_loader(config, store, torch_device)
+    loader, reason = make_loader(config, store, device)
     with StopRequest() as stop, monitor, loader:
         for warning in warnings:
             monitor.warn(warning)
-        monitor.say(f"training {config.preset} in {out} on {torch_device}; data: {reason}")
-        if extend is not None:
+        monitor.say(f"training {config.preset} in {out} on {device}; data: {reason}")
+        if extended:
             monitor.say(describe_stages(config))
         if run.step:
             monitor.say(f"resuming at step {run.step:,} of {total:,}")
-        try:
-            return _loop(run, store, train_step, loader, monitor, stop)
-        except RuntimeError as error:
-            # torch.OutOfMemoryError is the GPU's; the CPU's allocator raises a plain RuntimeError.
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            raise TrainingError(
-                f"out of memory: {_reason(error)}; a smaller --training.micro-batch needs less"
-            ) from error
+        return _loop(run, store, train_step, loader, monitor, stop)
 
 
 def _loop(
@@ -135,7 +186,9 @@ def _loop(
     if saved_step != step:
         raise TrainingError(f"step {step:,} could not be saved; {out} holds step {saved_step:,}")
     if done:
-        return RunResult(out, step, EXIT_DONE, f"{out}: {total:,} steps are done")
+        skipped = int(train_step.optimizer.skipped)
+        skips = f", {skipped:,} of them skipped for a gradient that was not finite" if skipped else ""
+        return RunResult(out, step, EXIT_DONE, f"{out}: {total:,} steps are done{skips}")
     assert stop_code is not None
     saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
     return RunResult(out, step, stop_code, f"{out}: {saved}; the same command resumes")
@@ -214,10 +267,8 @@ def _reason(error: Exception) -> str:
 
 
 def _open_data(config: Config) -> Store:
-    """The store, checked against the network; the bundled digits are prepared where they are missing."""
+    """The store, checked against the network."""
     path = Path(config.data.path)
-    if config.data.path == DIGITS.data.path and not path.exists():
-        prepare_digits(path)
     store = open_store(path)
     network = config.network
     if (store.resolution, store.image_channels) != (network.resolution, network.image_channels):
@@ -226,7 +277,7 @@ def _open_data(config: Config) -> Store:
             f" the network takes {network.resolution}x{network.resolution} of {network.image_channels}"
             " (--network.resolution, --network.image-channels)"
         )
-    if network.num_classes and not 0 < store.num_classes <= network.num_classes:
+    if network.num_classes not in (0, store.num_classes):
         raise InputError(
             f"{path} has {store.num_classes or 'no'} classes; --network.num-classes is {network.num_classes}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from ict_fast.training import trainer
 from ict_fast.training.describe import describe
 from ict_fast.training.launch import resolve_device
 from ict_fast.training.monitor import Monitor
+from ict_fast.training.run_directory import Run, lock
 from ict_fast.training.trainer import train
 
 
@@ -189,6 +191,68 @@ def test_an_altered_newest_checkpoint_falls_back_to_the_one_before(
     whole = finished[1] / "checkpoints/step-00000024/weights.safetensors"
     assert victim.read_bytes() == whole.read_bytes(), "trained again, bit for bit"
     assert [record["step"] for record in _records(out)] == [5, 10, 15, 20, 24], "the log was cut back"
+
+
+def test_a_missing_config_file_is_restored_from_the_checkpoint(
+    run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = run
+    content = (out / "config.json").read_bytes()
+    (out / "config.json").unlink()
+    shutil.rmtree(out / "checkpoints/step-00000024")
+    assert train(config, out=out, device="cpu").step == 24
+    assert "is missing; what it said is restored from" in capsys.readouterr().err
+    assert (out / "config.json").read_bytes() == content
+    (out / "config.json").unlink()
+    other = replace(config, optimizer=replace(config.optimizer, lr=1.0))
+    with pytest.raises(InputError, match=r"differs in optimizer\.lr"):
+        train(other, out=out, device="cpu")
+
+
+def test_a_run_that_lost_its_checkpoints_says_that_it_starts_again(
+    run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = run
+    shutil.rmtree(out / "checkpoints")
+    assert train(config, out=out, device="cpu").step == 24
+    assert "has a log of 24 steps and no checkpoint; the run starts again" in capsys.readouterr().err
+    assert [record["step"] for record in _records(out)] == [5, 10, 15, 20, 24]
+
+
+def test_two_processes_do_not_train_in_one_directory(tiny: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with lock(Run(out, tiny, None)):
+        with pytest.raises(InputError, match=rf"another process \(number {os.getpid()}\) is training in"):
+            train(tiny, out=out, device="cpu")
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    assert train(tiny, out=out, device="cpu").exit_code == 0, (
+        "the lock of a process that is gone does not count"
+    )
+
+
+def test_a_plan_says_what_would_happen_and_writes_nothing(run: tuple[Config, Path], tmp_path: Path) -> None:
+    config, out = run
+    assert f"run: {out} is finished" in trainer.plan(config, out=out, device="cpu")
+    extended = trainer.plan(config, out=out, device="cpu", extend=48)
+    assert f"run: {out} would go on from step 24 of 48" in extended
+    assert "48 steps of 16 images" in extended
+    assert "data: " in extended
+    assert "1,797 images" in extended
+    with pytest.raises(InputError, match="differs in"):
+        trainer.plan(replace(config, method=replace(config.method, rho=6.0)), out=out, device="cpu")
+    assert f"run: {tmp_path / 'new'} would start" in trainer.plan(config, out=tmp_path / "new", device="cpu")
+    assert not (tmp_path / "new").exists()
+
+
+def test_memory_that_does_not_suffice_is_one_line(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*arguments: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr(trainer, "TrainStep", build)
+    with pytest.raises(TrainingError, match=r"out of memory: .*; a smaller --training\.micro-batch"):
+        train(tiny, out=tmp_path / "run", device="cpu")
 
 
 def test_a_run_whose_checkpoints_are_all_broken_is_refused(run: tuple[Config, Path]) -> None:

@@ -124,6 +124,8 @@ class MethodConfig:
 class OptimizerConfig:
     """RAdam and the average of the weights that is evaluated."""
 
+    name: Literal["radam", "adam"] = "radam"
+    """radam (iCT), or adam: NVIDIA apex's FusedAdam where it is installed, else torch's fused one."""
     lr: float = 2e-3
     """Learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -14,6 +14,7 @@ from ict_fast.config import Config
 from ict_fast.consistency.model import build_seeded_network
 from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
+from ict_fast.training.adam_ema import AdamEMA
 from ict_kernels import RAdamEMA
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class TrainStep:
         self.ema_decay = scalar(0.0, torch.float64)
         self.teacher_decay = scalar(0.0, torch.float64)
         optimizer = config.optimizer
-        self.optimizer = RAdamEMA(
+        kind = RAdamEMA if optimizer.name == "radam" else AdamEMA
+        self.optimizer = kind(
             self.network.parameters(),
             lr=optimizer.lr,
             betas=optimizer.betas,

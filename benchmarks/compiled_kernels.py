@@ -7,12 +7,17 @@ instructions per element. Writes compiled-kernels.json and compiled-kernels.md t
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from kernel_cases import Case, cases  # noqa: E402
 
 from ict_kernels.triton_support import Launch  # noqa: E402
 
@@ -140,3 +146,103 @@ def _field(usage: str, name: str) -> int:
 
 def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+_COLUMNS = (
+    "op",
+    "shape",
+    "algorithm",
+    "kernel",
+    "sm",
+    "registers",
+    "stack B",
+    "shared B",
+    "loads",
+    "stores",
+    "fp64",
+    "instr/elt",
+    "B/elt (min)",
+)
+
+
+def measure(case: Case, architectures: Sequence[int], scalars: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """One record for each launch of a case, architecture and type of the scalars."""
+    for launch in case.launches:
+        floats = any(isinstance(value, float) for value in launch.arguments.values())
+        for architecture in architectures:
+            for scalar in scalars if floats else scalars[:1]:
+                code = compile_launch(launch, architecture, scalar)
+                yield {
+                    "op": case.op,
+                    "shape": case.shape,
+                    "algorithm": case.algorithm,
+                    "kernel": launch.kernel.__name__,
+                    "num_warps": launch.num_warps,
+                    "scalars": scalar,
+                    **asdict(code),
+                    "bytes_per_element": case.bytes_per_element,
+                    "minimum_bytes_per_element": case.minimum_bytes_per_element,
+                }
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The records with fp32 scalars as a Markdown table."""
+
+    def widths(found: dict[Any, int]) -> str:
+        return " ".join(f"{count}x{width}" for width, count in sorted(found.items(), reverse=True)) or "-"
+
+    rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
+    for record in records:
+        if record["scalars"] != "fp32":
+            continue
+        each = record["instructions_per_element"]
+        rows.append(
+            (
+                record["op"],
+                record["shape"],
+                record["algorithm"],
+                record["kernel"],
+                str(record["architecture"]),
+                str(record["registers"]),
+                str(record["stack_bytes"]),
+                str(record["shared_bytes"]),
+                widths(record["loads"]),
+                widths(record["stores"]),
+                str(record["fp64"]),
+                "-" if each is None else f"{each:.1f}",
+                f"{record['bytes_per_element']:g} ({record['minimum_bytes_per_element']:g})",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--few", action="store_true", help="a representative few cases, sm_90 only")
+    parser.add_argument("--op", default="", help="only ops whose name contains this")
+    options = parser.parse_args()
+    architectures, scalars = ((90,), ("fp32",)) if options.few else (ARCHITECTURES, ("fp32", "fp64"))
+    chosen = [case for case in cases(full=not options.few) if options.op in case.op]
+    records, started = [], time.monotonic()
+    for number, case in enumerate(chosen, start=1):
+        records.extend(measure(case, architectures, scalars))
+        remaining = (time.monotonic() - started) / number * (len(chosen) - number)
+        print(f"{number}/{len(chosen)} {case.op}, {case.shape}; {remaining:.0f} s left", file=sys.stderr)
+    print(table(records), end="")
+    versions = {"torch": torch.__version__, "triton": metadata.version("triton")}
+    options.out.mkdir(parents=True, exist_ok=True)
+    content = {"versions": versions, "kernels": records}
+    (options.out / "compiled-kernels.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.out / "compiled-kernels.md").write_text(
+        f"The kernels' machine code, compiled ahead of time by Triton {versions['triton']}; made by"
+        " `python benchmarks/compiled_kernels.py`.\nAccesses are counted as instructions x bits; B/elt is what"
+        f" the algorithm moves and, in brackets, the minimum.\n\n{table(records)}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

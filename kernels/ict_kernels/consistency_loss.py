@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """How far apart the student's and the teacher's images are: Pseudo-Huber over the whole image, and the loss.
 
     d(a, b) = sqrt(||a - b||^2 + c^2) - c = s / (sqrt(s + c^2) + c),   s = ||a - b||^2
@@ -16,15 +17,20 @@ that neither images nor noise are needed again:
 Everything is computed and summed in fp32 (float64 for float64 inputs), under autocast too: a bf16 rounding of
 F alone moves the difference by twice c.
 
-Bytes per element: 16 read forward (two outputs, two inputs, fp32); 16 read and 4 written backward.
+Bytes per element: 16 read forward (two outputs, two inputs, fp32); 16 read and 4 written backward. The
+kernels read each tensor once, in whatever layout the student's output has; one in another layout is copied
+first.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backend import use_triton
 from .noise_levels import NoiseLevels
+from .triton_support import jit, launch, refuse_forward_ad, tl, triton
 
 # --------------------------------------------------------------------------------------- the eager definition
 
@@ -62,6 +68,402 @@ def _pseudo_huber(squared_norm: Tensor, c: float) -> Tensor:
     """sqrt(s + c^2) - c without cancellation; the clamp keeps 0/0 away where s and c^2 both vanish."""
     root = (squared_norm + c * c).clamp_min(torch.finfo(squared_norm.dtype).tiny).sqrt()
     return squared_norm / (root + c)
+
+
+# ------------------------------------------------------------------------------------------------ the kernels
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Elements of a block, 8 per thread. Up to _LONGEST a program takes a whole sample; longer ones are split
+# among programs of _SPAN, whose sums a second kernel adds. (At 8 blocks per program ptxas spilled on sm_90.)
+_BLOCK = 2048
+_LONGEST = 6 * _BLOCK
+_SPAN = 4 * _BLOCK
+
+
+@jit
+def _preconditioning(sigma_ptr, sample, sigma_data, sigma_min):
+    """(c_skip / c_in, c_out) at a sample's level, every operation rounded once."""
+    sigma = tl.load(sigma_ptr + sample).to(tl.float32)
+    deviation = tl.full((), sigma_data, tl.float32)
+    above = sigma - tl.full((), sigma_min, tl.float32)
+    variance = deviation * deviation
+    root = tl.sqrt_rn(sigma * sigma + variance)
+    return tl.div_rn(variance, above * above + variance) * root, tl.div_rn(deviation * above, root)
+
+
+@jit
+def _read(student_ptr, teacher_ptr, student_input_ptr, teacher_input_ptr, position, valid):
+    """A block of each tensor; of `pseudo_huber_loss`, which has no inputs, the first two again."""
+    student = tl.load(student_ptr + position, mask=valid, other=0.0)
+    teacher = tl.load(teacher_ptr + position, mask=valid, other=0.0)
+    student_input, teacher_input = student, teacher
+    if student_input_ptr is not None:
+        student_input = tl.load(student_input_ptr + position, mask=valid, other=0.0)
+        teacher_input = tl.load(teacher_input_ptr + position, mask=valid, other=0.0)
+    return student, teacher, student_input, teacher_input
+
+
+@jit
+def _difference(block, skip_s, out_s, skip_t, out_t, PRECONDITIONED: tl.constexpr):
+    """f_student - f_teacher of a block that was read; or prediction - target."""
+    student, teacher = block[0].to(tl.float32), block[1].to(tl.float32)
+    if PRECONDITIONED:
+        # Fused by name, so that equal arguments give equal values: a compiler could fuse the two differently.
+        student = tl.fma(skip_s, block[2].to(tl.float32), out_s * student)
+        teacher = tl.fma(skip_t, block[3].to(tl.float32), out_t * teacher)
+    return student - teacher
+
+
+@jit
+def _clamped(squared, c):
+    """(s + c^2, the same but at least the smallest normal number)."""
+    inner = squared + c * c
+    return inner, tl.maximum(inner, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def _huber(squared, c):
+    _, clamped = _clamped(squared, c)
+    return tl.div_rn(squared, tl.sqrt_rn(clamped) + c)
+
+
+@jit
+def _huber_slope(squared, c):
+    """Twice the derivative of `_huber` by its first argument: 1 / root, where the clamp does not act.
+
+    Where the sum of squares overflows the loss is NaN, and so is its gradient: 0 would hide it.
+    """
+    inner, clamped = _clamped(squared, c)
+    root = tl.sqrt_rn(clamped)
+    slope = tl.where(inner == clamped, 1.0 / root, 2.0 / (root + c))
+    return tl.where(squared < float("inf"), slope, float("nan"))
+
+
+@jit
+def _finish(
+    total, distance_ptr, loss_ptr, weight_ptr, sample, c, METRIC: tl.constexpr, ELEMENTS: tl.constexpr
+):
+    loss = total
+    if METRIC == "pseudo-huber":
+        loss = _huber(total, c)
+    elif METRIC == "elementwise pseudo-huber":
+        loss = tl.div_rn(total, tl.full((), ELEMENTS, tl.float32))
+    if weight_ptr is not None:
+        loss *= tl.load(weight_ptr + sample).to(tl.float32)
+    tl.store(distance_ptr + sample, total)
+    tl.store(loss_ptr + sample, loss)
+
+
+@jit
+def _forward_kernel(
+    student_ptr,
+    teacher_ptr,
+    student_input_ptr,
+    teacher_input_ptr,
+    sigma_next_ptr,
+    sigma_ptr,
+    weight_ptr,
+    partial_ptr,
+    distance_ptr,
+    loss_ptr,
+    sigma_data,
+    sigma_min,
+    c,
+    METRIC: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum over SPAN elements of a sample, into partial_ptr; into the loss where that is all of them."""
+    sample = (tl.program_id(0) // SPLITS).to(tl.int64)
+    element = (tl.program_id(0) % SPLITS).to(tl.int64) * SPAN + tl.arange(0, BLOCK)
+    position = sample * ELEMENTS + element
+    # Each block is read before the last one is used, and the first before the preconditioning, whose rounded
+    # operations are branches that no load is moved across.
+    block = _read(
+        student_ptr, teacher_ptr, student_input_ptr, teacher_input_ptr, position, element < ELEMENTS
+    )
+    skip_s, out_s, skip_t, out_t = 0.0, 0.0, 0.0, 0.0
+    if student_input_ptr is not None:
+        skip_s, out_s = _preconditioning(sigma_next_ptr, sample, sigma_data, sigma_min)
+        skip_t, out_t = _preconditioning(sigma_ptr, sample, sigma_data, sigma_min)
+    c = tl.full((), c, tl.float32)
+    accumulator = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.static_range(BLOCK, SPAN + BLOCK, BLOCK):
+        ready = block
+        if start < SPAN:
+            block = _read(
+                student_ptr,
+                teacher_ptr,
+                student_input_ptr,
+                teacher_input_ptr,
+                position + start,
+                element + start < ELEMENTS,
+            )
+        difference = _difference(ready, skip_s, out_s, skip_t, out_t, student_input_ptr is not None)
+        if METRIC == "l1":
+            accumulator += tl.abs(difference)
+        elif METRIC == "elementwise pseudo-huber":
+            accumulator += _huber(difference * difference, c)
+        else:
+            accumulator += difference * difference
+    total = tl.sum(accumulator, axis=0)
+    if SPLITS == 1:
+        _finish(total, distance_ptr, loss_ptr, weight_ptr, sample, c, METRIC, ELEMENTS)
+    else:
+        tl.store(partial_ptr + tl.program_id(0), total)
+
+
+@jit
+def _reduce_kernel(
+    partial_ptr,
+    distance_ptr,
+    loss_ptr,
+    weight_ptr,
+    c,
+    METRIC: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of a sample's partial sums, and its loss."""
+    sample = tl.program_id(0).to(tl.int64)
+    accumulator = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, SPLITS, BLOCK):
+        split = start + tl.arange(0, BLOCK)
+        accumulator += tl.load(partial_ptr + sample * SPLITS + split, mask=split < SPLITS, other=0.0)
+    c = tl.full((), c, tl.float32)
+    _finish(tl.sum(accumulator, axis=0), distance_ptr, loss_ptr, weight_ptr, sample, c, METRIC, ELEMENTS)
+
+
+@jit(do_not_specialize=["grad_stride"])
+def _backward_kernel(
+    grad_loss_ptr,
+    student_ptr,
+    teacher_ptr,
+    student_input_ptr,
+    teacher_input_ptr,
+    sigma_next_ptr,
+    sigma_ptr,
+    weight_ptr,
+    distance_ptr,
+    grad_ptr,
+    grad_stride,
+    sigma_data,
+    sigma_min,
+    c,
+    METRIC: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """d loss / d student_output of one block: (grad_loss weight c_out) times the metric's slope."""
+    sample = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    element = (tl.program_id(0) % BLOCKS).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    position = sample * ELEMENTS + element
+    valid = element < ELEMENTS
+    block = _read(student_ptr, teacher_ptr, student_input_ptr, teacher_input_ptr, position, valid)
+    scale = tl.load(grad_loss_ptr + sample * grad_stride).to(tl.float32)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + sample).to(tl.float32)
+    skip_s, out_s, skip_t, out_t = 0.0, 0.0, 0.0, 0.0
+    if student_input_ptr is not None:
+        skip_s, out_s = _preconditioning(sigma_next_ptr, sample, sigma_data, sigma_min)
+        skip_t, out_t = _preconditioning(sigma_ptr, sample, sigma_data, sigma_min)
+        scale *= out_s
+    c = tl.full((), c, tl.float32)
+    if METRIC == "pseudo-huber":
+        scale *= _huber_slope(tl.load(distance_ptr + sample), c)
+    elif METRIC == "elementwise pseudo-huber":
+        scale = tl.div_rn(scale, tl.full((), ELEMENTS, tl.float32))
+    elif METRIC == "l2":
+        scale *= 2.0
+    difference = _difference(block, skip_s, out_s, skip_t, out_t, student_input_ptr is not None)
+    if METRIC == "l1":
+        positive, negative = (difference > 0).to(tl.float32), (difference < 0).to(tl.float32)
+        gradient = scale * tl.where(difference != difference, difference, positive - negative)
+    elif METRIC == "elementwise pseudo-huber":
+        gradient = scale * (difference * _huber_slope(difference * difference, c))
+    else:
+        gradient = scale * difference
+    tl.store(grad_ptr + position, gradient.to(grad_ptr.dtype.element_ty), mask=valid)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The dense layout nearest to a tensor's own, in which all tensors of an op are read."""
+    if not x.is_contiguous() and x.dim() in (4, 5) and x.stride(1) < x.stride(-1):
+        return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _dense(x: Tensor | None, layout: torch.memory_format) -> Tensor | None:
+    return None if x is None else x.contiguous(memory_format=layout)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def launch_loss(
+    student_output: Tensor,
+    teacher_output: Tensor,
+    student_input: Tensor | None,
+    teacher_input: Tensor | None,
+    sigma_next: Tensor | None,
+    sigma: Tensor | None,
+    weight: Tensor | None,
+    sigma_data: float,
+    sigma_min: float,
+    c: float,
+    metric: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss, distance before weight and square root), each (N,) fp32."""
+    layout = _memory_format(student_output)
+    count = student_output.shape[0]
+    elements = math.prod(student_output.shape[1:])
+    loss, distance = _empty_losses(student_output)
+    splits = 1 if elements <= _LONGEST else triton.cdiv(elements, _SPAN)
+    block = min(_BLOCK, max(32, triton.next_power_of_2(elements)))
+    span = block * max(1, triton.cdiv(triton.cdiv(elements, splits), block))
+    partial = distance.new_empty(count, splits) if splits > 1 else None
+    reduced: dict[str, Any] = {
+        "distance_ptr": distance,
+        "loss_ptr": loss,
+        "weight_ptr": _flat(weight),
+        "c": c,
+    }
+    launch(
+        _forward_kernel,
+        (count * splits,),
+        num_warps=_warps(block),
+        elements=span,
+        student_ptr=_dense(student_output, layout),
+        teacher_ptr=_dense(teacher_output, layout),
+        student_input_ptr=_dense(student_input, layout),
+        teacher_input_ptr=_dense(teacher_input, layout),
+        sigma_next_ptr=_flat(sigma_next),
+        sigma_ptr=_flat(sigma),
+        partial_ptr=partial,
+        sigma_data=sigma_data,
+        sigma_min=sigma_min,
+        METRIC=metric,
+        ELEMENTS=elements,
+        SPLITS=splits,
+        SPAN=span,
+        BLOCK=block,
+        **reduced,
+    )
+    if partial is not None:
+        launch(
+            _reduce_kernel,
+            (count,),
+            num_warps=1,
+            partial_ptr=partial,
+            METRIC=metric,
+            ELEMENTS=elements,
+            SPLITS=splits,
+            BLOCK=min(1024, triton.next_power_of_2(splits)),
+            **reduced,
+        )
+    return loss, distance
+
+
+def launch_loss_backward(
+    grad_loss: Tensor,
+    student_output: Tensor,
+    teacher_output: Tensor,
+    student_input: Tensor | None,
+    teacher_input: Tensor | None,
+    sigma_next: Tensor | None,
+    sigma: Tensor | None,
+    weight: Tensor | None,
+    distance: Tensor,
+    sigma_data: float,
+    sigma_min: float,
+    c: float,
+    metric: str,
+) -> Tensor:
+    """The gradient of student_output, in its dtype and its layout made dense."""
+    layout = _memory_format(student_output)
+    gradient = torch.empty_like(student_output, memory_format=layout)
+    elements = math.prod(student_output.shape[1:])
+    block = min(_BLOCK, max(32, triton.next_power_of_2(elements)))
+    blocks = triton.cdiv(elements, block)
+    launch(
+        _backward_kernel,
+        (student_output.shape[0] * blocks,),
+        num_warps=_warps(block),
+        elements=block,
+        grad_loss_ptr=grad_loss,
+        student_ptr=_dense(student_output, layout),
+        teacher_ptr=_dense(teacher_output, layout),
+        student_input_ptr=_dense(student_input, layout),
+        teacher_input_ptr=_dense(teacher_input, layout),
+        sigma_next_ptr=_flat(sigma_next),
+        sigma_ptr=_flat(sigma),
+        weight_ptr=_flat(weight),
+        distance_ptr=distance,
+        grad_ptr=gradient,
+        grad_stride=grad_loss.stride(0),
+        sigma_data=sigma_data,
+        sigma_min=sigma_min,
+        c=c,
+        METRIC=metric,
+        ELEMENTS=elements,
+        BLOCKS=blocks,
+        BLOCK=block,
+    )
+    return gradient
+
+
+def _warps(block: int) -> int:
+    return max(1, block // 256)
+
+
+def _empty_losses(student_output: Tensor) -> tuple[Tensor, Tensor]:
+    shape = student_output.shape[:1]
+    return (
+        student_output.new_empty(shape, dtype=torch.float32),
+        student_output.new_empty(shape, dtype=torch.float32),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the ops
+
+_loss_op = torch.library.custom_op("ict_kernels::consistency_loss", launch_loss, mutates_args=())
+_backward_op = torch.library.custom_op(
+    "ict_kernels::consistency_loss_backward", launch_loss_backward, mutates_args=()
+)
+
+
+@_loss_op.register_fake
+def _(student_output, *args):
+    return _empty_losses(student_output)
+
+
+@_backward_op.register_fake
+def _(grad_loss, student_output, *args):
+    return torch.empty_like(student_output, memory_format=_memory_format(student_output))
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.sigma_data, ctx.sigma_min, ctx.c, ctx.metric = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx, grad_loss, _):
+    gradient = None
+    if grad_loss is not None and ctx.needs_input_grad[0]:
+        gradient = _backward_op(
+            grad_loss, *ctx.saved_tensors, ctx.sigma_data, ctx.sigma_min, ctx.c, ctx.metric
+        )
+    return gradient, *[None] * 10
+
+
+_loss_op.register_autograd(_backward, setup_context=_save)
 
 
 # ------------------------------------------------------------------------------------------- public functions
@@ -106,11 +508,21 @@ def pseudo_huber_loss(
     c = _checked_c(c, elements)
     weight_n = None if weight is None else _per_sample(weight, prediction)
     with torch.autocast(prediction.device.type, enabled=False):
-        difference = (_wide(prediction) - _wide(target.detach())).flatten(1)
-        if norm == "sample":
-            loss_n = _pseudo_huber(difference.square().sum(1), c)
+        if _takes(prediction, target, weight_n):
+            refuse_forward_ad("pseudo_huber_loss", prediction, weight_n)
+            metric = "pseudo-huber" if norm == "sample" else "elementwise pseudo-huber"
+            outside = weight_n is not None and weight_n.requires_grad  # the op has no gradient for it
+            inside_n = None if outside else weight_n
+            loss_n, _ = _loss_op(
+                prediction, target.detach(), None, None, None, None, inside_n, 0.0, 0.0, c, metric
+            )
+            weight_n = weight_n if outside else None
         else:
-            loss_n = _pseudo_huber(difference.square(), c).mean(1)
+            difference = (_wide(prediction) - _wide(target.detach())).flatten(1)
+            if norm == "sample":
+                loss_n = _pseudo_huber(difference.square().sum(1), c)
+            else:
+                loss_n = _pseudo_huber(difference.square(), c).mean(1)
         if weight_n is not None:
             loss_n = loss_n * _wide(weight_n)
         if reduction == "mean":
@@ -170,6 +582,23 @@ def consistency_loss(
         out = c_out(sigma, sigma_data=sigma_data, sigma_min=sigma_min)
         return skip * _wide(scaled_input.detach()) + out * _wide(output)
 
+    if _takes(student_output, teacher_output, student_input, teacher_input, sigma_next_n, sigma_n, weight_n):
+        refuse_forward_ad("consistency_loss", student_output)
+        loss_n, _ = _loss_op(
+            student_output,
+            teacher_output.detach(),
+            student_input.detach(),
+            teacher_input.detach(),
+            sigma_next_n,
+            sigma_n,
+            weight_n,
+            sigma_data,
+            sigma_min,
+            c,
+            metric,
+        )
+        return loss_n
+
     with torch.autocast(student_output.device.type, enabled=False):
         student = consistency_function(student_output, student_input, sigma_next_n)
         teacher = consistency_function(teacher_output.detach(), teacher_input, sigma_n)
@@ -183,6 +612,11 @@ def consistency_loss(
 
 
 # -------------------------------------------------------------------------------------------------- arguments
+
+
+def _takes(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these arguments."""
+    return use_triton(*tensors) and all(t is None or t.dtype in _DTYPES for t in tensors)
 
 
 def _same_shapes(**tensors: Tensor) -> None:

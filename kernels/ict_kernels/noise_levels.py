@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Which two noise levels each image is trained at.
 
 Grid (Karras et al., "Elucidating the design space of diffusion-based generative models", NeurIPS 2022,
@@ -27,7 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .philox import LEVELS, Seed, uniform_bits
+from .backend import use_triton
+from .philox import LEVELS, Seed, philox_call, seed_tensor, uniform_bits
+from .triton_support import jit, launch, tl, triton
 
 CURRICULUM_SCALES = (11, 21, 41, 81, 161, 321, 641, 1281)
 
@@ -170,6 +173,148 @@ def _table(
     return _tables[key]
 
 
+def _look_up(table: _Table, num_scales: Tensor | None, word: Tensor) -> NoiseLevels:
+    """The levels that belong to each word; a `num_scales` of None means the table's only row."""
+    if num_scales is not None:
+        matches = table.num_scales == num_scales
+        row = matches.to(torch.int64).argmax(dim=0, keepdim=True)
+        thresholds, sigmas, weights = (
+            t.index_select(0, row)[0] for t in (table.thresholds, table.sigma, table.weight)
+        )
+        index = torch.searchsorted(thresholds, word, right=True)
+        index = torch.where(matches.any(), index, 0)
+        unknown = torch.where(matches.any(), 0.0, math.nan)  # x + 0 is x; a value not in the table gives NaN
+        sigmas, weights = sigmas + unknown, weights + unknown
+    else:
+        thresholds, sigmas, weights = table.thresholds[0], table.sigma[0], table.weight[0]
+        index = torch.searchsorted(thresholds, word, right=True)
+    return NoiseLevels(index, sigmas[index], sigmas[index + 1], weights[index])
+
+
+# ------------------------------------------------------------------------------------------------ the kernel
+
+_STREAM = LEVELS << 16
+
+
+@jit(do_not_specialize=["batch", "offset"])
+def _levels_kernel(
+    num_scales_ptr,
+    scales_ptr,
+    thresholds_ptr,
+    sigmas_ptr,
+    weights_ptr,
+    seed_ptr,
+    offset_ptr,
+    index_ptr,
+    sigma_ptr,
+    sigma_next_ptr,
+    weight_ptr,
+    batch,
+    offset,
+    STREAM: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_POW2: tl.constexpr,
+    LONGEST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    number = sample + offset
+    if offset_ptr is not None:
+        number += tl.load(offset_ptr)
+    word, _, _, _ = philox_call(seed_ptr, number, tl.zeros((BLOCK,), tl.int32), STREAM)
+    word = word.to(tl.int64)
+
+    row = 0
+    known = True
+    if num_scales_ptr is not None:
+        rows = tl.arange(0, ROWS_POW2)
+        scales = tl.load(scales_ptr + rows, mask=rows < ROWS, other=0)
+        matches = (scales == tl.load(num_scales_ptr)) & (rows < ROWS)
+        row = tl.min(tl.where(matches, rows, ROWS_POW2), axis=0)
+        known = row < ROWS_POW2
+        row = tl.where(known, row, 0)
+
+    # index = #{j : T_j <= word}, in two rounds of loads that do not wait for each other: the last threshold
+    # of each group of WIDTH tells the group, and its members the rest.
+    row_ptr = thresholds_ptr + row * (LONGEST - 2)
+    lane = tl.arange(0, WIDTH)
+    last = (lane + 1) * WIDTH - 1
+    threshold = tl.load(row_ptr + last, mask=last < LONGEST - 2, other=4294967296)
+    group = tl.sum((threshold[None, :] <= word[:, None]).to(tl.int32), axis=1)
+    member = group[:, None] * WIDTH + lane[None, :]
+    threshold = tl.load(row_ptr + member, mask=member < LONGEST - 2, other=4294967296)
+    index = group * WIDTH + tl.sum((threshold <= word[:, None]).to(tl.int32), axis=1)
+    index = tl.where(known, index, 0)
+
+    inside = sample < batch
+    sigma = tl.load(sigmas_ptr + row * LONGEST + index)
+    sigma_next = tl.load(sigmas_ptr + row * LONGEST + index + 1)
+    weight = tl.load(weights_ptr + row * (LONGEST - 1) + index)
+    tl.store(index_ptr + sample, index.to(tl.int64), mask=inside)
+    tl.store(sigma_ptr + sample, tl.where(known, sigma, float("nan")), mask=inside)
+    tl.store(sigma_next_ptr + sample, tl.where(known, sigma_next, float("nan")), mask=inside)
+    tl.store(weight_ptr + sample, tl.where(known, weight, float("nan")), mask=inside)
+
+
+def launch_levels(
+    num_scales: Tensor | None,
+    scales: Tensor,
+    thresholds: Tensor,
+    sigmas: Tensor,
+    weights: Tensor,
+    seed: Tensor,
+    offset_tensor: Tensor | None,
+    batch_size: int,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index, sigma, sigma_next, weight = _empty_levels(sigmas, batch_size)
+    rows, longest = sigmas.shape
+    width = triton.next_power_of_2(max(2, math.isqrt(longest - 1) + 1))
+    block = max(1, min(32, 2048 // width))
+    launch(
+        _levels_kernel,
+        (triton.cdiv(batch_size, block),),
+        elements=block,
+        num_scales_ptr=num_scales,
+        scales_ptr=scales,
+        thresholds_ptr=thresholds,
+        sigmas_ptr=sigmas,
+        weights_ptr=weights,
+        seed_ptr=seed.contiguous(),
+        offset_ptr=offset_tensor,
+        index_ptr=index,
+        sigma_ptr=sigma,
+        sigma_next_ptr=sigma_next,
+        weight_ptr=weight,
+        batch=batch_size,
+        offset=offset,
+        STREAM=_STREAM,
+        ROWS=rows,
+        ROWS_POW2=triton.next_power_of_2(rows),
+        LONGEST=longest,
+        WIDTH=width,
+        BLOCK=block,
+    )
+    return index, sigma, sigma_next, weight
+
+
+_sample = torch.library.custom_op("ict_kernels::sample_noise_levels", launch_levels, mutates_args=())
+
+
+@_sample.register_fake
+def _(num_scales, scales, thresholds, sigmas, weights, seed, offset_tensor, batch_size, offset):
+    return _empty_levels(sigmas, batch_size)
+
+
+def _empty_levels(like: Tensor, batch_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index = torch.empty(batch_size, dtype=torch.int64, device=like.device)
+    sigma, sigma_next, weight = (
+        torch.empty(batch_size, dtype=torch.float32, device=like.device) for _ in range(3)
+    )
+    return index, sigma, sigma_next, weight
+
+
 # -------------------------------------------------------------------------------------------- public function
 
 
@@ -217,18 +362,11 @@ def sample_noise_levels(
     device = torch.device(device)
     rows = tuple(scales) if isinstance(num_scales, Tensor) else (int(num_scales),)
     table = _table(rows, p_mean, p_std, sigma_min, sigma_max, rho, indices, weighting, device)
-    word = uniform_bits(batch_size, seed, offset, LEVELS, device=device)
-    if isinstance(num_scales, Tensor):
-        matches = table.num_scales == num_scales.to(device)
-        row = matches.to(torch.int64).argmax(dim=0, keepdim=True)
-        thresholds, sigmas, weights = (
-            t.index_select(0, row)[0] for t in (table.thresholds, table.sigma, table.weight)
+    held = num_scales.to(device) if isinstance(num_scales, Tensor) else None
+    if use_triton(table.sigma, held):
+        offset_tensor = offset.to(device) if isinstance(offset, Tensor) else None
+        offset_int = 0 if isinstance(offset, Tensor) else offset
+        return NoiseLevels(
+            *_sample(held, *table, seed_tensor(seed, device), offset_tensor, batch_size, offset_int)
         )
-        index = torch.searchsorted(thresholds, word, right=True)
-        index = torch.where(matches.any(), index, 0)
-        unknown = torch.where(matches.any(), 0.0, math.nan)  # x + 0 is x; a value not in the table gives NaN
-        sigmas, weights = sigmas + unknown, weights + unknown
-    else:
-        thresholds, sigmas, weights = table.thresholds[0], table.sigma[0], table.weight[0]
-        index = torch.searchsorted(thresholds, word, right=True)
-    return NoiseLevels(index, sigmas[index], sigmas[index + 1], weights[index])
+    return _look_up(table, held, uniform_bits(batch_size, seed, offset, LEVELS, device=device))

@@ -24,8 +24,8 @@ except ImportError as error:  # Triton is for Linux
     tl: Any = SimpleNamespace(constexpr=int)  # type: ignore[no-redef]
     MISSING = str(error)
 
-    def jit(function: Any) -> Any:
-        return function
+    def jit(function: Any = None, **options: Any) -> Any:
+        return jit if function is None else function
 
 
 # Triton reads the variable when it is imported; so it says for the life of the process what kernels do.

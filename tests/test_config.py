@@ -59,6 +59,7 @@ def another(name, value):
         "method.teacher_ema_divisor": "pairs",
         "method.metric": "l1",
         "method.teacher": "ema",
+        "optimizer.name": "adam",
         "training.precision": "fp32",
     }
     if name in choices:
@@ -115,6 +116,8 @@ def another(name, value):
         ("method.teacher_ema", 1.0),
         ("optimizer.lr", 0.0),
         ("optimizer.lr", float("nan")),
+        ("optimizer.lr_decay", 1.5),
+        ("optimizer.lr_decay", -0.1),
         ("optimizer.eps", 0.0),
         ("optimizer.betas", (0.9, 1.0)),
         ("optimizer.betas", (float("nan"), 0.999)),

@@ -1,5 +1,6 @@
 """ict_kernels: the hot operations of improved consistency training, each defined in plain PyTorch too."""
 
+from .apex_backend import apex_report
 from .backend import get_backend, set_backend
 from .consistency_loss import c_in, c_out, c_skip, consistency_loss, pseudo_huber_loss
 from .group_norm_silu import GroupNormSiLU, group_norm_silu
@@ -13,6 +14,7 @@ __all__ = [
     "GroupNormSiLU",
     "NoiseLevels",
     "RAdamEMA",
+    "apex_report",
     "c_in",
     "c_out",
     "c_skip",

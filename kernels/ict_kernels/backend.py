@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import apex_backend
 from .triton_support import INTERPRETED, MISSING, runs_on
 
 _BACKENDS = ("auto", "triton", "eager", "apex")
@@ -17,17 +18,18 @@ def set_backend(name: str) -> None:
     Args:
         name: "auto", the Triton kernels on CUDA (and on a CPU under TRITON_INTERPRET=1), the PyTorch
             definitions elsewhere; "triton", the same, but a tensor of a device that the kernels cannot run on
-            is an error; "eager", the PyTorch definitions.
+            is an error; "eager", the PyTorch definitions; "apex", as "auto", but group norms go to NVIDIA
+            apex where its kernels allow (see `apex_report`).
     Raises:
-        RuntimeError: for "triton" where Triton cannot run at all, and for "apex", which this version does not
-            hold.
+        RuntimeError: for "triton" where Triton cannot run at all, for "apex" where NVIDIA's is not installed
+            with its group norm.
         ValueError: for any other name.
     """
     global _chosen
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(_BACKENDS)}")
-    if name == "apex":
-        raise RuntimeError("this version of ict_kernels does not call apex; use 'auto', 'triton' or 'eager'")
+    if name == "apex" and (reason := apex_backend.why_unavailable()) is not None:
+        raise RuntimeError(reason)
     if name == "triton":
         if MISSING is not None:
             raise RuntimeError(f"Triton cannot be imported ({MISSING}); use 'auto' or 'eager'")

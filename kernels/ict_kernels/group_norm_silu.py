@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Group norm with what stands around it: a bias before, scale and shift, SiLU and dropout after.
 
     y = dropout(silu(((x + pre_bias) normalised by group * weight + bias) * (1 + scale) + shift))
@@ -9,14 +10,38 @@ seed.
 
 Group norm: Wu & He, "Group Normalization", ECCV 2018. SiLU: x sigmoid(x).
 
-Bytes per bf16 element, at least: 4 forward, 6 backward.
+Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen by `_plan`:
+
+- resident: a program holds every pixel of a bundle of neighbouring groups in registers, and reads its input
+  once: 4 and 6 bytes.
+- split: a kernel writes partial statistics per block of pixels and channel, a small one merges them, a third
+  reads the input again: 6 and 10 bytes, of which 2 and 4 come from L2, as samples are taken in chunks that
+  fit there.
+
+The kernels work on channels_last; other layouts are converted on the way in and back on the way out. No sum
+is taken in an order that depends on timing: equal inputs give equal bits.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .philox import Seed, dropout_keep_mask, dropout_threshold
+from . import apex_backend
+from .backend import get_backend, use_triton
+from .philox import (
+    DROPOUT,
+    Seed,
+    _stream,
+    dropout_keep_mask,
+    dropout_threshold,
+    interleave4,
+    philox_call,
+    seed_tensor,
+)
+from .triton_support import jit, launch, refuse_forward_ad, tl
 
 # --------------------------------------------------------------------------------------- the eager definition
 
@@ -50,8 +75,14 @@ def _definition(
         y = y.contiguous()
     # Not F.group_norm, which refuses a single value per group; its normalised value is 0.
     y = torch.group_norm(
-        y, num_groups, None if weight is None else wide(weight), None if bias is None else wide(bias), eps
+        y,
+        num_groups,
+        None if weight is None else wide(weight),
+        None if weight is None or bias is None else wide(bias),
+        eps,
     )
+    if weight is None and bias is not None:  # alone, torch 2.13's backward on a CPU fails on it
+        y = y + per_channel(bias)
     if scale is not None:
         y = y * (1.0 + per_channel(scale))
     if shift is not None:
@@ -63,6 +94,1146 @@ def _definition(
         # Through uint8: bool -> fp32 takes 84 us where uint8 takes 11 (147,456 elements, one core).
         y = y * (wide(keep.view(torch.uint8)) * (1.0 / (1.0 - dropout_threshold(dropout) / 65536)))
     return y.to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------- which algorithm, and how
+
+_TILE_BYTES = 65536  # tiles of twice as much spill (compiled ahead of time)
+_CHUNK_BYTES = 20 * 2**20  # an A100's L2 is 40 MB, an H100's 50
+_SECTOR_BYTES = 32
+_SPLIT_ELEMENTS = 8192  # of a split tile: 64 per thread
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one shape is computed.
+
+    Attributes:
+        resident: one pass over tiles held in registers; else split.
+        rows: pixels per tile, a power of two: all of them if resident.
+        widths: channels of a tile, in two parts, each a power of two: 72 channels are 64 + 8. The second may
+            be 0, and the first may be wider than what it holds.
+        groups: whole groups per tile if resident; else 0.
+        num_warps: of each program.
+        chunk: samples that a split pass takes at once.
+    """
+
+    resident: bool
+    rows: int
+    widths: tuple[int, int]
+    groups: int
+    num_warps: int
+    chunk: int
+
+
+def _plan(count: int, channels: int, pixels: int, num_groups: int, itemsize: int, backward: bool) -> _Plan:
+    """The algorithm for x (count, channels, pixels): resident where a tile fits, else split.
+
+    A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
+    128 bytes as long as several tiles fit on a processor. Where none of two sectors fits (32 x 32), rows of
+    one whole sector do.
+    """
+    rows = _power_of_2(pixels)
+    group = channels // num_groups
+    most_elements = 20480 if backward else 32768
+    candidates = []
+    for groups in range(1, num_groups + 1):
+        width = groups * group
+        if num_groups % groups or (channels % 8 == 0 and width % 8 != 0):
+            continue
+        widths = _parts(width)
+        elements = rows * sum(widths)
+        row_bytes = width * itemsize
+        whole_sectors = row_bytes % _SECTOR_BYTES == 0 or row_bytes >= 2 * _SECTOR_BYTES or width == channels
+        if whole_sectors and elements * itemsize <= _TILE_BYTES and elements <= most_elements:
+            candidates.append((groups, widths, elements, row_bytes))
+    if candidates:
+        # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
+        roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
+        wide = [each for each in candidates if each[2] <= 16384 and each[3] >= 2 * _SECTOR_BYTES]
+        groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
+        # About 64 elements per thread: half as many take more instructions and registers for each.
+        num_warps = min(16, _power_of_2(-(-elements // 2304)))
+        return _Plan(True, rows, widths, groups, num_warps, count)
+    width = min(64, _power_of_2(channels))
+    sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
+    chunk = min(count, max(1, _CHUNK_BYTES // sample_bytes))
+    return _Plan(False, min(rows, _SPLIT_ELEMENTS // width), (width, 0), 0, 4, chunk)
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """Two powers of two (or one and 0) that hold `width` channels."""
+    first = _power_of_2(width + 1) // 2
+    second = _power_of_2(width - first) if width > first else 0
+    return (2 * first, 0) if second == first else (first, second)
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+# ----------------------------------------------------------------------------------- kernels: what they share
+
+# What changes from call to call, or from layer to layer, is no reason to compile again.
+_VARYING = ["offset", "stream", "threshold", "start"]
+
+
+@jit
+def _sigmoid(z):
+    # 1 / u as rsqrt(u)^2: two instructions, where a division takes eight. exp2 may overflow; then this is 0.
+    root = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
+    return root * root
+
+
+@jit
+def _load(pointers, mask, FULL: tl.constexpr):
+    if FULL:
+        return tl.load(pointers).to(tl.float32)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _store(pointers, values, mask, FULL: tl.constexpr):
+    if FULL:
+        tl.store(pointers, values.to(pointers.dtype.element_ty))
+    else:
+        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+
+
+@jit
+def _vector(ptr, offsets, inside, DEFAULT: tl.constexpr):
+    """fp32 values of an optional tensor."""
+    if ptr is None:
+        return (offsets * 0).to(tl.float32) + DEFAULT
+    else:
+        return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _vector_again(ptr, offsets, inside, DEFAULT: tl.constexpr):
+    """`_vector`, with a policy of its own: else it is taken for the earlier load, and registers hold that."""
+    if ptr is None:
+        return (offsets * 0).to(tl.float32) + DEFAULT
+    else:
+        return tl.load(ptr + offsets, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+
+
+@jit
+def _store_vector(ptr, offsets, values, inside):
+    if ptr is not None:
+        tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _affine_of(n, c, inside, affine):
+    """(q, b), with z = q x_hat + b, per channel."""
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride = affine
+    gain = 1.0 + _vector(scale_ptr, n * scale_stride + c, inside, 0.0)
+    b = _vector(bias_ptr, c, inside, 0.0) * gain + _vector(shift_ptr, n * shift_stride + c, inside, 0.0)
+    return _vector(weight_ptr, c, inside, 1.0) * gain, b
+
+
+@jit
+def _pair_of_group(ptr, n, c, inside, GROUP: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of (N, groups, 2), both values of each channel's group; 0 outside."""
+    ptr += (n * (CHANNELS // GROUP) + c // GROUP) * 2
+    return tl.load(ptr, mask=inside, other=0.0), tl.load(ptr + 1, mask=inside, other=0.0)
+
+
+@jit
+def _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP: tl.constexpr, CHANNELS: tl.constexpr):
+    """(m, rstd) with x_hat = (x - m) rstd, per channel."""
+    mean, rstd = _pair_of_group(stats_ptr, n, c, inside, GROUP, CHANNELS)
+    return mean - _vector(pre_ptr, n * pre_stride + c, inside, 0.0), rstd
+
+
+@jit
+def _keep_mask(
+    n, p, first, draw, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EIGHTS: tl.constexpr
+):
+    """dropout_keep_mask of pixels p and channels first, first + 1, ... as [ROWS, WIDTH].
+
+    EIGHTS: 8 divides CHANNELS, `first` and WIDTH, so that 8 neighbouring channels are one call.
+    """
+    seed_ptr, offset_ptr, offset, stream, threshold = draw
+    sample = n + offset
+    if offset_ptr is not None:
+        sample += tl.load(offset_ptr)
+    if EIGHTS:
+        eighth = (first // 8 + tl.arange(0, WIDTH // 8)).to(tl.uint32)
+        call = p.to(tl.uint32)[:, None] * (CHANNELS // 8) + eighth[None, :]
+        w0, w1, w2, w3 = philox_call(seed_ptr, sample, call, stream)
+        words = interleave4(w0, w1, w2, w3)
+        # Lanes are compared where they are, in the upper halves of words: what stands below changes nothing.
+        lanes = tl.reshape(tl.join(words << 16, words), (ROWS, WIDTH))
+    else:
+        element = p.to(tl.int64)[:, None] * CHANNELS + (first + tl.arange(0, WIDTH))[None, :]
+        w0, w1, w2, w3 = philox_call(seed_ptr, sample, element >> 3, stream)
+        lane = (element & 7).to(tl.int32)
+        words = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
+        lanes = tl.where((lane & 1) == 1, words, words << 16)
+    return lanes >= (threshold.to(tl.uint32) << 16)
+
+
+@jit
+def _dropped(
+    values,
+    n,
+    p,
+    first,
+    draw,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DROP: tl.constexpr,
+    EIGHTS: tl.constexpr,
+):
+    """dropout(values); without DROP the values."""
+    if DROP:
+        keep = _keep_mask(n, p, first, draw, CHANNELS, ROWS, WIDTH, EIGHTS)
+        values = tl.where(keep, values * (65536.0 / (65536 - draw[4]).to(tl.float32)), 0.0)
+    return values
+
+
+@jit
+def _silu(z, SILU: tl.constexpr):
+    return z * _sigmoid(z) if SILU else z
+
+
+@jit
+def _silu_backward(z, dy, SILU: tl.constexpr):
+    if SILU:
+        s = _sigmoid(z)
+        dy *= s + s * (z - z * s)
+    return dy
+
+
+@jit
+def _store_gradients_of_affine(n, c, inside, s1, s2, affine, outputs, CHANNELS: tl.constexpr):
+    """What s1 = sum dz and s2 = sum dz x_hat over the pixels of a sample say, per (n, c)."""
+    weight_ptr, bias_ptr, scale_ptr, _, scale_stride, _ = affine
+    dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr = outputs
+    at = n * CHANNELS + c
+    gain = 1.0 + _vector_again(scale_ptr, n * scale_stride + c, inside, 0.0)
+    weight, bias = _vector_again(weight_ptr, c, inside, 1.0), _vector_again(bias_ptr, c, inside, 0.0)
+    _store_vector(dweight_ptr, at, s2 * gain, inside)
+    _store_vector(dbias_ptr, at, s1 * gain, inside)
+    _store_vector(dscale_ptr, at, s2 * weight + s1 * bias, inside)
+    _store_vector(dshift_ptr, at, s1, inside)
+
+
+# ----------------------------------------------------------------------------------- kernels: resident tiles
+
+
+@jit
+def _part(
+    p,
+    first,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BUNDLE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """One part of a tile: its channels, which of them count, offsets and mask [ROWS, WIDTH], and which
+    channels belong to which of the tile's groups, [WIDTH, GROUPS]."""
+    j = START + tl.arange(0, WIDTH)
+    at = p[:, None] * CHANNELS + (first + j)[None, :]
+    mask = (p < PIXELS)[:, None] & (j < BUNDLE)[None, :]
+    return first + j, j < BUNDLE, at, mask, (j // GROUP)[:, None] == tl.arange(0, GROUPS)[None, :]
+
+
+@jit
+def _to_groups(values, member):
+    return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
+
+
+@jit
+def _to_channels(values, member):
+    return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
+
+
+@jit
+def _sum_of_squares(x, mask, FULL: tl.constexpr):
+    return tl.sum(x * x if FULL else tl.where(mask, x * x, 0.0), axis=0)
+
+
+@jit(do_not_specialize=_VARYING)
+def resident_forward(
+    x_ptr,
+    y_ptr,
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    pre_ptr,
+    seed_ptr,
+    offset_ptr,
+    scale_stride,
+    shift_stride,
+    pre_stride,
+    offset,
+    stream,
+    threshold,
+    eps,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BUNDLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH0: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SILU: tl.constexpr,
+    DROP: tl.constexpr,
+    EIGHTS: tl.constexpr,
+):
+    """One program: all PIXELS of BUNDLE channels of a sample. GROUPS: a power of two >= BUNDLE / GROUP."""
+    FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
+    FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
+    affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
+    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    program = tl.program_id(0)
+    n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
+    first = (program % (CHANNELS // BUNDLE)) * BUNDLE
+    p = tl.arange(0, ROWS)
+    x_ptr += n * (PIXELS * CHANNELS)
+    y_ptr += n * (PIXELS * CHANNELS)
+
+    c0, inside0, at0, mask0, member0 = _part(p, first, 0, WIDTH0, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS)
+    x0 = _load(x_ptr + at0, mask0, FULL0)
+    if WIDTH1 > 0:
+        c1, inside1, at1, mask1, member1 = _part(
+            p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
+        )
+        x1 = _load(x_ptr + at1, mask1, FULL1)
+
+    pre0 = _vector(pre_ptr, n * pre_stride + c0, inside0, 0.0)
+    total = _to_groups(tl.sum(x0, axis=0) + PIXELS * pre0, member0)
+    if WIDTH1 > 0:
+        pre1 = _vector(pre_ptr, n * pre_stride + c1, inside1, 0.0)
+        total += _to_groups(tl.sum(x1, axis=0) + PIXELS * pre1, member1)
+    mean = total / (PIXELS * GROUP)
+
+    x0 -= (_to_channels(mean, member0) - pre0)[None, :]
+    squares = _to_groups(_sum_of_squares(x0, mask0, FULL0), member0)
+    if WIDTH1 > 0:
+        x1 -= (_to_channels(mean, member1) - pre1)[None, :]
+        squares += _to_groups(_sum_of_squares(x1, mask1, FULL1), member1)
+    rstd = tl.rsqrt(squares / (PIXELS * GROUP) + tl.full((), eps, tl.float32))
+
+    group = tl.arange(0, GROUPS)
+    stats_ptr += (n * (CHANNELS // GROUP) + first // GROUP + group) * 2
+    tl.store(stats_ptr, mean, mask=group < BUNDLE // GROUP)
+    tl.store(stats_ptr + 1, rstd, mask=group < BUNDLE // GROUP)
+
+    q0, b0 = _affine_of(n, c0, inside0, affine)
+    z0 = x0 * (q0 * _to_channels(rstd, member0))[None, :] + b0[None, :]
+    y0 = _dropped(_silu(z0, SILU), n, p, first, draw, CHANNELS, ROWS, WIDTH0, DROP, EIGHTS)
+    _store(y_ptr + at0, y0, mask0, FULL0)
+    if WIDTH1 > 0:
+        q1, b1 = _affine_of(n, c1, inside1, affine)
+        z1 = x1 * (q1 * _to_channels(rstd, member1))[None, :] + b1[None, :]
+        y1 = _dropped(_silu(z1, SILU), n, p, first + WIDTH0, draw, CHANNELS, ROWS, WIDTH1, DROP, EIGHTS)
+        _store(y_ptr + at1, y1, mask1, FULL1)
+
+
+@jit
+def _first_half(
+    x,
+    dy,
+    n,
+    p,
+    c,
+    inside,
+    first,
+    member,
+    stats_ptr,
+    pre_ptr,
+    pre_stride,
+    affine,
+    draw,
+    outputs,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    DROP: tl.constexpr,
+    EIGHTS: tl.constexpr,
+):
+    """Of one part of a tile: dz, and by group the sums of q dz and q dz x_hat. Stores dweight and so on."""
+    centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
+    q, b = _affine_of(n, c, inside, affine)
+    x -= centre[None, :]
+    z = x * (q * rstd)[None, :] + b[None, :]
+    dz = _dropped(_silu_backward(z, dy, SILU), n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
+    s1, s2 = tl.sum(dz, axis=0), tl.sum(dz * x, axis=0) * rstd
+    _store_gradients_of_affine(n, c, inside, s1, s2, affine, outputs, CHANNELS)
+    return dz, _to_groups(q * s1, member), _to_groups(q * s2, member)
+
+
+@jit
+def _second_half(
+    x_ptr,
+    dx_ptr,
+    dpre_ptr,
+    dz,
+    m1,
+    m2,
+    n,
+    c,
+    inside,
+    at,
+    mask,
+    member,
+    stats_ptr,
+    pre_ptr,
+    pre_stride,
+    affine,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """dx of one part of a tile, and its sums over the pixels.
+
+    x, read again, comes from L1 or L2: held with dz, the largest tiles spill.
+    """
+    centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
+    q, _ = _affine_of(n, c, inside, affine)
+    # Without a policy of its own the load would be taken for the first one, and x be held.
+    if FULL:
+        x = tl.load(x_ptr + at, eviction_policy="evict_first").to(tl.float32)
+    else:
+        x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    x -= centre[None, :]
+    u, v = _to_channels(m1, member) * rstd, _to_channels(m2, member) * rstd * rstd
+    dx = dz * (q * rstd)[None, :] - (x * v[None, :] + u[None, :])
+    _store(dx_ptr + at, dx, mask, FULL)
+    if dpre_ptr is not None:
+        _store_vector(
+            dpre_ptr, n * CHANNELS + c, tl.sum(dx if FULL else tl.where(mask, dx, 0.0), axis=0), inside
+        )
+
+
+@jit(do_not_specialize=_VARYING)
+def resident_backward(
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    pre_ptr,
+    seed_ptr,
+    offset_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    dpre_ptr,
+    scale_stride,
+    shift_stride,
+    pre_stride,
+    offset,
+    stream,
+    threshold,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BUNDLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH0: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SILU: tl.constexpr,
+    DROP: tl.constexpr,
+    EIGHTS: tl.constexpr,
+):
+    """One program: all PIXELS of BUNDLE channels of a sample; what it stores per channel is the sample's."""
+    FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
+    FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
+    affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
+    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    outputs = (dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr)
+    program = tl.program_id(0)
+    n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
+    first = (program % (CHANNELS // BUNDLE)) * BUNDLE
+    p = tl.arange(0, ROWS)
+    x_ptr += n * (PIXELS * CHANNELS)
+    dy_ptr += n * (PIXELS * CHANNELS)
+    dx_ptr += n * (PIXELS * CHANNELS)
+
+    c0, inside0, at0, mask0, member0 = _part(p, first, 0, WIDTH0, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS)
+    x0, dy0 = _load(x_ptr + at0, mask0, FULL0), _load(dy_ptr + at0, mask0, FULL0)
+    if WIDTH1 > 0:
+        c1, inside1, at1, mask1, member1 = _part(
+            p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
+        )
+        x1, dy1 = _load(x_ptr + at1, mask1, FULL1), _load(dy_ptr + at1, mask1, FULL1)
+
+    dz0, m1, m2 = _first_half(
+        x0, dy0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine,
+        draw, outputs, CHANNELS, GROUP, ROWS, WIDTH0, SILU, DROP, EIGHTS,
+    )  # fmt: skip
+    if WIDTH1 > 0:
+        dz1, m11, m21 = _first_half(
+            x1, dy1, n, p, c1, inside1, first + WIDTH0, member1, stats_ptr, pre_ptr, pre_stride, affine,
+            draw, outputs, CHANNELS, GROUP, ROWS, WIDTH1, SILU, DROP, EIGHTS,
+        )  # fmt: skip
+        m1 += m11
+        m2 += m21
+    m1 /= PIXELS * GROUP
+    m2 /= PIXELS * GROUP
+
+    _second_half(
+        x_ptr, dx_ptr, dpre_ptr, dz0, m1, m2, n, c0, inside0, at0, mask0, member0, stats_ptr, pre_ptr,
+        pre_stride, affine, CHANNELS, GROUP, FULL0,
+    )  # fmt: skip
+    if WIDTH1 > 0:
+        _second_half(
+            x_ptr, dx_ptr, dpre_ptr, dz1, m1, m2, n, c1, inside1, at1, mask1, member1, stats_ptr, pre_ptr,
+            pre_stride, affine, CHANNELS, GROUP, FULL1,
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- kernels: split
+
+
+@jit
+def _place(pixels, start, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Of a program: its sample, where its partial sums go, its block of pixels, its first channel."""
+    program = tl.program_id(0)
+    pieces = (CHANNELS + WIDTH - 1) // WIDTH
+    blocks = (pixels + ROWS - 1) // ROWS
+    block = program // pieces % blocks
+    local = (program // pieces // blocks).to(tl.int64)
+    return local + start, (local * blocks + block) * CHANNELS, block, program % pieces * WIDTH
+
+
+@jit
+def _tile(pixels, block, first, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pixels, channels, which of them there are, offsets and mask [ROWS, WIDTH] from the sample's start."""
+    p, c = block * ROWS + tl.arange(0, ROWS), first + tl.arange(0, WIDTH)
+    base = block.to(tl.int64) * ROWS * CHANNELS
+    at = tl.arange(0, ROWS)[:, None] * CHANNELS + c[None, :]
+    return p, c, c < CHANNELS, base, at, (p < pixels)[:, None] & (c < CHANNELS)[None, :]
+
+
+@jit(do_not_specialize=_VARYING)
+def split_statistics(
+    x_ptr,
+    mean_ptr,
+    squares_ptr,
+    pixels,
+    start,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Mean and centred sum of squares of each channel over ROWS pixels."""
+    n, place, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
+    _, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
+    x = _load(x_ptr + n * pixels * CHANNELS + base + at, mask, FULL)
+    mean = tl.sum(x, axis=0) / tl.minimum(pixels - block * ROWS, ROWS).to(tl.float32)
+    squares = _sum_of_squares(x - mean[None, :], mask, FULL)
+    tl.store(mean_ptr + place + c, mean, mask=inside)
+    tl.store(squares_ptr + place + c, squares, mask=inside)
+
+
+@jit(do_not_specialize=_VARYING)
+def merge_statistics(
+    mean_ptr,
+    squares_ptr,
+    pre_ptr,
+    stats_ptr,
+    pre_stride,
+    pixels,
+    start,
+    eps,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mean and rstd of one group from its blocks and channels (Chan, Golub & LeVeque, 1983)."""
+    program = tl.program_id(0)
+    local, group = (program // (CHANNELS // GROUP)).to(tl.int64), program % (CHANNELS // GROUP)
+    n = local + start
+    blocks = (pixels + ROWS - 1) // ROWS
+    entries = blocks * GROUP
+    base = local * blocks * CHANNELS + group * GROUP
+    count = pixels.to(tl.float32) * GROUP
+
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, entries, BLOCK):
+        e = begin + tl.arange(0, BLOCK)
+        block, j = e // GROUP, e % GROUP
+        at = base + block.to(tl.int64) * CHANNELS + j
+        size = tl.minimum(pixels - block * ROWS, ROWS).to(tl.float32)
+        mean = tl.load(mean_ptr + at, mask=e < entries, other=0.0)
+        mean += _vector(pre_ptr, n * pre_stride + group * GROUP + j, e < entries, 0.0)
+        total += tl.where(e < entries, mean * size, 0.0)
+    group_mean = tl.sum(total, axis=0) / count
+
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, entries, BLOCK):
+        e = begin + tl.arange(0, BLOCK)
+        block, j = e // GROUP, e % GROUP
+        at = base + block.to(tl.int64) * CHANNELS + j
+        size = tl.minimum(pixels - block * ROWS, ROWS).to(tl.float32)
+        mean = tl.load(mean_ptr + at, mask=e < entries, other=0.0)
+        mean += _vector(pre_ptr, n * pre_stride + group * GROUP + j, e < entries, 0.0)
+        squares = tl.load(squares_ptr + at, mask=e < entries, other=0.0)
+        mean -= group_mean
+        total += tl.where(e < entries, squares + mean * mean * size, 0.0)
+    rstd = tl.rsqrt(tl.sum(total, axis=0) / count + tl.full((), eps, tl.float32))
+    at = (n * (CHANNELS // GROUP) + group) * 2
+    tl.store(stats_ptr + at, group_mean)
+    tl.store(stats_ptr + at + 1, rstd)
+
+
+@jit(do_not_specialize=_VARYING)
+def split_apply(
+    x_ptr,
+    y_ptr,
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    pre_ptr,
+    seed_ptr,
+    offset_ptr,
+    scale_stride,
+    shift_stride,
+    pre_stride,
+    offset,
+    stream,
+    threshold,
+    pixels,
+    start,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
+    SILU: tl.constexpr,
+    DROP: tl.constexpr,
+    EIGHTS: tl.constexpr,
+):
+    """y, from the statistics of the groups."""
+    affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
+    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    n, _, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
+    p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
+    base += n * pixels * CHANNELS
+    x = _load(x_ptr + base + at, mask, FULL)
+    centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
+    q, b = _affine_of(n, c, inside, affine)
+    z = (x - centre[None, :]) * (q * rstd)[None, :] + b[None, :]
+    y = _dropped(_silu(z, SILU), n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
+    _store(y_ptr + base + at, y, mask, FULL)
+
+
+@jit(do_not_specialize=_VARYING)
+def split_backward(
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    pre_ptr,
+    seed_ptr,
+    offset_ptr,
+    s1_ptr,
+    s2_ptr,
+    sx_ptr,
+    means_ptr,
+    scale_stride,
+    shift_stride,
+    pre_stride,
+    offset,
+    stream,
+    threshold,
+    pixels,
+    start,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
+    SILU: tl.constexpr,
+    DROP: tl.constexpr,
+    EIGHTS: tl.constexpr,
+):
+    """Without dx: sums over ROWS pixels of dz, dz x_hat and (with sx) x_hat. With dx: dx, by their means."""
+    affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
+    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    n, place, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
+    p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
+    base += n * pixels * CHANNELS
+    x, dy = _load(x_ptr + base + at, mask, FULL), _load(dy_ptr + base + at, mask, FULL)
+    centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
+    q, b = _affine_of(n, c, inside, affine)
+    x -= centre[None, :]
+    z = x * (q * rstd)[None, :] + b[None, :]
+    dz = _dropped(_silu_backward(z, dy, SILU), n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
+    if dx_ptr is None:
+        tl.store(s1_ptr + place + c, tl.sum(dz, axis=0), mask=inside)
+        tl.store(s2_ptr + place + c, tl.sum(dz * x, axis=0) * rstd, mask=inside)
+        if sx_ptr is not None:
+            sx = tl.sum(x if FULL else tl.where(mask, x, 0.0), axis=0)
+            tl.store(sx_ptr + place + c, sx * rstd, mask=inside)
+    else:
+        m1, m2 = _pair_of_group(means_ptr, n - start, c, inside, GROUP, CHANNELS)
+        dx = dz * (q * rstd)[None, :] - (x * (m2 * rstd * rstd)[None, :] + (m1 * rstd)[None, :])
+        _store(dx_ptr + base + at, dx, mask, FULL)
+
+
+@jit
+def _over_blocks(
+    ptr, base, c, inside, blocks, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Sums of one channel's partials over the blocks of pixels."""
+    total = tl.zeros((BLOCKS, WIDTH), tl.float32)
+    for begin in range(0, blocks, BLOCKS):
+        block = begin + tl.arange(0, BLOCKS)
+        at = base + block.to(tl.int64)[:, None] * CHANNELS + c[None, :]
+        total += tl.load(ptr + at, mask=(block < blocks)[:, None] & inside[None, :], other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@jit(do_not_specialize=_VARYING)
+def merge_backward(
+    s1_ptr,
+    s2_ptr,
+    sx_ptr,
+    means_ptr,
+    stats_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    dpre_ptr,
+    scale_stride,
+    pixels,
+    start,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One group of a sample: the means of q dz and q dz x_hat that dx needs, and gradients per channel."""
+    affine = (weight_ptr, bias_ptr, scale_ptr, None, scale_stride, 0)
+    outputs = (dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr)
+    program = tl.program_id(0)
+    local, group = (program // (CHANNELS // GROUP)).to(tl.int64), program % (CHANNELS // GROUP)
+    n = local + start
+    blocks = (pixels + ROWS - 1) // ROWS
+    base = local * blocks * CHANNELS
+    m1, m2 = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    for begin in range(0, GROUP, WIDTH):
+        j = begin + tl.arange(0, WIDTH)
+        inside, c = j < GROUP, group * GROUP + j
+        s1 = _over_blocks(s1_ptr, base, c, inside, blocks, CHANNELS, BLOCKS, WIDTH)
+        s2 = _over_blocks(s2_ptr, base, c, inside, blocks, CHANNELS, BLOCKS, WIDTH)
+        q, _ = _affine_of(n, c, inside, affine)
+        m1 += q * s1
+        m2 += q * s2
+        _store_gradients_of_affine(n, c, inside, s1, s2, affine, outputs, CHANNELS)
+    count = pixels.to(tl.float32) * GROUP
+    mean1, mean2 = tl.sum(m1, axis=0) / count, tl.sum(m2, axis=0) / count
+    at = (local * (CHANNELS // GROUP) + group) * 2
+    tl.store(means_ptr + at, mean1)
+    tl.store(means_ptr + at + 1, mean2)
+    if dpre_ptr is not None:  # the sum of dx over the pixels
+        rstd = tl.load(stats_ptr + (n * (CHANNELS // GROUP) + group) * 2 + 1)
+        for begin in range(0, GROUP, WIDTH):
+            j = begin + tl.arange(0, WIDTH)
+            inside, c = j < GROUP, group * GROUP + j
+            s1 = _over_blocks(s1_ptr, base, c, inside, blocks, CHANNELS, BLOCKS, WIDTH)
+            sx = _over_blocks(sx_ptr, base, c, inside, blocks, CHANNELS, BLOCKS, WIDTH)
+            q, _ = _affine_of(n, c, inside, affine)
+            dpre = rstd * (q * s1 - pixels * mean1 - mean2 * sx)
+            _store_vector(dpre_ptr, n * CHANNELS + c, dpre, inside)
+
+
+@jit
+def sum_samples(
+    from_ptr,
+    to0_ptr,
+    to1_ptr,
+    to2_ptr,
+    rows,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(k, rows, CHANNELS) -> k times (CHANNELS,), k up to 3: the second axis of the grid."""
+    k = tl.program_id(1)
+    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    from_ptr += k.to(tl.int64) * rows * CHANNELS
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    for begin in range(0, rows, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        at = row.to(tl.int64)[:, None] * CHANNELS + c[None, :]
+        total += tl.load(from_ptr + at, mask=(row < rows)[:, None] & (c < CHANNELS)[None, :], other=0.0)
+    result = tl.sum(total, axis=0)
+    _store_vector(to0_ptr, c, result, (c < CHANNELS) & (k == 0))
+    _store_vector(to1_ptr, c, result, (c < CHANNELS) & (k == 1))
+    _store_vector(to2_ptr, c, result, (c < CHANNELS) & (k == 2))
+
+
+# ------------------------------------------------------------------------------------------------- launchers
+
+
+def _row_stride(values: Tensor | None) -> int:
+    """Elements between samples; 0 for (C,)."""
+    return values.stride(0) if values is not None and values.dim() == 2 else 0
+
+
+def _unit_stride(values: Tensor | None) -> Tensor | None:
+    """Its rows may lie apart, as halves of a chunked embedding do; its channels may not."""
+    return values if values is None or values.stride(-1) == 1 else values.contiguous()
+
+
+def _tile_arguments(plan: _Plan, channels: int, pixels: int, num_groups: int) -> dict[str, int | bool]:
+    group = channels // num_groups
+    if plan.resident:
+        return {
+            "PIXELS": pixels,
+            "CHANNELS": channels,
+            "GROUP": group,
+            "BUNDLE": plan.groups * group,
+            "ROWS": plan.rows,
+            "WIDTH0": plan.widths[0],
+            "WIDTH1": plan.widths[1],
+            "GROUPS": _power_of_2(plan.groups),
+        }
+    full = pixels % plan.rows == 0 and channels % plan.widths[0] == 0
+    return {
+        "pixels": pixels,
+        "CHANNELS": channels,
+        "GROUP": group,
+        "ROWS": plan.rows,
+        "WIDTH": plan.widths[0],
+        "FULL": full,
+    }
+
+
+def _one_call_for_eight(plan: _Plan, channels: int, num_groups: int) -> bool:
+    bundle = plan.groups * (channels // num_groups)
+    return channels % 8 == 0 and bundle % 8 == 0 and all(width % 8 == 0 for width in plan.widths)
+
+
+def _forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    pre_bias: Tensor | None,
+    seed: Tensor | None,
+    offset_tensor: Tensor | None,
+    offset: int,
+    stream: int,
+    threshold: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and (N, num_groups, 2) fp32 mean and rstd."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias, scale, shift, pre_bias = map(_unit_stride, (weight, bias, scale, shift, pre_bias))
+    count, channels, height, width = x.shape
+    pixels = height * width
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    stats = torch.empty(count, num_groups, 2, dtype=torch.float32, device=x.device)
+    plan = _plan(count, channels, pixels, num_groups, x.element_size(), backward=False)
+    elements = plan.rows * sum(plan.widths)
+    tile = _tile_arguments(plan, channels, pixels, num_groups)
+    arguments = {
+        "x_ptr": x,
+        "y_ptr": y,
+        "stats_ptr": stats,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "scale_ptr": scale,
+        "shift_ptr": shift,
+        "pre_ptr": pre_bias,
+        "seed_ptr": seed,
+        "offset_ptr": offset_tensor,
+        "scale_stride": _row_stride(scale),
+        "shift_stride": _row_stride(shift),
+        "pre_stride": _row_stride(pre_bias),
+        "offset": offset,
+        "stream": stream,
+        "threshold": threshold,
+        **tile,
+        "SILU": silu,
+        "DROP": threshold > 0,
+        "EIGHTS": _one_call_for_eight(plan, channels, num_groups),
+    }
+    if plan.resident:
+        programs = count * (num_groups // plan.groups)
+        launch(
+            resident_forward, (programs,), num_warps=plan.num_warps, elements=elements, eps=eps, **arguments
+        )
+        return y, stats
+    blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
+    partial = torch.empty(2, plan.chunk, blocks, channels, dtype=torch.float32, device=x.device)
+    for start in range(0, count, plan.chunk):
+        samples = min(plan.chunk, count - start)
+        launch(
+            split_statistics,
+            (samples * blocks * pieces,),
+            num_warps=plan.num_warps,
+            elements=elements,
+            x_ptr=x,
+            mean_ptr=partial[0],
+            squares_ptr=partial[1],
+            start=start,
+            **{name: value for name, value in tile.items() if name != "GROUP"},
+        )
+        launch(
+            merge_statistics,
+            (samples * num_groups,),
+            num_warps=2,
+            mean_ptr=partial[0],
+            squares_ptr=partial[1],
+            pre_ptr=pre_bias,
+            stats_ptr=stats,
+            pre_stride=_row_stride(pre_bias),
+            pixels=pixels,
+            start=start,
+            eps=eps,
+            CHANNELS=channels,
+            GROUP=channels // num_groups,
+            ROWS=plan.rows,
+            BLOCK=min(1024, _power_of_2(blocks * (channels // num_groups))),
+        )
+        launch(
+            split_apply,
+            (samples * blocks * pieces,),
+            num_warps=plan.num_warps,
+            elements=elements,
+            start=start,
+            **arguments,
+        )
+    return y, stats
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    pre_bias: Tensor | None,
+    seed: Tensor | None,
+    offset_tensor: Tensor | None,
+    offset: int,
+    stream: int,
+    threshold: int,
+    silu: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and, as far as wanted, of weight, bias, scale, shift, pre_bias; others are empty."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    dx, *gradients = _empty_gradients(x, (weight, bias, scale, shift, pre_bias), wanted)
+    weight, bias, scale, shift, pre_bias = map(_unit_stride, (weight, bias, scale, shift, pre_bias))
+    count, channels, height, width = x.shape
+    pixels = height * width
+
+    # One row per sample: what is (C,) in the end is summed over the samples by a kernel of its own.
+    rows: list[Tensor | None] = [each if want else None for each, want in zip(gradients, wanted, strict=True)]
+    over_samples = [i for i, each in enumerate(rows) if each is not None and each.dim() == 1]
+    if over_samples:
+        sums = torch.empty(len(over_samples), count, channels, dtype=torch.float32, device=x.device)
+        for i, each in zip(over_samples, sums.unbind(), strict=True):
+            rows[i] = each
+
+    plan = _plan(count, channels, pixels, num_groups, x.element_size(), backward=True)
+    elements = plan.rows * sum(plan.widths)
+    tile = _tile_arguments(plan, channels, pixels, num_groups)
+    outputs: dict[str, Any] = {
+        f"{name}_ptr": row
+        for name, row in zip(("dweight", "dbias", "dscale", "dshift", "dpre"), rows, strict=True)
+    }
+    arguments = {
+        "x_ptr": x,
+        "dy_ptr": dy,
+        "stats_ptr": stats,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "scale_ptr": scale,
+        "shift_ptr": shift,
+        "pre_ptr": pre_bias,
+        "seed_ptr": seed,
+        "offset_ptr": offset_tensor,
+        "scale_stride": _row_stride(scale),
+        "shift_stride": _row_stride(shift),
+        "pre_stride": _row_stride(pre_bias),
+        "offset": offset,
+        "stream": stream,
+        "threshold": threshold,
+        **tile,
+        "SILU": silu,
+        "DROP": threshold > 0,
+        "EIGHTS": _one_call_for_eight(plan, channels, num_groups),
+    }
+    if plan.resident:
+        programs = count * (num_groups // plan.groups)
+        launch(
+            resident_backward,
+            (programs,),
+            num_warps=plan.num_warps,
+            elements=elements,
+            dx_ptr=dx,
+            **outputs,
+            **arguments,
+        )
+    else:
+        blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
+        group = channels // num_groups
+        partial = torch.empty(3, plan.chunk, blocks, channels, dtype=torch.float32, device=x.device)
+        s1, s2, sx = partial.unbind()
+        means = torch.empty(plan.chunk, num_groups, 2, dtype=torch.float32, device=x.device)
+        for start in range(0, count, plan.chunk):
+            samples = min(plan.chunk, count - start)
+            merged: dict[str, Any] = {
+                "s1_ptr": s1,
+                "s2_ptr": s2,
+                "sx_ptr": None if rows[4] is None else sx,
+                "means_ptr": means,
+                "start": start,
+            }
+            launch(
+                split_backward,
+                (samples * blocks * pieces,),
+                num_warps=plan.num_warps,
+                elements=elements,
+                dx_ptr=None,
+                **merged,
+                **arguments,
+            )
+            launch(
+                merge_backward,
+                (samples * num_groups,),
+                num_warps=2,
+                stats_ptr=stats,
+                weight_ptr=weight,
+                bias_ptr=bias,
+                scale_ptr=scale,
+                scale_stride=_row_stride(scale),
+                pixels=pixels,
+                CHANNELS=channels,
+                GROUP=group,
+                ROWS=plan.rows,
+                BLOCKS=min(32, _power_of_2(blocks)),
+                WIDTH=min(64, _power_of_2(group)),
+                **merged,
+                **outputs,
+            )
+            launch(
+                split_backward,
+                (samples * blocks * pieces,),
+                num_warps=plan.num_warps,
+                elements=elements,
+                dx_ptr=dx,
+                **merged,
+                **arguments,
+            )
+    if over_samples:
+        targets = [gradients[i] for i in over_samples]
+        launch(
+            sum_samples,
+            (-(-channels // 32), len(targets)),
+            from_ptr=sums,
+            to0_ptr=targets[0],
+            to1_ptr=targets[1] if len(targets) > 1 else None,
+            to2_ptr=targets[2] if len(targets) > 2 else None,
+            rows=count,
+            CHANNELS=channels,
+            ROWS=min(64, _power_of_2(count)),
+            WIDTH=32,
+        )
+    return (dx, *gradients)  # type: ignore[return-value]
+
+
+def _empty_gradients(x: Tensor, parameters: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor]:
+    """Of x and the parameters; (0,) for what is not wanted, as an op cannot return None."""
+    gradients = [torch.empty_like(x, memory_format=torch.channels_last)]
+    for parameter, want in zip(parameters, wanted, strict=True):
+        if parameter is None or not want:
+            gradients.append(torch.empty(0, dtype=torch.float32, device=x.device))
+        else:
+            gradients.append(torch.empty(parameter.shape, dtype=parameter.dtype, device=x.device))
+    return gradients
+
+
+# ---------------------------------------------------------------------------------------------- registration
+
+_forward_op = torch.library.custom_op("ict_kernels::group_norm_silu", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("ict_kernels::group_norm_silu_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(x: Tensor, num_groups: int, *_: object) -> tuple[Tensor, Tensor]:
+    stats = torch.empty(x.shape[0], num_groups, 2, dtype=torch.float32, device=x.device)
+    return torch.empty_like(x, memory_format=torch.channels_last), stats
+
+
+@_backward_op.register_fake
+def _(dy, x, stats, num_groups, weight, bias, scale, shift, pre_bias, *others):
+    return tuple(_empty_gradients(x, (weight, bias, scale, shift, pre_bias), others[-1]))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, num_groups, weight, bias, scale, shift, pre_bias, seed, offset_tensor, *numbers = inputs
+    ctx.save_for_backward(x, output[1], weight, bias, scale, shift, pre_bias, seed, offset_tensor)
+    offset, stream, threshold, _eps, silu = numbers
+    ctx.num_groups, ctx.numbers = num_groups, (offset, stream, threshold, silu)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_forward(ctx, dy, _dstats):
+    if dy is None:
+        return (None,) * 14
+    x, stats, *tensors = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[i] for i in range(2, 7)]
+    gradients = _backward_op(dy, x, stats, ctx.num_groups, *tensors, *ctx.numbers, wanted)
+    dx, *others = gradients
+    return (
+        dx if needs[0] else None,
+        None,
+        *(each if want else None for each, want in zip(others, wanted, strict=True)),
+        *(None,) * 7,
+    )
+
+
+_forward_op.register_autograd(_backward_of_forward, setup_context=_save_for_backward)
 
 
 # -------------------------------------------------------------------------------------------- public function
@@ -123,11 +1294,52 @@ def group_norm_silu(
             )
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
-    dropout_threshold(dropout)
-    y = _definition(
-        x, num_groups, weight, bias, eps, scale, shift, pre_bias, activation, dropout, seed, offset, layer
+    threshold = dropout_threshold(dropout)
+    if get_backend() == "apex":
+        extras = {"scale": scale, "shift": shift, "pre_bias": pre_bias, "dropout": threshold or None}
+        reason = apex_backend.why_not(
+            x, num_groups, weight, bias, {name: given is not None for name, given in extras.items()}
+        )
+        apex_backend.note(x, num_groups, reason)
+        if reason is None:
+            assert weight is not None
+            assert bias is not None
+            return apex_backend.group_norm(x, num_groups, weight, bias, eps, activation)
+    if not use_triton(x, weight, bias, scale, shift, pre_bias) or x.numel() == 0:
+        y = _definition(
+            x, num_groups, weight, bias, eps, scale, shift, pre_bias, activation, dropout, seed, offset, layer
+        )
+        return _with_layout_of(x, y)
+    refuse_forward_ad("group_norm_silu", x, weight, bias, scale, shift, pre_bias)
+    at: int | Tensor = 0
+    if threshold > 0:
+        seed, at, stream = seed_tensor(seed, x.device), offset, _stream(DROPOUT, layer)
+    else:
+        seed, stream = None, 0
+    y, _ = _forward_op(
+        _as_channels_last(x),
+        num_groups,
+        weight,
+        bias,
+        scale,
+        shift,
+        pre_bias,
+        seed,
+        at.to(x.device, torch.int64) if isinstance(at, Tensor) else None,
+        0 if isinstance(at, Tensor) else at,
+        stream,
+        threshold,
+        eps,
+        activation == "silu",
     )
-    return _with_layout_of(x, y)
+    return _with_layout_of(x, y.view(x.shape) if x.dim() <= 4 else y.unflatten(3, x.shape[3:]))
+
+
+def _as_channels_last(x: Tensor) -> Tensor:
+    """(N, C, *spatial) as the ops take it: four dimensions, channels last in memory."""
+    if x.dim() > 4:
+        x = x.flatten(3)
+    return x[(...,) + (None,) * (4 - x.dim())].contiguous(memory_format=torch.channels_last)
 
 
 def _with_layout_of(x: Tensor, y: Tensor) -> Tensor:

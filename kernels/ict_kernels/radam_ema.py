@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """RAdam and the exponential moving average of the weights, in one step that never waits for the host.
 
 With g the gradient, t the step, b1, b2 = betas (Liu et al., "On the variance of the adaptive learning rate
@@ -12,9 +13,11 @@ and beyond", ICLR 2020, algorithm 2; eps as in torch.optim.RAdam):
 A step whose gradients are not all finite changes nothing, not one bit, and does not count: the decision
 is a tensor.
 
-Bytes per fp32 parameter, at least: 20 read (p, g, m, v, ema) and 16 written.
+Bytes per fp32 parameter, at least: 20 read (p, g, m, v, ema) and 16 written. The kernels move 40: whether
+all gradients are finite must be known before the first value is written, so g is read once more.
 """
 
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,9 +25,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .backend import use_triton
+from .triton_support import jit, launch, tl
+
 # Switches of torch.optim.RAdam that change the mathematics; a state dict that has one set is not ours to
 # continue.
 _FOREIGN_SWITCHES = ("maximize", "decoupled_weight_decay")
+
+_STATE = ("exp_avg", "exp_avg_sq", "ema", "step")
+
+_WARM_UP = (
+    "RAdamEMA.step() must make its state or its tables of addresses, which a CUDA graph cannot record:"
+    " take one step with gradients for the same parameters before the capture"
+)
 
 
 class RAdamEMA(Optimizer):
@@ -36,6 +49,13 @@ class RAdamEMA(Optimizer):
     look at `ema_parameters()`, whichever comes first; so load pretrained weights before.
 
     A parameter without a gradient is left alone, its EMA too, as in torch.optim.
+
+    The Triton kernels (see `set_backend`) take three launches for the parameters of a group that have had
+    gradients in the same steps, however many. They take fp32 parameters without gaps in memory, and gradients
+    of any layout, which cost a copy where the layout is not the parameter's; other parameters go the eager
+    way in the same step. torch.compile leaves the kernels' step as it is, at a graph break. A CUDA graph can
+    hold the step after one step outside it; capture anew once a state dict has been loaded, or a parameter or
+    its set of gradients has changed.
 
     Attributes:
         grad_scale: 0-dim device tensor or None (or absent): gradients are divided by it. torch.amp.GradScaler
@@ -85,6 +105,9 @@ class RAdamEMA(Optimizer):
         # Parameters that have had a gradient in the same steps are a cohort: their `step` is equal, so they
         # share the step's scalars. The host keeps the cohorts; to read `step` would be a synchronisation.
         self._cohort: dict[Tensor, int] = {}
+        # The kernels' tables, by a cohort's first parameter; those that CUDA graphs read stay for good.
+        self._plans: dict[Tensor, _Plan] = {}
+        self._captured: dict[int, _Plan] = {}
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay},
@@ -143,9 +166,13 @@ class RAdamEMA(Optimizer):
             return loss
         if any(p.grad.is_sparse for p in with_grad if p.grad is not None):
             raise RuntimeError("sparse gradients are not supported")
-        unscale, healthy = self._inspect([p.grad for p in with_grad if p.grad is not None])
-        for group in self.param_groups:
-            for params in self._cohorts(group["params"]):
+        cohorts = [(group, c) for group in self.param_groups for c in self._cohorts(group["params"])]
+        by_kernels = [use_triton(*params) for _, params in cohorts]
+        if any(by_kernels):
+            self._step_by_kernels(cohorts, by_kernels)
+        else:
+            unscale, healthy = self._inspect([p.grad for p in with_grad if p.grad is not None])
+            for group, params in cohorts:
                 self._update(group, params, unscale, healthy)
         return loss
 
@@ -199,6 +226,26 @@ class RAdamEMA(Optimizer):
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         dtype = _scalar_dtype(params[0])
         size, rectified = step_size(steps[0].to(torch.float64) + 1.0, group["lr"], beta1, beta2)
+        decay = torch.as_tensor(group["ema_decay"], dtype=torch.float64, device=size.device)
+
+        # On a CPU there is nothing to wait for: half the time, and the same bits.
+        if params[0].device.type == "cpu" and dtype == params[0].dtype and not torch.compiler.is_compiling():
+            if healthy:
+                torch._foreach_lerp_(m, grads, 1 - beta1)
+                torch._foreach_mul_(v, beta2)
+                torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+                if rectified:
+                    denominator = torch._foreach_sqrt(v)
+                    torch._foreach_add_(denominator, group["eps"])
+                    change = torch._foreach_div(m, denominator)
+                    torch._foreach_mul_(change, (-size).to(dtype))
+                else:
+                    change = torch._foreach_mul(m, (-size).to(dtype))
+                torch._foreach_add_(params, change)
+                torch._foreach_mul_(ema, decay.to(dtype))
+                torch._foreach_add_(ema, torch._foreach_mul(params, (1.0 - decay).to(dtype)))
+                torch._foreach_add_(steps, 1.0)
+            return
 
         new_m = torch._foreach_lerp(m, grads, 1 - beta1)
         new_v = torch._foreach_mul(v, beta2)
@@ -211,7 +258,6 @@ class RAdamEMA(Optimizer):
         new_p = torch._foreach_div(new_m, denominator)
         torch._foreach_mul_(new_p, (-size).to(dtype))
         torch._foreach_add_(new_p, params)
-        decay = torch.as_tensor(group["ema_decay"], dtype=torch.float64, device=size.device)
         new_ema = torch._foreach_mul(ema, decay.to(dtype))
         torch._foreach_add_(new_ema, torch._foreach_mul(new_p, (1.0 - decay).to(dtype)))
 
@@ -220,6 +266,89 @@ class RAdamEMA(Optimizer):
             for new_tensor, old_tensor in zip(new, old, strict=True):
                 # A 0-dim fp32 scalar promotes a bf16 parameter that is itself 0-dim.
                 torch.where(healthy, new_tensor.to(old_tensor.dtype), old_tensor, out=old_tensor)
+
+    @torch.compiler.disable
+    def _step_by_kernels(
+        self, cohorts: list[tuple[dict[str, Any], list[Tensor]]], by_kernels: list[bool]
+    ) -> None:
+        """The step where kernels may take some cohorts; those that they do not take go to `_update`."""
+        planned: list[tuple[dict[str, Any], _Plan, list[Tensor], Tensor]] = []
+        others: list[tuple[dict[str, Any], list[Tensor]]] = []
+        for (group, params), by_kernel in zip(cohorts, by_kernels, strict=True):
+            plan = self._plan(params) if by_kernel else None
+            if plan is None:
+                others.append((group, params))
+            else:
+                grads = [_as_stored(p.grad, p) for p in params if p.grad is not None]
+                planned.append((group, plan, grads, plan.find(grads)))
+        partials = None
+        if others:
+            unscale, healthy = self._inspect([p.grad for _, c in cohorts for p in c if p.grad is not None])
+            for group, params in others:
+                self._update(group, params, unscale, healthy)
+        else:
+            partials = self.grad_norm.new_empty(sum(len(plan.chunks) for _, plan, _, _ in planned))
+            done = 0
+            for _, plan, _, gradients in planned:
+                _launch_norm(plan, gradients, partials[done:])
+                done += len(plan.chunks)
+        for group, plan, _, gradients in planned:
+            _launch_update(group, plan, gradients, self._launch_scalars(group, plan, partials))
+            partials = None  # the first launch has settled for all whether the step happens
+
+    def _plan(self, params: list[Tensor]) -> "_Plan | None":
+        """The tables of a cohort, made anew where a tensor has moved; None if the kernels do not take it."""
+        capturing = _capturing(params[0].device)
+        if capturing and any("ema" not in self.state[p] for p in params):
+            raise RuntimeError(_WARM_UP)
+        states = [self._state_of(p) for p in params]
+        # In every step, for hundreds of parameters: lists, the fastest that Python has.
+        addresses = [[p.data_ptr() for p in params]]
+        addresses += [[state[name].data_ptr() for state in states] for name in _STATE]
+        places = (addresses, [p.stride() for p in params])
+        plan = self._plans.get(params[0])
+        if plan is None or plan.places != places:
+            if not all(map(_fits, params, states)):
+                return None
+            if capturing:
+                raise RuntimeError(_WARM_UP)
+            plan = self._plans[params[0]] = _Plan(params, states, places)
+        if capturing:
+            self._captured[id(plan)] = plan
+        return plan
+
+    def _launch_scalars(self, group: dict[str, Any], plan: "_Plan", partials: Tensor | None) -> Tensor:
+        """The cohort's scalars; with `partials`, also the verdict on the step and the public figures."""
+        device = self.grad_norm.device
+
+        def there(name: str) -> Tensor | None:
+            given = getattr(self, name, None)
+            return None if given is None else given.to(device, torch.float32)
+
+        lr, decay = group["lr"], group["ema_decay"]
+        scalars = self.grad_norm.new_empty(_NUM_SCALARS)
+        launch(
+            _scalars_kernel,
+            (1,),
+            scalars_ptr=scalars,
+            step_ptr=plan.first_step,
+            lr_ptr=lr.to(device) if isinstance(lr, Tensor) else None,
+            lr_bits=0 if isinstance(lr, Tensor) else _bits(lr),
+            decay_ptr=decay.to(device) if isinstance(decay, Tensor) else None,
+            decay_bits=0 if isinstance(decay, Tensor) else _bits(decay),
+            beta1_bits=_bits(group["betas"][0]),
+            beta2_bits=_bits(group["betas"][1]),
+            grad_scale_ptr=there("grad_scale"),
+            found_inf_ptr=there("found_inf"),
+            partials_ptr=partials,
+            num_partials=0 if partials is None else len(partials),
+            grad_norm_ptr=self.grad_norm,
+            last_step_skipped_ptr=self.last_step_skipped,
+            skipped_ptr=self.skipped,
+            BLOCK=4096,
+            num_warps=8,
+        )
+        return scalars
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict of this class, to the last bit, or of torch.optim.RAdam (with a fresh EMA).
@@ -300,3 +429,349 @@ def _add_scalar_(tensors: Sequence[Tensor], scalar: Tensor) -> None:
 def _scalar_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of step scalars for a tensor: never below fp32, where 0.9999 would round to 1."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ the kernels
+# The tensors of a cohort are reached by tables of addresses, in chunks of at most _CHUNK_SIZE elements:
+#   tensors    int64 [tensors, 6]: addresses of p, exp_avg, exp_avg_sq, ema and step; number of elements
+#   gradients  int64 [tensors]: addresses of the gradients, which may move from step to step
+#   chunks     int32 [chunks, 2]: tensor, and which of its chunks
+
+_CHUNK_SIZE = 8192
+_CHUNK = tl.constexpr(_CHUNK_SIZE)
+_COLUMNS = tl.constexpr(6)
+_NORM_BLOCK = 4096
+_UPDATE_BLOCK = 1024
+
+_HEALTHY = tl.constexpr(0)
+_UNSCALE = tl.constexpr(1)
+_SIZE = tl.constexpr(2)
+_RECTIFIED = tl.constexpr(3)
+_DECAY = tl.constexpr(4)
+_REST = tl.constexpr(5)
+_STEP = tl.constexpr(6)
+_NUM_SCALARS = 8
+
+
+@jit
+def _this_chunk(tensors_ptr, chunks_ptr):
+    """(tensor, first element, number of elements) of this program's chunk; 0 elements in an empty tensor."""
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(chunks_ptr + 2 * program).to(tl.int64)
+    start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * _CHUNK
+    numel = tl.load(tensors_ptr + tensor * _COLUMNS + 5)
+    return tensor, start, tl.minimum(numel - start, _CHUNK).to(tl.int32)
+
+
+@jit
+def _pointer(address, ALIGNED: tl.constexpr):
+    """To the fp32 at an address; `ALIGNED`, which is to 16 bytes, lets a thread load 128 bits at once."""
+    if ALIGNED:
+        # The rounding keeps the compiler from merging this pointer with an unaligned one to the same address.
+        return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(tl.float32)), 16)
+    return address.to(tl.pointer_type(tl.float32))
+
+
+@jit
+def _norm_kernel(partials_ptr, gradients_ptr, tensors_ptr, chunks_ptr, BLOCK: tl.constexpr):
+    """The sum of squares of each chunk of the gradients."""
+    tensor, start, count = _this_chunk(tensors_ptr, chunks_ptr)
+    address = tl.load(gradients_ptr + tensor)
+    offsets = tl.arange(0, BLOCK)
+    whole = count // BLOCK * BLOCK
+    squares = tl.zeros((BLOCK,), tl.float32)
+    if address % 16 == 0:
+        g_ptr = _pointer(address, True) + start
+        for block in range(0, whole, BLOCK):
+            g = tl.load(g_ptr + block + offsets)
+            squares += g * g
+    else:
+        g_ptr = _pointer(address, False) + start
+        for block in range(0, whole, BLOCK):
+            g = tl.load(g_ptr + block + offsets)
+            squares += g * g
+    if whole < count:
+        g_ptr = _pointer(address, False) + start + whole
+        g = tl.load(g_ptr + offsets, mask=offsets < count - whole, other=0.0)
+        squares += g * g
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(squares, axis=0))
+
+
+@jit
+def _float64(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@jit
+def _one_minus_power(beta, step):
+    """1 - beta^step in fp64; the floor stands for beta = 0."""
+    return 1.0 - tl.exp(step * tl.log(tl.maximum(beta, 1e-300)))
+
+
+@jit
+def _scalars_kernel(
+    scalars_ptr,
+    step_ptr,
+    lr_ptr,
+    lr_bits,
+    decay_ptr,
+    decay_bits,
+    beta1_bits,
+    beta2_bits,
+    grad_scale_ptr,
+    found_inf_ptr,
+    partials_ptr,
+    num_partials,
+    grad_norm_ptr,
+    last_step_skipped_ptr,
+    skipped_ptr,
+    BLOCK: tl.constexpr,
+):
+    """`_inspect`'s verdict, where there are partial sums to judge by, and `step_size`; one program.
+
+    Python's floats come as the bits of their fp64 value, since a launch would round them to fp32.
+    """
+    one = tl.full((), 1.0, tl.float64)
+    unscale = one
+    if grad_scale_ptr is not None:
+        unscale = one / tl.load(grad_scale_ptr).to(tl.float64)
+    if partials_ptr is not None:
+        offsets = tl.arange(0, BLOCK)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for block in range(0, num_partials, BLOCK):
+            squares += tl.load(partials_ptr + block + offsets, mask=block + offsets < num_partials, other=0.0)
+        norm = tl.sqrt(tl.sum(squares, axis=0).to(tl.float64)) * unscale
+        norm = norm.to(tl.float32)
+        healthy = tl.abs(norm) < float("inf")
+        if found_inf_ptr is not None:
+            healthy = healthy & (tl.load(found_inf_ptr) == 0.0)
+        skip = 1 - healthy.to(tl.int32)
+        tl.store(grad_norm_ptr, norm)
+        tl.store(last_step_skipped_ptr, skip.to(tl.int1))
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + skip)
+    else:
+        healthy = tl.load(last_step_skipped_ptr).to(tl.int32) == 0
+    if lr_ptr is not None:
+        lr = tl.load(lr_ptr).to(tl.float64)
+    else:
+        lr = _float64(lr_bits)
+    if decay_ptr is not None:
+        decay = tl.load(decay_ptr).to(tl.float64)
+    else:
+        decay = _float64(decay_bits)
+
+    step = tl.load(step_ptr).to(tl.float64) + 1.0
+    beta2 = _float64(beta2_bits)
+    correction1 = _one_minus_power(_float64(beta1_bits), step)
+    correction2 = _one_minus_power(beta2, step)
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    rho = rho_inf - 2.0 * step * (1.0 - correction2) / correction2
+    rectified = rho > 5.0
+    variance = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
+    adaptive = tl.sqrt(tl.where(rectified, variance, one)) * tl.sqrt(correction2)
+    size = lr / correction1 * tl.where(rectified, adaptive, one)
+
+    tl.store(scalars_ptr + _HEALTHY, healthy.to(tl.float32))
+    tl.store(scalars_ptr + _UNSCALE, unscale.to(tl.float32))
+    tl.store(scalars_ptr + _SIZE, size.to(tl.float32))
+    tl.store(scalars_ptr + _RECTIFIED, rectified.to(tl.float32))
+    tl.store(scalars_ptr + _DECAY, decay.to(tl.float32))
+    tl.store(scalars_ptr + _REST, (1.0 - decay).to(tl.float32))
+    tl.store(scalars_ptr + _STEP, step.to(tl.float32))
+
+
+@jit
+def _update_block(
+    p_ptr, m_ptr, v_ptr, ema_ptr, g_ptr, offsets, mask,
+    unscale, size, rectified, decay, rest, weight1, beta2, weight2, eps, penalty,
+    PENALTY: tl.constexpr, FROM_G: tl.constexpr,
+):  # fmt: skip
+    """`_update` of one block."""
+    p = tl.load(p_ptr + offsets, mask)
+    m = tl.load(m_ptr + offsets, mask)
+    v = tl.load(v_ptr + offsets, mask)
+    ema = tl.load(ema_ptr + offsets, mask)
+    g = tl.load(g_ptr + offsets, mask) * unscale
+    if PENALTY:
+        g += penalty * p
+    # As torch.lerp.
+    if FROM_G:
+        m = g - (g - m) * (1.0 - weight1)
+    else:
+        m += weight1 * (g - m)
+    v = v * beta2 + weight2 * g * g
+    denominator = tl.where(rectified, tl.sqrt_rn(v) + eps, 1.0)
+    p -= size * tl.div_rn(m, denominator)
+    ema = ema * decay + rest * p
+    tl.store(p_ptr + offsets, p, mask)
+    tl.store(m_ptr + offsets, m, mask)
+    tl.store(v_ptr + offsets, v, mask)
+    tl.store(ema_ptr + offsets, ema, mask)
+
+
+@jit
+def _update_kernel(
+    scalars_ptr, gradients_ptr, tensors_ptr, chunks_ptr, weight1, beta2, weight2, eps, penalty,
+    PENALTY: tl.constexpr, FROM_G: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk's new p, m, v and ema, and with a tensor's first chunk its step; nothing if unhealthy."""
+    if tl.load(scalars_ptr + _HEALTHY) == 0.0:
+        return
+    unscale = tl.load(scalars_ptr + _UNSCALE)
+    size = tl.load(scalars_ptr + _SIZE)
+    rectified = tl.load(scalars_ptr + _RECTIFIED) != 0.0
+    decay = tl.load(scalars_ptr + _DECAY)
+    rest = tl.load(scalars_ptr + _REST)
+    weight1 = tl.full((), weight1, tl.float32)
+    beta2 = tl.full((), beta2, tl.float32)
+    weight2 = tl.full((), weight2, tl.float32)
+    eps = tl.full((), eps, tl.float32)
+    penalty = tl.full((), penalty, tl.float32)
+
+    tensor, start, count = _this_chunk(tensors_ptr, chunks_ptr)
+    row_ptr = tensors_ptr + tensor * _COLUMNS
+    p_ptr = _pointer(tl.load(row_ptr), ALIGNED) + start
+    m_ptr = _pointer(tl.load(row_ptr + 1), ALIGNED) + start
+    v_ptr = _pointer(tl.load(row_ptr + 2), ALIGNED) + start
+    ema_ptr = _pointer(tl.load(row_ptr + 3), ALIGNED) + start
+    if start == 0:
+        tl.store(_pointer(tl.load(row_ptr + 4), False), tl.load(scalars_ptr + _STEP))
+    address = tl.load(gradients_ptr + tensor)
+    offsets = tl.arange(0, BLOCK)
+    whole = count // BLOCK * BLOCK
+    # Gradients in the buckets of DDP begin anywhere. A branch inside the loop would be merged into one load.
+    if address % 16 == 0:
+        for block in range(0, whole, BLOCK):
+            _update_block(
+                p_ptr, m_ptr, v_ptr, ema_ptr, _pointer(address, True) + start, block + offsets, None,
+                unscale, size, rectified, decay, rest, weight1, beta2, weight2, eps, penalty, PENALTY, FROM_G,
+            )  # fmt: skip
+    else:
+        for block in range(0, whole, BLOCK):
+            _update_block(
+                p_ptr, m_ptr, v_ptr, ema_ptr, _pointer(address, False) + start, block + offsets, None,
+                unscale, size, rectified, decay, rest, weight1, beta2, weight2, eps, penalty, PENALTY, FROM_G,
+            )  # fmt: skip
+    if whole < count:
+        _update_block(
+            p_ptr, m_ptr, v_ptr, ema_ptr, _pointer(address, False) + start, whole + offsets,
+            whole + offsets < count,
+            unscale, size, rectified, decay, rest, weight1, beta2, weight2, eps, penalty, PENALTY, FROM_G,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- tables and launches
+
+
+class _Plan:
+    """The tables of one cohort.
+
+    Attributes:
+        places: addresses of p and of its state, and strides of p, that the tables were made from.
+        tensors, chunks: as the kernels read them.
+        aligned: whether p, exp_avg, exp_avg_sq and ema all begin at multiples of 16 bytes.
+        first_step: `step` of the first parameter, which is that of all.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], places: tuple[list[Any], ...]
+    ) -> None:
+        self.device = params[0].device
+        self.places = places
+        addresses, _ = places
+        rows = torch.tensor([*addresses, [p.numel() for p in params]]).T.contiguous()
+        counts = torch.tensor([max(1, -(-p.numel() // _CHUNK_SIZE)) for p in params])
+        tensor = torch.repeat_interleave(torch.arange(len(params)), counts)
+        chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+        chunks = torch.stack([tensor, chunk], 1).to(torch.int32)
+        self.tensors = _to_send(rows, self.device).to(self.device, non_blocking=True)
+        self.chunks = _to_send(chunks, self.device).to(self.device, non_blocking=True)
+        self.aligned = all(address % 16 == 0 for column in addresses[:-1] for address in column)
+        self.first_step = states[0]["step"]
+        self._addresses: list[int] = []
+        self._gradients = torch.zeros(len(params), dtype=torch.int64, device=self.device)
+
+    def find(self, grads: list[Tensor]) -> Tensor:
+        """The table of the gradients, written anew when one has moved; the host never waits for that."""
+        addresses = [g.data_ptr() for g in grads]
+        if _capturing(self.device):
+            # A table of the graph's own, since later steps rewrite the other; its addresses are arguments of
+            # recorded launches, for there is no host memory that lives as long as the graph.
+            table = torch.zeros_like(self._gradients)
+            torch._foreach_add_(list(table.unbind()), addresses)
+            return table
+        if addresses != self._addresses:
+            self._gradients.copy_(_to_send(torch.tensor(addresses), self.device), non_blocking=True)
+            self._addresses = addresses
+        return self._gradients
+
+
+def _launch_norm(plan: _Plan, gradients: Tensor, partials: Tensor) -> None:
+    """One sum of squares per chunk, into the first places of `partials`."""
+    launch(
+        _norm_kernel,
+        (len(plan.chunks),),
+        partials_ptr=partials,
+        gradients_ptr=gradients,
+        tensors_ptr=plan.tensors,
+        chunks_ptr=plan.chunks,
+        BLOCK=_NORM_BLOCK,
+        elements=_NORM_BLOCK,
+    )
+
+
+def _launch_update(group: dict[str, Any], plan: _Plan, gradients: Tensor, scalars: Tensor) -> None:
+    beta1, beta2 = group["betas"]
+    launch(
+        _update_kernel,
+        (len(plan.chunks),),
+        scalars_ptr=scalars,
+        gradients_ptr=gradients,
+        tensors_ptr=plan.tensors,
+        chunks_ptr=plan.chunks,
+        weight1=1.0 - beta1,
+        beta2=float(beta2),
+        weight2=1.0 - beta2,
+        eps=float(group["eps"]),
+        penalty=float(group["weight_decay"]),
+        PENALTY=group["weight_decay"] != 0.0,
+        FROM_G=1.0 - beta1 >= 0.5,
+        ALIGNED=plan.aligned,
+        BLOCK=_UPDATE_BLOCK,
+        elements=_UPDATE_BLOCK,
+    )
+
+
+def _fits(p: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether the kernels take a parameter: fp32, without gaps, its state stored in the same order."""
+    tensors = [state[name] for name in _STATE[:3]]
+    # The state was made dense, so what is stored like it is dense too.
+    return all(t.dtype == torch.float32 for t in (p, *state.values())) and all(
+        t.device == p.device and _stored_alike(t, p) for t in tensors
+    )
+
+
+def _stored_alike(a: Tensor, b: Tensor) -> bool:
+    return a.stride() == b.stride() or all(
+        size <= 1 or one == other for size, one, other in zip(b.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _as_stored(grad: Tensor, p: Tensor) -> Tensor:
+    """The gradient in the parameter's order of storage and dtype: itself where it already is."""
+    if grad.dtype == p.dtype and _stored_alike(grad, p):
+        return grad
+    return torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _to_send(values: Tensor, device: torch.device) -> Tensor:
+    """Where a copy need not be waited for: torch keeps pinned memory until the copies of it are made."""
+    return values.pin_memory() if device.type == "cuda" else values
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])

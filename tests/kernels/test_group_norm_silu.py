@@ -1,6 +1,9 @@
 """Group norm with bias, scale-shift, SiLU and dropout, against numpy in float64 and torch's own modules."""
 
+import importlib
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,3 +244,65 @@ def test_a_wrong_argument_is_named_with_what_would_be_right():
             group_norm_silu(**{"num_groups": 4, **t, **change})
     with pytest.raises(ValueError, match="num_groups must divide num_channels"):
         GroupNormSiLU(3, 8)
+
+
+# ----------------------------------------------------------------------------------------- the kernels' plan
+
+# What is split at each resolution; everything else of the networks is resident.
+SPLIT_FORWARD = {64: {192, 384, 576}, 32: {192, 384, 576, 768, 960}, 16: {1344}, 8: set()}
+SPLIT_BACKWARD = {64: {192, 384, 576}, 32: {192, 384, 576, 768, 960}, 16: {960, 1344}, 8: set()}
+
+
+@pytest.fixture(scope="module")
+def norms_of_networks():
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    cases = importlib.import_module("kernel_cases.group_norm_silu")
+    return cases, sorted(cases.norms_of("cifar10") | cases.norms_of("imagenet64"))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_norm_of_the_networks_has_the_algorithm_of_the_table(norms_of_networks, backward):
+    cases, norms = norms_of_networks
+    assert len({(norm.size, norm.channels) for norm in norms}) == 25
+    for norm in norms:
+        plan = cases.plan_of(norm, backward)
+        expected = norm.channels in (SPLIT_BACKWARD if backward else SPLIT_FORWARD)[norm.size]
+        assert plan.resident != expected, norm
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_tile_fits_and_holds_whole_groups(norms_of_networks, backward):
+    cases, norms = norms_of_networks
+    for norm in norms:
+        plan = cases.plan_of(norm, backward)
+        itemsize, group = 4 if norm.fp32 else 2, norm.channels // norm.num_groups
+        assert plan.rows * sum(plan.widths) * itemsize <= 65536, norm
+        if plan.resident:
+            width = plan.groups * group
+            assert norm.num_groups % plan.groups == 0
+            assert width * itemsize >= 32, norm
+            assert width % 8 == 0, norm  # 128-bit accesses, and one Philox call for eight channels
+            assert width <= sum(plan.widths) < 1.15 * width, norm
+        else:
+            assert norm.channels % sum(plan.widths) == 0, norm
+            assert plan.chunk * norm.channels * norm.size**2 * itemsize * (1 + backward) <= 20 * 2**20, norm
+
+
+def test_the_plan_has_a_tile_for_any_shape():
+    plan = sys.modules["ict_kernels.group_norm_silu"]._plan
+    for count, channels, pixels, groups in (
+        (1, 1, 1, 1),
+        (1, 1, 10**7, 1),
+        (3, 7, 35, 7),
+        (1, 40_000, 1, 1),
+        (2, 30, 1_000_003, 5),
+        (10**6, 2, 1, 2),
+    ):
+        for itemsize in (2, 4):
+            for backward in (False, True):
+                chosen = plan(count, channels, pixels, groups, itemsize, backward)
+                assert 1 <= chosen.chunk <= count
+                assert chosen.rows * sum(chosen.widths) * itemsize <= 65536
+                if chosen.resident:
+                    assert chosen.rows >= pixels
+                    assert sum(chosen.widths) >= chosen.groups * (channels // groups)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ict_kernels import RAdamEMA
+from ict_kernels import RAdamEMA, set_backend
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -174,6 +174,27 @@ def test_the_step_never_waits_for_the_host():
             for p in params:
                 p.grad = torch.empty_like(p)
             optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "betas": (0.5, 0.99)}, {"betas": (0.9, 0.5)}])
+def test_deciding_on_the_device_or_on_the_host_gives_the_same_bits(monkeypatch, request, dtype, settings):
+    # The two eager ways: a CPU looks at the verdict and steps in place, unless torch.compile is watching.
+    request.addfinalizer(lambda: set_backend("auto"))
+    set_backend("eager")
+    in_place, beside = parameters(dtype), parameters(dtype)
+    one, other = RAdamEMA(in_place, lr=1e-2, **settings), RAdamEMA(beside, lr=1e-2, **settings)
+    for step in range(9):
+        for params, optimizer in ((in_place, one), (beside, other)):
+            set_gradients(params, step)
+            if step == 4:
+                params[2].grad[1, 1] = float("nan")
+            if step > 6:
+                params[0].grad = None
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda params=params: params is beside)
+            optimizer.step()
+    assert bits(one) == bits(other)
+    assert int(one.skipped) == int(other.skipped) == 1
 
 
 def test_tensor_learning_rates_and_decays_act_like_numbers_and_are_read_at_each_step():

@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from ict_fast import consistency
 from ict_fast.config import Config
-from ict_fast.training.step import TrainStep, ema_decay, trunk_dtype
+from ict_fast.training.step import TrainStep, ema_decay, learning_rate, trunk_dtype
 
 CPU = torch.device("cpu")
 Batches = Callable[..., list]
@@ -89,6 +90,32 @@ def test_warm_up_of_the_ema(tiny: Config) -> None:
     assert [ema_decay(k, tiny) for k in (0, 9, 10**6)] == pytest.approx([0.1, 10 / 19, 0.999])
     cold = replace(tiny, optimizer=replace(tiny.optimizer, ema_warmup=False))
     assert ema_decay(0, cold) == 0.999
+
+
+def test_the_learning_rate_falls_in_a_line_to_0_over_the_end_of_the_run(tiny: Config) -> None:
+    rate, total = tiny.optimizer.lr, tiny.training.total_steps
+    falling = replace(tiny, optimizer=replace(tiny.optimizer, lr_decay=0.25))
+    rates = [learning_rate(k, falling) for k in range(total)]
+    assert rates[: total * 3 // 4 + 1] == [rate] * (total * 3 // 4 + 1)
+    assert np.diff(rates, 2)[total * 3 // 4 :] == pytest.approx(0, abs=1e-12)
+    assert rates[-1] == pytest.approx(rate / (total / 4))
+    constant = replace(tiny, optimizer=replace(tiny.optimizer, lr_decay=0.0))
+    assert {learning_rate(k, constant) for k in range(total)} == {rate}
+
+
+def test_a_step_takes_the_learning_rate_of_its_number(tiny: Config, batches: Batches) -> None:
+    """A first RAdam step is -rate times the gradient: so the change of the weights scales with the rate."""
+    falling = replace(tiny, optimizer=replace(tiny.optimizer, lr_decay=1.0))
+    changes = []
+    for step in (0, 12):
+        train_step = TrainStep(falling, CPU)
+        before = _vector(train_step).double()
+        train_step(step, batches(falling))
+        gradient = torch.cat(
+            [p.grad.flatten() for p in train_step.network.parameters() if p.grad is not None]
+        )
+        changes.append(((before - _vector(train_step).double()).norm() / gradient.norm()).item())
+    assert changes[1] / changes[0] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_ema_teacher_follows_its_recurrence(tiny: Config, batches: Batches) -> None:

@@ -1,0 +1,136 @@
+"""Group norm + SiLU: its launches at every shape of the networks of presets cifar10 and imagenet64.
+
+Bytes: a resident tile is read once. Split reads its input twice and writes and reads partial statistics; the
+second read is meant to come from L2, and is counted here as if it did not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import ict_kernels
+from ict_kernels.philox import DROPOUT
+from ict_kernels.triton_support import record_launches
+
+from . import Case
+
+norm: Any = sys.modules[f"{ict_kernels.__name__}.group_norm_silu"]  # the function has its module's name
+
+
+@dataclass(frozen=True, order=True)
+class Norm:
+    """One norm of a network: x (N, channels, size, size) and what comes with it."""
+
+    size: int
+    channels: int
+    num_groups: int
+    silu: bool = True
+    dropout: bool = False
+    pre_bias: bool = False
+    scale_shift: bool = False
+    fp32: bool = False
+
+    def __str__(self) -> str:
+        options = ("dropout", "pre_bias", "scale_shift")
+        given = [name for name in options if getattr(self, name)] + ([] if self.silu else ["no activation"])
+        dtype = "fp32" if self.fp32 else "bf16"
+        shape = f"{self.channels} x {self.size} x {self.size}, {self.num_groups} groups, {dtype}"
+        return ", ".join([shape, *given])
+
+
+def norms_of(preset: str) -> set[Norm]:
+    """The distinct norms of a preset's network, from a forward pass on the meta device.
+
+    The output's norm computes in fp32 whatever the precision of the trunk.
+    """
+    from ict_fast import presets
+    from ict_fast.networks import build_network
+
+    config = presets.get(preset).network
+    with torch.device("meta"):
+        network = build_network(config)
+        x = torch.empty(2, config.image_channels, config.resolution, config.resolution)
+        labels = torch.zeros(2, dtype=torch.int64) if config.num_classes else None
+        seed = torch.empty(2, dtype=torch.int64)
+    found = set()
+
+    def note(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        dropout = keywords.get("seed") is not None and module.dropout > 0
+        given = [keywords.get(name) is not None for name in ("pre_bias", "scale")]
+        x = arguments[0]
+        silu, fp32 = module.activation == "silu", module is network.output.norm
+        found.add(Norm(x.shape[2], x.shape[1], module.num_groups, silu, dropout, *given, fp32))
+
+    for module in network.modules():
+        if isinstance(module, ict_kernels.GroupNormSiLU):
+            module.register_forward_pre_hook(note, with_kwargs=True)
+    network(x, torch.empty(2, device="meta"), labels, dropout_seed=seed)
+    return found
+
+
+def plan_of(each: Norm, backward: bool, count: int = 64) -> Any:
+    """What `_plan` says of a norm."""
+    itemsize = 4 if each.fp32 else 2
+    return norm._plan(count, each.channels, each.size**2, each.num_groups, itemsize, backward)
+
+
+def case_of(each: Norm, backward: bool) -> Case:
+    """Its launches, for one chunk of samples."""
+    plan = plan_of(each, backward)
+    count, itemsize = plan.chunk, 4 if each.fp32 else 2
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = empty(
+        count, each.channels, each.size, each.size, dtype=torch.float32 if each.fp32 else torch.bfloat16
+    )
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = empty(each.channels)
+    scale, shift = empty(count, 2 * each.channels).chunk(2, dim=1) if each.scale_shift else (None, None)
+    pre_bias = empty(count, each.channels) if each.pre_bias else None
+    seed = empty(2, dtype=torch.int64) if each.dropout else None
+    offset = empty(dtype=torch.int64) if each.dropout else None
+    threshold = round(0.3 * 65536) if each.dropout else 0
+    tensors = (each.num_groups, weight, weight, scale, shift, pre_bias, seed, offset)
+    numbers = (0, DROPOUT << 16, threshold)
+    with record_launches() as launches:
+        if backward:
+            stats = empty(count, each.num_groups, 2)
+            wanted = [True, True, each.scale_shift, each.scale_shift, each.pre_bias]
+            norm._backward(x, x, stats, *tensors, *numbers, each.silu, wanted)
+        else:
+            norm._forward(x, *tensors, *numbers, 1e-5, each.silu)
+    minimum = (3 if backward else 2) * itemsize
+    moved: float = minimum
+    if not plan.resident:
+        partials = 2 + each.pre_bias if backward else 2
+        moved += (2 if backward else 1) * itemsize + partials * 2 * 4 / plan.rows
+    return Case(
+        op=f"group_norm_silu {'backward' if backward else 'forward'}",
+        shape=str(each),
+        algorithm="resident" if plan.resident else "split",
+        launches=launches,
+        bytes_per_element=moved,
+        minimum_bytes_per_element=minimum,
+    )
+
+
+def cases(full: bool) -> Iterator[Case]:
+    """Both directions of every norm; without `full`, one of each algorithm, with everything switched on."""
+    if full:
+        for each in sorted(norms_of("cifar10") | norms_of("imagenet64") | norms_of("imagenet64-ct2023")):
+            yield case_of(each, backward=False)
+            yield case_of(each, backward=True)
+    else:
+        for each in (
+            Norm(16, 576, 32, dropout=True, pre_bias=True),
+            Norm(32, 384, 32, dropout=True, pre_bias=True, scale_shift=True),
+        ):
+            yield case_of(each, backward=False)
+            yield case_of(each, backward=True)

@@ -132,7 +132,7 @@ class EvaluateOptions:
     """Where the result is written; the default is overwritten by the next evaluation in the same run."""
     steps: Annotated[tuple[str, ...], arg(metavar="1,2")] = ("1,2",)
     """Numbers of sampling steps to measure."""
-    count: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 5000)")] = None
+    count: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 10000)")] = None
     """Number of images to generate."""
     seed: int = 0
     """Seed of the noise."""

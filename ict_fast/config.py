@@ -127,7 +127,9 @@ class OptimizerConfig:
     name: Literal["radam", "adam"] = "radam"
     """radam (iCT), or adam: NVIDIA apex's FusedAdam where it is installed, else torch's fused one."""
     lr: float = 2e-3
-    """Learning rate, constant."""
+    """Learning rate."""
+    lr_decay: float = 0.0
+    """Fraction of the run, at its end, over which the rate falls linearly to 0; 0: constant (iCT)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and second moment."""
     eps: float = 1e-8
@@ -330,6 +332,7 @@ def validate(config: Config) -> None:
     ):
         _require(value > 0 and math.isfinite(value), name, value, "positive")
     _require(method.huber_c is None or method.huber_c > 0, "method.huber-c", method.huber_c, "positive")
+    _require(0 <= optimizer.lr_decay <= 1, "optimizer.lr-decay", optimizer.lr_decay, "in [0, 1]")
     _require(0 < method.teacher_ema < 1, "method.teacher-ema", method.teacher_ema, "in (0, 1)")
     _require(all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas", optimizer.betas, "in [0, 1)")
     _require(0 <= optimizer.ema_decay < 1, "optimizer.ema-decay", optimizer.ema_decay, "in [0, 1)")

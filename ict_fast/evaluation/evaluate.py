@@ -23,7 +23,9 @@ from ict_fast.version import __version__
 
 Progress = Callable[[float, str], None]
 
-DEFAULT_COUNT = 5000
+# Over three seeds of the samples the distance of two models ranged over 11 and 16 % at 5,000 samples, over
+# 3 and 6 % at 20,000.
+DEFAULT_COUNT = 10_000
 LABEL_SEED = 4
 _NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 
@@ -46,7 +48,7 @@ def evaluate(
         model: see `load_model`; evaluated without dropout, and left in the mode that it was in.
         reference: folder of a prepared store of digits.
         steps: numbers of sampling steps, each measured on its own.
-        count: images per number of steps; by default 5,000, or as many as the reference has if that is more.
+        count: images per number of steps; by default 10,000, or as many as the reference has if that is more.
         seed: of the samples' noise.
         progress: called with the fraction done in [0, 1] and what is being done.
     Returns:

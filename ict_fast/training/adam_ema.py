@@ -115,6 +115,7 @@ def _update_by_torch(
     healthy: Tensor,
 ) -> None:
     beta1, beta2 = group["betas"]
+    lr = group["lr"].float() if isinstance(group["lr"], Tensor) else group["lr"]
     skip = (~healthy).to(torch.float32)
     steps = [state["step"] for state in states]
     torch._foreach_add_(steps, 1.0)
@@ -125,7 +126,7 @@ def _update_by_torch(
         [state["exp_avg_sq"] for state in states],
         [],
         steps,
-        lr=group["lr"],
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         weight_decay=group["weight_decay"],

@@ -60,13 +60,14 @@ class TrainStep:
 
         self.seed_and_step = torch.tensor([config.training.seed, 0], device=device)
         self.num_scales = scalar(0, torch.int64)
+        self.learning_rate = scalar(0.0, torch.float64)
         self.ema_decay = scalar(0.0, torch.float64)
         self.teacher_decay = scalar(0.0, torch.float64)
         optimizer = config.optimizer
         kind = RAdamEMA if optimizer.name == "radam" else AdamEMA
         self.optimizer = kind(
             self.network.parameters(),
-            lr=optimizer.lr,
+            lr=self.learning_rate,
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
@@ -83,6 +84,7 @@ class TrainStep:
         scales = consistency.num_scales(step, config.training.total_steps, config.method)
         self.seed_and_step[1].fill_(step)
         self.num_scales.fill_(scales)
+        self.learning_rate.fill_(learning_rate(step, config))
         self.ema_decay.fill_(ema_decay(step, config))
 
         self.optimizer.zero_grad()
@@ -198,6 +200,17 @@ class TrainStep:
                 for key, value in entry.items()
             }
         return {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Rate of step k of K: lr min(1, (K - k) / (lr_decay K)), or lr throughout if lr_decay is 0."""
+    optimizer, total = config.optimizer, config.training.total_steps
+    remaining = total - step
+    return (
+        optimizer.lr * min(1.0, remaining / (optimizer.lr_decay * total))
+        if optimizer.lr_decay
+        else optimizer.lr
+    )
 
 
 def ema_decay(step: int, config: Config) -> float:

@@ -226,7 +226,8 @@ class RAdamEMA(Optimizer):
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         dtype = _scalar_dtype(params[0])
         size, rectified = step_size(steps[0].to(torch.float64) + 1.0, group["lr"], beta1, beta2)
-        decay = torch.as_tensor(group["ema_decay"], dtype=torch.float64, device=size.device)
+        decay = torch.as_tensor(group["ema_decay"], dtype=torch.float64, device=size.device).to(dtype)
+        rest = 1.0 - decay  # of the rounded decay: the average of a constant must be that constant
 
         # On a CPU there is nothing to wait for: half the time, and the same bits.
         if params[0].device.type == "cpu" and dtype == params[0].dtype and not torch.compiler.is_compiling():
@@ -242,8 +243,8 @@ class RAdamEMA(Optimizer):
                 else:
                     change = torch._foreach_mul(m, (-size).to(dtype))
                 torch._foreach_add_(params, change)
-                torch._foreach_mul_(ema, decay.to(dtype))
-                torch._foreach_add_(ema, torch._foreach_mul(params, (1.0 - decay).to(dtype)))
+                torch._foreach_mul_(ema, decay)
+                torch._foreach_add_(ema, torch._foreach_mul(params, rest))
                 torch._foreach_add_(steps, 1.0)
             return
 
@@ -258,8 +259,8 @@ class RAdamEMA(Optimizer):
         new_p = torch._foreach_div(new_m, denominator)
         torch._foreach_mul_(new_p, (-size).to(dtype))
         torch._foreach_add_(new_p, params)
-        new_ema = torch._foreach_mul(ema, decay.to(dtype))
-        torch._foreach_add_(new_ema, torch._foreach_mul(new_p, (1.0 - decay).to(dtype)))
+        new_ema = torch._foreach_mul(ema, decay)
+        torch._foreach_add_(new_ema, torch._foreach_mul(new_p, rest))
 
         _add_scalar_(steps, healthy.to(torch.float32))
         for new, old in ((new_p, params), (new_m, m), (new_v, v), (new_ema, ema)):
@@ -575,8 +576,9 @@ def _scalars_kernel(
     tl.store(scalars_ptr + _UNSCALE, unscale.to(tl.float32))
     tl.store(scalars_ptr + _SIZE, size.to(tl.float32))
     tl.store(scalars_ptr + _RECTIFIED, rectified.to(tl.float32))
-    tl.store(scalars_ptr + _DECAY, decay.to(tl.float32))
-    tl.store(scalars_ptr + _REST, (1.0 - decay).to(tl.float32))
+    rounded = decay.to(tl.float32)
+    tl.store(scalars_ptr + _DECAY, rounded)
+    tl.store(scalars_ptr + _REST, 1.0 - rounded)
     tl.store(scalars_ptr + _STEP, step.to(tl.float32))
 
 

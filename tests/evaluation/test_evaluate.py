@@ -115,8 +115,8 @@ def test_any_number_of_steps_has_a_key(store):
     assert {"three_step", "12_step"} <= result.keys()
 
 
-def test_by_default_20000_images_are_sampled(store, monkeypatch):
-    assert evaluate_module.DEFAULT_COUNT == 20_000
+def test_by_default_10000_images_are_sampled(store, monkeypatch):
+    assert evaluate_module.DEFAULT_COUNT == 10_000
     monkeypatch.setattr(evaluate_module, "DEFAULT_COUNT", 2000)
     assert evaluate(RemembersDigits(), store, steps=(1,))["count"] == 2000
 

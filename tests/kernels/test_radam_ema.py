@@ -373,3 +373,15 @@ def test_complex_and_sparse_are_refused():
     p.grad = torch.sparse_coo_tensor([[0]], [[1.0, 2.0]], (3, 2), check_invariants=True)
     with pytest.raises(RuntimeError, match="sparse"):
         RAdamEMA([p]).step()
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.999943])
+def test_the_average_of_a_constant_is_that_constant(decay):
+    """decay and 1 - decay, each rounded to fp32, do not add up to 1: the average would settle beside it."""
+    p = nn.Parameter(torch.tensor([1.0, -3.0, 1e-3]))
+    optimizer = RAdamEMA([p], lr=0.0, ema_decay=decay)
+    p.grad = torch.zeros_like(p)
+    for _ in range(1000):
+        optimizer.step()
+    [average] = optimizer.ema_parameters()
+    torch.testing.assert_close(average, p.detach(), rtol=3e-6, atol=0)

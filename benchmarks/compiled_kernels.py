@@ -221,14 +221,15 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--few", action="store_true", help="a representative few cases, sm_90 only")
+    parser.add_argument("--few", action="store_true", help="a representative few cases")
+    parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--scalars", nargs="+", default=("fp32", "fp64"), choices=("fp32", "fp64"))
     parser.add_argument("--op", default="", help="only ops whose name contains this")
     options = parser.parse_args()
-    architectures, scalars = ((90,), ("fp32",)) if options.few else (ARCHITECTURES, ("fp32", "fp64"))
     chosen = [case for case in cases(full=not options.few) if options.op in case.op]
     records, started = [], time.monotonic()
     for number, case in enumerate(chosen, start=1):
-        records.extend(measure(case, architectures, scalars))
+        records.extend(measure(case, options.sm, options.scalars))
         remaining = (time.monotonic() - started) / number * (len(chosen) - number)
         print(f"{number}/{len(chosen)} {case.op}, {case.shape}; {remaining:.0f} s left", file=sys.stderr)
     print(table(records), end="")
@@ -237,9 +238,9 @@ def main() -> int:
     content = {"versions": versions, "kernels": records}
     (options.out / "compiled-kernels.json").write_text(json.dumps(content, indent=1) + "\n")
     (options.out / "compiled-kernels.md").write_text(
-        f"The kernels' machine code, compiled ahead of time by Triton {versions['triton']}; made by"
-        " `python benchmarks/compiled_kernels.py`.\nAccesses are counted as instructions x bits; B/elt is what"
-        f" the algorithm moves and, in brackets, the minimum.\n\n{table(records)}"
+        f"The kernels' machine code, compiled ahead of time by Triton {versions['triton']}; nothing was run.\n"
+        "Accesses are instructions x bits; B/elt is what the algorithm moves and, in brackets, the minimum.\n"
+        f"Made by `python benchmarks/compiled_kernels.py {' '.join(sys.argv[1:])}`.\n\n{table(records)}"
     )
     return 0
 

@@ -237,10 +237,11 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     content = {"versions": versions, "kernels": records}
     (options.out / "compiled-kernels.json").write_text(json.dumps(content, indent=1) + "\n")
+    command = " ".join(["python benchmarks/compiled_kernels.py", *sys.argv[1:]])
     (options.out / "compiled-kernels.md").write_text(
-        f"The kernels' machine code, compiled ahead of time by Triton {versions['triton']}; nothing was run.\n"
-        "Accesses are instructions x bits; B/elt is what the algorithm moves and, in brackets, the minimum.\n"
-        f"Made by `python benchmarks/compiled_kernels.py {' '.join(sys.argv[1:])}`.\n\n{table(records)}"
+        f"The kernels' machine code, compiled ahead of time by Triton {versions['triton']}, by `{command}`.\n"
+        "Nothing was run. Accesses are instructions x bits; B/elt is what the algorithm moves and, in brackets,"
+        f" the minimum.\n\n{table(records)}"
     )
     return 0
 

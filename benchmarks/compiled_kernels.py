@@ -240,8 +240,8 @@ def main() -> int:
     command = " ".join(["python benchmarks/compiled_kernels.py", *sys.argv[1:]])
     (options.out / "compiled-kernels.md").write_text(
         f"The kernels' machine code, compiled ahead of time by Triton {versions['triton']}, by `{command}`.\n"
-        "Nothing was run. Accesses are instructions x bits; B/elt is what the algorithm moves and, in brackets,"
-        f" the minimum.\n\n{table(records)}"
+        "Nothing was run. Accesses are instructions x bits; B/elt is what the algorithm moves and, in"
+        f" brackets, the minimum.\n\n{table(records)}"
     )
     return 0
 

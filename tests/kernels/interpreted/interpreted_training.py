@@ -1,0 +1,58 @@
+"""A training run by the kernels against the same run by the eager definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ict_kernels
+from ict_fast import presets
+from ict_fast.training.step import TrainStep
+
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def auto_again() -> Iterator[None]:
+    yield
+    ict_kernels.set_backend("auto")
+
+
+def run(backend: str, adaptive_norm: bool) -> tuple[list[float], torch.Tensor, torch.Tensor]:
+    """Loss of each step, last gradient and last weights; dropout on, the last three stages of the curriculum."""
+    ict_kernels.set_backend(backend)
+    preset = presets.get("digits")
+    config = replace(
+        preset,
+        network=replace(preset.network, channels=8, dropout=0.2, adaptive_norm=adaptive_norm),
+        training=replace(preset.training, total_steps=24, batch_size=4),
+    )
+    step = TrainStep(config, torch.device("cpu"))
+    with torch.no_grad():  # fresh networks end in zeros, where every gradient but the last is zero
+        for number, parameter in enumerate(step.network.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for number in range(24 - STEPS, 24):
+        images = torch.randint(0, 256, (4, 8, 8, 1), dtype=torch.uint8, generator=generator)
+        batch = SimpleNamespace(images=images, labels=None, offset=0, flip=torch.tensor([0, 1, 0, 1]).byte())
+        step.reset_loss()
+        step(number, [batch])
+        losses.append(float(step.loss_sum))
+    parameters = list(step.network.parameters())
+    gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    return losses, gradient, torch.cat([p.detach().flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("adaptive_norm", [False, True])
+def test_the_kernels_train_as_the_definitions_do(adaptive_norm: bool) -> None:
+    kernels, eager = run("triton", adaptive_norm), run("eager", adaptive_norm)
+    assert kernels[0] == pytest.approx(eager[0], rel=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(kernels[1], eager[1], dim=0)
+    assert float(cosine) > 1 - 1e-5
+    torch.testing.assert_close(kernels[2], eager[2], rtol=1e-3, atol=1e-5)

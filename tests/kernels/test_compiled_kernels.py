@@ -44,7 +44,7 @@ NO_WIDE_STORES = {"_forward_kernel", "_norm_kernel", "split_statistics"}
 
 
 @pytest.mark.parametrize("architecture", compiled_kernels.ARCHITECTURES)
-@pytest.mark.parametrize("case", cases(full=False), ids=lambda case: f"{case.op}, {case.shape}")
+@pytest.mark.parametrize("case", list(cases(full=False)), ids=lambda case: f"{case.op}, {case.shape}")
 def test_a_kernel_neither_spills_nor_computes_in_fp64_nor_loads_narrowly(
     case: Case, architecture: int
 ) -> None:

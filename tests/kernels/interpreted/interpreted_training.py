@@ -23,7 +23,7 @@ def auto_again() -> Iterator[None]:
 
 
 def run(backend: str, adaptive_norm: bool) -> tuple[list[float], torch.Tensor, torch.Tensor]:
-    """Loss of each step, last gradient and last weights; dropout on, the last three stages of the curriculum."""
+    """Loss of each step, last gradient and last weights; with dropout, at the curriculum's last stage."""
     ict_kernels.set_backend(backend)
     preset = presets.get("digits")
     config = replace(

@@ -72,7 +72,8 @@ class RAdamEMA(Optimizer):
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to sqrt(v).
         weight_decay: L2 penalty, added to the gradient as torch.optim.RAdam does by default.
-        ema_decay: decay of the average, in [0, 1]; a float or a 0-dim device tensor.
+        ema_decay: decay of the average, in [0, 1]; a float or a 0-dim device tensor. Rounded to fp32 for
+            parameters of fp32 and less.
     Raises:
         ValueError: for a value out of range, complex parameters, or several devices.
     """
@@ -229,8 +230,7 @@ class RAdamEMA(Optimizer):
         decay = torch.as_tensor(group["ema_decay"], dtype=torch.float64, device=size.device).to(dtype)
         rest = 1.0 - decay  # of the rounded decay: the average of a constant must be that constant
 
-        # On a CPU there is nothing to wait for: half the time, and the same bits.
-        if params[0].device.type == "cpu" and dtype == params[0].dtype and not torch.compiler.is_compiling():
+        if _may_look(params[0].device) and dtype == params[0].dtype:
             if healthy:
                 torch._foreach_lerp_(m, grads, 1 - beta1)
                 torch._foreach_mul_(v, beta2)
@@ -420,6 +420,11 @@ def step_size(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> t
     rectification = torch.where(rectified, variance, 1.0).sqrt()
     adaptive = rectification * correction2.sqrt()
     return lr / correction1 * torch.where(rectified, adaptive, 1.0), rectified.to(torch.float64)
+
+
+def _may_look(device: torch.device) -> bool:
+    """Whether the host may read a verdict: on a CPU there is nothing to wait for, and it halves the time."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _add_scalar_(tensors: Sequence[Tensor], scalar: Tensor) -> None:

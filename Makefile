@@ -13,8 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.installed
 	$(BIN)/ict-fast prepare digits --out data/digits
 	$(BIN)/ict-fast train --preset digits
-	$(BIN)/ict-fast sample runs/digits --count 64 --out runs/digits/one-step.png
-	$(BIN)/ict-fast sample runs/digits --count 64 --steps 2 --out runs/digits/two-steps.png
+	$(BIN)/ict-fast sample runs/digits --count 100 --out runs/digits/one-step.png
+	$(BIN)/ict-fast sample runs/digits --count 100 --steps 2 --out runs/digits/two-steps.png
 	$(BIN)/ict-fast evaluate runs/digits
 	@echo "The picture, one network evaluation per digit: runs/digits/one-step.png"
 

@@ -190,6 +190,11 @@ def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
     return None
 
 
+def checkpoint_steps(run: Path) -> frozenset[int]:
+    """The steps of a run's checkpoints, whole or not."""
+    return frozenset(_steps(run / "checkpoints"))
+
+
 def _open_whole(path: Path) -> Checkpoint:
     manifest = _read_json(path / _MANIFEST)
     if manifest.get("format") != FORMAT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,8 +75,9 @@ class NCSNPPEmbedding(nn.Module):
         if self.label is not None:
             assert labels_n is not None
             # Scaled so that the inputs of this layer have unit variance.
-            one_hot = F.one_hot(labels_n, self.num_classes).to(hidden.dtype) * math.sqrt(self.num_classes)
-            hidden = hidden + self.label(one_hot)
+            # F.one_hot would read the labels on the host to check them.
+            one_hot = labels_n[:, None] == torch.arange(self.num_classes, device=labels_n.device)
+            hidden = hidden + self.label(one_hot.to(hidden.dtype) * math.sqrt(self.num_classes))
         return F.silu(self.linear1(F.silu(self.linear0(hidden))))
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ict_fast.checkpoint import Checkpoint, latest_checkpoint
+from ict_fast.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint
 from ict_fast.config import Config, differences, from_dict, to_dict
 from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
@@ -26,6 +26,8 @@ class Run:
     out: Path
     config: Config
     checkpoint: Checkpoint | None
+    steps_seen: frozenset[int] = frozenset()
+    """Steps of the checkpoints that were there when `checkpoint` was chosen, whole or not."""
 
     @property
     def step(self) -> int:
@@ -52,6 +54,7 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
     """
     if resume not in ("auto", "never", "must"):
         raise InputError(f"--resume is {resume}; it must be auto, never or must")
+    steps_seen = checkpoint_steps(out)
     try:
         # What a run leaves that was killed while config.json was being written counts for nothing.
         entries = [
@@ -70,7 +73,7 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
             raise InputError(f"there is no run in {out} to resume; --resume auto starts one")
         if extend is not None:
             raise InputError(f"there is no run in {out} to extend; set --training.total-steps to start one")
-        return Run(out, config, None)
+        return Run(out, config, None, steps_seen)
 
     if resume == "never":
         raise InputError(
@@ -104,7 +107,7 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
         raise InputError(f"the run in {out} has no checkpoint to resume from; --resume auto starts it again")
     if checkpoint is None and (logged := _last_logged_step(out / LOG_NAME)):
         warn(f"{out} has a log of {logged:,} steps and no checkpoint; the run starts again, and its log too")
-    return Run(out, config, checkpoint)
+    return Run(out, config, checkpoint, steps_seen)
 
 
 @contextmanager
@@ -112,7 +115,8 @@ def lock(run: Run) -> Iterator[None]:
     """Keeps every other process from training in the run's directory, which is created.
 
     Raises:
-        InputError: if another process trains there, or the directory cannot be written.
+        InputError: if another process trains there, or has trained there since the run was opened, or the
+            directory cannot be written.
     """
     path = run.out / _LOCK_NAME
     try:
@@ -131,6 +135,10 @@ def lock(run: Run) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
+        if checkpoint_steps(run.out) != run.steps_seen:
+            raise InputError(
+                f"another process has just saved a checkpoint in {run.out}; the same command goes on from it"
+            )
         with suppress(OSError):  # the number is a courtesy
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())

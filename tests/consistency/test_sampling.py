@@ -31,9 +31,9 @@ def test_one_step_is_f_of_pure_noise(tiny: Config) -> None:
     model = Shrink(tiny)
     images = sample(model, 500, seed=3, clamp=False)
     noise = torch.cat([x for x, _ in model.seen])
-    torch.testing.assert_close(images, noise / 21)
-    assert {sigma for _, sigma in model.seen} == {20.0}
-    z = noise / 20
+    torch.testing.assert_close(images, noise / 81)
+    assert {sigma for _, sigma in model.seen} == {80.0}
+    z = noise / 80
     assert float(z.mean()) == pytest.approx(0, abs=0.02)
     assert float(z.std()) == pytest.approx(1, abs=0.02)
 
@@ -42,7 +42,7 @@ def test_two_steps_add_noise_up_to_tau_and_map_back(tiny: Config) -> None:
     model = Shrink(tiny)
     images = sample(model, 100, steps=2, sigmas=[0.821], seed=3, clamp=False)
     (first, _), (second, sigma) = model.seen
-    added = second - first / 21
+    added = second - first / 81
     assert sigma == 0.821
     assert float(added.std()) == pytest.approx((0.821**2 - 0.002**2) ** 0.5, rel=0.03)
     assert abs(float((added * first).mean()) / float(added.std() * first.std())) < 0.05, "fresh noise"
@@ -67,7 +67,7 @@ def test_image_i_does_not_depend_on_the_count(tiny: Config) -> None:
 def test_default_levels_are_geometric_down_to_the_second_sigma(tiny: Config) -> None:
     assert sampling_sigmas(1, tiny.method) == ()
     assert sampling_sigmas(2, tiny.method) == pytest.approx((0.821,))
-    levels = (20.0, *sampling_sigmas(5, tiny.method))
+    levels = (80.0, *sampling_sigmas(5, tiny.method))
     ratios = [b / a for a, b in itertools.pairwise(levels)]
     assert ratios == pytest.approx([ratios[0]] * 4)
 

@@ -44,18 +44,20 @@ def test_the_watch_sees_a_read() -> None:
     assert watch.seen == ["aten._local_scalar_dense.default"] * 2
 
 
-@pytest.mark.parametrize("teacher", ["student", "ema"])
+@pytest.mark.parametrize(("teacher", "num_classes"), [("student", 0), ("student", 10), ("ema", 0)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_never_waits_for_the_device(
     tiny: Config,
     batches: Callable[..., list],
     teacher: str,
+    num_classes: int,
     precision: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(radam_ema, "_may_look", lambda device: False)  # as on a GPU
     config = replace(
         tiny,
+        network=replace(tiny.network, num_classes=num_classes),
         method=replace(tiny.method, teacher=teacher),
         training=replace(tiny.training, precision=precision),
     )

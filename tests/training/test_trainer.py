@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from ict_fast.training import trainer
 from ict_fast.training.describe import describe
 from ict_fast.training.launch import resolve_device
 from ict_fast.training.monitor import Monitor
-from ict_fast.training.run_directory import Run, lock
+from ict_fast.training.run_directory import Run, lock, open_run
 from ict_fast.training.trainer import train
 
 
@@ -228,6 +229,26 @@ def test_two_processes_do_not_train_in_one_directory(tiny: Config, tmp_path: Pat
     assert train(tiny, out=out, device="cpu").exit_code == 0, (
         "the lock of a process that is gone does not count"
     )
+
+
+def test_a_run_that_moved_on_between_reading_and_locking_is_not_trained_from_the_older_checkpoint(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def open_late(*arguments: Any) -> Run:
+        """Reads the directory; then, before the caller can lock it, another process finishes the run."""
+        opened = open_run(*arguments)
+        monkeypatch.undo()
+        train(tiny, out=out, device="cpu")
+        return opened
+
+    monkeypatch.setattr(trainer, "open_run", open_late)
+    with pytest.raises(InputError, match="another process has just saved a checkpoint in"):
+        train(tiny, out=out, device="cpu")
+    log = (out / "log.jsonl").read_bytes()
+    assert "is finished" in train(tiny, out=out, device="cpu").message
+    assert (out / "log.jsonl").read_bytes() == log
 
 
 def test_a_plan_says_what_would_happen_and_writes_nothing(run: tuple[Config, Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def run(backend: str, adaptive_norm: bool) -> tuple[list[float], torch.Tensor, t
     preset = presets.get("digits")
     config = replace(
         preset,
-        network=replace(preset.network, channels=8, dropout=0.2, adaptive_norm=adaptive_norm),
+        network=replace(preset.network, channels=8, num_classes=0, dropout=0.2, adaptive_norm=adaptive_norm),
         training=replace(preset.training, total_steps=24, batch_size=4),
     )
     step = TrainStep(config, torch.device("cpu"))

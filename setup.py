@@ -19,6 +19,7 @@ EXTRAS = {
     "dev": [
         "build",
         "mypy>=1.10",
+        "nvidia-dali-cuda130>=2.0" + LINUX,  # its CPU pipeline is tested
         "pre-commit",
         "pytest>=8",
         "pytest-benchmark>=4",

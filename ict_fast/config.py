@@ -38,8 +38,8 @@ class DataConfig:
 
     path: str = "data/digits"
     """Folder of a prepared store (images.npy, labels.npy, meta.json)."""
-    loader: Literal["auto", "memmap"] = "auto"
-    """How batches reach the device. auto: the fastest that this machine has."""
+    loader: Literal["auto", "dali", "resident", "memmap"] = "auto"
+    """How batches reach the device. auto: on a GPU dali, else resident if it fits; on a CPU memmap."""
     flip: bool = False
     """Flip each image horizontally with probability 1/2, a pure function of (seed, sample number)."""
 

@@ -23,6 +23,8 @@ from ict_fast.version import __version__
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ict_fast.training.feeding import Feeding
+
 APEX_BUILD = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_GROUP_NORM=1 pip install -v --no-build-isolation"
     " git+https://github.com/NVIDIA/apex"
@@ -70,6 +72,33 @@ def checks() -> list[Check]:
         _cpu(),
         _disk(),
     ]
+
+
+def feeding_checks(feeding: Feeding) -> list[Check]:
+    """What was measured on a store (`--data`), and which loader would starve the device."""
+    consumed, what = feeding.step.images_per_second, f"{feeding.preset} on {feeding.device}"
+    checks = [Check("data", "ok", feeding.data)]
+    if consumed is None:
+        found = f"{what}: not measured here: {feeding.step.reason}"
+        checks.append(Check("training step", "none", found))
+    else:
+        found = f"{what}: {consumed:,.0f} images/s, {feeding.step.batch_size:,} at a time"
+        checks.append(Check("training step", "ok", found))
+    for name, loader in feeding.loaders.items():
+        label, rate = f"loader {name}", loader.images_per_second
+        if rate is None:
+            checks.append(Check(label, "none", loader.reason))
+            continue
+        found = f"{rate:,.0f} images/s" + (", auto takes it" if name == feeding.auto else "")
+        if consumed is not None:
+            found += f", {rate / consumed:,.1f} times what the step consumes"
+        starves = name in feeding.starving
+        remedy = f"--data.loader {feeding.fastest} is the fastest here" if starves else ""
+        checks.append(Check(label, "warn" if starves else "ok", found, remedy))
+    if consumed is None:
+        return [*checks, Check("feeding", "none", "unknown, as the step was not measured")]
+    verdict = f"{', '.join(feeding.starving) or 'no loader'} would starve the device"
+    return [*checks, Check("feeding", "warn" if feeding.starving else "ok", verdict)]
 
 
 def table(found: list[Check]) -> Table:

@@ -5,10 +5,14 @@ import importlib.util
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from ict_fast import doctor
+from ict_fast import cli, doctor
+from ict_fast.data.store import write_store
 from ict_fast.doctor import Check
+from ict_fast.training import feeding
+from ict_fast.training.feeding import Feeding, Rate
 
 
 @pytest.fixture
@@ -234,3 +238,95 @@ def test_hugging_faces_kernels_is_recognised(site, monkeypatch):
 def test_a_full_disk_fails(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**7))
     assert doctor._disk().status == "FAIL"
+
+
+# --- --data: do the loaders keep up? -----------------------------------------------------------------------
+
+
+def measured(step, **loaders):
+    rates = {name: Rate(rate, 96) if rate else Rate(None, reason="why not") for name, rate in loaders.items()}
+    return Feeding("a store", "digits", "cpu", step, rates, "memmap")
+
+
+def test_a_loader_slower_than_the_step_starves_the_device():
+    found = doctor.feeding_checks(measured(Rate(1000.0, 96), dali=999.0, resident=1000.0, memmap=25e3))
+    assert [(check.name, check.status, check.found) for check in found[1:]] == [
+        ("training step", "ok", "digits on cpu: 1,000 images/s, 96 at a time"),
+        ("loader dali", "warn", "999 images/s, 1.0 times what the step consumes"),
+        ("loader resident", "ok", "1,000 images/s, 1.0 times what the step consumes"),
+        ("loader memmap", "ok", "25,000 images/s, auto takes it, 25.0 times what the step consumes"),
+        ("feeding", "warn", "dali would starve the device"),
+    ]
+    assert doctor.advice(found).splitlines()[0] == "loader dali: --data.loader memmap is the fastest here"
+
+
+def test_no_loader_starves_a_slow_step():
+    found = doctor.feeding_checks(measured(Rate(10.0, 96), dali=None, memmap=11.0))
+    assert [(check.name, check.status) for check in found[2:]] == [
+        ("loader dali", "none"),
+        ("loader memmap", "ok"),
+        ("feeding", "ok"),
+    ]
+    assert found[2].found == "why not"
+    assert found[-1].found == "no loader would starve the device"
+
+
+def test_without_a_step_nothing_is_claimed_of_starving():
+    found = doctor.feeding_checks(measured(Rate(None, reason="it is large"), memmap=11.0))
+    assert [check.status for check in found] == ["ok", "none", "ok", "none"]
+    assert found[1].found == "digits on cpu: not measured here: it is large"
+    assert "unknown" in found[-1].found
+
+
+@pytest.fixture
+def healthy(monkeypatch):
+    """A machine on which all is well, and whose measurements take no longer than their least steps."""
+    monkeypatch.setattr(doctor, "checks", lambda: [Check("GPU", "ok", "seen")])
+    monkeypatch.setattr(feeding, "_SECONDS", 0.0)
+
+
+def test_doctor_measures_a_store(healthy, digits_store, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["doctor", "--data", str(digits_store), "--batch", "8"]) == 0
+    out = capsys.readouterr().out
+    for row in ("data", "training step", "loader dali", "loader resident", "loader memmap", "feeding"):
+        assert f"\u2502 {row} " in out
+    assert "1,797 8x8 images of 1 channels" in out
+    assert "8 at a time" in out
+
+
+def refused(capsys, *words):
+    assert cli.main(["doctor", *words]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_store_that_is_not_whole_is_refused_in_one_line(healthy, tmp_path, capsys):
+    assert "there is no data here" in refused(capsys, "--data", str(tmp_path / "none"))
+    images, labels = np.zeros((5, 8, 8, 1), np.uint8), np.zeros(5, np.int64)
+    store = write_store(tmp_path / "cut", images, labels, source="test", recipe="zero", classes=[])
+    with (store / "images.npy").open("r+b") as file:
+        file.truncate(200)
+    assert "images.npy: truncated, 200 of" in refused(capsys, "--data", str(store))
+
+
+def test_a_preset_for_other_images_is_refused_with_the_right_one(healthy, digits_store, capsys):
+    error = refused(capsys, "--data", str(digits_store), "--preset", "cifar10")
+    assert "--preset is cifar10" in error
+    assert error.endswith("holds 8x8 images of 1 channels; right for them: digits\n")
+    assert 'did you mean "digits"?' in refused(capsys, "--data", "x", "--preset", "digts")
+
+
+def test_what_is_measured_needs_data(capsys):
+    assert "--preset says what --data is measured against" in refused(capsys, "--preset", "digits")
+    assert "--batch says" in refused(capsys, "--batch", "8")
+    assert "--batch is 0; it must be at least 1" in refused(capsys, "--data", "x", "--batch", "0")
+
+
+def test_a_machine_that_cannot_train_is_not_measured(monkeypatch, digits_store, capsys):
+    monkeypatch.setattr(doctor, "checks", lambda: [Check("GPU", "FAIL", "broken", "mend it")])
+    monkeypatch.setattr(feeding, "measure", None)
+    assert cli.main(["doctor", "--data", str(digits_store)]) == 2
+    assert "Essential and missing: GPU." in capsys.readouterr().out

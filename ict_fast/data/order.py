@@ -67,3 +67,23 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
         )
     share = batch_size // world_size
     return slice(rank * share, (rank + 1) * share)
+
+
+def micro_batch_size(batch_size: int, world_size: int, micro_batch: int | None) -> int:
+    """Images per forward pass of one process.
+
+    Args:
+        batch_size: B, over all processes.
+        world_size: number of processes.
+        micro_batch: what was asked for; None or 0, or more than a process's share, means the whole share.
+    Raises:
+        InputError: if the batch cannot be shared equally, or the share not be cut into micro-batches.
+    """
+    share = rank_slice(batch_size, 0, world_size).stop
+    size = min(micro_batch or share, share)
+    if share % size:
+        raise InputError(
+            f"--training.micro-batch is {size}; it must divide the {share} images that each of {world_size}"
+            f" processes has of a batch of {batch_size}"
+        )
+    return size

@@ -38,10 +38,8 @@ def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.devic
             else f"--gpus is {gpus}, but torch sees no GPU here; `ict-fast doctor` says why,"
             " --device cpu trains without one"
         )
-    if gpus is not None and gpus > 1:
-        raise InputError(f"--gpus is {gpus}; this version trains on one GPU, choose --gpus 1")
-    if visible:
-        return torch.device("cuda", torch.cuda.current_device())
+    if visible:  # asking a CUDA that is not in use for its current device would start it, on device 0
+        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
     if device == "cuda":
         raise InputError("--device is cuda, but torch sees no GPU here; `ict-fast doctor` says why")
     if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and (found := nvidia_device()):
@@ -50,6 +48,30 @@ def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.devic
             " --device cpu trains without it"
         )
     return torch.device("cpu")
+
+
+def resolve_processes(
+    device: str = "auto", gpus: int | None = None, processes: int | None = None
+) -> tuple[torch.device, int]:
+    """The first device, and the number of processes, that a `train` command means on this node.
+
+    Args:
+        device, gpus: see `resolve_device`; without `gpus`, every GPU that is visible.
+        processes: how many processes share a CPU, or None for one.
+    Raises:
+        InputError: as `resolve_device`; or processes on a GPU, where there is one for each GPU.
+    """
+    found = resolve_device(device, gpus)
+    if found.type == "cuda":
+        if processes is not None:
+            raise InputError(
+                f"--processes is {processes}, but each GPU has one process; --gpus says how many,"
+                " --device cpu trains without"
+            )
+        return found, gpus or torch.cuda.device_count()
+    if processes is not None and processes < 1:
+        raise InputError(f"--processes is {processes}; it must be at least 1")
+    return found, processes or 1
 
 
 def configure_torch(device: torch.device, *, deterministic: bool) -> None:

@@ -22,10 +22,14 @@ _LINE_INTERVAL = 10.0
 class Monitor:
     """Appends to log.jsonl and shows progress: one live line on a terminal, plain lines elsewhere.
 
-    A log that cannot be written (a full disk) is reported once and does not stop the run.
+    A log that cannot be written (a full disk) is reported once and does not stop the run. A silent one, for
+    all processes of a run but one, does nothing.
     """
 
-    def __init__(self, out: Path, *, first_step: int, total_steps: int, batch_size: int) -> None:
+    def __init__(
+        self, out: Path, *, first_step: int, total_steps: int, batch_size: int, silent: bool = False
+    ) -> None:
+        self._silent = silent
         self._path = out / LOG_NAME
         self._total = total_steps
         self._batch_size = batch_size
@@ -36,7 +40,7 @@ class Monitor:
         self._log_failed = False
         self._console = Console(stderr=True)
         self._live: Progress | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal and not silent:
             self._live = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=None),
@@ -61,11 +65,13 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """A line for the person, on standard error; one that cannot be written never ends a run."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed, none
-            if self._live is not None:
-                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-            else:
-                print(text, file=sys.stderr, flush=True)
+        if self._silent:
+            return
+        if self._live is None:
+            print_line(text)
+            return
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.say(f"ict-fast: warning: {text}")
@@ -82,6 +88,8 @@ class Monitor:
             step: steps done.
             values: "loss", "num_scales" and whatever else is worth keeping; JSON values.
         """
+        if self._silent:
+            return
         now = time.monotonic()
         elapsed = max(now - self._window_started, 1e-9)
         rate = (step - self._window_step) * self._batch_size / elapsed
@@ -108,6 +116,12 @@ class Monitor:
         elif now - self._last_line >= _LINE_INTERVAL or step == self._total:
             self._last_line = now
             self.say(f"step {step:,}/{self._total:,} ({100 * step // self._total} %): {status}")
+
+
+def print_line(text: str) -> None:
+    """A line on standard error; one that cannot be written (full disk, closed, none) never ends a run."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

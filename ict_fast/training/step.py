@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ict_fast import consistency
 from ict_fast.config import Config
@@ -15,6 +18,7 @@ from ict_fast.consistency.model import build_seeded_network
 from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
 from ict_fast.training.adam_ema import AdamEMA
+from ict_fast.training.world import World
 from ict_kernels import RAdamEMA
 
 if TYPE_CHECKING:
@@ -37,9 +41,10 @@ class TrainStep:
         skipped_in_a_row: the longest run of skipped steps since `reset_loss`; int64 scalar.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, world: World | None = None) -> None:
         self.config = config
         self.device = device
+        self.world = World() if world is None else world
         self.network = _on_device(build_seeded_network(config), device)
         self.autocast_dtype = trunk_dtype(config.training.precision, device)
         teacher = None
@@ -47,12 +52,13 @@ class TrainStep:
             teacher = copy.deepcopy(self.network).requires_grad_(False)
         self.teacher: nn.Module | None = teacher
         total = config.training.total_steps
+        self._parallel = _parallel(self.network) if self.world.size > 1 else None
         self.objective = ConsistencyObjective(
-            self.network,
+            self._parallel or self.network,
             config.method,
             c_noise=config.network.c_noise,
             scales=[stage.num_scales for stage in consistency.stages(total, config.method)],
-            teacher=teacher,
+            teacher=self.network if teacher is None else teacher,
         )
 
         def scalar(value: float, dtype: torch.dtype) -> Tensor:
@@ -78,8 +84,8 @@ class TrainStep:
         self.skipped_in_a_row = scalar(0, torch.int64)
         self._skipping_since = scalar(0, torch.int64)
 
-    def __call__(self, step: int, micro_batches: Iterable[Batch]) -> None:
-        """Trains on global batch `step` (counted from 0); nothing here waits for the device."""
+    def __call__(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Trains on the share of global batch `step` (from 0) that is here; never waits for the device."""
         config = self.config
         scales = consistency.num_scales(step, config.training.total_steps, config.method)
         self.seed_and_step[1].fill_(step)
@@ -89,8 +95,10 @@ class TrainStep:
 
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
-        for batch in micro_batches:
-            loss += self._backward(batch)
+        for number, batch in enumerate(micro_batches, start=1):
+            with self._gathering_only() if number < len(micro_batches) else nullcontext():
+                loss += self._backward(batch)
+        self.world.add(loss)
         self.optimizer.step()
 
         skipped = self.optimizer.last_step_skipped
@@ -102,6 +110,10 @@ class TrainStep:
         finite = torch.isfinite(loss)
         self.loss_sum += torch.where(finite, loss, 0.0)
         self.loss_count += finite
+
+    def _gathering_only(self) -> AbstractContextManager[None]:
+        """While open, gradients stay in this process: they are reduced with the last micro-batch's."""
+        return nullcontext() if self._parallel is None else self._parallel.no_sync()
 
     def _backward(self, batch: Batch) -> Tensor:
         """Adds the gradient of the micro-batch's share of the global mean loss; returns that share."""
@@ -121,7 +133,8 @@ class TrainStep:
                 flip=batch.flip,
             )
         loss = loss_n.sum() / self.config.training.batch_size
-        loss.backward()
+        # The processes' gradients are averaged, but their shares of the mean loss add up.
+        (loss * self.world.size).backward()
         return loss.detach()
 
     @torch.no_grad()
@@ -200,6 +213,12 @@ class TrainStep:
                 for key, value in entry.items()
             }
         return {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+
+
+def _parallel(network: nn.Module) -> DistributedDataParallel:
+    with warnings.catch_warnings():  # what takes the argument's place is not in torch 2.11
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        return DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def learning_rate(step: int, config: Config) -> float:

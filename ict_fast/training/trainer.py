@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +17,21 @@ from ict_fast.consistency.curriculum import num_scales
 from ict_fast.consistency.model import ConsistencyModel, build_seeded_network
 from ict_fast.consistency.sampling import sample
 from ict_fast.data.loaders import make_loader
+from ict_fast.data.order import micro_batch_size
 from ict_fast.data.pictures import image_grid, save_png, to_uint8
-from ict_fast.data.prepare import prepare_digits
-from ict_fast.data.store import Store, open_store
+from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
-from ict_fast.presets import DIGITS
 from ict_fast.training.describe import describe, describe_stages
-from ict_fast.training.launch import StopRequest, configure_torch, resolve_device
-from ict_fast.training.monitor import Monitor
-from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
+from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
+from ict_fast.training.monitor import Monitor, print_line
+from ict_fast.training.processes import run_processes
+from ict_fast.training.run_data import open_data, prepare_if_bundled, will_prepare
+from ict_fast.training.run_directory import Run, RunResult, lock, open_run, prepare_directory
 from ict_fast.training.step import TrainStep
+from ict_fast.training.world import World, joined, launched, local_rank, require_launched
 from ict_fast.version import __version__
 
 _GRID_IMAGES = 64
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a call of `train` ended.
-
-    Attributes:
-        out: the run's directory.
-        step: steps done.
-        exit_code: 0 finished, 130 or 143 saved and stopped by a signal.
-        message: one line for the person.
-    """
-
-    out: Path
-    step: int
-    exit_code: int
-    message: str
 
 
 def train(
@@ -53,46 +40,57 @@ def train(
     out: Path | str | None = None,
     device: str = "auto",
     gpus: int | None = None,
+    processes: int | None = None,
     resume: str = "auto",
     extend: int | None = None,
 ) -> RunResult:
     """Trains, or goes on training, one run.
 
-    The same call resumes a run that was interrupted; on a CPU, at an equal number of threads, bit for bit as
-    if it had not been.
+    The same call resumes a run that was interrupted; on a CPU, at an equal number of threads and processes,
+    bit for bit as if it had not been. Where torchrun has started this process, it is one of the run's; else
+    it starts as many as were asked for (they import the caller's main module, so a script must guard its
+    own call by `if __name__ == "__main__"`).
 
     Args:
         config: see `ict_fast.presets.get`.
-        out: the run's directory; by default runs/<preset>.
-        device, gpus: see `resolve_device`.
+        out: the run's directory; by default runs/<preset>. Every node must see it.
+        device, gpus, processes: see `resolve_processes`.
         resume, extend: see `open_run`.
     Raises:
         InputError: before anything is written, if the input cannot work.
-        TrainingError: too many steps in a row without a finite gradient, or the end could not be saved.
+        TrainingError: too many steps in a row without a finite gradient, the end could not be saved, or
+            processes were lost again and again.
     """
     validate(config)
-    torch_device = resolve_device(device, gpus)
     out = Path("runs") / config.preset if out is None else Path(out)
-    warnings: list[str] = []
-    run = open_run(config, out, resume, extend, warnings.append)
-    config = run.config
+    found, count = resolve_processes(device, gpus, processes)
+    if launched():
+        require_launched(gpus or processes)
+        here = torch.device("cuda", local_rank()) if found.type == "cuda" else found
+        with joined(here) as world:
+            result = _train(config, out, here, world, resume, extend)
+            return result if world.is_first else replace(result, message="")
+    if count == 1:
+        return _train(config, out, found, World(), resume, extend)
+
+    # Whatever can be refused is refused here, before a process is started.
+    run = open_run(config, out, resume, extend, lambda text: None)
     if run.finished:
-        return RunResult(out, run.step, EXIT_DONE, f"{out} is finished: {run.step:,} steps are done")
-    if config.data.path == DIGITS.data.path and not Path(config.data.path).exists():
-        prepare_digits(Path(config.data.path))
-    store = _open_data(config)
-    _check_same_data(run, store)
+        return _already_finished(run)
+    _check_shares(run.config, count)
+    prepare_if_bundled(run.config)
+    open_data(run)
     with lock(run):
-        try:
-            return _train(run, store, torch_device, extend is not None, warnings)
-        except (RuntimeError, MemoryError) as error:
-            # torch.OutOfMemoryError is the GPU's; the CPU's allocator raises a plain RuntimeError.
-            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-            if not out_of_memory and "allocate memory" not in str(error):
-                raise
-            raise TrainingError(
-                f"out of memory: {_reason(error)}; a smaller --training.micro-batch needs less"
-            ) from error
+        pass  # process 0 takes it again, and keeps it
+    work = partial(_train_launched, config, out, found.type, resume, extend)
+    return run_processes(work, count, out=out, warn=lambda text: print_line(f"ict-fast: warning: {text}"))
+
+
+def _train_launched(
+    config: Config, out: Path, device: str, resume: str, extend: int | None, first: bool
+) -> RunResult:
+    """One process of several; a later attempt resumes what the first one began."""
+    return train(config, out=out, device=device, resume=resume if first else "auto", extend=extend)
 
 
 def plan(
@@ -101,6 +99,7 @@ def plan(
     out: Path | str | None = None,
     device: str = "auto",
     gpus: int | None = None,
+    processes: int | None = None,
     resume: str = "auto",
     extend: int | None = None,
 ) -> str:
@@ -123,58 +122,92 @@ def plan(
     else:
         lines.append(f"run: {out} would start")
     try:
-        lines.append(f"device: {resolve_device(device, gpus)}")
+        found, count = resolve_processes(device, gpus, processes)
+        lines.append(f"device: {found}" if count == 1 else f"device: {found.type}, {count} processes")
+        _check_shares(config, count)
     except InputError as error:
         lines.append(f"device: not here: {error}")
     try:
-        if config.data.path == DIGITS.data.path and not Path(config.data.path).exists():
+        if will_prepare(config):
             lines.append(f"data: {config.data.path} would be prepared")
         else:
-            store = _open_data(config)
-            _check_same_data(run, store)
+            store = open_data(run)
             lines.append(f"data: {store.path}, {store.num_images:,} images")
     except InputError as error:
         lines.append(f"data: not ready: {error}")
     return "\n".join([describe(config), *lines])
 
 
-def _train(run: Run, store: Store, device: torch.device, extended: bool, warnings: list[str]) -> RunResult:
+def _train(
+    config: Config, out: Path, device: torch.device, world: World, resume: str, extend: int | None
+) -> RunResult:
+    """Trains in this process, one of the world's."""
+    warnings: list[str] = []
+    run = world.decide(lambda: open_run(config, out, resume, extend, warnings.append))
+    if run.finished:
+        return _already_finished(run)
+    world.decide(lambda: prepare_if_bundled(run.config))
+    store = open_data(run)
+    world.require_equal(store.fingerprint, f"the images of {store.path}")
+    with lock(run) if world.is_first else nullcontext():
+        try:
+            return _train_locked(run, store, device, world, warnings, extended=extend is not None)
+        except (RuntimeError, MemoryError) as error:
+            # torch.OutOfMemoryError is the GPU's; the CPU's allocator raises a plain RuntimeError.
+            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if not out_of_memory and "allocate memory" not in str(error):
+                raise
+            raise TrainingError(
+                f"out of memory: {_reason(error)}; a smaller --training.micro-batch needs less"
+            ) from error
+
+
+def _train_locked(
+    run: Run, store: Store, device: torch.device, world: World, warnings: list[str], *, extended: bool
+) -> RunResult:
     config, out = run.config, run.out
     configure_torch(device, deterministic=config.training.deterministic)
-    train_step = TrainStep(config, device)
+    train_step = TrainStep(config, device, world)
     if run.checkpoint is not None:
         train_step.restore(run.checkpoint)
         before, now = run.checkpoint.state.get("trunk_dtype"), _trunk_name(train_step)
         if before not in (None, now):
             warnings.append(f"the run so far has a trunk in {before}, on this device it goes on in {now}")
-    prepare_directory(run)
-    total = config.training.total_steps
-    monitor = Monitor(out, first_step=run.step, total_steps=total, batch_size=config.training.batch_size)
-    loader, reason = make_loader(config, store, device)
+    if world.is_first:
+        prepare_directory(run)
+    monitor = Monitor(
+        out,
+        first_step=run.step,
+        total_steps=config.training.total_steps,
+        batch_size=config.training.batch_size,
+        silent=not world.is_first,
+    )
+    loader, reason = make_loader(config, store, device, rank=world.rank, world_size=world.size)
     with StopRequest() as stop, monitor, loader:
         for warning in warnings:
             monitor.warn(warning)
-        monitor.say(f"training {config.preset} in {out} on {device}; data: {reason}")
+        where = str(device) if world.size == 1 else f"{device.type} in {world.size} processes"
+        monitor.say(f"training {config.preset} in {out} on {where}; data: {reason}")
         if extended:
             monitor.say(describe_stages(config))
         if run.step:
-            monitor.say(f"resuming at step {run.step:,} of {total:,}")
+            monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
         return _loop(run, store, train_step, loader, monitor, stop)
 
 
 def _loop(
     run: Run, store: Store, train_step: TrainStep, loader: Any, monitor: Monitor, stop: StopRequest
 ) -> RunResult:
-    config, out, step = run.config, run.out, run.step
+    config, out, step, world = run.config, run.out, run.step, train_step.world
     total, logging = config.training.total_steps, config.logging
     saved_step = step
     while True:
-        done, stop_code = step == total, stop.exit_code
+        done, stop_code = step == total, world.stop_code(stop.exit_code)
         if step > run.step:
             if done or step % logging.log_every == 0:
                 monitor.record(step, _metrics(train_step, step, config))
                 _check_progress(train_step, step, config)
-            if logging.grid_every and (done or step % logging.grid_every == 0):
+            if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
                 _save_grid(train_step, out / "grids" / f"step-{step:08d}.png", monitor)
             if done or stop_code is not None or step % logging.checkpoint_every == 0:
                 saved_step = _save(run, store, train_step, step, saved_step, monitor)
@@ -183,6 +216,7 @@ def _loop(
         train_step(step, loader.micro_batches(step))
         step += 1
         monitor.advance(step)
+    saved_step = world.decide(lambda: saved_step)  # nobody ends before the checkpoint is written
     if saved_step != step:
         raise TrainingError(f"step {step:,} could not be saved; {out} holds step {saved_step:,}")
     if done:
@@ -192,6 +226,16 @@ def _loop(
     assert stop_code is not None
     saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
     return RunResult(out, step, stop_code, f"{out}: {saved}; the same command resumes")
+
+
+def _already_finished(run: Run) -> RunResult:
+    return RunResult(run.out, run.step, EXIT_DONE, f"{run.out} is finished: {run.step:,} steps are done")
+
+
+def _check_shares(config: Config, processes: int) -> None:
+    """Raises InputError if the batch cannot be shared among the processes of this node."""
+    training = config.training
+    micro_batch_size(training.batch_size, processes, training.micro_batch)
 
 
 def _metrics(train_step: TrainStep, step: int, config: Config) -> dict[str, Any]:
@@ -235,7 +279,15 @@ def _save_grid(train_step: TrainStep, path: Path, monitor: Monitor) -> None:
 
 
 def _save(run: Run, store: Store, train_step: TrainStep, step: int, saved_step: int, monitor: Monitor) -> int:
-    """Writes a checkpoint; returns the step of the newest one that is on disk."""
+    """Writes a checkpoint, in process 0; returns the step of the newest one that is on disk.
+
+    Raises:
+        TrainingError: if the processes do not agree on the state; nothing is written.
+    """
+    tensors = train_step.tensors()
+    train_step.world.require_equal_state(tensors, step)
+    if not train_step.world.is_first:
+        return step
     state = {
         "step": step,
         "config": to_dict(run.config),
@@ -248,7 +300,7 @@ def _save(run: Run, store: Store, train_step: TrainStep, step: int, saved_step: 
         },
     }
     try:
-        write_checkpoint(run.out, step, train_step.tensors(), state, keep=run.config.logging.keep_checkpoints)
+        write_checkpoint(run.out, step, tensors, state, keep=run.config.logging.keep_checkpoints)
     except OSError as error:
         monitor.warn(
             f"the checkpoint of step {step:,} could not be written ({_reason(error)}); the one of step"
@@ -264,32 +316,3 @@ def _trunk_name(train_step: TrainStep) -> str:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())
-
-
-def _open_data(config: Config) -> Store:
-    """The store, checked against the network."""
-    path = Path(config.data.path)
-    store = open_store(path)
-    network = config.network
-    if (store.resolution, store.image_channels) != (network.resolution, network.image_channels):
-        raise InputError(
-            f"{path} holds {store.resolution}x{store.resolution} images of {store.image_channels} channels;"
-            f" the network takes {network.resolution}x{network.resolution} of {network.image_channels}"
-            " (--network.resolution, --network.image-channels)"
-        )
-    if network.num_classes not in (0, store.num_classes):
-        raise InputError(
-            f"{path} has {store.num_classes or 'no'} classes; --network.num-classes is {network.num_classes}"
-        )
-    return store
-
-
-def _check_same_data(run: Run, store: Store) -> None:
-    if run.checkpoint is None:
-        return
-    before = run.checkpoint.state.get("data_fingerprint")
-    if before != store.fingerprint:
-        raise InputError(
-            f"{run.config.data.path} holds other images than {run.out} was trained on (fingerprint"
-            f" {str(store.fingerprint)[:12]}, before {str(before)[:12]}); --data must name the same store"
-        )

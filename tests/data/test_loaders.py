@@ -1,7 +1,11 @@
-"""Batches against the store itself: the right images, whoever loads them, whenever, in whatever pieces."""
+"""Batches against the store itself: the right images, whoever loads them, whenever, in whatever pieces.
+
+Every claim is made of every loader; what is one loader's own is in its own file.
+"""
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,18 +14,29 @@ import torch
 
 from ict_fast.config import Config, DataConfig, TrainingConfig
 from ict_fast.data import loaders
-from ict_fast.data.loaders import Batch, MemmapLoader, make_loader
+from ict_fast.data.dali_loader import dali_problem
+from ict_fast.data.loaders import LOADERS, Batch, Loader, choose_loader, make_loader
 from ict_fast.data.order import batch_indices
 from ict_fast.data.store import Store
 from ict_fast.errors import InputError
 from ict_kernels.philox import flip_bits
 
 CPU = torch.device("cpu")
+NEEDS_DALI = pytest.mark.skipif(dali_problem() is not None, reason=f"dali loader: {dali_problem()}")
+KINDS = ["memmap", "resident", pytest.param("dali", marks=NEEDS_DALI)]
 
 
-def load(store: Store, steps: list[int], **options) -> list[list[Batch]]:
-    arguments = {"batch_size": 12, "seed": 3, "flip": True, "device": CPU, **options}
-    with MemmapLoader(store, **arguments) as loader:
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def new_loader(kind: str, store: Store, **options) -> Loader:
+    return LOADERS[kind](store, **{"batch_size": 12, "seed": 3, "flip": True, "device": CPU, **options})
+
+
+def load(kind: str, store: Store, steps: list[int], **options) -> list[list[Batch]]:
+    with new_loader(kind, store, **options) as loader:
         return [loader.micro_batches(step) for step in steps]
 
 
@@ -39,31 +54,44 @@ def assert_equal(first: list[Batch], second: list[Batch]) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_a_batch_holds_the_images_labels_and_flips_of_its_step(store: Store) -> None:
-    for step, [batch] in enumerate(load(store, list(range(8)))):
-        indices, numbers = batch_indices(37, 3, step, 12)
-        np.testing.assert_array_equal(batch.images.numpy(), store.images[indices])
-        np.testing.assert_array_equal(batch.labels.numpy(), indices % 3)
-        assert batch.flip is not None
-        assert torch.equal(batch.flip, flip_bits(3, torch.from_numpy(numbers)))
+def assert_is_step(store: Store, step: int, batches: list[Batch], batch_size: int = 12) -> None:
+    """The whole global batch of seed 3, read from the store by hand."""
+    indices, numbers = batch_indices(store.num_images, 3, step, batch_size)
+    images, labels, flip = joined(batches)
+    np.testing.assert_array_equal(images.numpy(), store.images[indices])
+    np.testing.assert_array_equal(labels.numpy(), indices % 3)
+    assert torch.equal(flip, flip_bits(3, torch.from_numpy(numbers)))
+
+
+def test_a_batch_holds_the_images_labels_and_flips_of_its_step(kind: str, store: Store) -> None:
+    for step, [batch] in enumerate(load(kind, store, list(range(8)))):
+        assert_is_step(store, step, [batch])
         assert batch.offset == 0
-        assert (batch.images.dtype, batch.labels.dtype, batch.flip.dtype) == (
-            torch.uint8,
-            torch.int64,
-            torch.uint8,
-        )
+        assert batch.flip is not None
+        dtypes = (batch.images.dtype, batch.labels.dtype, batch.flip.dtype)
+        assert dtypes == (torch.uint8, torch.int64, torch.uint8)
+        assert batch.images.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_flips_are_those_of_the_sample_numbers_however_many_are_drawn_at_once(store: Store) -> None:
+    steps = [0, 340, 341, 342, 682, 683, 10**6, 2**32 - 1]  # 4096 // 12 = 341 steps are drawn together
+    for step, batches in zip(steps, load("memmap", store, steps), strict=True):
+        assert_is_step(store, step, batches)
+    steps = [0, 1, 2]
+    for step, batches in zip(steps, load("memmap", store, steps, batch_size=5000), strict=True):
+        assert_is_step(store, step, batches, batch_size=5000)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batch", [None, 1, 2])
 def test_every_image_comes_once_per_epoch_over_all_ranks(
-    store: Store, world_size: int, micro_batch: int | None
+    kind: str, store: Store, world_size: int, micro_batch: int | None
 ) -> None:
     # 37 batches of 24 are 24 whole epochs; most batches straddle a border.
     options = {"batch_size": 24, "world_size": world_size, "micro_batch": micro_batch}
     seen: list[tuple[int, int]] = []
     for rank in range(world_size):
-        for step, batches in enumerate(load(store, list(range(37)), rank=rank, **options)):
+        for step, batches in enumerate(load(kind, store, list(range(37)), rank=rank, **options)):
             for batch in batches:
                 numbers = step * 24 + batch.offset + np.arange(len(batch.images))
                 seen += zip(numbers, batch.images[:, 0, 0, 0].tolist(), strict=True)
@@ -74,154 +102,183 @@ def test_every_image_comes_once_per_epoch_over_all_ranks(
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 6])
-def test_the_global_batch_does_not_depend_on_the_number_of_processes(store: Store, world_size: int) -> None:
-    alone = load(store, [0, 1, 2, 3])
-    for step in range(4):
+def test_the_global_batch_does_not_depend_on_the_number_of_processes(
+    kind: str, store: Store, world_size: int
+) -> None:
+    for step in range(3):
         together = []
         for rank in range(world_size):
-            [batches] = load(store, [step], rank=rank, world_size=world_size)
+            [batches] = load(kind, store, [step], rank=rank, world_size=world_size)
             assert [batch.offset for batch in batches] == [rank * 12 // world_size]
             together += batches
-        assert_equal(alone[step], together)
+        assert_is_step(store, step, together)
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_another_loader(store: Store) -> None:
+    kinds = ["memmap", "resident", *(["dali"] if dali_problem() is None else [])]
+    for step in range(9):  # two processes up to step 3, then four, then three, each with another loader
+        world_size = (2, 4, 3)[step // 3]
+        batches = []
+        for rank in range(world_size):
+            [share] = load(kinds[(step + rank) % len(kinds)], store, [step], rank=rank, world_size=world_size)
+            batches += share
+        assert_is_step(store, step, batches)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 6])
-def test_micro_batches_are_cuts_of_the_batch(store: Store, micro_batch: int) -> None:
-    [whole], [pieces] = load(store, [5]), load(store, [5], micro_batch=micro_batch)
+def test_micro_batches_are_cuts_of_the_batch(kind: str, store: Store, micro_batch: int) -> None:
+    [pieces] = load(kind, store, [5], micro_batch=micro_batch)
     assert [batch.offset for batch in pieces] == list(range(0, 12, micro_batch))
     assert {len(batch.images) for batch in pieces} == {micro_batch}
-    assert_equal(whole, pieces)
+    assert_is_step(store, 5, pieces)
 
 
-def test_a_batch_may_span_several_epochs(store: Store) -> None:
-    [[batch]] = load(store, [1], batch_size=111)
+def test_a_batch_may_span_several_epochs(kind: str, store: Store) -> None:
+    [[batch]] = load(kind, store, [1], batch_size=111)
     assert set(Counter(batch.images[:, 0, 0, 0].tolist()).values()) == {3}
 
 
-def test_a_restart_at_any_step_continues_the_same_sequence(store: Store) -> None:
-    unbroken = load(store, list(range(10)))
+def test_a_new_loader_continues_at_any_step(kind: str, store: Store) -> None:
     for start in (1, 4, 9):
-        for step, batches in zip(range(start, 10), load(store, list(range(start, 10))), strict=True):
-            assert_equal(unbroken[step], batches)
+        steps = list(range(start, 12))
+        for step, batches in zip(steps, load(kind, store, steps), strict=True):
+            assert_is_step(store, step, batches)
 
 
-def test_prefetching_changes_nothing(store: Store) -> None:
-    in_order = load(store, list(range(6)))
-    jumping = load(store, [5, 0, 3, 3, 4, 1])  # only 4 was prefetched
-    for step, batches in zip([5, 0, 3, 3, 4, 1], jumping, strict=True):
-        [fresh] = load(store, [step])
-        assert_equal(in_order[step], batches)
-        assert_equal(in_order[step], fresh)
+def test_what_was_prepared_for_another_step_is_not_delivered(kind: str, store: Store) -> None:
+    steps = [5, 0, 1, 3, 3, 4, 2, 10, 11, 12, 0]  # forwards, back, again
+    for step, batches in zip(steps, load(kind, store, steps), strict=True):
+        assert_is_step(store, step, batches)
 
 
-def test_batches_belong_to_the_caller(store: Store) -> None:
-    with MemmapLoader(store, batch_size=12, seed=3, flip=True, device=CPU) as loader:
+def test_a_batch_that_is_kept_never_changes(kind: str, store: Store) -> None:
+    with new_loader(kind, store) as loader:
+        held = [loader.micro_batches(step) for step in range(40)]
+        for step in range(40):
+            assert_is_step(store, step, held[step])
+        loader.micro_batches(7)  # a jump
+    del loader
+    for step in range(40):
+        assert_is_step(store, step, held[step])
+
+
+def test_batches_belong_to_the_caller(kind: str, store: Store) -> None:
+    with new_loader(kind, store) as loader:
         held = [loader.micro_batches(step) for step in range(8)]
-        held[7][0].images.zero_()
-        again = [loader.micro_batches(step) for step in range(7)]
+        for tensor in held[7][0][:3]:
+            tensor.zero_()
+        again = [loader.micro_batches(step) for step in range(8)]
     for step in range(7):
         assert_equal(held[step], again[step])
+    assert_is_step(store, 7, again[7])
     assert store.images[:, 0, 0, 0].tolist() == list(range(37))
 
 
-def test_without_flips_there_are_no_flip_bits(store: Store) -> None:
-    [[batch]] = load(store, [0], flip=False)
+def test_without_flips_there_are_no_flip_bits(kind: str, store: Store) -> None:
+    [[batch]] = load(kind, store, [0], flip=False)
     assert batch.flip is None
 
 
-def test_the_next_step_is_prepared_while_this_one_is_used(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+def test_what_fails_ahead_surfaces_at_its_step_and_can_be_tried_again(
+    kind: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = threading.Semaphore(0)
-    steps: list[tuple[int, bool]] = []
-    original = loaders.batch_indices
+    fails = True
 
-    def watch(num_images: int, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        steps.append((step, threading.current_thread() is threading.main_thread()))
-        prepared.release()
-        return original(num_images, seed, step, batch_size)
-
-    monkeypatch.setattr(loaders, "batch_indices", watch)
-    with MemmapLoader(store, batch_size=12, seed=0, flip=False, device=CPU) as loader:
-        loader.micro_batches(0)
-        for _ in range(2):  # step 0 and, with no further call, step 1; never step 2
-            assert prepared.acquire(timeout=30)
-        assert not prepared.acquire(timeout=0.1)
-    assert steps == [(0, False), (1, False)]
-
-
-def test_what_fails_in_the_thread_surfaces_at_the_call_and_can_be_tried_again(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, broken = loaders.batch_indices, [1]
-
-    def fail_once(num_images: int, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        if step in broken:
-            broken.remove(step)
+    def fail(num_images: int, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        if step == 2 and fails:
             raise OSError("the disk is gone")
-        return original(num_images, seed, step, batch_size)
+        return batch_indices(num_images, seed, step, batch_size)
 
-    monkeypatch.setattr(loaders, "batch_indices", fail_once)
-    with MemmapLoader(store, batch_size=12, seed=3, flip=True, device=CPU) as loader:
-        loader.micro_batches(0)
-        with pytest.raises(OSError, match="the disk is gone"):
-            loader.micro_batches(1)
-        after = loader.micro_batches(1)
-    monkeypatch.undo()
-    assert_equal(after, load(store, [1])[0])
+    monkeypatch.setattr("ict_fast.data.batches.batch_indices", fail)
+    with new_loader(kind, store) as loader:
+        for step in (0, 1):
+            assert_is_step(store, step, loader.micro_batches(step))
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"^the disk is gone$"):
+                loader.micro_batches(2)
+        fails = False
+        for step in (2, 3, 4):
+            assert_is_step(store, step, loader.micro_batches(step))
 
 
-def test_close_ends_the_thread_and_may_be_repeated(store: Store) -> None:
-    loader = MemmapLoader(store, batch_size=12, seed=0, flip=False, device=CPU)
+def test_close_ends_every_thread_and_may_be_repeated(kind: str, store: Store) -> None:
+    before = threading.active_count()
+    loader = new_loader(kind, store)
     loader.micro_batches(0)
-    assert any(thread.name.startswith("ict-fast-loader") for thread in threading.enumerate())
     loader.close()
     loader.close()
-    assert not any(thread.name.startswith("ict-fast-loader") for thread in threading.enumerate())
-    with pytest.raises(RuntimeError, match="shutdown"):
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="the loader is closed"):
         loader.micro_batches(5)
 
 
-def test_loading_leaves_no_warning_about_the_read_only_map(store: Store, recwarn) -> None:
-    load(store, [0])
+def test_loading_warns_of_nothing(kind: str, store: Store, recwarn: pytest.WarningsRecorder) -> None:
+    load(kind, store, [0, 1, 2])
     assert not list(recwarn)
 
 
-def test_a_share_that_cannot_be_cut_is_refused_by_name(store: Store) -> None:
+def test_a_share_that_cannot_be_cut_is_refused_by_name(kind: str, store: Store) -> None:
     with pytest.raises(InputError, match=r"--training\.micro-batch is 4; it must divide the 6 images"):
-        load(store, [0], world_size=2, micro_batch=4)
+        new_loader(kind, store, world_size=2, micro_batch=4)
     with pytest.raises(InputError, match=r"--training\.batch-size is 12"):
-        load(store, [0], world_size=5)
+        new_loader(kind, store, world_size=5)
 
 
-def test_a_micro_batch_above_the_share_means_the_share(store: Store) -> None:
-    [[batch]] = load(store, [0], world_size=2, rank=1, micro_batch=12)
+def test_a_micro_batch_above_the_share_means_the_share(kind: str, store: Store) -> None:
+    [[batch]] = load(kind, store, [0], world_size=2, rank=1, micro_batch=12)
     assert (len(batch.images), batch.offset) == (6, 6)
 
 
-def test_the_loader_of_a_configuration_says_why(store: Store) -> None:
-    config = Config(data=DataConfig(flip=True), training=TrainingConfig(batch_size=12, micro_batch=3, seed=3))
+# --- which one ---------------------------------------------------------------------------------------------
+
+
+def test_the_loader_of_a_configuration_says_why(kind: str, store: Store) -> None:
+    config = Config(
+        data=DataConfig(flip=True, loader=kind),
+        training=TrainingConfig(batch_size=12, micro_batch=3, seed=3),
+    )
     loader, reason = make_loader(config, store, CPU)
     with loader:
-        assert_equal(loader.micro_batches(2), load(store, [2])[0])
+        assert isinstance(loader, LOADERS[kind])
         assert len(loader.micro_batches(2)) == 4
-    assert "memmap loader (the only one" in reason
-    asked = replace(config, data=replace(config.data, loader="memmap"))
-    loader, reason = make_loader(asked, store, CPU)
+        assert_is_step(store, 2, loader.micro_batches(2))
+    assert reason == f"{kind} loader (as asked), 37 images from {store.path}"
+    automatic = replace(config, data=replace(config.data, loader="auto"))
+    loader, reason = make_loader(automatic, store, CPU)
     loader.close()
-    assert "memmap loader (as asked)" in reason
+    assert reason.startswith("memmap loader (auto: the device is a CPU), 37 images")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_pinned_buffers_are_not_overwritten_while_the_gpu_reads_them(store: Store) -> None:
-    cuda = torch.device("cuda")
-    with MemmapLoader(store, batch_size=12, seed=3, flip=True, device=cuda) as loader:
-        received = []
-        for step in range(40):
-            torch.cuda._sleep(2_000_000)  # the device lags behind the host, so copies wait in the stream
-            received.append(loader.micro_batches(step))
-    torch.cuda.synchronize()
-    for ours, theirs in zip(received, load(store, list(range(40))), strict=True):
-        on_cpu = [Batch(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in batch)) for batch in ours]
-        assert_equal(on_cpu, theirs)
+@pytest.fixture
+def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, int], torch.device]:
+    """A machine with a GPU, as the choice sees it: DALI's problem there, and the free bytes."""
+
+    def make(problem: str | None, free: int) -> torch.device:
+        monkeypatch.setattr(loaders, "dali_problem", lambda: problem)
+        monkeypatch.setattr(loaders, "free_bytes", lambda device: free)
+        return torch.device("cuda", 0)
+
+    return make
+
+
+NUM_BYTES = 37 * (4 * 4 * 3 + 8)  # images and labels of the store
+
+
+@pytest.mark.parametrize(
+    ("problem", "free", "chosen", "reason"),
+    [
+        (None, 0, "dali", "DALI is installed"),
+        ("DALI is not installed", 4 * NUM_BYTES, "resident", "not installed; the images take 2.07e-06 GB"),
+        ("DALI is not installed", 4 * NUM_BYTES - 1, "memmap", "more than a quarter"),
+    ],
+)
+def test_on_a_gpu_dali_comes_before_resident_and_that_before_memmap(
+    gpu_machine, store: Store, problem: str | None, free: int, chosen: str, reason: str
+) -> None:
+    name, why = choose_loader("auto", store, gpu_machine(problem, free))
+    assert name == chosen
+    assert reason in why
+
+
+def test_what_is_asked_for_is_not_second_guessed(gpu_machine, store: Store) -> None:
+    assert choose_loader("memmap", store, gpu_machine(None, 10**12)) == ("memmap", "as asked")

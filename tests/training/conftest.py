@@ -32,6 +32,7 @@ def flags(config: Config) -> list[str]:
             "--training.batch-size",
             str(training.batch_size),
         ),
+        *("--network.num-classes", str(config.network.num_classes)),
         *("--training.micro-batch", str(training.micro_batch)),
         *("--logging.log-every", str(logging.log_every), "--logging.grid-every", str(logging.grid_every)),
         *("--logging.checkpoint-every", str(logging.checkpoint_every)),
@@ -40,12 +41,12 @@ def flags(config: Config) -> list[str]:
 
 @pytest.fixture
 def command() -> Callable[..., subprocess.Popen]:
-    """Starts `ict-fast train` on the CPU in a process of its own."""
+    """Starts `ict-fast train` on the CPU in a process of its own, or in those of a launcher."""
 
-    def start(config: Config, out: Path, *extra: str) -> subprocess.Popen:
+    def start(config: Config, out: Path, *extra: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "ict_fast", "train", "--device", "cpu", "--out", str(out)),
+                *(sys.executable, *launcher, "-m", "ict_fast", "train", "--device", "cpu", "--out", str(out)),
                 *flags(config),
                 *extra,
             ],

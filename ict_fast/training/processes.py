@@ -1,0 +1,149 @@
+"""Starts a run's processes on this node, and starts them again when one of them is lost."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ict_fast.checkpoint import checkpoint_steps
+from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError, TrainingError
+from ict_fast.training.run_directory import RunResult
+
+# A run that loses processes again and again without getting any further is given up.
+_ATTEMPTS_WITHOUT_PROGRESS = 3
+_SAVING_SECONDS = 120  # what a stopped run has to write its checkpoint
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def run_processes(
+    work: Callable[[bool], RunResult], count: int, *, out: Path, warn: Callable[[str], None]
+) -> RunResult:
+    """Runs `work` in `count` processes under torch's elastic agent until it is done.
+
+    When a process dies, all of them are stopped and started again, as long as the run gets further. What the
+    agent would report as a failure like any other keeps its meaning here: errors of the input and of training
+    end the run at once, and signals are passed on, so that the run is saved first.
+
+    Args:
+        work: called with whether this is the first attempt; picklable, as the processes are spawned.
+        count: the number of processes.
+        out: the run's directory, whose checkpoints tell how far it is.
+        warn: told of every new attempt.
+    Returns:
+        What process 0 returned.
+    Raises:
+        InputError, TrainingError: what a process raised, or that several attempts in a row got no further.
+    """
+    for name in logging.root.manager.loggerDict:  # each of torch's has a level of its own
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is said here, in a line
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVING_SECONDS))
+    attempts_in_vain, first, step = 0, True, _newest_step(out)
+    while True:
+        with tempfile.TemporaryDirectory(prefix="ict-fast-") as folder:
+            cause, signal_number = _attempt(work, count, first, Path(folder))
+            if outcome := _outcome(Path(folder)):
+                return outcome
+        before, step = step, _newest_step(out)
+        if signal_number is not None:
+            code = EXIT_SIGTERM if signal_number == signal.SIGTERM else EXIT_SIGINT
+            return RunResult(out, step, code, f"{out}: {cause}; nothing more was saved")
+        first = False
+        attempts_in_vain = 1 if step > before else attempts_in_vain + 1
+        if attempts_in_vain == _ATTEMPTS_WITHOUT_PROGRESS:
+            raise TrainingError(f"{cause}; {attempts_in_vain} attempts got no further than step {step:,}")
+        warn(f"{cause}; starting all {count} processes again from step {step:,}")
+
+
+def _newest_step(out: Path) -> int:
+    return max(checkpoint_steps(out), default=0)
+
+
+def _attempt(
+    work: Callable[[bool], RunResult], count: int, first: bool, folder: Path
+) -> tuple[str, int | None]:
+    """One start of all processes; returns what ended them, and the signal if it was one to this process."""
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT",
+    )
+    try:
+        elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
+    except SignalException as asked:
+        # After a second signal, while the agent waited for the processes to save, nobody waits any more.
+        for process in multiprocessing.active_children():
+            process.kill()
+        return f"stopped by {signal.Signals(asked.sigval).name}", asked.sigval
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode < 0:
+            return f"process {rank} was ended by {failure.signal_name()}", None
+        message = failure.message
+        text = message if isinstance(message, str) else str(message.get("message", ""))
+        return f"process {rank} failed: {' '.join(text.split()) or f'exit code {failure.exitcode}'}", None
+    return "the processes ended without a result", None
+
+
+@record
+def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent: int) -> None:
+    """Runs in each process; how it ends is written into `folder`."""
+    # Its own process group: a Ctrl-C of the terminal reaches the parent alone, which passes it on once.
+    os.setpgid(0, 0)
+    if sys.platform == "linux":  # a parent that is killed leaves nobody who goes on training
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+    rank = int(os.environ["RANK"])
+    try:
+        result = work(first)
+    except (InputError, TrainingError) as error:
+        _write(Path(folder) / f"{rank}.json", {"error": type(error).__name__, "message": str(error)})
+        raise
+    if rank == 0:
+        _write(Path(folder) / "0.json", {**asdict(result), "out": str(result.out)})
+    if result.exit_code:  # to return would be to wait for the agent, which waits for the end of this process
+        raise SystemExit(result.exit_code)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values))
+    os.replace(partial, path)
+
+
+def _outcome(folder: Path) -> RunResult | None:
+    """What the processes left: the first error, else the result of process 0."""
+    found = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
+        with suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    for values in found:
+        if "error" in values:
+            raise {"InputError": InputError}.get(values["error"], TrainingError)(values["message"])
+    for values in found:
+        return RunResult(**{**values, "out": Path(values["out"])})
+    return None

@@ -1,0 +1,51 @@
+"""A run's images: there, fitting the network, and the ones that it was trained on so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ict_fast.config import Config
+from ict_fast.data.prepare import prepare_digits
+from ict_fast.data.store import Store, open_store
+from ict_fast.errors import InputError
+from ict_fast.presets import DIGITS
+from ict_fast.training.run_directory import Run
+
+
+def prepare_if_bundled(config: Config) -> None:
+    """Prepares the digits, which come with scikit-learn, if the run needs them and they are not there yet."""
+    if will_prepare(config):
+        prepare_digits(Path(config.data.path))
+
+
+def will_prepare(config: Config) -> bool:
+    """Whether `prepare_if_bundled` has something to do."""
+    return config.data.path == DIGITS.data.path and not Path(config.data.path).exists()
+
+
+def open_data(run: Run) -> Store:
+    """The store that the run names.
+
+    Raises:
+        InputError: if it is not there or not whole, its images or classes are not what the network takes, or
+            the run was trained on others.
+    """
+    path, network = Path(run.config.data.path), run.config.network
+    store = open_store(path)
+    if (store.resolution, store.image_channels) != (network.resolution, network.image_channels):
+        raise InputError(
+            f"{path} holds {store.resolution}x{store.resolution} images of {store.image_channels} channels;"
+            f" the network takes {network.resolution}x{network.resolution} of {network.image_channels}"
+            " (--network.resolution, --network.image-channels)"
+        )
+    if network.num_classes not in (0, store.num_classes):
+        raise InputError(
+            f"{path} has {store.num_classes or 'no'} classes; --network.num-classes is {network.num_classes}"
+        )
+    before = store.fingerprint if run.checkpoint is None else run.checkpoint.state.get("data_fingerprint")
+    if before != store.fingerprint:
+        raise InputError(
+            f"{path} holds other images than {run.out} was trained on (fingerprint {store.fingerprint[:12]},"
+            f" before {str(before)[:12]}); --data must name the same store"
+        )
+    return store

@@ -1,0 +1,154 @@
+"""The processes of one run, and what they agree on. A run of one process needs no communication."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ict_fast.errors import InputError, TrainingError
+
+T = TypeVar("T")
+
+# A process may wait this long for the slowest: the first one reads the data and writes the checkpoints.
+_PATIENCE = timedelta(minutes=30)
+
+
+class World:
+    """This process among those that train one model together.
+
+    Attributes:
+        rank: number of this process among all, from 0; process 0 speaks and writes.
+        size: number of processes on all nodes.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # Over gloo whatever the device: reading the flag waits for the other hosts, never for a GPU.
+        self._hosts = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.size > 1 else None
+        self._stop_code = torch.zeros(1, dtype=torch.int64)
+        self._asked: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What process 0 chooses, in every process. If it raises, it ends, and its launcher ends the rest."""
+        if self.size == 1:
+            return choose()
+        chosen: list[Any] = [choose() if self.is_first else None]
+        dist.broadcast_object_list(chosen, src=0, group=self._hosts)
+        return chosen[0]
+
+    def add(self, value: torch.Tensor) -> torch.Tensor:
+        """Replaces a tensor on the run's device by its sum over the processes; the host does not wait."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def stop_code(self, mine: int | None) -> int | None:
+        """The exit code with which all stop at this step, or None.
+
+        To be called once before each step. What a process asks for takes effect one call later, in all of
+        them at the same step, so that nobody waits for an answer.
+        """
+        if self.size == 1:
+            return mine
+        agreed = 0
+        if self._asked is not None:
+            self._asked.wait()
+            agreed = int(self._stop_code)
+        self._stop_code.fill_(mine or 0)
+        self._asked = dist.all_reduce(self._stop_code, dist.ReduceOp.MAX, group=self._hosts, async_op=True)
+        return agreed or None
+
+    def require_equal(self, value: Any, what: str) -> None:
+        """Checks that every process has the same.
+
+        Raises:
+            InputError: naming the processes whose value is not that of process 0.
+        """
+        if self.size == 1:
+            return
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._hosts)
+        if other := [str(rank) for rank in range(self.size) if values[rank] != values[0]]:
+            raise InputError(f"{what} differ between process 0 and process {', '.join(other)}")
+
+    def require_equal_state(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], step: int) -> None:
+        """Compares the run's state over all processes by the exclusive-or of each tensor's bits.
+
+        Args:
+            tensors: by file and name, as a checkpoint holds them.
+            step: for the message.
+        Raises:
+            TrainingError: naming a tensor that differs.
+        """
+        if self.size == 1:
+            return
+        names = [f"{file}/{name}" for file, group in tensors.items() for name in group]
+        bits = torch.stack(
+            [
+                torch.hash_tensor(tensor).view(torch.int64)
+                for group in tensors.values()
+                for tensor in group.values()
+            ]
+        ).cpu()
+        of_all = [torch.empty_like(bits) for _ in range(self.size)]
+        dist.all_gather(of_all, bits, group=self._hosts)
+        for rank, theirs in enumerate(of_all):
+            if not torch.equal(theirs, of_all[0]):
+                name = names[int((theirs != of_all[0]).nonzero()[0])]
+                raise TrainingError(
+                    f"the processes no longer agree at step {step:,}: {name} of process {rank} is not that of"
+                    " process 0; the same command resumes from the last checkpoint"
+                )
+
+
+def launched() -> bool:
+    """Whether torch's elastic launcher (`torchrun`, or ours) has started this process for a run."""
+    return dist.is_torchelastic_launched()
+
+
+def local_rank() -> int:
+    """Number of this process on its node: the GPU it has."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+def require_launched(asked: int | None) -> None:
+    """Checks what was asked for, if anything, against what the launcher has started on this node.
+
+    Raises:
+        InputError: if the numbers of processes differ.
+    """
+    started = int(os.environ["LOCAL_WORLD_SIZE"])
+    if asked not in (None, started):
+        raise InputError(
+            f"{asked} processes are asked for, and torchrun has started {started} on this node; give the"
+            " number to torchrun (--nproc-per-node) and leave --gpus and --processes out"
+        )
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world of this process: joined if a launcher started it, else a world of one.
+
+    Args:
+        device: where this process trains; NCCL connects GPUs, gloo CPUs.
+    """
+    if not launched():
+        yield World()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield World()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,77 @@
+"""One of the processes that test_processes.py starts: `python peer.py TASK SIZE FOLDER ... RANK`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ict_fast.config import from_dict
+from ict_fast.data.loaders import make_loader
+from ict_fast.data.store import open_store
+from ict_fast.errors import InputError, TrainingError
+from ict_fast.training.run_directory import RunResult
+from ict_fast.training.step import TrainStep
+from ict_fast.training.world import World
+
+CPU = torch.device("cpu")
+
+
+def train(world: World, folder: Path, dtype: str) -> None:
+    """All steps of folder/config.json; process 0 leaves the weights."""
+    torch.set_default_dtype(getattr(torch, dtype))
+    config = from_dict(json.loads((folder / "config.json").read_text()))
+    step = TrainStep(config, CPU, world)
+    assert next(step.network.parameters()).dtype == torch.get_default_dtype()
+    store = open_store(Path(config.data.path))
+    loader, _ = make_loader(config, store, CPU, rank=world.rank, world_size=world.size)
+    with loader:
+        for k in range(config.training.total_steps):
+            step(k, loader.micro_batches(k))
+    world.require_equal_state(step.tensors(), config.training.total_steps)
+    assert int(step.optimizer.skipped) == 0
+    if world.is_first:
+        torch.save(step.network.state_dict(), folder / "weights.pt")
+
+
+def disagree(world: World, folder: Path) -> None:
+    state = {"weights": {"a": torch.ones(3), "b": torch.ones(2)}}
+    world.require_equal_state(state, 7)
+    if world.rank == 2:
+        state["weights"]["b"][1] += 1e-6
+    with pytest.raises(TrainingError, match=r"at step 7: weights/b of process 2 is not that of process 0"):
+        world.require_equal_state(state, 7)
+    world.require_equal("images", "the images")
+    with pytest.raises(InputError, match=r"the images differ between process 0 and process 1$"):
+        world.require_equal("others" if world.rank == 1 else "images", "the images")
+    assert world.decide(lambda: world.rank + 10) == 10
+    assert int(world.add(torch.tensor(world.rank))) == 3
+    codes = [world.stop_code(143 if world.rank == 1 and step == 2 else None) for step in range(5)]
+    assert codes == [None, None, None, 143, None], "all stop at one step, the one after it was asked for"
+
+
+# What `run_processes` is given, in place of training.
+
+
+def bad_input(first: bool) -> RunResult:
+    raise InputError("no such thing")
+
+
+def failed_training(first: bool) -> RunResult:
+    raise TrainingError("no finite gradient")
+
+
+def crash(first: bool) -> RunResult:
+    raise ZeroDivisionError("a bug")
+
+
+if __name__ == "__main__":
+    task, size, folder, *arguments, rank = sys.argv[1:]
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=int(size))
+    {"train": train, "disagree": disagree}[task](World(), Path(folder), *arguments)
+    dist.destroy_process_group()

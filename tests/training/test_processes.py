@@ -1,0 +1,295 @@
+"""Several processes train the model that one process trains, and lose nothing when one of them is lost."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ict_fast.checkpoint import open_checkpoint
+from ict_fast.config import Config, to_dict
+from ict_fast.errors import InputError, TrainingError
+from ict_fast.training import trainer
+from ict_fast.training.launch import resolve_processes
+from ict_fast.training.processes import run_processes
+from ict_fast.training.trainer import train
+from ict_fast.training.world import require_launched
+
+Command = Callable[..., subprocess.Popen]
+
+
+# ---- the same model, whatever the number of processes ----
+
+PEER = Path(__file__).with_name("peer.py")
+
+
+def _together(task: str, size: int, folder: Path, *arguments: object) -> None:
+    """Runs `tests/training/peer.py TASK` in `size` processes that find each other; none may fail."""
+    words = [sys.executable, str(PEER), task, str(size), str(folder), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    peers = [
+        subprocess.Popen([*words, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(size)
+    ]
+    failed = [text for peer in peers if (text := peer.communicate(timeout=300)[1]) and peer.returncode]
+    assert not failed, failed[0]
+
+
+def _weights(config: Config, size: int, folder: Path, dtype: str) -> dict[str, Tensor]:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    _together("train", size, folder, dtype)
+    return torch.load(folder / "weights.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "whole", "each"), [((2, 4), "float32", 1e-6, 1e-3), ((2,), "float64", 1e-10, 1e-10)]
+)
+def test_any_number_of_processes_trains_the_same_weights(
+    tiny: Config, tmp_path: Path, sizes: tuple[int, ...], dtype: str, whole: float, each: float
+) -> None:
+    """With dropout, flips and classes, in two to eight micro-batches; relative differences after 50 steps."""
+    training = replace(tiny.training, total_steps=50, batch_size=16)
+    config = replace(tiny, network=replace(tiny.network, num_classes=10), training=training)
+    one = _weights(config, 1, tmp_path / "1", dtype)
+    config = replace(config, training=replace(training, micro_batch=2))
+    for size in sizes:
+        several = _weights(config, size, tmp_path / str(size), dtype)
+        assert _difference(several, one) < whole
+        assert max(_difference({n: several[n]}, {n: one[n]}) for n in one) < each
+
+
+def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """||ours - theirs|| / ||theirs|| over all tensors."""
+    squares = [((ours[n].double() - theirs[n].double()) ** 2).sum() for n in theirs]
+    return float((sum(squares) / sum((theirs[n].double() ** 2).sum() for n in theirs)) ** 0.5)
+
+
+def test_processes_that_differ_are_named_and_decisions_are_shared(tmp_path: Path) -> None:
+    _together("disagree", 3, tmp_path)
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def config(tiny: Config) -> Config:
+    """Long enough that a kill meets it in the middle."""
+    return replace(
+        tiny,
+        training=replace(tiny.training, total_steps=100),
+        logging=replace(tiny.logging, log_every=5, checkpoint_every=5),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that nothing happened to, by what they are compared with; made by the first test that asks."""
+    return {"folder": tmp_path_factory.mktemp("undisturbed")}
+
+
+def _undisturbed(config: Config, command: Command, made: dict[str, Path]) -> Path:
+    out = made["folder"] / "run"
+    if not out.exists():
+        process = command(config, out, "--processes", "2")
+        assert process.wait(timeout=300) == 0, process.communicate()[0]
+    return out
+
+
+def _workers(parent: int) -> list[int]:
+    """The training processes that `ict-fast train` has started, by the order of their start."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            status = (folder / "stat").read_text().rpartition(")")[2].split()
+            words = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(status[1]) == parent and status[0] != "Z" and b"multiprocessing-fork" in words:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def _newest(out: Path) -> int:
+    steps = [int(path.name.split("-")[1]) for path in out.glob("checkpoints/step-*")]
+    return max(steps, default=0)
+
+
+def _wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
+    while process.poll() is None and not until():
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+
+
+def _assert_same_state(ours: Path, theirs: Path, step: int) -> None:
+    checkpoint = open_checkpoint(ours / f"checkpoints/step-{step:08d}")
+    for name in checkpoint.names:
+        file = f"checkpoints/step-{step:08d}/{name}.safetensors"
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), f"{name} differ"
+
+
+KILLS = [(seed, whole) for seed in range(10) for whole in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("seed", "whole"),
+    [
+        pytest.param(*kill, marks=[] if kill in ((0, False), (0, True), (1, False)) else pytest.mark.drill)
+        for kill in KILLS
+    ],
+)
+def test_a_kill_nine_of_a_process_or_of_all_changes_no_bit(
+    config: Config, tmp_path: Path, command: Command, undisturbed: dict[str, Path], seed: int, whole: bool
+) -> None:
+    choose, out = random.Random(f"{seed} {whole}"), tmp_path / "killed"
+    least = choose.randrange(60)
+    process = command(config, out, "--processes", "2")
+    _wait(process, lambda: _newest(out) >= least and len(_workers(process.pid)) == 2)
+    time.sleep(choose.uniform(0, 0.5))
+    workers = _workers(process.pid)
+    for pid in (process.pid, *workers) if whole else (choose.choice(workers),):
+        os.kill(pid, signal.SIGKILL)
+    if whole:
+        process.wait()
+        for pid in workers:
+            while (
+                Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+            ):
+                time.sleep(0.05)
+        process = command(config, out, "--processes", "2")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    if not whole:
+        assert "was ended by SIGKILL; starting all 2 processes again from step" in output
+    assert "Traceback" not in output
+    _assert_same_state(out, _undisturbed(config, command, undisturbed), 100)
+
+
+def test_a_signal_saves_in_all_processes_and_the_same_command_resumes(
+    config: Config, tmp_path: Path, command: Command
+) -> None:
+    config = replace(
+        config,
+        training=replace(config.training, total_steps=100_000),
+        logging=replace(config.logging, log_every=1, checkpoint_every=100_000),
+    )
+    out = tmp_path / "run"
+    process = command(config, out, "--processes", "2")
+    _wait(process, (out / "log.jsonl").exists)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 143, output
+    assert output.count("stopped and saved at step") == 1
+    assert "Traceback" not in output
+    step = open_checkpoint(out).step
+    assert step > 0
+    process = command(config, out, "--processes", "2")
+    _wait(process, lambda: len((out / "log.jsonl").read_text().splitlines()) > step)
+    # A terminal's Ctrl-C goes to the whole foreground group; the processes get it from the parent, once.
+    for pid in [process.pid, *(w for w in _workers(process.pid) if os.getpgid(w) == os.getpgid(process.pid))]:
+        os.kill(pid, signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert f"resuming at step {step}" in output
+    assert open_checkpoint(out).step > step
+
+
+def test_two_agents_form_one_job_as_two_nodes_would(
+    config: Config, tmp_path: Path, command: Command, undisturbed: dict[str, Path]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    torchrun = (
+        *(
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            "1",
+            "--local-addr",
+            "localhost",
+        ),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "job"),
+    )
+    agents = [command(config, out, launcher=torchrun) for _ in range(2)]
+    outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert "".join(outputs).count(f"{out}: 100 steps are done") == 1, "one process speaks"
+    _assert_same_state(out, _undisturbed(config, command, undisturbed), 100)
+
+
+# ---- what is refused, and when a run is given up ----
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_a_process_starts(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "run_processes", lambda *_, **__: pytest.fail("a process was started"))
+    with pytest.raises(InputError, match="batch-size is 16; it must be a multiple of the 3 processes"):
+        train(tiny, out=tmp_path / "run", device="cpu", processes=3)
+    small = replace(tiny, training=replace(tiny.training, batch_size=24, micro_batch=8))
+    with pytest.raises(InputError, match="micro-batch is 8; it must divide the 12 images that each of 2"):
+        train(small, out=tmp_path / "run", device="cpu", processes=2)
+    assert "not here: --training.batch-size is 16" in trainer.plan(tiny, device="cpu", processes=3)
+    assert "device: cpu, 2 processes" in trainer.plan(tiny, device="cpu", processes=2)
+
+
+def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_processes("cpu", None, 3) == (torch.device("cpu"), 3)
+    assert resolve_processes("cpu") == (torch.device("cpu"), 1)
+    with pytest.raises(InputError, match="--processes is 0; it must be at least 1"):
+        resolve_processes("cpu", None, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert resolve_processes() == (torch.device("cuda", 0), 8), "every GPU that is visible"
+    assert resolve_processes("cuda", 2) == (torch.device("cuda", 0), 2)
+    with pytest.raises(InputError, match="--processes is 2, but each GPU has one process"):
+        resolve_processes("auto", None, 2)
+
+
+def test_a_number_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    require_launched(None)
+    require_launched(4)
+    with pytest.raises(InputError, match="8 processes are asked for, and torchrun has started 4"):
+        require_launched(8)
+
+
+@pytest.mark.parametrize(
+    ("cause", "error", "line", "attempts"),
+    [
+        ("bad_input", InputError, "no such thing", 1),
+        ("failed_training", TrainingError, "no finite gradient", 1),
+        ("crash", TrainingError, "process 0 failed: .*a bug.*; 3 attempts got no further than step 0", 3),
+    ],
+)
+def test_errors_keep_their_meaning_and_crashes_are_tried_again(
+    tmp_path: Path, cause: str, error: type[Exception], line: str, attempts: int
+) -> None:
+    warned: list[str] = []
+    sys.path.insert(0, str(PEER.parent))  # the spawned process imports the function by its module's name
+    try:
+        peer = importlib.import_module("peer")
+        with pytest.raises(error, match=line):
+            run_processes(getattr(peer, cause), 1, out=tmp_path, warn=warned.append)
+    finally:
+        sys.path.remove(str(PEER.parent))
+    assert len(warned) == attempts - 1

@@ -58,9 +58,11 @@ class TrainOptions:
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/<preset>)")] = None
     """Folder of the run."""
     gpus: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, or the CPU)")] = None
-    """Number of GPUs."""
+    """Number of GPUs on this machine, a process for each."""
+    processes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """Number of processes that share the CPU (--device cpu)."""
     device: Device = "auto"
-    """auto: the GPU if the machine has one."""
+    """auto: the GPUs if the machine has any."""
     dry_run: bool = False
     """Print the resolved configuration, the parameter count and the plan of stages, and stop."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -144,15 +146,56 @@ class EvaluateOptions:
 class PrepareOptions:
     """Turn a source of images into the store that training reads."""
 
-    source: Positional[Literal["digits"]]
-    """digits: scikit-learn's handwritten digits, 1,797 scanned images of 8x8; nothing is downloaded."""
-    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: data/<source>)")] = None
-    """Folder to write."""
+    source: Positional[Literal["digits", "cifar10", "imagenet", "imagenet-npz", "edm-zip", "folder"]]
+    """digits: scikit-learn's handwritten digits, 8x8; nothing is downloaded. cifar10: the python archive.
+    imagenet: ILSVRC 2012's training set, its tar or the folders of its synsets. imagenet-npz: Chrabaszcz's
+    batches. edm-zip: a data set of EDM or EDM2. folder: any images; a class per subfolder, if there are."""
+    path: Positional[Annotated[Path | None, arg(metavar="[PATH]", help_behavior_hint="")]] = None
+    """The archive or folder that holds the images. Archives are read in place."""
+    out: Annotated[
+        Path | None,
+        arg(metavar="DIR", help_behavior_hint="(default: data/<source>, for imagenet data/imagenet64)"),
+    ] = None
+    """Folder to write. The same command continues what was stopped, and verifies what is finished."""
+    resolution: Annotated[
+        int | None, arg(metavar="N", help_behavior_hint="(imagenet: default 64; folder: required)")
+    ] = None
+    """Height and width in pixels."""
+    crop: Annotated[
+        str | None,
+        arg(
+            metavar="{center-crop-dhariwal,center-crop,none}",
+            help_behavior_hint="(imagenet, folder: default center-crop-dhariwal)",
+        ),
+    ] = None
+    """How an image of any size becomes a square: as ADM (halvings by BOX, then BICUBIC), as EDM (the central
+    square by LANCZOS), or not at all: others are rejected."""
+    channels: Annotated[int | None, arg(metavar="{1,3}", help_behavior_hint="(folder: default 3)")] = None
+    """1: grey, 3: RGB."""
+    processes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: one per core)")] = None
+    """Processes that read and decode."""
+    max_rejected: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.01)")] = None
+    """Largest share of unusable images. They are left out, and listed in rejected.txt."""
+    download: bool = False
+    """cifar10: get the archive from its authors first, into PATH (default: data); its MD5 is checked."""
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
     """Say what this machine has and lacks. Exit code 0: it can train; 2: something essential is missing."""
+
+    data: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: none is measured)")] = None
+    """Folder of a prepared store: does any loader starve the training step on it? Takes some ten seconds."""
+    preset: Annotated[
+        str | None,
+        arg(
+            metavar=f"{{{','.join(presets.names())}}}",
+            help_behavior_hint="(default: one that takes such images)",
+        ),
+    ] = None
+    """Whose training step the loaders are measured against."""
+    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the preset's)")] = None
+    """Images per step."""
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {

@@ -24,12 +24,16 @@ def train(options: TrainOptions) -> int:
     """`ict-fast train`."""
     config = options.config()
     out = options.out if options.out is not None else Path("runs") / config.preset
-    for name, number in (("gpus", options.gpus), ("extend", options.extend)):
+    for name, number in (
+        ("gpus", options.gpus),
+        ("processes", options.processes),
+        ("extend", options.extend),
+    ):
         if number is not None:
             _at_least(1, name, number)
     results.require_place(out, "--out")
     arguments: dict[str, Any] = {
-        name: getattr(options, name) for name in ("device", "gpus", "resume", "extend")
+        name: getattr(options, name) for name in ("device", "gpus", "processes", "resume", "extend")
     }
     if options.dry_run:
         from ict_fast.training.trainer import plan
@@ -136,24 +140,57 @@ def evaluate(options: EvaluateOptions) -> int:
 
 def prepare(options: PrepareOptions) -> int:
     """`ict-fast prepare`."""
-    out = options.out if options.out is not None else Path("data") / options.source
+    from ict_fast.data import sources
+
+    given = {name: value for name, value in vars(options).items() if name not in ("source", "out")}
+    sources.check_options(options.source, given)
+    folder = f"imagenet{options.resolution or 64}" if options.source == "imagenet" else options.source
+    out = options.out if options.out is not None else Path("data") / folder
     results.require_place(out, "--out")
+    sources.check_place(options.source, options.path, out)
 
-    from ict_fast.data.prepare import prepare_digits
+    try:
+        if options.source == "digits":
+            from ict_fast.data.prepare import prepare_digits
 
-    sources: dict[str, Callable[[Path], Path]] = {"digits": prepare_digits}
-    print(f"{options.source}: {sources[options.source](out)}")
+            prepare_digits(out)
+        else:
+            from ict_fast.data.prepare import prepare_store
+
+            source = sources.open_source(options.source, given)
+            max_rejected = 0.01 if options.max_rejected is None else options.max_rejected
+            prepare_store(source, out, processes=options.processes, max_rejected=max_rejected)
+    except KeyboardInterrupt:
+        print("ict-fast: interrupted; the same command continues", file=sys.stderr)
+        return errors.EXIT_SIGINT
+    print(f"{options.source}: {out}")
+    if (out / "rejected.txt").exists():
+        print(f"left out, because they cannot be used: {out / 'rejected.txt'}")
     return errors.EXIT_DONE
 
 
 def doctor(options: DoctorOptions) -> int:
     """`ict-fast doctor`."""
-    from ict_fast.doctor import advice, checks, table
+    from ict_fast.doctor import Check, advice, checks, feeding_checks, table
 
+    for name in ("preset", "batch"):
+        if options.data is None and getattr(options, name) is not None:
+            raise InputError(f"--{name} says what --data is measured against; name a store with --data DIR")
+    if options.batch is not None:
+        _at_least(1, "batch", options.batch)
     found = checks()
+    failed = any(check.status == "FAIL" for check in found)
+    if options.data is not None and failed:
+        found.append(Check("data", "none", f"{options.data}: not measured before this machine can train"))
+    elif options.data is not None:
+        from ict_fast.training.feeding import measure
+
+        with _live_line() as progress:
+            feeding = measure(options.data, options.preset, options.batch, progress=progress)
+        found += feeding_checks(feeding)
     _print_table(table(found))
     print(advice(found))
-    return errors.EXIT_BAD_INPUT if any(check.status == "FAIL" for check in found) else errors.EXIT_DONE
+    return errors.EXIT_BAD_INPUT if failed else errors.EXIT_DONE
 
 
 def _at_least(least: int, name: str, value: int) -> None:

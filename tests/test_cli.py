@@ -206,7 +206,14 @@ def test_every_configuration_field_is_a_flag_and_preset_is_there_once(capsys):
 def test_train_alone_is_the_digits_preset_in_its_own_folder(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train"]) == 0
-    expected = {"out": Path("runs/digits"), "device": "auto", "gpus": None, "resume": "auto", "extend": None}
+    expected = {
+        "out": Path("runs/digits"),
+        "device": "auto",
+        "gpus": None,
+        "processes": None,
+        "resume": "auto",
+        "extend": None,
+    }
     assert trained == [(presets.get("digits"), expected)]
     assert "3 steps are done" in capsys.readouterr().out
 
@@ -216,7 +223,14 @@ def test_train_hands_its_options_on(trained, tmp_path):
     words = "--gpus 2 --device cuda --resume must --extend 500 --preset imagenet64 --data /images --out"
     assert main(["train", *words.split(), str(out)]) == 0
     [(config, options)] = trained
-    assert options == {"out": out, "device": "cuda", "gpus": 2, "resume": "must", "extend": 500}
+    assert options == {
+        "out": out,
+        "device": "cuda",
+        "gpus": 2,
+        "processes": None,
+        "resume": "must",
+        "extend": 500,
+    }
     preset = presets.get("imagenet64")
     assert config == dataclasses.replace(preset, data=dataclasses.replace(preset.data, path="/images"))
 
@@ -362,7 +376,11 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("evaluate {run} --steps 1,x", "--steps 1,x: expected integers"),
         ("evaluate {run} --steps 0,1", "--steps is 0; it must be at least 1"),
         ("evaluate {run} --count 1", "--count is 1; it must be at least 2"),
-        ("prepare", "ict-fast prepare needs digits; see `ict-fast prepare --help`"),
+        (
+            "prepare",
+            "ict-fast prepare needs digits, cifar10, imagenet, imagenet-npz, edm-zip, folder;"
+            " see `ict-fast prepare --help`",
+        ),
         ("prepare digit", 'ict-fast prepare "digit"; did you mean "digits"?'),
         ("doctor --fix", "unknown option --fix; `ict-fast doctor --help` lists them"),
     ],

@@ -2,11 +2,70 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from ict_fast.data.store import write_store
+from ict_fast.data.partial_store import JOURNAL_NAME, PartialStore, partial_store
+from ict_fast.data.progress import ImageProgress
+from ict_fast.data.reading import read_pieces
+from ict_fast.data.source import Source
+from ict_fast.data.store import open_store, write_store
+from ict_fast.errors import InputError
+
+# Beyond the share that is allowed, so many are still looked for: a person wants the list, not its first line.
+_LISTED_AT_LEAST = 1000
+
+
+def prepare_store(
+    source: Source, out: Path, *, processes: int | None = None, max_rejected: float = 0.01
+) -> Path:
+    """Reads a source with all cores into a store, which is there whole or not at all.
+
+    A call that was stopped, by whatever, is continued by the next one with the same source. A finished store
+    of the same source is verified and not rebuilt. Memory does not grow with the number of images. Progress
+    goes to standard error.
+
+    Args:
+        source: the images. It goes to processes that are spawned, so a script that calls this must do it
+            under `if __name__ == "__main__"`.
+        out: the folder to create; it must not exist, be empty, or hold the store of the same source.
+        processes: that read and decode; by default one per usable core. 1: this process alone.
+        max_rejected: share of the items that may be unusable. They are left out, and listed in rejected.txt.
+    Returns:
+        out.
+    Raises:
+        InputError: `out` holds something else or another process is writing it; too many unusable items;
+            the source or the disk failed. What is done is kept.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        return _keep_finished(source, out)
+    out = out.resolve() if out.is_symlink() else out  # what a link names may be on a larger disk
+    if os.path.ismount(out):
+        raise InputError(f"{out}: is a mount point, which nothing can be renamed to; name a folder in it")
+    count = len(source.labels)
+    shape = (count, source.resolution, source.resolution, source.image_channels)
+    with partial_store(out, source.identity(), shape) as partial:
+        allowed = max_rejected * count
+        if len(partial.rejected) > allowed:
+            partial.forget_rejected()
+        missing = partial.missing()
+        done = count - sum(stop - start for start, stop in missing)
+        with (
+            ImageProgress("preparing", count, done) as progress,
+            closing(read_pieces(source, missing, processes)) as pieces,
+        ):
+            for piece in pieces:
+                partial.write(piece)
+                progress.advance(len(piece.pixels), len(piece.rejected))
+                if len(partial.rejected) > max(allowed, _LISTED_AT_LEAST):
+                    break
+        if partial.rejected:
+            _list_rejected(source, partial, allowed)
+        partial.finish(source.labels, source=source.name, recipe=source.recipe, classes=source.classes)
+    return out
 
 
 def prepare_digits(out: Path) -> Path:
@@ -43,3 +102,36 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     bundled = datasets.load_digits()
     images = np.rint(bundled.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
     return images, bundled.target.astype(np.int64)
+
+
+def _keep_finished(source: Source, out: Path) -> Path:
+    """Verifies the store at `out` and that it was made from this source."""
+    if not (out / "meta.json").is_file():
+        raise InputError(f"{out}: exists and is not a prepared store; name another --out")
+    there = open_store(out, verify=True).meta
+    ours = {
+        "source": source.name,
+        "recipe": source.recipe,
+        "classes": list(source.classes),
+        "names, sizes, dates or labels of the files": source.identity(),
+    }
+    theirs = {**there, "names, sizes, dates or labels of the files": there.get("identity")}
+    different = [name for name, value in ours.items() if theirs.get(name) != value]
+    if different:
+        raise InputError(f"{out}: holds another store (other {different[0]}); name another --out")
+    (out / JOURNAL_NAME).unlink(missing_ok=True)  # of a process that died between its last two steps
+    return out
+
+
+def _list_rejected(source: Source, partial: PartialStore, allowed: float) -> None:
+    """Writes rejected.txt; raises InputError if it has more lines than are allowed."""
+    first, *others = sorted(partial.rejected)
+    names = [source.item_name(index) for index in (first, *others)]
+    path = partial.list_rejected(names)
+    if len(names) > allowed:
+        seen = len(source.labels) - sum(stop - start for start, stop in partial.missing())
+        raise InputError(
+            f"{len(names):,} of {seen:,} images cannot be used, such as {names[0]}"
+            f" ({partial.rejected[first]}); {path} lists them; repair or remove them, or allow a larger share"
+            " with --max-rejected"
+        )

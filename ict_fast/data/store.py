@@ -3,6 +3,7 @@
 images.npy  uint8 (N, H, W, C): one raw array beats every sharded or encoded form (0.6 M images/s at 64x64).
 labels.npy  int64 (N,), in [0, number of classes); all zero where there are no classes.
 meta.json   format, source, recipe, classes, and the size and SHA-256 of both arrays.
+rejected.txt, if the source had images that cannot be used: their names and why.
 """
 
 from __future__ import annotations
@@ -95,16 +96,9 @@ def write_store(
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"labels are of type {labels.dtype}; they must be integers")
     labels = np.ascontiguousarray(labels, dtype=np.int64)
-    _check_labels(labels, len(classes), "labels")
+    check_labels(labels, len(classes), "labels")
     blocks = iter([images] if isinstance(images, np.ndarray) else images)
-    about = {
-        "format": FORMAT,
-        "version": VERSION,
-        "source": source,
-        "recipe": recipe,
-        "num_classes": len(classes),
-        "classes": list(classes),
-    }
+    about = describe(source, recipe, classes)
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         return _keep_equal(out, about, blocks, labels)
@@ -112,7 +106,7 @@ def write_store(
     partial = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock_folder(partial)
+        lock = lock_folder(partial)
     except OSError as error:
         raise InputError(f"{out}: cannot be created: {error.strerror or error}") from error
     try:
@@ -122,9 +116,9 @@ def write_store(
             image_entry = _write_images(file, blocks, len(labels), out)
             file.flush()
             os.fsync(file.fileno())
-        encoded_labels = _encode_labels(labels)
+        encoded_labels = encode_labels(labels)
         write_durably(partial / "labels.npy", encoded_labels)
-        files = {"images.npy": image_entry, "labels.npy": _entry(encoded_labels)}
+        files = {"images.npy": image_entry, "labels.npy": file_entry(encoded_labels)}
         write_durably(partial / "meta.json", json.dumps({**about, "files": files}, indent=1).encode())
         flush_directory(partial)
         os.replace(partial, out)
@@ -170,18 +164,30 @@ def open_store(path: Path, *, verify: bool = False) -> Store:
             raise InputError(f"{file}: altered, {size} bytes instead of {entry['bytes']}; {again}")
     images = _map_array(path / "images.npy", np.dtype(np.uint8), 4, again)
     labels = np.array(_map_array(path / "labels.npy", np.dtype(np.int64), 1, again))
-    problem = _image_shape_problem(images.shape)
+    problem = image_shape_problem(images.shape)
     if problem:
         raise InputError(f"{path / 'images.npy'}: {problem}; {again}")
     if len(images) != len(labels):
         raise InputError(f"{path / 'labels.npy'}: {len(labels)} labels for {len(images)} images; {again}")
-    _check_labels(labels, len(meta["classes"]), str(path / "labels.npy"))
+    check_labels(labels, len(meta["classes"]), str(path / "labels.npy"))
 
     if verify or sum(entry["bytes"] for entry in meta["files"].values()) < HASH_ALWAYS_BELOW:
         for name, entry in meta["files"].items():
             if sha256_file(path / name) != entry["sha256"]:
                 raise InputError(f"{path / name}: altered, its SHA-256 is not that of meta.json; {again}")
     return Store(path=path, images=images, labels=labels, meta=meta)
+
+
+def describe(source: str, recipe: str, classes: Sequence[str]) -> dict[str, Any]:
+    """What meta.json says of any store; its files, and what its writer knows of it, are added."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": source,
+        "recipe": recipe,
+        "num_classes": len(classes),
+        "classes": list(classes),
+    }
 
 
 def _keep_equal(out: Path, about: dict[str, Any], blocks: Iterator[np.ndarray], labels: np.ndarray) -> Path:
@@ -192,7 +198,7 @@ def _keep_equal(out: Path, about: dict[str, Any], blocks: Iterator[np.ndarray], 
     ours = {
         **about,
         "images": _write_images(None, blocks, len(labels), out)["sha256"],
-        "labels": _entry(_encode_labels(labels))["sha256"],
+        "labels": file_entry(encode_labels(labels))["sha256"],
     }
     theirs = {**there, **{name: there["files"][f"{name}.npy"]["sha256"] for name in ("images", "labels")}}
     different = [name for name, value in ours.items() if theirs.get(name) != value]
@@ -201,8 +207,13 @@ def _keep_equal(out: Path, about: dict[str, Any], blocks: Iterator[np.ndarray], 
     return out
 
 
-def _lock_folder(partial: Path) -> int:
-    """Creates the folder and locks it until the descriptor is closed; a killed process loses its lock."""
+def lock_folder(partial: Path) -> int:
+    """Creates a writer's folder and locks it until the returned descriptor is closed, at death at the latest.
+
+    Raises:
+        InputError: another process holds the lock, or has just renamed the folder into place.
+        OSError: it cannot be created.
+    """
     partial.mkdir(exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -229,11 +240,11 @@ def _write_images(
         if block.dtype != np.uint8:
             raise InputError(f"images are of type {block.dtype}; a store holds uint8")
         if shape is None:
-            problem = _image_shape_problem((num_images, *block.shape[1:]))
+            problem = image_shape_problem((num_images, *block.shape[1:]))
             if problem:
                 raise InputError(f"images: {problem}")
             shape = block.shape[1:]
-            header = _npy_header((num_images, *shape), np.dtype(np.uint8))
+            header = npy_header((num_images, *shape), np.dtype(np.uint8))
             needed = len(header) + num_images * int(np.prod(shape))
             if file is not None:
                 free = shutil.disk_usage(out.parent).free
@@ -257,7 +268,8 @@ def _write_images(
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 
-def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """The first bytes of a .npy file in C order; what follows is the array's memory."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -265,21 +277,25 @@ def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     return header.getvalue()
 
 
-def _encode_labels(labels: np.ndarray) -> bytes:
-    return _npy_header(labels.shape, labels.dtype) + labels.tobytes()
+def encode_labels(labels: np.ndarray) -> bytes:
+    """labels.npy."""
+    return npy_header(labels.shape, labels.dtype) + labels.tobytes()
 
 
-def _entry(content: bytes) -> dict[str, Any]:
+def file_entry(content: bytes) -> dict[str, Any]:
+    """What meta.json says of a file."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _image_shape_problem(shape: tuple[int, ...]) -> str:
+def image_shape_problem(shape: tuple[int, ...]) -> str:
+    """Why a store cannot hold images of that shape; empty if it can."""
     if len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or 0 in shape:
         return f"shape {shape}; it must be (N, H, W, C) with N > 0, H = W and C = 1 or 3"
     return ""
 
 
-def _check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
+def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
+    """Raises InputError, which begins with `name`, unless labels (N,) are those of `num_classes` classes."""
     if labels.ndim != 1 or len(labels) == 0:
         raise InputError(f"{name}: shape {labels.shape}; it must be (N,) with N > 0")
     low, high = int(labels.min()), int(labels.max())

@@ -28,6 +28,7 @@ from ict_fast.training.run_directory import RunResult
 # A run that loses processes again and again without getting any further is given up.
 _ATTEMPTS_WITHOUT_PROGRESS = 3
 _SAVING_SECONDS = 120  # what a stopped run has to write its checkpoint
+_TRACEBACK = "crash.txt"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -58,7 +59,7 @@ def run_processes(
     attempts_in_vain, first, step = 0, True, _newest_step(out)
     while True:
         with tempfile.TemporaryDirectory(prefix="ict-fast-") as folder:
-            cause, signal_number = _attempt(work, count, first, Path(folder))
+            cause, signal_number = _attempt(work, count, first, Path(folder), out / _TRACEBACK)
             if outcome := _outcome(Path(folder)):
                 return outcome
         before, step = step, _newest_step(out)
@@ -77,7 +78,7 @@ def _newest_step(out: Path) -> int:
 
 
 def _attempt(
-    work: Callable[[bool], RunResult], count: int, first: bool, folder: Path
+    work: Callable[[bool], RunResult], count: int, first: bool, folder: Path, traceback: Path
 ) -> tuple[str, int | None]:
     """One start of all processes; returns what ended them, and the signal if it was one to this process."""
     settings = LaunchConfig(
@@ -102,9 +103,12 @@ def _attempt(
         rank, failure = failed.get_first_failure()
         if failure.exitcode < 0:
             return f"process {rank} was ended by {failure.signal_name()}", None
-        message = failure.message
-        text = message if isinstance(message, str) else str(message.get("message", ""))
-        return f"process {rank} failed: {' '.join(text.split()) or f'exit code {failure.exitcode}'}", None
+        if not isinstance(failure.message, dict):
+            return f"process {rank} ended with exit code {failure.exitcode}", None
+        text = " ".join(str(failure.message["message"]).split())
+        with suppress(OSError):
+            traceback.write_text(str(failure.message["extraInfo"]["py_callstack"]))
+        return f"process {rank} failed: {text} (traceback: {traceback})", None
     return "the processes ended without a result", None
 
 
@@ -122,7 +126,7 @@ def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent:
         result = work(first)
     except (InputError, TrainingError) as error:
         _write(Path(folder) / f"{rank}.json", {"error": type(error).__name__, "message": str(error)})
-        raise
+        raise SystemExit(1) from None
     if rank == 0:
         _write(Path(folder) / "0.json", {**asdict(result), "out": str(result.out)})
     if result.exit_code:  # to return would be to wait for the agent, which waits for the end of this process

@@ -293,3 +293,4 @@ def test_errors_keep_their_meaning_and_crashes_are_tried_again(
     finally:
         sys.path.remove(str(PEER.parent))
     assert len(warned) == attempts - 1
+    assert (tmp_path / "crash.txt").exists() == (cause == "crash")

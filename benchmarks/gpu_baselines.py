@@ -1,0 +1,66 @@
+"""What the kernels are compared with: functions compiled by Inductor, and the package's own definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ict_kernels import set_backend
+
+# By default Inductor computes SiLU and dropout anew for every reader of a norm's output; with these it stores
+# what it has, and moves a third of the bytes.
+RAISED_THRESHOLDS: dict[str, Any] = {
+    "realize_reads_threshold": 64,
+    "realize_opcount_threshold": 500,
+    "realize_acc_reads_threshold": 64,
+}
+# Compiling for a CPU takes a minute for each shape, and says nothing about a GPU.
+COMPILED_ON = ("cuda",)
+
+
+def compiled_variants(function: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
+    """The function by Inductor, with its defaults and with raised thresholds; empty off COMPILED_ON."""
+    if device.type not in COMPILED_ON:
+        return {}
+    torch.compiler.reset()  # else all cases count against one limit of recompilations
+    return {
+        "inductor": torch.compile(function, fullgraph=True, dynamic=False),
+        "inductor, raised thresholds": torch.compile(
+            function, fullgraph=True, dynamic=False, options=RAISED_THRESHOLDS
+        ),
+    }
+
+
+@contextmanager
+def definitions() -> Iterator[None]:
+    """Inside, ict_kernels runs its eager definitions."""
+    set_backend("eager")
+    try:
+        yield
+    finally:
+        set_backend("auto")
+
+
+def by_definition(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the eager definitions behind it."""
+
+    def run(*arguments: Any) -> Any:
+        with definitions():
+            return function(*arguments)
+
+    return run
+
+
+def error_record(ours: Tensor, exact: Tensor, torchs: Tensor) -> dict[str, float | None]:
+    """Largest absolute errors against float64; `ratio` is ours over torch's, None where torch's is 0."""
+    error = float((ours.double() - exact).abs().max())
+    torchs_error = float((torchs.double() - exact).abs().max())
+    return {
+        "max_error": error,
+        "torch_max_error": torchs_error,
+        "ratio": error / torchs_error if torchs_error else None,
+    }

@@ -1,0 +1,204 @@
+"""Data sets of EDM and EDM2: a ZIP of PNG files, stored as they are, and `dataset.json` with the labels.
+
+`dataset.json` is `{"labels": [["00000/img00000000.png", 0], ...]}`, or `{"labels": null}` without classes.
+The images are at their final size: nothing is resampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ict_fast.data.image_decoding import MAX_ENCODED_BYTES, RejectedImage, image_layout
+from ict_fast.data.image_source import ImageSource
+from ict_fast.data.name_table import NameTable
+from ict_fast.errors import InputError
+
+# ImageNet's takes 50 MB.
+_MAX_JSON_BYTES = 2**29
+# A label is a class's number, and every number below the highest names a class.
+_MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class ZipFiles:
+    """Stored members of a ZIP; `EncodedFiles`. zipfile itself would take 650 MB in every worker."""
+
+    archive: Path
+    names: NameTable
+    headers: np.ndarray
+    """int64 (N,), of the members' local headers in the archive, in bytes."""
+    sizes: np.ndarray
+    """int64 (N,), bytes."""
+    checksums: np.ndarray
+    """uint32 (N,), CRC-32 of the members' content."""
+    modified: int
+    """The archive's date of change, in nanoseconds."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """The member's name."""
+        return self.names[index]
+
+    def stamp(self) -> str:
+        """As `EncodedFiles.stamp`."""
+        digest = hashlib.sha256(repr((self.modified, *self.names)).encode())
+        for column in (self.headers, self.sizes, self.checksums):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> bytes:
+        """As `EncodedFiles.read`."""
+        size, start = int(self.sizes[index]), int(self.headers[index])
+        if size > MAX_ENCODED_BYTES:
+            raise RejectedImage(f"a file of {size} bytes, more than {MAX_ENCODED_BYTES}")
+        with self.archive.open("rb", buffering=0) as file:
+            header = os.pread(file.fileno(), 30, start)
+            # The local header repeats the name, and may have another extra field than the directory's.
+            lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            content = os.pread(file.fileno(), size, start + 30 + lengths)
+        if header[:4] != b"PK\x03\x04" or zlib.crc32(content) != self.checksums[index]:
+            raise RejectedImage("damaged: not what the archive's checksum says")
+        return content
+
+
+def edm_zip_source(archive: Path) -> ImageSource:
+    """A data set in the form of EDM and EDM2.
+
+    Images come in the order of their names. Size and colour are those of the first; the classes are numbers,
+    up to the highest label, and some may have no image: a part of ImageNet keeps ImageNet's numbers.
+
+    Args:
+        archive: the ZIP.
+    Raises:
+        InputError: not such a data set; a label that is none; an archive with a member that could mean harm:
+            a link, an absolute name, `..`, a name that comes twice.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = opened.infolist()
+            status = archive.stat()
+            _check_members(archive, members, status.st_size)
+            described = _read_json(archive, opened)
+    except OSError as error:
+        raise InputError(f"{archive}: cannot be read: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+        raise InputError(f"{archive}: not a whole ZIP ({error}); get it again") from error
+    images = sorted(
+        (member for member in members if not member.is_dir() and member.filename != "dataset.json"),
+        key=lambda member: member.filename,
+    )
+    if not images:
+        raise InputError(f"{archive}: has no images")
+    files = ZipFiles(
+        archive,
+        NameTable(member.filename for member in images),
+        np.array([member.header_offset for member in images], np.int64),
+        np.array([member.file_size for member in images], np.int64),
+        np.array([member.CRC for member in images], np.uint32),
+        status.st_mtime_ns,
+    )
+    labels, num_classes = _labels(archive, files.names, described)
+    resolution, image_channels = _layout(archive, files)
+    return ImageSource(
+        name=f"EDM data set {archive.name}",
+        files=files,
+        crop="none",
+        resolution=resolution,
+        image_channels=image_channels,
+        classes=[str(number) for number in range(num_classes)],
+        labels=labels,
+    )
+
+
+def _check_members(archive: Path, members: list[zipfile.ZipInfo], archive_bytes: int) -> None:
+    seen: set[str] = set()
+    for member in members:
+        path = PurePosixPath(member.filename)
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(f"{archive}: member {member.filename!r} leads elsewhere; it is refused")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise InputError(f"{archive}: member {member.filename!r} is a link; it is refused")
+        if str(path) in seen:
+            raise InputError(f"{archive}: has the member {member.filename} twice; it is refused")
+        seen.add(str(path))
+        if member.flag_bits & 1:
+            raise InputError(f"{archive}: member {member.filename} is encrypted")
+        if member.is_dir() or member.filename == "dataset.json":
+            continue
+        if path.suffix.lower() != ".png":
+            raise InputError(
+                f"{archive}: member {member.filename} is not a PNG; only EDM data sets of pixels are read"
+            )
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            raise InputError(
+                f"{archive}: member {member.filename} is compressed; a data set of EDM stores its images as"
+                " they are (zip -0)"
+            )
+        if not 0 <= member.header_offset <= archive_bytes - member.file_size:
+            raise InputError(
+                f"{archive}: member {member.filename} lies beyond the archive's end; get it again"
+            )
+
+
+def _read_json(archive: Path, opened: zipfile.ZipFile) -> Any:
+    try:
+        member = opened.getinfo("dataset.json")
+    except KeyError:
+        raise InputError(f"{archive}: has no dataset.json, so it is not a data set of EDM") from None
+    if member.file_size > _MAX_JSON_BYTES:
+        raise InputError(f"{archive}: dataset.json has {member.file_size} bytes; at most {_MAX_JSON_BYTES}")
+    try:
+        return json.loads(opened.read(member))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{archive}: dataset.json is not readable as JSON") from error
+
+
+def _labels(archive: Path, names: NameTable, described: Any) -> tuple[np.ndarray, int]:
+    """The labels, int64 (N,), in the order of the names, and the number of classes."""
+    pairs = described.get("labels") if isinstance(described, dict) else ()
+    if pairs is None:
+        return np.zeros(len(names), np.int64), 0
+    where = f"{archive}: dataset.json"
+    well_formed = isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+    )
+    if not well_formed:
+        raise InputError(f'{where}: "labels" must be null or a list of [name, class]')
+    of_name: dict[str, Any] = {name.replace("\\", "/"): label for name, label in pairs}
+    if len(of_name) != len(pairs):
+        raise InputError(f"{where} has a label twice for the same name")
+    labels = np.zeros(len(names), np.int64)
+    for index, name in enumerate(names):
+        if name not in of_name:
+            raise InputError(f"{where} has no label for {name}")
+        label = of_name[name]
+        if type(label) is not int or not 0 <= label < _MAX_CLASSES:
+            raise InputError(
+                f"{where}: the label of {name} is {label!r}; it must be an integer from 0 to"
+                f" {_MAX_CLASSES - 1}"
+            )
+        labels[index] = label
+    return labels, int(labels.max()) + 1
+
+
+def _layout(archive: Path, files: ZipFiles) -> tuple[int, int]:
+    """Resolution and channels of the first image that is one."""
+    for index in range(len(files)):
+        try:
+            width, _, image_channels = image_layout(files.read(index))
+        except RejectedImage:
+            continue
+        return width, image_channels
+    raise InputError(f"{archive}: has no image that can be decoded")

@@ -1,0 +1,181 @@
+"""Images in folders: any folder, with a class per subfolder or without, and ILSVRC's folders of synsets.
+
+Files are told by their suffix, in any case, and other files and hidden ones are passed over. What lies deeper
+than a class's folder belongs to that class. Links to files are followed everywhere, links to folders only
+where they stand for a class: a ring of links would have no end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ict_fast.data.image_decoding import MAX_ENCODED_BYTES, RejectedImage
+from ict_fast.data.image_source import ImageSource
+from ict_fast.data.name_table import NameTable
+from ict_fast.data.progress import narrated
+from ict_fast.errors import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+SYNSET = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The images below a folder, in the order of their labels; `EncodedFiles`."""
+
+    root: Path
+    names: NameTable
+    """Relative to the root."""
+    listing: str
+    """SHA-256 over names, sizes and dates of change."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """The file's path relative to the folder."""
+        return self.names[index]
+
+    def stamp(self) -> str:
+        """As `EncodedFiles.stamp`."""
+        return self.listing
+
+    def read(self, index: int) -> bytes:
+        """As `EncodedFiles.read`. A file that cannot be read is a bad image: the others may be good."""
+        path = self.root / self.names[index]
+        try:
+            if not path.is_file() and path.exists():  # a pipe would be waited for
+                raise RejectedImage("not a file")
+            with path.open("rb") as file:
+                content = file.read(MAX_ENCODED_BYTES + 1)
+        except OSError as error:
+            raise RejectedImage(f"cannot be read: {error.strerror or error}") from error
+        if len(content) > MAX_ENCODED_BYTES:
+            raise RejectedImage(f"a file of more than {MAX_ENCODED_BYTES} bytes")
+        return content
+
+
+def folder_source(root: Path, *, crop: str, resolution: int, image_channels: int) -> ImageSource:
+    """Any folder of images: classes by subfolder, in the order of their names, or none.
+
+    Args:
+        root: holds either images, which then have no labels, or one folder per class.
+        crop: a key of `CROPS`.
+        resolution: R, pixels.
+        image_channels: 1 for grey, 3 for RGB.
+    Raises:
+        InputError: no images, images beside folders of images, or a folder without any.
+    """
+    _require_folder(root)
+    classes = _subfolders(root)
+    top = [entry.name for entry in _entries(root) if _is_image(entry.name)]
+    if top and classes:
+        raise InputError(
+            f"{root}: has images ({min(top)}) beside folders ({classes[0]}); a folder has either images"
+            " without labels, or one folder per class"
+        )
+    files, labels = _list_classes(root, classes) if classes else (_list_files(root, sorted(top)), None)
+    return ImageSource(
+        name=f"images of the folder {root.absolute().name}",
+        files=files,
+        crop=crop,
+        resolution=resolution,
+        image_channels=image_channels,
+        classes=classes,
+        labels=np.zeros(len(files), np.int64) if labels is None else labels,
+    )
+
+
+def ilsvrc_folder_source(root: Path, *, crop: str, resolution: int) -> ImageSource:
+    """The extracted training set of ILSVRC 2012: one folder per synset, `n01440764/n01440764_10026.JPEG`.
+
+    A class is a synset, in the order of their names. Fewer than 1,000 are taken for a chosen subset.
+
+    Args:
+        root: the folder of the synsets' folders; what else lies there is passed over.
+        crop: a key of `CROPS`.
+        resolution: R, pixels.
+    Raises:
+        InputError: no folder of a synset, or one without images.
+    """
+    _require_folder(root)
+    classes = [name for name in _subfolders(root) if SYNSET.fullmatch(name)]
+    if not classes:
+        below = [name for name in _subfolders(root) if any(map(SYNSET.fullmatch, _subfolders(root / name)))]
+        hint = f"; {root / below[0]} has some" if below else ""
+        raise InputError(f"{root}: has no folder named as a synset, such as n01440764{hint}")
+    files, labels = _list_classes(root, classes)
+    return ImageSource(
+        name="ImageNet ILSVRC 2012, training set",
+        files=files,
+        crop=crop,
+        resolution=resolution,
+        image_channels=3,
+        classes=classes,
+        labels=labels,
+    )
+
+
+def _require_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise InputError(f"{root}: {'is not a folder' if root.exists() else 'there is nothing here'}")
+
+
+def _list_classes(root: Path, classes: list[str]) -> tuple[FolderFiles, np.ndarray]:
+    """The images of all classes and their labels, int64 (N,)."""
+    names, counts = [], []
+    for name in classes:
+        found = sorted(_images_below(root, name))
+        if not found:
+            raise InputError(
+                f"{root / name}: a class without images ({', '.join(IMAGE_SUFFIXES)}); remove the folder"
+            )
+        names += found
+        counts.append(len(found))
+    return _list_files(root, names), np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+
+
+def _list_files(root: Path, names: list[str]) -> FolderFiles:
+    if not names:
+        raise InputError(f"{root}: has no images ({', '.join(IMAGE_SUFFIXES)})")
+    digest = hashlib.sha256()
+    for name in narrated(names, lambda name: f"listing the images of {root}: {name}"):
+        try:
+            status = os.stat(root / name)
+            seen = (name, status.st_size, status.st_mtime_ns)
+        except OSError:  # a link that leads nowhere; reading it will say so
+            seen = (name, -1, -1)
+        digest.update(repr(seen).encode())
+    return FolderFiles(root, NameTable(names), digest.hexdigest())
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
+def _subfolders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in _entries(root) if entry.is_dir() and not _is_image(entry.name))
+
+
+def _images_below(root: Path, folder: str) -> Iterator[str]:
+    for entry in _entries(root / folder):
+        name = f"{folder}/{entry.name}"
+        if _is_image(entry.name):
+            yield name
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _images_below(root, name)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)

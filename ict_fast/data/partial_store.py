@@ -1,0 +1,297 @@
+"""A store that is being written: pieces in any order, each kept through the death of the writer.
+
+Beside the store to be lies `.<name>.partial` with images.npy, in which every item has its place from the
+start, and journal.jsonl: whose images these are, and a line for each piece that is whole on the disk, with
+its SHA-256. Only when all is there are the gaps of rejected images closed and the folder renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ict_fast.data.progress import ImageProgress, say
+from ict_fast.data.store import (
+    check_labels,
+    describe,
+    encode_labels,
+    file_entry,
+    image_shape_problem,
+    lock_folder,
+    npy_header,
+)
+from ict_fast.durable import flush_directory, replace_durably, write_durably
+from ict_fast.errors import InputError
+
+REJECTED_NAME = "rejected.txt"
+JOURNAL_NAME = "journal.jsonl"
+_PIECE_BYTES = 2**22  # what a kill can cost each process: 341 images of 64x64, a second or a few
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The items start, ..., stop - 1, read."""
+
+    start: int
+    pixels: np.ndarray
+    """uint8 (stop - start, H, W, C), zero where an item is rejected."""
+    sha256: str
+    """Of the pixels."""
+    rejected: dict[int, str] = field(default_factory=dict)
+    """Index of the item, and why."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.pixels)
+
+
+class PartialStore:
+    """The folder beside `out`, locked. Made by `partial_store`.
+
+    Attributes:
+        folder: where it is.
+        rejected: index and reason of the items that turned out to be unusable, so far.
+    """
+
+    def __init__(self, out: Path, folder: Path, identity: str, shape: tuple[int, int, int, int]) -> None:
+        self.folder = folder
+        self.rejected: dict[int, str] = {}
+        self._out, self._identity, self._shape = out, identity, shape
+        self._image_bytes = shape[1] * shape[2] * shape[3]
+        self._piece_length = max(1, _PIECE_BYTES // self._image_bytes)
+        self._header = npy_header(shape, np.dtype(np.uint8))
+        self._lines: dict[int, dict[str, Any]] = {}
+        """The journal's line of each piece that is whole, by its first item."""
+        done = self._take_over()
+        self._images = os.open(folder / "images.npy", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._verify(done)
+            self._require_space()
+            _write_all(self._images, memoryview(self._header), 0)
+            self._write_journal()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leaves everything as it is, for the next process to go on with."""
+        os.close(self._images)
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The pieces that are still to be written, as (start, stop)."""
+        starts = range(0, self._shape[0], self._piece_length)
+        return [(start, self._stop(start)) for start in starts if start not in self._lines]
+
+    def write(self, piece: Piece) -> None:
+        """Puts a piece in its place, and notes it in the journal once it is on the disk.
+
+        Raises:
+            OSError: as of a full disk.
+        """
+        _write_all(self._images, piece.pixels.reshape(-1).data, self._offset(piece.start))
+        os.fdatasync(self._images)
+        line = {"start": piece.start, "stop": piece.stop, "sha256": piece.sha256, "rejected": piece.rejected}
+        with (self.folder / JOURNAL_NAME).open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps(line) + "\n")
+        self._lines[piece.start] = line
+        self.rejected |= piece.rejected
+
+    def forget_rejected(self) -> None:
+        """Counts the pieces that hold rejected items as missing: what was wrong may have been repaired."""
+        self._lines = {start: line for start, line in self._lines.items() if not line["rejected"]}
+        self.rejected = {}
+        self._write_journal()
+
+    def list_rejected(self, names: Sequence[str]) -> Path:
+        """Writes rejected.txt, a line "name<TAB>reason" per rejected item in their order.
+
+        Args:
+            names: of the rejected items, in the order of their indices.
+        """
+        reasons = [self.rejected[index] for index in sorted(self.rejected)]
+        lines = (f"{_printable(name)}\t{_printable(why)}\n" for name, why in zip(names, reasons, strict=True))
+        path = self.folder / REJECTED_NAME
+        replace_durably(path, "".join(lines).encode())
+        return path
+
+    def finish(self, labels: np.ndarray, *, source: str, recipe: str, classes: Sequence[str]) -> None:
+        """Closes the gaps of the rejected items, and makes the folder the store.
+
+        A process that dies while the gaps are closed leaves pieces that no longer match the journal; the next
+        one reads them again.
+
+        Args:
+            labels: int64 (N,), one per item, rejected ones included.
+            source, recipe, classes: as `write_store`.
+        Raises:
+            InputError: labels outside the classes, or a class that has lost all its images.
+            OSError: as of a full disk.
+        """
+        keep = np.ones(len(labels), dtype=bool)
+        keep[list(self.rejected)] = False
+        kept = labels[keep]
+        lost = np.setdiff1d(labels, kept)
+        if len(lost):
+            self.forget_rejected()
+            whose = f"class {classes[int(lost[0])]}" if classes else "the source"
+            raise InputError(
+                f"every image of {whose} was rejected; see {self.folder / REJECTED_NAME}, repair them and run"
+                " the same command again"
+            )
+        check_labels(kept, len(classes), "labels")
+        image_entry = self._compact(keep)
+        encoded_labels = encode_labels(kept)
+        write_durably(self.folder / "labels.npy", encoded_labels)
+        meta = {
+            **describe(source, recipe, classes),
+            "identity": self._identity,
+            "rejected": len(self.rejected),
+            "files": {"images.npy": image_entry, "labels.npy": file_entry(encoded_labels)},
+        }
+        write_durably(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
+        flush_directory(self.folder)
+        os.replace(self.folder, self._out)
+        flush_directory(self._out.parent)
+        # Not before the rename: without the journal, a process that died between the two would start anew.
+        (self._out / JOURNAL_NAME).unlink(missing_ok=True)
+
+    def _stop(self, start: int) -> int:
+        return min(start + self._piece_length, self._shape[0])
+
+    def _offset(self, item: int) -> int:
+        return len(self._header) + item * self._image_bytes
+
+    def _take_over(self) -> list[dict[str, Any]]:
+        """The lines of the pieces that an earlier process has written; whatever else it left is deleted."""
+        lines = _read_journal(self.folder / JOURNAL_NAME)
+        ours = bool(lines) and lines[0] == self._journal_head()
+        if lines and not ours:
+            say(f"{self.folder}: begun from other files or with other options; starting anew")
+        for leftover in self.folder.iterdir():
+            if not (ours and leftover.name in ("images.npy", JOURNAL_NAME)):
+                leftover.unlink()
+        return lines[1:] if ours else []
+
+    def _verify(self, lines: list[dict[str, Any]]) -> None:
+        """Keeps the lines whose pieces are whole."""
+        images = sum(line["stop"] - line["start"] for line in lines)
+        with ImageProgress("verifying", images) as progress:
+            for line in lines:
+                if self._is_whole(line):
+                    line["rejected"] = {int(index): why for index, why in line["rejected"].items()}
+                    self._lines[line["start"]] = line
+                    self.rejected |= line["rejected"]
+                progress.advance(line["stop"] - line["start"])
+
+    def _is_whole(self, line: dict[str, Any]) -> bool:
+        start, stop = line["start"], line["stop"]
+        if start % self._piece_length or stop != self._stop(start):
+            return False
+        content = os.pread(self._images, (stop - start) * self._image_bytes, self._offset(start))
+        return hashlib.sha256(content).hexdigest() == line["sha256"]
+
+    def _journal_head(self) -> dict[str, Any]:
+        return {"identity": self._identity, "shape": list(self._shape), "piece": self._piece_length}
+
+    def _write_journal(self) -> None:
+        lines = [self._journal_head(), *self._lines.values()]
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        replace_durably(self.folder / JOURNAL_NAME, content.encode())
+
+    def _require_space(self) -> None:
+        there = os.fstat(self._images).st_blocks * 512
+        needed = self._offset(self._shape[0]) - there
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise InputError(
+                f"{self._out}: needs {needed / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left"
+            )
+
+    def _compact(self, keep: np.ndarray) -> dict[str, Any]:
+        """Moves the kept images together, in their order; returns the file's entry in meta.json."""
+        header = npy_header((int(keep.sum()), *self._shape[1:]), np.dtype(np.uint8))
+        assert len(header) == len(self._header)  # NumPy pads it for any number of images
+        digest, end = hashlib.sha256(header), len(header)
+        with ImageProgress("hashing", len(keep)) as progress:
+            for start in range(0, len(keep), self._piece_length):
+                stop = self._stop(start)
+                content = os.pread(self._images, (stop - start) * self._image_bytes, self._offset(start))
+                block = np.frombuffer(content, np.uint8).reshape(stop - start, -1)[keep[start:stop]]
+                if end != self._offset(start) or len(block) < stop - start:
+                    _write_all(self._images, block.reshape(-1).data, end)
+                digest.update(block.data)
+                end += block.nbytes
+                progress.advance(stop - start)
+        _write_all(self._images, memoryview(header), 0)
+        os.ftruncate(self._images, end)
+        os.fsync(self._images)
+        return {"bytes": end, "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def partial_store(out: Path, identity: str, shape: tuple[int, int, int, int]) -> Iterator[PartialStore]:
+    """Opens the work on a store, an earlier process's or new, and locks it against a second writer.
+
+    Args:
+        out: the store to be; does not exist, or is an empty folder.
+        identity: of the source; work on another one is thrown away.
+        shape: (N, H, W, C) of all items, those that will be rejected included.
+    Raises:
+        InputError: a shape that a store cannot hold; a second writer; a full disk, there or while the caller
+            writes.
+    """
+    problem = image_shape_problem(shape)
+    if problem:
+        raise InputError(f"images: {problem}")
+    folder = out.parent / f".{out.name}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be created: {error.strerror or error}") from error
+    try:
+        store = PartialStore(out, folder, identity, shape)
+        try:
+            yield store
+        finally:
+            store.close()
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written: {error.strerror or error}; when that is settled, the same command"
+            " continues"
+        ) from error
+    finally:
+        os.close(lock)
+
+
+def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
+    """A single `pwrite` may write a part, as when the disk fills up; the next one then says why."""
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines up to the first that was cut short."""
+    lines: list[dict[str, Any]] = []
+    content = path.read_bytes() if path.exists() else b""
+    for text in content.splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _printable(text: str) -> str:
+    """Without what would break a line or is no character: file names may hold any bytes."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -1,0 +1,167 @@
+"""ILSVRC2012_img_train.tar, read in place: 138 GB need not be extracted.
+
+The archive holds one archive per synset (`n01440764.tar`, of `n01440764_10026.JPEG`), as it is distributed,
+or folders of the synsets (`train/n01440764/n01440764_10026.JPEG`), as people pack it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from ict_fast.data.folder_files import IMAGE_SUFFIXES, SYNSET
+from ict_fast.data.image_decoding import MAX_ENCODED_BYTES, RejectedImage
+from ict_fast.data.image_source import ImageSource
+from ict_fast.data.name_table import NameTable
+from ict_fast.data.progress import narrated
+from ict_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class TarFiles:
+    """Members of an archive that is not compressed; `EncodedFiles`."""
+
+    archive: Path
+    names: NameTable
+    offsets: np.ndarray
+    """int64 (N,), of the members' content in the archive, in bytes."""
+    sizes: np.ndarray
+    """int64 (N,), bytes."""
+    modified: int
+    """The archive's date of change, in nanoseconds."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """The member's name."""
+        return self.names[index]
+
+    def stamp(self) -> str:
+        """As `EncodedFiles.stamp`."""
+        digest = hashlib.sha256(repr((self.modified, *self.names)).encode())
+        digest.update(self.offsets.tobytes())
+        digest.update(self.sizes.tobytes())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> bytes:
+        """As `EncodedFiles.read`."""
+        size, offset = int(self.sizes[index]), int(self.offsets[index])
+        if size > MAX_ENCODED_BYTES:
+            raise RejectedImage(f"a file of {size} bytes, more than {MAX_ENCODED_BYTES}")
+        with self.archive.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+
+
+class _Member(NamedTuple):
+    synset: str
+    name: str
+    offset: int
+    size: int
+
+
+def ilsvrc_tar_source(archive: Path, *, crop: str, resolution: int) -> ImageSource:
+    """The training set of ILSVRC 2012 as an archive; classes and order as `ilsvrc_folder_source`.
+
+    Args:
+        archive: a tar that is not compressed.
+        crop: a key of `CROPS`.
+        resolution: R, pixels.
+    Raises:
+        InputError: not such an archive, truncated, or with a member that could mean harm: a link, a device,
+            an absolute name, `..`, a name that comes twice.
+    """
+    try:
+        with archive.open("rb") as file:
+            status = os.fstat(file.fileno())
+            found = narrated(
+                _images(file, archive, 0, ""),
+                lambda member: f"listing {archive}: {100 * member.offset // status.st_size} %",
+            )
+            members = sorted(found)
+    except OSError as error:
+        raise InputError(f"{archive}: cannot be read: {error.strerror or error}") from error
+    for member, following in itertools.pairwise(members):
+        if member[:2] == following[:2]:
+            raise InputError(f"{archive}: has the member {member.name} twice; it is refused")
+    if not members:
+        raise InputError(f"{archive}: has no images ({', '.join(IMAGE_SUFFIXES)})")
+    classes = sorted({member.synset for member in members})
+    files = TarFiles(
+        archive,
+        NameTable(member.name for member in members),
+        np.array([member.offset for member in members], np.int64),
+        np.array([member.size for member in members], np.int64),
+        status.st_mtime_ns,
+    )
+    return ImageSource(
+        name="ImageNet ILSVRC 2012, training set",
+        files=files,
+        crop=crop,
+        resolution=resolution,
+        image_channels=3,
+        classes=classes,
+        labels=np.searchsorted(np.array(classes), [member.synset for member in members]).astype(np.int64),
+    )
+
+
+def _images(file: BinaryIO, archive: Path, start: int, synset: str) -> Iterator[_Member]:
+    """The images of the archive that begins at byte `start`; inside a synset's own archive, all are its."""
+    inside = f" inside {synset}.tar" if synset else ""
+    archives: set[str] = set()
+    for member in _members(file, archive, start, inside):
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(f"{archive}: member {member.name!r}{inside} leads elsewhere; it is refused")
+        if not (member.isdir() or member.isreg()) or member.issparse():
+            raise InputError(f"{archive}: member {member.name!r}{inside} is not a plain file; it is refused")
+        if path.name.startswith("."):
+            continue
+        if not synset and path.suffix == ".tar" and SYNSET.fullmatch(path.stem):
+            if path.stem in archives:
+                raise InputError(f"{archive}: has {path.name} twice; it is refused")
+            archives.add(path.stem)
+            found = list(_images(file, archive, member.offset_data, path.stem))
+            end = member.offset_data + member.size
+            if any(image.offset + image.size > end for image in found):
+                raise InputError(f"{archive}: {member.name} has members beyond its end; it is refused")
+            if not found:
+                raise InputError(f"{archive}: {member.name} is a class without images")
+            yield from found
+        elif member.isreg() and path.suffix.lower() in IMAGE_SUFFIXES:
+            folders = [part for part in path.parts[:-1] if SYNSET.fullmatch(part)]
+            if not synset and not folders:
+                raise InputError(
+                    f"{archive}: {member.name!r} lies in no folder named as a synset, such as n01440764"
+                )
+            yield _Member(synset or folders[-1], str(path), member.offset_data, member.size)
+
+
+def _members(file: BinaryIO, archive: Path, start: int, inside: str) -> Iterator[tarfile.TarInfo]:
+    """Every member, from the headers alone."""
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as opened:
+            while (member := opened.next()) is not None:
+                if opened.offset <= member.offset:  # a negative size would lead around for ever
+                    raise InputError(f"{archive}: damaged at byte {member.offset}{inside}; get it again")
+                # It keeps them all: 600 MB for ImageNet.
+                opened.members.clear()  # type: ignore[attr-defined]
+                yield member
+            end = opened.offset
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{archive}: not a whole tar{inside} ({error}); if it is compressed, decompress it first"
+        ) from error
+    # tarfile takes a damaged header, or the end of the file, for the end of the archive.
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise InputError(f"{archive}: damaged or truncated at byte {end}{inside}; get it again")

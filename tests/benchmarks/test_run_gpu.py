@@ -1,0 +1,358 @@
+"""benchmarks/run_gpu.py: on a bare machine, when its time is up or a part fails, and what it counts."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+gpu_group_norm: Any = importlib.import_module("gpu_group_norm")
+gpu_tests: Any = importlib.import_module("gpu_tests")
+gpu_timing: Any = importlib.import_module("gpu_timing")
+run_gpu: Any = importlib.import_module("run_gpu")
+
+CPU = torch.device("cpu")
+BARE = """
+import runpy, sys
+for name in ("tyro", "safetensors", "PIL", "rich", "sklearn", "torchmetrics", "matplotlib", "nvidia.dali"):
+    sys.modules[name] = None  # importing it now fails
+sys.argv = ["run_gpu.py", *sys.argv[1:]]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def run_bare(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = BARE.format(script=str(ROOT / "benchmarks/run_gpu.py"))
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def report_in(folder: Path, part: str) -> dict[str, Any]:
+    (path,) = folder.glob(f"{part}-*.json")
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
+
+
+# ------------------------------------------------------------------------------------------ on a bare machine
+
+
+def test_part_step_needs_torch_alone_and_writes_raw_json(tmp_path: Path) -> None:
+    finished = run_bare("--part", "step", "--out", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    report = report_in(tmp_path, "step")
+    assert report["part"] == "step"
+    assert report["complete"]
+    assert report["versions"]["torch"].startswith("2.")
+    (result, *_) = report["results"]
+    rate = result["batch_size"] / (result["ms_per_step"] / 1e3)
+    assert abs(result["images_per_second"] / rate - 1) < 1e-6
+    assert len(result["ms_all"]) == 10
+    assert min(result["ms_all"]) <= result["ms_per_step"] <= max(result["ms_all"])
+
+
+def test_part_kernels_runs_the_kernels_themselves_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    arguments = (
+        "--part",
+        "kernels",
+        "--out",
+        str(tmp_path),
+        "--only",
+        "24 x 4 x 4, 6 groups, bf16, pre_bias",
+    )
+    finished = run_bare(*arguments, TRITON_INTERPRET="1")
+    assert finished.returncode == 0, finished.stderr
+    (result,) = report_in(tmp_path, "kernels")["results"]
+    assert result["failed"] == {}
+    for stage, tensors in (("forward", 2), ("backward", 3)):
+        figures = result["stages"][stage]
+        # bf16: x and y; x, dy and dx. The tile is resident, so nothing is read twice.
+        assert figures["minimum_bytes"] == figures["bytes_moved"] == tensors * 2 * 4 * 24 * 4 * 4
+        copy = min(figures["ms"]["copy"], figures["ms"]["copy by a kernel"])
+        assert figures["percent_of_copy"] == pytest.approx(100 * copy / figures["ms"]["ict_kernels"])
+        assert set(figures["times_faster_than"]) == {"eager"}
+    # An ulp of bf16 at 8, which no output of unit variance reaches; the interpreter truncates to bf16.
+    assert 0 < result["errors"]["y"]["max_error"] < 2**-4
+    assert set(result["errors"]) == {"y", "dx", "dweight", "dbias", "dpre_bias"}
+
+
+def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_gpu.main(["--part", "stpe"])
+    assert stopped.value.code == 2
+    assert "stpe" in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_folder_is_refused_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        run_gpu.main(["--part", "step", "--out", str(tmp_path / "file")])
+    assert stopped.value.code == 2
+    assert "File exists" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ what a part does with results
+
+
+def run_with(
+    monkeypatch: pytest.MonkeyPatch, out: Path, measurements: dict[str, Callable[[], Any]], budget: str = "60"
+) -> int:
+    monkeypatch.setitem(run_gpu.PARTS, "kernels", lambda device, budget: measurements)
+    code: int = run_gpu.main(["--part", "kernels", "--out", str(out), "--budget-seconds", budget])
+    return code
+
+
+def test_each_result_is_on_disk_before_the_next_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def second() -> dict[str, Any]:
+        report = report_in(tmp_path, "kernels")
+        assert not report["complete"]
+        return {"seen": [each["name"] for each in report["results"]]}
+
+    assert run_with(monkeypatch, tmp_path, {"first": lambda: {"figure": 1}, "second": second}) == 0
+    report = report_in(tmp_path, "kernels")
+    assert report["complete"]
+    assert report["results"][0]["figure"] == 1
+    assert report["results"][1]["seen"] == ["first"]
+
+
+def test_what_fails_is_named_and_the_rest_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("out of memory")
+
+    assert run_with(monkeypatch, tmp_path, {"large": fail, "small": lambda: {"figure": 1}}) == 1
+    large, small = report_in(tmp_path, "kernels")["results"]
+    assert large["error"] == "RuntimeError: out of memory"
+    assert small["figure"] == 1
+
+
+def test_what_the_budget_does_not_reach_is_named_and_no_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(run_gpu.time, "monotonic", lambda: next(clock))
+    names = "abcdef"
+    assert run_with(monkeypatch, tmp_path, {name: lambda: {"figure": 1} for name in names}, budget="100") == 0
+    results = report_in(tmp_path, "kernels")["results"]
+    assert [each["name"] for each in results] == list(names)
+    measured = ["figure" in each for each in results]
+    assert 0 < sum(measured) < len(names)
+    assert measured == sorted(measured, reverse=True)
+    assert all("100 s was used up" in each["not_measured"] for each in results if "figure" not in each)
+
+
+# -------------------------------------------------------------------------------------------- the GPU's tests
+
+
+def test_every_outcome_of_a_test_is_written_and_an_absent_package_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "test_outcomes.py").write_text(
+        textwrap.dedent("""
+        import pytest
+        @pytest.fixture
+        def broken():
+            raise OSError("no device")
+        def test_passes(): pass
+        def test_fails(): assert 1 == 2
+        def test_skips(): pytest.skip("needs a GPU")
+        def test_errs(broken): pass
+        """)
+    )
+    (tmp_path / "test_needs_a_package.py").write_text("import a_package_that_nobody_has\n")
+    (tmp_path / "test_is_broken.py").write_text("import ict_kernels.not_there\n")
+    monkeypatch.setattr(gpu_tests, "FOLDER", str(tmp_path))
+    result = gpu_tests.measure_tests(60.0)
+    assert result["counts"] == {"passed": 1, "failed": 1, "skipped": 2, "error": 2}
+    assert result["error"]
+    outcomes = {each["name"].split("/")[-1]: (each["outcome"], each["reason"]) for each in result["tests"]}
+    assert outcomes["test_outcomes.py::test_passes"] == ("passed", None)
+    assert "assert 1 == 2" in outcomes["test_outcomes.py::test_fails"][1]
+    assert "no device" in outcomes["test_outcomes.py::test_errs"][1]
+    assert outcomes["test_needs_a_package.py"] == (
+        "skipped",
+        "needs a_package_that_nobody_has, which is not installed",
+    )
+    assert outcomes["test_is_broken.py"][0] == "error"
+
+
+def test_no_test_starts_after_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    outcomes = tmp_path / "outcomes"
+    monkeypatch.setenv(gpu_tests._OUTCOMES, str(outcomes))
+    monkeypatch.setenv(gpu_tests._DEADLINE, "100.0")
+    monkeypatch.setattr(gpu_tests.time, "time", lambda: 99.0)
+    gpu_tests.pytest_runtest_setup(None)
+    monkeypatch.setattr(gpu_tests.time, "time", lambda: 101.0)
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        gpu_tests.pytest_runtest_setup(None)
+    report = {"nodeid": "test_late", "skipped": True, "duration": 0.0}
+    longrepr = ("file", 1, f"Skipped: {skipped.value}")
+    gpu_tests.pytest_runtest_logreport(SimpleNamespace(**report, longrepr=longrepr))
+    assert json.loads(outcomes.read_text())["outcome"] == "not run"
+
+
+def test_without_pytest_the_part_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None)
+    assert "pytest is not installed" in gpu_tests.measure_tests(1.0)["summary"]
+
+
+# ------------------------------------------------------------------------------------------------- the timing
+
+
+@pytest.mark.parametrize(
+    ("preset", "norms", "elements"), [("cifar10", 73, 9.14e6), ("imagenet64", 95, 35.06e6)]
+)
+def test_the_cases_are_all_norms_of_the_network(preset: str, norms: int, elements: float) -> None:
+    cases = gpu_group_norm.norm_cases(preset, 1)
+    assert sum(case.uses for case in cases) == norms
+    total = sum(case.uses * case.norm.channels * case.norm.size**2 for case in cases)
+    assert total == pytest.approx(elements, rel=1e-3)
+    assert sum(case.share for case in cases) == pytest.approx(1.0)
+    assert [case.share for case in cases] == sorted((case.share for case in cases), reverse=True)
+
+
+def test_a_copy_moves_as_many_bytes_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def noted(*size: int, **options: Any) -> torch.Tensor:
+        buffers.append(empty(*size, **options))
+        return buffers[-1]
+
+    monkeypatch.setattr(gpu_timing.torch, "empty", noted)
+    kinds = gpu_timing.copies({"forward": 4096, "backward": 8192}, 3, CPU)
+    for stages, sign in zip(kinds.values(), (1, -1), strict=True):
+        for stage, moved in (("forward", 4096), ("backward", 8192)):
+            for number in range(3):
+                source, target = buffers[2 * number : 2 * number + 2]
+                target.zero_()
+                stages[stage](number, None)
+                copied = moved // 2 // 4  # read and written, fp32
+                assert torch.equal(target[:copied], sign * source[:copied])
+                assert not target[copied:].any()
+
+
+class FakeGraph:
+    """Records what is captured and, on replay, says that it ran."""
+
+    capturing: FakeGraph | None = None
+    log: list[Any] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.captured: list[Any] = []
+
+    def replay(self) -> None:
+        FakeGraph.log.append(("replay", *self.captured))
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """torch.cuda with a device whose clock advances by the number of calls that a graph holds."""
+    log: list[Any] = []
+    monkeypatch.setattr(FakeGraph, "log", log)
+
+    @contextmanager
+    def graph(captured: FakeGraph, pool: object, stream: object) -> Iterator[None]:
+        assert stream == "side stream"
+        FakeGraph.capturing = captured
+        yield
+        FakeGraph.capturing = None
+
+    @contextmanager
+    def on_stream(stream: object) -> Iterator[None]:
+        yield
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = sum(len(entry) - 1 for entry in log)
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(end.time - self.time)
+
+    fakes = {
+        "CUDAGraph": FakeGraph,
+        "graph": graph,
+        "graph_pool_handle": object,
+        "Stream": lambda: "side stream",
+        "current_stream": lambda: "side stream",
+        "stream": on_stream,
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+        "Event": Event,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return log
+
+
+def test_on_a_gpu_every_set_is_captured_once_and_graphs_take_turns(fake_cuda: list[Any]) -> None:
+    def stages(variant: str, work: int) -> dict[str, Any]:
+        def stage(name: str) -> Callable[[int, Any], Any]:
+            def call(number: int, kept: Any) -> Any:
+                if FakeGraph.capturing is not None:
+                    assert kept == (None if name == "forward" else ("forward", number))
+                    FakeGraph.capturing.captured += [(variant, name, number)] * work
+                return name, number
+
+            return call
+
+        return {"forward": stage("forward"), "backward": stage("backward")}
+
+    def impossible(number: int, kept: Any) -> Any:
+        try:
+            raise ValueError("no kernel for this shape")
+        finally:
+            raise RuntimeError("capture failed")
+
+    variants = {
+        "ict_kernels": stages("ours", 1),
+        "other": {"forward": impossible},
+        "eager": stages("eager", 7),
+    }
+    timings = gpu_timing.time_variants(variants, 3, SimpleNamespace(type="cuda"))
+    # One unit of time per call: a call's time is its work, whatever the number of sets.
+    assert timings.medians("forward") == timings.medians("backward") == {"ict_kernels": 1.0, "eager": 7.0}
+    reason = "RuntimeError: capture failed; first ValueError: no kernel for this shape"
+    assert timings.failed == {"other": reason}
+    order = [(entry[1][0], entry[1][1]) for entry in fake_cuda]
+    turn = [("ours", "forward"), ("ours", "backward"), ("eager", "forward"), ("eager", "backward")]
+    assert order == turn * (len(order) // 4)
+    assert len(timings.milliseconds["forward"]["eager"]) == gpu_timing.ROUNDS
+    for entry in fake_cuda:
+        assert set(Counter(number for _, _, number in entry[1:])) == {0, 1, 2}
+
+
+def test_our_own_failure_is_not_passed_over() -> None:
+    def fail(number: int, kept: Any) -> Any:
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        gpu_timing.time_variants({"ict_kernels": {"forward": fail}}, 1, CPU)

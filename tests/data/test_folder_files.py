@@ -1,0 +1,170 @@
+"""Folders of images against the same folders read by hand: order, classes, pixels; what is wrong in them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ict_fast.data.folder_files import folder_source, ilsvrc_folder_source
+from ict_fast.data.image_source import ImageSource
+from ict_fast.errors import InputError
+
+FOLDER = {"crop": "center-crop", "resolution": 16, "image_channels": 3}
+ILSVRC = {"crop": "center-crop-dhariwal", "resolution": 16}
+
+
+def draw(path: Path, value: int = 0, size: tuple[int, int] = (20, 30), kind: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, kind)
+
+
+def names(source: ImageSource) -> list[str]:
+    return [source.item_name(index) for index in range(len(source.labels))]
+
+
+def test_subfolders_are_the_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
+    files = ["b/2.png", "b/10.png", "a/x.JPG", "c d/ü.webp", "b/deep/er/1.bmp"]
+    for value, name in enumerate(files):
+        draw(tmp_path / name, value)
+    (tmp_path / "b/notes.txt").write_text("not an image")
+    (tmp_path / "b/.hidden.png").write_text("not an image")
+    (tmp_path / ".cache").mkdir()
+    source = folder_source(tmp_path, **FOLDER)
+    assert source.classes == ["a", "b", "c d"]
+    assert names(source) == ["a/x.JPG", "b/10.png", "b/2.png", "b/deep/er/1.bmp", "c d/ü.webp"]
+    assert source.labels.tolist() == [0, 1, 1, 1, 2]
+    assert source.labels.dtype == np.int64
+    pixels, rejected = source.read(1, 4)
+    assert rejected == {}
+    for index, name in enumerate(names(source)[1:4]):
+        with Image.open(tmp_path / name) as image:
+            expected = image.crop((0, 5, 20, 25)).resize((16, 16), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(pixels[index], np.asarray(expected))
+
+
+def test_images_at_the_top_have_no_classes(tmp_path: Path) -> None:
+    for value, name in enumerate(["b.png", "a.png"]):
+        draw(tmp_path / name, value)
+    source = folder_source(tmp_path, **{**FOLDER, "image_channels": 1})
+    assert (list(source.classes), source.labels.tolist(), names(source)) == ([], [0, 0], ["a.png", "b.png"])
+    assert source.read(0, 2)[0].shape == (2, 16, 16, 1)
+    assert source.recipe == "16x16 grey, center-crop"
+
+
+def test_ilsvrc_classes_are_the_sorted_synsets(tmp_path: Path) -> None:
+    for value, name in enumerate(["n01443537/n01443537_2.JPEG", "n01440764/n01440764_18.JPEG"]):
+        draw(tmp_path / name, value, kind="JPEG")
+    (tmp_path / "lost+found").mkdir()
+    source = ilsvrc_folder_source(tmp_path, **ILSVRC)
+    assert source.classes == ["n01440764", "n01443537"]
+    assert names(source) == ["n01440764/n01440764_18.JPEG", "n01443537/n01443537_2.JPEG"]
+    assert source.labels.tolist() == [0, 1]
+    assert (source.recipe, source.image_channels) == ("16x16 RGB, center-crop-dhariwal", 3)
+
+
+def test_links_to_files_and_to_classes_are_followed_and_rings_are_not(tmp_path: Path) -> None:
+    draw(tmp_path / "elsewhere/1.png")
+    root = tmp_path / "root"
+    draw(root / "a/1.png")
+    (root / "a/2.png").symlink_to(tmp_path / "elsewhere/1.png")
+    (root / "a/ring").symlink_to(root / "a")
+    (root / "b").symlink_to(tmp_path / "elsewhere")
+    assert names(folder_source(root, **FOLDER)) == ["a/1.png", "a/2.png", "b/1.png"]
+
+
+def test_unusable_files_are_rejected_each_with_its_reason(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "dot.png", size=(1, 1))
+    draw(tmp_path / "wide.png", size=(30_000, 1))
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "text.jpg").write_text("<html>404</html>")
+    (tmp_path / "zero.jpg").touch()
+    draw(tmp_path / "cut.jpg", size=(50, 50))
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    source = folder_source(tmp_path, **{**FOLDER, "crop": "center-crop-dhariwal", "resolution": 64})
+    pixels, rejected = source.read(0, len(source.labels))
+    reasons = {source.item_name(index): why for index, why in rejected.items()}
+    assert reasons.keys() == {
+        "cut.jpg", "dangling.jpg", "folder.jpg", "pipe.jpg", "text.jpg", "wide.png", "zero.jpg"
+    }  # fmt: skip
+    assert reasons["cut.jpg"].startswith("cannot be decoded: image file is truncated")
+    assert reasons["dangling.jpg"] == "cannot be read: No such file or directory"
+    assert reasons["folder.jpg"] == reasons["pipe.jpg"] == "not a file"
+    assert reasons["text.jpg"] == reasons["zero.jpg"]
+    assert reasons["text.jpg"].startswith("not an image of a known format")
+    assert reasons["wide.png"] == "30000x1 is too elongated for this crop"
+    with Image.open(tmp_path / "dot.png") as dot:
+        colour = dot.getpixel((0, 0))
+    assert (pixels[names(source).index("dot.png")] == colour).all()
+
+
+def test_a_file_that_may_not_be_read_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "a.png")
+    source = folder_source(tmp_path, **FOLDER)
+
+    def refuse(self: Path, *arguments: object) -> None:  # the tests may run as root, who may read all
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert source.read(0, 1)[1] == {0: "cannot be read: Permission denied"}
+
+
+def test_the_identity_changes_with_whatever_changes_the_pixels(tmp_path: Path) -> None:
+    draw(tmp_path / "a/1.png", 1)
+    draw(tmp_path / "b/2.png", 2)
+    seen = [folder_source(tmp_path, **FOLDER).identity()]
+    assert folder_source(tmp_path, **FOLDER).identity() == seen[0]
+    for change in ({"crop": "none"}, {"resolution": 8}, {"image_channels": 1}):
+        seen.append(folder_source(tmp_path, **{**FOLDER, **change}).identity())
+    draw(tmp_path / "a/3.png", 3)
+    seen.append(folder_source(tmp_path, **FOLDER).identity())
+    os.utime(tmp_path / "a/3.png", ns=(0, 0))
+    seen.append(folder_source(tmp_path, **FOLDER).identity())
+    (tmp_path / "a/3.png").write_bytes(b"x")
+    os.utime(tmp_path / "a/3.png", ns=(0, 0))
+    seen.append(folder_source(tmp_path, **FOLDER).identity())
+    (tmp_path / "a").rename(tmp_path / "c")
+    seen.append(folder_source(tmp_path, **FOLDER).identity())
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_identity_does_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
+    draw(tmp_path / "here/a/1.png")
+    before = folder_source(tmp_path / "here", **FOLDER).identity()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert folder_source(tmp_path / "there", **FOLDER).identity() == before
+
+
+def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is nothing here"):
+        folder_source(tmp_path / "nowhere", **FOLDER)
+    with pytest.raises(InputError, match=r"has no images \(\.jpg, "):
+        folder_source(tmp_path, **FOLDER)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is not a folder"):
+        folder_source(tmp_path / "file", **FOLDER)
+    draw(tmp_path / "top.png")
+    draw(tmp_path / "a/1.png")
+    with pytest.raises(InputError, match=r"has images \(top\.png\) beside folders \(a\)"):
+        folder_source(tmp_path, **FOLDER)
+    (tmp_path / "top.png").unlink()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: a class without images.*remove the folder"):
+        folder_source(tmp_path, **FOLDER)
+
+
+def test_ilsvrcs_folders_are_told_from_others(tmp_path: Path) -> None:
+    draw(tmp_path / "train/n01440764/1.JPEG")
+    with pytest.raises(InputError, match=r"has no folder named as a synset.*; .*/train has some"):
+        ilsvrc_folder_source(tmp_path, **ILSVRC)
+    (tmp_path / "train/n01443537").mkdir()
+    with pytest.raises(InputError, match="n01443537: a class without images"):
+        ilsvrc_folder_source(tmp_path / "train", **ILSVRC)
+    with pytest.raises(InputError, match="there is nothing here"):
+        ilsvrc_folder_source(tmp_path / "nowhere", **ILSVRC)

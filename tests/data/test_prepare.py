@@ -1,0 +1,362 @@
+"""A source becomes a store: the same bytes whoever reads, whatever interrupts, and nothing half-written."""
+
+import errno
+import fcntl
+import os
+import resource
+import subprocess
+import sys
+import tracemalloc
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ict_fast
+from ict_fast.data import partial_store as partial_module
+from ict_fast.data import prepare as prepare_module
+from ict_fast.data.folder_files import folder_source
+from ict_fast.data.prepare import prepare_store
+from ict_fast.data.store import open_store
+from ict_fast.errors import InputError
+
+REPOSITORY = Path(ict_fast.__file__).parents[1]
+COUNT = 100
+FILES = ("images.npy", "labels.npy", "meta.json")
+
+
+def item(index: int) -> np.ndarray:
+    """uint8 (4, 4, 3), another one for every index."""
+    return np.random.default_rng(index).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+
+
+@dataclass
+class Numbers:
+    """A source that keeps account of what is read of it."""
+
+    bad: dict[int, str] = field(default_factory=dict)
+    count: int = COUNT
+    version: str = "1"
+    reads: list[int] = field(default_factory=list)
+    name: str = "numbers"
+    recipe: str = "4x4 RGB, random"
+    classes: tuple[str, ...] = ("even", "odd")
+    resolution: int = 4
+    image_channels: int = 3
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.arange(self.count) % 2
+
+    def identity(self) -> str:
+        return f"{self.version} {self.count}"
+
+    def item_name(self, index: int) -> str:
+        return f"item {index}"
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+        self.reads += range(start, stop)
+        pixels = np.stack([item(index) for index in range(start, stop)])
+        return pixels, {index: why for index, why in self.bad.items() if start <= index < stop}
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial_module, "_PIECE_BYTES", 8 * 48)  # eight items
+
+
+def prepare(source: Numbers, out: Path, max_rejected: float = 0.05) -> Path:
+    return prepare_store(source, out, processes=1, max_rejected=max_rejected)
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {name: (store / name).read_bytes() for name in FILES}
+
+
+def partial_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+# ----------------------------------------------------------------------------- what is written
+
+
+def test_every_item_is_in_its_place_with_its_label(tmp_path: Path) -> None:
+    store = open_store(prepare(Numbers(), tmp_path / "new/a"))
+    np.testing.assert_array_equal(store.images, np.stack([item(index) for index in range(COUNT)]))
+    np.testing.assert_array_equal(store.labels, np.arange(COUNT) % 2)
+    assert store.meta["source"] == "numbers"
+    assert store.meta["recipe"] == "4x4 RGB, random"
+    assert store.meta["classes"] == ["even", "odd"]
+    assert store.meta["rejected"] == 0
+    assert sorted(path.name for path in store.path.iterdir()) == sorted(FILES)
+    assert list(store.path.parent.iterdir()) == [store.path]
+
+
+@pytest.mark.parametrize("bad", [[0], [99], [7, 8], [0, 1, 50, 98, 99], list(range(8, 13))])
+def test_rejected_items_leave_no_gap_and_are_listed(tmp_path: Path, bad: list[int]) -> None:
+    reasons = {index: f"because of\n{index}" for index in bad}
+    store = open_store(prepare(Numbers(reasons), tmp_path / "a"))
+    kept = [index for index in range(COUNT) if index not in bad]
+    np.testing.assert_array_equal(store.images, np.stack([item(index) for index in kept]))
+    np.testing.assert_array_equal(store.labels, np.array(kept) % 2)
+    assert store.meta["rejected"] == len(bad)
+    listed = (store.path / "rejected.txt").read_text().splitlines()
+    assert listed == [f"item {index}\tbecause of\\n{index}" for index in bad]
+
+
+def test_the_store_is_what_numpy_would_have_saved(tmp_path: Path) -> None:
+    store = prepare(Numbers({3: "bad"}), tmp_path / "a")
+    np.save(tmp_path / "expected.npy", np.stack([item(index) for index in range(COUNT) if index != 3]))
+    assert (store / "images.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+
+
+def test_many_processes_give_the_same_store_as_one(tmp_path: Path) -> None:
+    for index in range(40):
+        (tmp_path / f"images/{index % 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(item(index)).save(tmp_path / f"images/{index % 3}/{index:02d}.png")
+    (tmp_path / "images/0/bad.png").write_text("bad")
+    source = folder_source(tmp_path / "images", crop="none", resolution=4, image_channels=3)
+    stores = [
+        content(prepare_store(source, tmp_path / str(number), processes=number, max_rejected=0.03))
+        for number in (1, 3)
+    ]
+    assert stores[0] == stores[1]
+    images = open_store(tmp_path / "3").images
+    names = [source.item_name(index) for index in range(len(source.labels)) if index != 14]
+    assert source.item_name(14) == "0/bad.png"
+    np.testing.assert_array_equal(images, np.stack([item(int(name[2:4])) for name in names]))
+
+
+def test_reading_processes_import_no_torch() -> None:
+    program = "import sys, ict_fast.data.prepare, ict_fast.data.sources; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=REPOSITORY).returncode == 0
+
+
+def test_memory_does_not_grow_with_the_number_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Blank(Numbers):
+        def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+            return np.zeros((stop - start, 64, 64, 3), np.uint8), {start: "bad"}
+
+    monkeypatch.setattr(partial_module, "_PIECE_BYTES", 2**19)
+    peaks = []
+    for count in (400, 4000):  # 5 MB, 49 MB
+        tracemalloc.start()
+        prepare(Blank(count=count, resolution=64), tmp_path / str(count))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 2**19 < peaks[1] < peaks[0] + 2**19
+
+
+# ----------------------------------------------------------------------------- bad items
+
+
+def test_too_many_rejected_items_fail_with_the_list_and_keep_the_work(tmp_path: Path) -> None:
+    out, source = tmp_path / "a", Numbers({index: f"reason {index}" for index in range(0, 12, 2)})
+    with pytest.raises(InputError) as caught:
+        prepare(source, out)
+    listed = partial_of(out) / "rejected.txt"
+    assert str(caught.value) == (
+        f"6 of 100 images cannot be used, such as item 0 (reason 0); {listed} lists them; repair or remove"
+        " them, or allow a larger share with --max-rejected"
+    )
+    assert len(listed.read_text().splitlines()) == 6
+    assert not out.exists()
+    source.reads.clear()
+    assert open_store(prepare(source, out, max_rejected=0.06)).num_images == 94
+    assert source.reads == []
+
+
+def test_what_was_repaired_is_read_again(tmp_path: Path) -> None:
+    out, source = tmp_path / "a", Numbers(dict.fromkeys(range(8, 16), "no permission"))
+    with pytest.raises(InputError, match="8 of 100 images cannot be used"):
+        prepare(source, out)
+    source.bad.clear()
+    source.reads.clear()
+    store = open_store(prepare(source, out))
+    assert source.reads == list(range(8, 16))
+    assert store.num_images == COUNT
+    assert not (out / "rejected.txt").exists()
+
+
+def test_a_hopeless_source_is_given_up_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_LISTED_AT_LEAST", 20)
+    source = Numbers(dict.fromkeys(range(COUNT), "bad"))
+    with pytest.raises(InputError, match="24 of 24 images cannot be used"):
+        prepare(source, tmp_path / "a")
+    assert len(source.reads) == 24
+
+
+def test_a_class_that_loses_all_its_images_is_refused(tmp_path: Path) -> None:
+    source = Numbers(dict.fromkeys(range(1, COUNT, 2), "bad"))
+    with pytest.raises(InputError, match=r"every image of class odd was rejected; see .*rejected\.txt"):
+        prepare(source, tmp_path / "a", max_rejected=1.0)
+    source.bad.pop(1)
+    assert open_store(prepare(source, tmp_path / "a", max_rejected=1.0)).num_images == 51
+
+
+# ----------------------------------------------------------------------------- again
+
+
+def test_a_finished_store_is_verified_and_neither_read_nor_rebuilt(tmp_path: Path) -> None:
+    out = prepare(Numbers({4: "bad"}), tmp_path / "a")
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()}
+    again = Numbers({4: "bad"})
+    assert prepare(again, out) == out
+    assert again.reads == []
+    assert before == {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()}
+    with (out / "images.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    with pytest.raises(InputError, match=r"images\.npy: altered"):
+        prepare(again, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"recipe": "another"}, "recipe"),
+        ({"name": "letters"}, "source"),
+        ({"classes": ("odd", "even")}, "classes"),
+        ({"version": "2"}, "names, sizes, dates or labels of the files"),
+    ],
+)
+def test_another_store_in_the_same_place_is_refused(tmp_path: Path, change: dict, named: str) -> None:
+    out = prepare(Numbers(), tmp_path / "a")
+    before = content(out)
+    with pytest.raises(InputError, match=rf"holds another store \(other {named}\)"):
+        prepare(Numbers(**change), out)
+    assert content(out) == before
+
+
+def test_a_folder_of_other_things_and_a_mount_point_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="exists and is not a prepared store"):
+        prepare(Numbers(), tmp_path / "other")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    source = Numbers()
+    with pytest.raises(InputError, match=r"disk: is a mount point.*name a folder in it"):
+        prepare(source, tmp_path / "disk")
+    assert source.reads == []
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "a").symlink_to("large disk")
+    prepare(Numbers(), tmp_path / "a")
+    assert open_store(tmp_path / "large disk").num_images == COUNT
+    assert (tmp_path / "a").is_symlink()
+
+
+def test_two_writers_do_not_mix(tmp_path: Path) -> None:
+    partial_of(tmp_path / "a").mkdir()
+    other = os.open(partial_of(tmp_path / "a"), os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="another process is writing it"):
+        prepare(Numbers(), tmp_path / "a")
+    os.close(other)  # as when the other is killed
+    prepare(Numbers(), tmp_path / "a")
+
+
+# ----------------------------------------------------------------------------- interrupted
+
+
+class Stopped(Numbers):
+    """Fails when it comes to item 40."""
+
+    error: BaseException = OSError(errno.EIO, "Input/output error")
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+        if start == 40:
+            raise self.error
+        return super().read(start, stop)
+
+
+def test_a_rerun_reads_only_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"numbers: cannot be read: .*Input/output error; .*continues"):
+        prepare(Stopped({3: "bad"}), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    source = Numbers({3: "bad"})
+    prepare(source, tmp_path / "a")
+    assert source.reads == list(range(40, COUNT))
+    assert content(tmp_path / "a") == content(prepare(Numbers({3: "bad"}), tmp_path / "b"))
+
+
+def interrupted(out: Path) -> Path:
+    """The folder of a preparation that was stopped at item 40."""
+    with pytest.raises(InputError):
+        prepare(Stopped(), out)
+    return partial_of(out)
+
+
+def test_what_no_longer_matches_its_checksum_is_read_again(tmp_path: Path) -> None:
+    with (interrupted(tmp_path / "a") / "images.npy").open("r+b") as file:
+        file.seek(128 + 20 * 48)
+        file.write(b"??")
+    source = Numbers()
+    prepare(source, tmp_path / "a")
+    assert source.reads == [*range(16, 24), *range(40, COUNT)]
+    assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))
+
+
+@pytest.mark.parametrize("tail", [b'{"start": 40, "stop"', b"\0" * 100, b"\xff\xfe\n"])
+def test_a_journal_that_was_cut_short_counts_as_far_as_it_goes(tmp_path: Path, tail: bytes) -> None:
+    with (interrupted(tmp_path / "a") / "journal.jsonl").open("ab") as file:
+        file.write(tail)
+    source = Numbers()
+    prepare(source, tmp_path / "a")
+    assert source.reads == list(range(40, COUNT))
+    assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))
+
+
+@pytest.mark.parametrize("head", [b"", b"not JSON", b'{"identity": "other"}\n', b"\xff\xfe"])
+def test_work_without_a_journal_or_on_another_source_is_begun_anew(tmp_path: Path, head: bytes) -> None:
+    (interrupted(tmp_path / "a") / "journal.jsonl").write_bytes(head)
+    source = Numbers()
+    prepare(source, tmp_path / "a")
+    assert source.reads == list(range(COUNT))
+    assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))
+
+
+def test_work_on_files_that_have_changed_is_begun_anew(tmp_path: Path, capsys) -> None:
+    interrupted(tmp_path / "a")
+    source = Numbers(version="2")
+    prepare(source, tmp_path / "a")
+    assert source.reads == list(range(COUNT))
+    assert "begun from other files or with other options; starting anew" in capsys.readouterr().err
+
+
+def test_a_disk_too_small_is_noticed_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    source = Numbers()
+    with pytest.raises(InputError, match=r"needs 4\.93e-06 GB and the disk has 1e-07 GB left"):
+        prepare(source, tmp_path / "a")
+    assert source.reads == []
+
+
+def test_a_disk_that_fills_up_is_one_line_and_a_rerun_completes(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (128 + 50 * 48, limits[1])
+    )  # the kernel writes the 50th in part
+    try:
+        with pytest.raises(InputError, match=r"cannot be written: File too large; .*continues") as caught:
+            prepare(Numbers(), tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "a").exists()
+    source = Numbers()
+    prepare(source, tmp_path / "a")
+    assert source.reads == list(range(48, COUNT))
+    assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))

@@ -140,14 +140,14 @@ def evaluate(options: EvaluateOptions) -> int:
 
 def prepare(options: PrepareOptions) -> int:
     """`ict-fast prepare`."""
-    from ict_fast.data import sources
+    from ict_fast.data.sources import catalogue
 
     given = {name: value for name, value in vars(options).items() if name not in ("source", "out")}
-    sources.check_options(options.source, given)
+    catalogue.check_options(options.source, given)
     folder = f"imagenet{options.resolution or 64}" if options.source == "imagenet" else options.source
     out = options.out if options.out is not None else Path("data") / folder
     results.require_place(out, "--out")
-    sources.check_place(options.source, options.path, out)
+    catalogue.check_place(options.source, options.path, out)
 
     try:
         if options.source == "digits":
@@ -157,7 +157,7 @@ def prepare(options: PrepareOptions) -> int:
         else:
             from ict_fast.data.prepare import prepare_store
 
-            source = sources.open_source(options.source, given)
+            source = catalogue.open_source(options.source, given)
             max_rejected = 0.01 if options.max_rejected is None else options.max_rejected
             prepare_store(source, out, processes=options.processes, max_rejected=max_rejected)
     except KeyboardInterrupt:

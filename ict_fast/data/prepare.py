@@ -11,7 +11,7 @@ import numpy as np
 from ict_fast.data.partial_store import JOURNAL_NAME, PartialStore, partial_store
 from ict_fast.data.progress import ImageProgress
 from ict_fast.data.reading import read_pieces
-from ict_fast.data.source import Source
+from ict_fast.data.sources.source import Source
 from ict_fast.data.store import open_store, write_store
 from ict_fast.errors import InputError
 

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 
 from ict_fast.data.partial_store import Piece
-from ict_fast.data.source import Source
+from ict_fast.data.sources.source import Source
 from ict_fast.errors import InputError
 
 _AHEAD = 2  # pieces that a process has been told of: one it reads, one to go on with at once

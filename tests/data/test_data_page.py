@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from ict_fast import cli
-from ict_fast.data import sources
-from ict_fast.data.array_sources import CIFAR10_MD5
-from ict_fast.data.crops import CROPS
-from ict_fast.data.download import CIFAR10_ADDRESS
-from ict_fast.data.image_decoding import MAX_PIXELS
 from ict_fast.data.loaders import LOADERS
+from ict_fast.data.sources import catalogue
+from ict_fast.data.sources.array_sources import CIFAR10_MD5
+from ict_fast.data.sources.crops import CROPS
+from ict_fast.data.sources.download import CIFAR10_ADDRESS
+from ict_fast.data.sources.image_decoding import MAX_PIXELS
 from ict_fast.data.store import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +33,9 @@ def test_every_command_of_the_page_is_understood(monkeypatch: pytest.MonkeyPatch
     ours = [command[1:] for command in commands() if command[0] == "ict-fast"]
     assert [cli.main(words) for words in ours] == [0] * len(ours)
     prepared = [options for options in understood if isinstance(options, cli.PrepareOptions)]
-    assert {options.source for options in prepared} == sources.OPTIONS.keys() - {"digits"}
+    assert {options.source for options in prepared} == catalogue.OPTIONS.keys() - {"digits"}
     for options in prepared:
-        sources.check_options(
+        catalogue.check_options(
             options.source, {name: v for name, v in vars(options).items() if name not in ("source", "out")}
         )
 

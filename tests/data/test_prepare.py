@@ -18,8 +18,8 @@ from PIL import Image
 import ict_fast
 from ict_fast.data import partial_store as partial_module
 from ict_fast.data import prepare as prepare_module
-from ict_fast.data.folder_files import folder_source
 from ict_fast.data.prepare import prepare_store
+from ict_fast.data.sources.folder_files import folder_source
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 import ict_fast
 from ict_fast.cli import main
-from ict_fast.data import array_sources, download
-from ict_fast.data.crops import CROPS
+from ict_fast.data.sources import array_sources, download
+from ict_fast.data.sources.crops import CROPS
 from ict_fast.data.store import open_store
 
 REPOSITORY = Path(ict_fast.__file__).parents[1]

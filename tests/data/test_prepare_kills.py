@@ -15,10 +15,10 @@ from PIL import Image
 
 import ict_fast
 from ict_fast.data import partial_store as partial_module
-from ict_fast.data.folder_files import folder_source
-from ict_fast.data.image_source import ImageSource
 from ict_fast.data.partial_store import PartialStore, Piece
 from ict_fast.data.prepare import prepare_store
+from ict_fast.data.sources.folder_files import folder_source
+from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError
 
@@ -77,7 +77,7 @@ def test_a_killed_preparation_is_continued_to_the_same_bytes(tmp_path: Path, ima
     program = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-from ict_fast.data.folder_files import folder_source
+from ict_fast.data.sources.folder_files import folder_source
 from ict_fast.data.partial_store import PartialStore
 from ict_fast.data.prepare import prepare_store
 
@@ -129,7 +129,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_store_or_none(
 import os, signal, sys
 from pathlib import Path
 from ict_fast.data import partial_store
-from ict_fast.data.folder_files import folder_source
+from ict_fast.data.sources.folder_files import folder_source
 from ict_fast.data.prepare import prepare_store
 
 def killing(call, left):

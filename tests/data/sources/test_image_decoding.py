@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from ict_fast.data.image_decoding import RejectedImage, decode_image, image_layout
+from ict_fast.data.sources.image_decoding import RejectedImage, decode_image, image_layout
 
 RANDOM = np.random.default_rng(5)
 PIXELS = RANDOM.integers(0, 256, (12, 16, 3), dtype=np.uint8)

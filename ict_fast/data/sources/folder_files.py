@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ict_fast.data.image_decoding import MAX_ENCODED_BYTES, RejectedImage
-from ict_fast.data.image_source import ImageSource
-from ict_fast.data.name_table import NameTable
 from ict_fast.data.progress import narrated
+from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage
+from ict_fast.data.sources.image_source import ImageSource
+from ict_fast.data.sources.name_table import NameTable
 from ict_fast.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")

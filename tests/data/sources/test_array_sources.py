@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ict_fast.data.array_sources import CIFAR10_MD5, Cifar10Source, ImagenetNpzSource
-from ict_fast.data.source import Source
+from ict_fast.data.sources.array_sources import CIFAR10_MD5, Cifar10Source, ImagenetNpzSource
+from ict_fast.data.sources.source import Source
 from ict_fast.errors import InputError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

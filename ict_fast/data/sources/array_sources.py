@@ -17,10 +17,10 @@ from typing import IO
 
 import numpy as np
 
-from ict_fast.data.batch_files import open_npz_batch, open_pickled_batch, pickled_entry
-from ict_fast.data.planar_images import PlanarBatch, PlanarImages
-from ict_fast.data.restricted_unpickler import load_restricted
+from ict_fast.data.sources.batch_files import open_npz_batch, open_pickled_batch, pickled_entry
+from ict_fast.data.sources.planar_images import PlanarBatch, PlanarImages
 from ict_fast.errors import InputError
+from ict_fast.restricted_unpickler import load_restricted
 
 CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
 CIFAR10_MD5: Mapping[str, str] = {

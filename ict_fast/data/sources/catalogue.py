@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ict_fast.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from ict_fast.data.source import Source
+    from ict_fast.data.sources.source import Source
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "digits": (),
@@ -50,7 +50,7 @@ def check_options(source: str, given: Mapping[str, Any]) -> None:
     if given["max_rejected"] is not None and not 0 <= given["max_rejected"] <= 1:
         raise InputError(f"--max-rejected is {given['max_rejected']}; it must be a share, from 0 to 1")
     if given["crop"] is not None:
-        from ict_fast.data.crops import CROPS
+        from ict_fast.data.sources.crops import CROPS
 
         if given["crop"] not in CROPS:
             raise InputError(f'--crop "{given["crop"]}"{did_you_mean(given["crop"], CROPS)}')
@@ -71,11 +71,11 @@ def open_source(source: str, given: Mapping[str, Any]) -> Source:
     Raises:
         InputError: as the sources themselves; a download that fails.
     """
-    from ict_fast.data.array_sources import Cifar10Source, ImagenetNpzSource
-    from ict_fast.data.download import download_cifar10
-    from ict_fast.data.edm_zip import edm_zip_source
-    from ict_fast.data.folder_files import folder_source, ilsvrc_folder_source
-    from ict_fast.data.tar_files import ilsvrc_tar_source
+    from ict_fast.data.sources.array_sources import Cifar10Source, ImagenetNpzSource
+    from ict_fast.data.sources.download import download_cifar10
+    from ict_fast.data.sources.edm_zip import edm_zip_source
+    from ict_fast.data.sources.folder_files import folder_source, ilsvrc_folder_source
+    from ict_fast.data.sources.tar_files import ilsvrc_tar_source
 
     path = given["path"] or Path("data")
     crop, resolution = given["crop"] or "center-crop-dhariwal", given["resolution"] or 64

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ict_fast.data.folder_files import ilsvrc_folder_source
-from ict_fast.data.tar_files import ilsvrc_tar_source
+from ict_fast.data.sources.folder_files import ilsvrc_folder_source
+from ict_fast.data.sources.tar_files import ilsvrc_tar_source
 from ict_fast.errors import InputError
 
 OPTIONS = {"crop": "center-crop-dhariwal", "resolution": 16}

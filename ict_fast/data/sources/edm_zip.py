@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ict_fast.data.image_decoding import MAX_ENCODED_BYTES, RejectedImage, image_layout
-from ict_fast.data.image_source import ImageSource
-from ict_fast.data.name_table import NameTable
+from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage, image_layout
+from ict_fast.data.sources.image_source import ImageSource
+from ict_fast.data.sources.name_table import NameTable
 from ict_fast.errors import InputError
 
 # ImageNet's takes 50 MB.

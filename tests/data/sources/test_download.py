@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ict_fast.data import download as download_module
-from ict_fast.data.download import CIFAR10_ADDRESS, download_cifar10
+from ict_fast.data.sources import download as download_module
+from ict_fast.data.sources.download import CIFAR10_ADDRESS, download_cifar10
 from ict_fast.errors import InputError
 
 CONTENT = np.random.default_rng(0).bytes(1_500_000)

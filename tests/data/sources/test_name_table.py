@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from ict_fast.data.name_table import NameTable
+from ict_fast.data.sources.name_table import NameTable
 
 NAMES = ["a/b.jpg", "", "ü/雪.png", "not utf-8 \udcff", "line\nbreak", "z"]
 

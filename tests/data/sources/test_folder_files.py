@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ict_fast.data.folder_files import folder_source, ilsvrc_folder_source
-from ict_fast.data.image_source import ImageSource
+from ict_fast.data.sources.folder_files import folder_source, ilsvrc_folder_source
+from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.errors import InputError
 
 FOLDER = {"crop": "center-crop", "resolution": 16, "image_channels": 3}

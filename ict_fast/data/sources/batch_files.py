@@ -18,9 +18,9 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from ict_fast.data.planar_images import PlanarBatch
-from ict_fast.data.restricted_unpickler import ARRAYS, PickledArray, load_restricted
+from ict_fast.data.sources.planar_images import PlanarBatch
 from ict_fast.errors import InputError
+from ict_fast.restricted_unpickler import ARRAYS, PickledArray, load_restricted
 
 _RESOLUTIONS = (8, 16, 32, 64)  # of the published ones
 

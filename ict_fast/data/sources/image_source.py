@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ict_fast.data.crops import CROPS
-from ict_fast.data.image_decoding import RejectedImage, decode_image
+from ict_fast.data.sources.crops import CROPS
+from ict_fast.data.sources.image_decoding import RejectedImage, decode_image
 
 
 class EncodedFiles(Protocol):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ict_fast.data.crops import center_crop, center_crop_dhariwal, no_crop
-from ict_fast.data.image_decoding import RejectedImage
+from ict_fast.data.sources.crops import center_crop, center_crop_dhariwal, no_crop
+from ict_fast.data.sources.image_decoding import RejectedImage
 
 SIZES = [
     (500, 375), (375, 500), (64, 64), (65, 300), (128, 128), (127, 255), (129, 128), (256, 1000), (20, 17),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from ict_fast.data.image_decoding import MAX_PIXELS, RejectedImage
+from ict_fast.data.sources.image_decoding import MAX_PIXELS, RejectedImage
 
 
 def center_crop_dhariwal(image: Image.Image, resolution: int) -> Image.Image:

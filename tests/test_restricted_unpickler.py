@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ict_fast.data.restricted_unpickler import ARRAYS, PickledArray, load_restricted
 from ict_fast.errors import InputError
+from ict_fast.restricted_unpickler import ARRAYS, PickledArray, load_restricted
 
 PLAIN = {"a": [1, 2.5, None, True], b"b": ("text", b"bytes"), "c": {3, 4}, "d": 2**70}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ict_fast.data.edm_zip import edm_zip_source
+from ict_fast.data.sources.edm_zip import edm_zip_source
 from ict_fast.errors import InputError
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

@@ -25,8 +25,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ict_fast.data.array_sources import CIFAR10_ARCHIVE, CIFAR10_MD5, md5_file
 from ict_fast.data.progress import say
+from ict_fast.data.sources.array_sources import CIFAR10_ARCHIVE, CIFAR10_MD5, md5_file
 from ict_fast.durable import flush_directory
 from ict_fast.errors import InputError
 

@@ -1,0 +1,1 @@
+"""What images are prepared from: the published forms of data sets, and folders of pictures."""

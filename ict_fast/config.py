@@ -25,6 +25,7 @@ EXECUTION_FIELDS = frozenset(
         "data.loader",
         "method.second_sigma",
         "training.micro_batch",
+        "training.compile",
         "training.deterministic",
         "training.max_skipped_steps",
     }
@@ -156,6 +157,8 @@ class TrainingConfig:
     """Seed of the initial weights, the order, the flips, the noise, the levels and the dropout."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network's trunk; its ends stay fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
+    """Compile the network's blocks with torch.compile, minutes at the first start. auto: on a GPU."""
     max_skipped_steps: int = 100
     """Give up after this many steps in a row with a non-finite gradient."""
     deterministic: bool = False

@@ -42,6 +42,7 @@ class ConsistencyObjective:
         self.method = method
         self.c_noise = c_noise
         self.scales = tuple(sorted(set(scales)))
+        self._offsets: dict[int, Tensor] = {}
 
     def __call__(
         self,
@@ -82,6 +83,8 @@ class ConsistencyObjective:
         student_input, teacher_input = noise_images(
             images, levels, seed=seed, offset=offset, flip=flip, sigma_data=method.sigma_data
         )
+        if offset not in self._offsets:  # as a number it would be a constant of the compiled network
+            self._offsets[offset] = torch.tensor(offset, device=images.device)
         # The teacher goes first: it keeps no activations, so the peak memory is the student's alone.
         with torch.no_grad():
             teacher_output = self.teacher(
@@ -89,14 +92,14 @@ class ConsistencyObjective:
                 noise_condition(levels.sigma, self.c_noise),
                 labels,
                 dropout_seed=seed,
-                dropout_offset=offset,
+                dropout_offset=self._offsets[offset],
             )
         student_output = self.student(
             student_input,
             noise_condition(levels.sigma_next, self.c_noise),
             labels,
             dropout_seed=seed,
-            dropout_offset=offset,
+            dropout_offset=self._offsets[offset],
         )
         return consistency_loss(
             student_output,

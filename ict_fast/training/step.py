@@ -18,6 +18,7 @@ from ict_fast.consistency.model import build_seeded_network
 from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
 from ict_fast.training.adam_ema import AdamEMA
+from ict_fast.training.compilation import compile_blocks, compiles
 from ict_fast.training.world import World
 from ict_kernels import RAdamEMA
 
@@ -37,6 +38,7 @@ class TrainStep:
     Attributes:
         network: the student, on the device, channels_last.
         optimizer: RAdam with the average of the weights.
+        compiled_blocks: how many residual blocks are compiled when they are first called.
         loss_sum, loss_count: sum and number of the finite step losses since `reset_loss`; fp64 scalars.
         skipped_in_a_row: the longest run of skipped steps since `reset_loss`; int64 scalar.
     """
@@ -52,6 +54,11 @@ class TrainStep:
             teacher = copy.deepcopy(self.network).requires_grad_(False)
         self.teacher: nn.Module | None = teacher
         total = config.training.total_steps
+        self.compiled_blocks = 0
+        if compiles(config.training.compile, device):
+            networks = (self.network,) if teacher is None else (self.network, teacher)
+            autotune = config.training.compile == "max-autotune"
+            self.compiled_blocks = compile_blocks(*networks, autotune=autotune)
         self._parallel = _parallel(self.network) if self.world.size > 1 else None
         self.objective = ConsistencyObjective(
             self._parallel or self.network,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
 from ict_fast.training.describe import describe, describe_stages
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
-from ict_fast.training.monitor import Monitor, print_line
+from ict_fast.training.monitor import Monitor, duration, print_line
 from ict_fast.training.processes import run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled, will_prepare
 from ict_fast.training.run_directory import Run, RunResult, lock, open_run, prepare_directory
@@ -213,7 +214,13 @@ def _loop(
                 saved_step = _save(run, store, train_step, step, saved_step, monitor)
         if done or stop_code is not None:
             break
+        compiling = train_step.compiled_blocks if step == run.step else 0
+        started = time.monotonic()
+        if compiling:
+            monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
         train_step(step, loader.micro_batches(step))
+        if compiling:
+            monitor.say(f"compiled in {duration(time.monotonic() - started)}")
         step += 1
         monitor.advance(step)
     saved_step = world.decide(lambda: saved_step)  # nobody ends before the checkpoint is written

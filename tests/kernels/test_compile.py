@@ -59,10 +59,14 @@ def test_a_step_traces_whole_and_once(arguments):
     check_against_eager("aot_eager", arguments)
 
 
-def test_a_dropout_mask_has_the_same_bits_through_inductor():
-    seed = torch.tensor([-3, 9])
-    compiled = torch.compile(lambda seed: dropout_keep_mask((5, 3, 7, 5), 0.3, seed, layer=2), fullgraph=True)
-    assert torch.equal(compiled(seed), dropout_keep_mask((5, 3, 7, 5), 0.3, seed, layer=2))
+@pytest.mark.parametrize("shape", [(5, 3, 7, 5), (16, 8, 8, 8), (2, 3, 256, 64)])
+def test_a_dropout_mask_has_the_same_bits_through_inductor(shape):
+    seed, offset = torch.tensor([-3, 9]), torch.tensor(4)
+    torch._dynamo.reset()  # else the second shape is compiled as a symbol, by other code
+    compiled = torch.compile(
+        lambda s, o: dropout_keep_mask(shape, 0.3, s, o, layer=2), fullgraph=True, dynamic=False
+    )
+    assert torch.equal(compiled(seed, offset), dropout_keep_mask(shape, 0.3, seed, 4, layer=2))
 
 
 @pytest.mark.drill

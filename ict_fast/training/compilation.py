@@ -1,0 +1,71 @@
+"""Compiling a network block by block: once per block and use, never again, and never by half.
+
+One by one, the blocks compile in 0.7 of the time of the whole network, and with several processes their
+gradients are reduced while earlier blocks still compute theirs.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import nn
+
+from ict_fast.networks.layers import ResidualBlock
+from ict_fast.version import __version__
+
+# Student and teacher, with and without gradients, of two batch sizes: what a block may be compiled for.
+_GRAPHS_PER_BLOCK = 8
+
+
+def compiles(asked: str, device: torch.device) -> bool:
+    """Whether `--training.compile` means to compile on this device: "auto" does on a GPU."""
+    return asked in ("on", "max-autotune") or (asked == "auto" and device.type == "cuda")
+
+
+def compile_blocks(*networks: nn.Module, autotune: bool = False) -> int:
+    """Compiles every residual block, in place, when it is first called; names and state dicts stay.
+
+    A graph break, or more compilations than the blocks can need, is an error: the rest would run slowly, and
+    say nothing.
+
+    Args:
+        networks: the student, and the teacher if it is another one.
+        autotune: try several kernels for each matrix product and convolution, which takes much longer.
+    Returns:
+        The number of blocks.
+    """
+    _configure()
+    blocks = [
+        block for network in networks for block in network.modules() if isinstance(block, ResidualBlock)
+    ]
+    # Blocks share their code, and the limit counts per piece of code.
+    limit = max(torch._dynamo.config.recompile_limit, _GRAPHS_PER_BLOCK * len(blocks))
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        torch._dynamo.config.accumulated_recompile_limit, limit
+    )
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    mode = "max-autotune-no-cudagraphs" if autotune else None
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, mode=mode)
+    return len(blocks)
+
+
+def _configure() -> None:
+    torch._dynamo.config.optimize_ddp = False  # it would cut the graphs where the gradients are reduced
+    # Wrong gradients in torch 2.13 (pytorch issue 193061); the name is read when Inductor is imported.
+    triton = torch._inductor.config.triton
+    if hasattr(triton, "mix_order_reduction"):
+        triton.mix_order_reduction = False
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+
+
+def cache_folder() -> Path:
+    """Where compiled code stays from one start to the next: by version of torch and by kind of device."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+    return home / "ict-fast" / f"{__version__}-torch-{torch.__version__}-{device}"

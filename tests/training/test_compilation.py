@@ -1,0 +1,105 @@
+"""The compiled step is the eager one, and is compiled once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
+
+from ict_fast.config import Config
+from ict_fast.training.compilation import compiles
+from ict_fast.training.step import TrainStep
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled yet, and the settings of this process as they were afterwards."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def few_blocks(tiny: Config) -> Config:
+    """Five blocks at one resolution, with attention, dropout and classes; two micro-batches."""
+    network = replace(tiny.network, num_classes=10, channel_mult=(1,), attention_resolutions=(8,))
+    return replace(tiny, network=network, training=replace(tiny.training, micro_batch=8))
+
+
+def _trained(config: Config, compile: str, batches: Callable) -> Iterator[TrainStep]:
+    """After each step."""
+    step = TrainStep(replace(config, training=replace(config.training, compile=compile)), torch.device("cpu"))
+    with torch.no_grad():  # fresh networks end in zeros, where every gradient but the last is zero
+        for number, parameter in enumerate(step.network.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    for k in range(config.training.total_steps):
+        step(k, batches(config, k, 8))
+        yield step
+
+
+@pytest.mark.usefixtures("compiler")
+def test_the_compiled_step_has_the_eager_gradients_and_is_compiled_once(
+    few_blocks: Config, batches: Callable
+) -> None:
+    graphs = None
+    stages = set()
+    for eager, compiled in zip(
+        _trained(few_blocks, "off", batches), _trained(few_blocks, "on", batches), strict=True
+    ):
+        graphs = graphs or counters["stats"]["unique_graphs"]
+        stages.add(int(compiled.num_scales))
+        if len(stages) == 1:  # afterwards the weights have parted, by rounding
+            ours, theirs = (
+                torch.cat([p.grad.flatten() for p in step.network.parameters()]) for step in (compiled, eager)
+            )
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+        assert float(compiled.loss_sum) == pytest.approx(float(eager.loss_sum), rel=1e-4)
+    assert len(stages) == 8
+    assert compiled.compiled_blocks == 5
+    assert eager.compiled_blocks == 0
+    assert graphs == 2 * 5, "each block once with gradients and once, as the teacher, without"
+    assert counters["stats"]["unique_graphs"] == graphs, "no new stage, step or micro-batch recompiles"
+    assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("compiler")
+def test_blocks_that_would_run_uncompiled_are_an_error(few_blocks: Config, batches: Callable) -> None:
+    training = replace(few_blocks.training, compile="on")
+    step = TrainStep(replace(few_blocks, training=training), torch.device("cpu"))
+    torch._dynamo.config.recompile_limit = 2
+    with pytest.raises(FailOnRecompileLimitHit):
+        step(0, batches(few_blocks, 0, 8))
+
+
+def test_auto_compiles_on_a_gpu_alone() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [compiles("auto", device) for device in (cpu, gpu)] == [False, True]
+    assert [compiles("off", device) for device in (cpu, gpu)] == [False, False]
+    assert [compiles(asked, cpu) for asked in ("on", "max-autotune")] == [True, True]
+
+
+@pytest.mark.drill
+def test_a_second_start_compiles_in_a_third_of_the_time(
+    tiny: Config, tmp_path: Path, command: Callable[..., subprocess.Popen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    seconds = []
+    for number in range(2):
+        process = command(tiny, tmp_path / str(number), "--training.compile", "on")
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, output
+        found = re.search(r"compiled in (?:(\d+)m)?(\d+)s", output)
+        assert found, output
+        seconds.append(60 * int(found[1] or 0) + int(found[2]))
+    assert seconds[0] >= 3 * seconds[1], seconds

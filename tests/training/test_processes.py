@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +143,18 @@ def _assert_same_state(ours: Path, theirs: Path, step: int) -> None:
         assert (ours / file).read_bytes() == (theirs / file).read_bytes(), f"{name} differ"
 
 
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/kill-drills.json"
+
+
+@pytest.fixture(scope="module")
+def kills() -> Iterator[list[dict]]:
+    """What every kill met; kept when `make drills` has run them all."""
+    met: list[dict] = []
+    yield met
+    if len(met) == len(KILLS):
+        RESULTS.write_text(json.dumps({"processes": 2, "steps": 100, "kills": met}, indent=1) + "\n")
+
+
 KILLS = [(seed, whole) for seed in range(10) for whole in (False, True)]
 
 
@@ -154,14 +166,20 @@ KILLS = [(seed, whole) for seed in range(10) for whole in (False, True)]
     ],
 )
 def test_a_kill_nine_of_a_process_or_of_all_changes_no_bit(
-    config: Config, tmp_path: Path, command: Command, undisturbed: dict[str, Path], seed: int, whole: bool
+    config: Config,
+    tmp_path: Path,
+    command: Command,
+    undisturbed: dict[str, Path],
+    kills: list[dict],
+    seed: int,
+    whole: bool,
 ) -> None:
     choose, out = random.Random(f"{seed} {whole}"), tmp_path / "killed"
     least = choose.randrange(60)
     process = command(config, out, "--processes", "2")
     _wait(process, lambda: _newest(out) >= least and len(_workers(process.pid)) == 2)
     time.sleep(choose.uniform(0, 0.5))
-    workers = _workers(process.pid)
+    workers, step = _workers(process.pid), _newest(out)
     for pid in (process.pid, *workers) if whole else (choose.choice(workers),):
         os.kill(pid, signal.SIGKILL)
     if whole:
@@ -178,6 +196,8 @@ def test_a_kill_nine_of_a_process_or_of_all_changes_no_bit(
         assert "was ended by SIGKILL; starting all 2 processes again from step" in output
     assert "Traceback" not in output
     _assert_same_state(out, _undisturbed(config, command, undisturbed), 100)
+    victims = "all" if whole else "one process"
+    kills.append({"seed": seed, "killed": victims, "newest_checkpoint": step, "same_bits": True})
 
 
 def test_a_signal_saves_in_all_processes_and_the_same_command_resumes(

@@ -163,10 +163,20 @@ def prepare(options: PrepareOptions) -> int:
     except KeyboardInterrupt:
         print("ict-fast: interrupted; the same command continues", file=sys.stderr)
         return errors.EXIT_SIGINT
-    print(f"{options.source}: {out}")
-    if (out / "rejected.txt").exists():
-        print(f"left out, because they cannot be used: {out / 'rejected.txt'}")
+    print(f"{options.source}: {out}, {_contents(out)}")
     return errors.EXIT_DONE
+
+
+def _contents(folder: Path) -> str:
+    """What a prepared store holds, so that a person sees what is missing from it."""
+    from ict_fast.data.store import open_store
+
+    store = open_store(folder)
+    size, colour = store.resolution, "grey" if store.image_channels == 1 else "RGB"
+    text = f"{store.num_images:,} images of {size}x{size} {colour}"
+    text += f" in {store.num_classes:,} classes" if store.num_classes else " without classes"
+    rejected = store.meta.get("rejected", 0)
+    return text + (f"; {rejected:,} could not be used, see {folder / 'rejected.txt'}" if rejected else "")
 
 
 def doctor(options: DoctorOptions) -> int:

@@ -155,7 +155,7 @@ class TrainingConfig:
     """Images per forward pass and process; 0 means all at once. Gradients accumulate over the rest."""
     seed: int = 0
     """Seed of the initial weights, the order, the flips, the noise, the levels and the dropout."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the network's trunk; its ends stay fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
     """Compile the network's blocks with torch.compile, minutes at the first start. auto: on a GPU."""

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -81,6 +82,8 @@ def _start_worker(source: Source) -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve, args=(theirs, source), daemon=True)
+    # The first start of any process would start it too, and that unblocks SIGINT again.
+    resource_tracker.ensure_running()
     # Inherited, so that Ctrl-C, which a terminal sends to all, does not make each of them complain.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -103,6 +103,7 @@ def write_store(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         return _keep_equal(out, about, blocks, labels)
 
+    out = out.resolve() if out.is_symlink() else out  # nothing can be renamed to a link
     partial = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

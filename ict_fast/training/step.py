@@ -19,6 +19,7 @@ from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
 from ict_fast.training.adam_ema import AdamEMA
 from ict_fast.training.compilation import compile_blocks, compiles
+from ict_fast.training.loss_scale import LossScale
 from ict_fast.training.world import World
 from ict_kernels import RAdamEMA
 
@@ -39,6 +40,7 @@ class TrainStep:
         network: the student, on the device, channels_last.
         optimizer: RAdam with the average of the weights.
         compiled_blocks: how many residual blocks are compiled when they are first called.
+        loss_scale: of an fp16 trunk, else None.
         loss_sum, loss_count: sum and number of the finite step losses since `reset_loss`; fp64 scalars.
         skipped_in_a_row: the longest run of skipped steps since `reset_loss`; int64 scalar.
     """
@@ -86,6 +88,10 @@ class TrainStep:
             weight_decay=optimizer.weight_decay,
             ema_decay=self.ema_decay,
         )
+        self.loss_scale: LossScale | None = None
+        if self.autocast_dtype is torch.float16:
+            self.loss_scale = LossScale(device)
+            self.optimizer.grad_scale = self.loss_scale.value
         self.loss_sum = scalar(0.0, torch.float64)
         self.loss_count = scalar(0, torch.int64)
         self.skipped_in_a_row = scalar(0, torch.int64)
@@ -109,6 +115,8 @@ class TrainStep:
         self.optimizer.step()
 
         skipped = self.optimizer.last_step_skipped
+        if self.loss_scale is not None:
+            self.loss_scale.advance(skipped)
         if self.teacher is not None:
             self.teacher_decay.fill_(consistency.teacher_ema_decay(scales, config.method))
             self._advance_teacher(skipped)
@@ -141,7 +149,8 @@ class TrainStep:
             )
         loss = loss_n.sum() / self.config.training.batch_size
         # The processes' gradients are averaged, but their shares of the mean loss add up.
-        (loss * self.world.size).backward()
+        scale = self.world.size if self.loss_scale is None else self.world.size * self.loss_scale.value
+        (loss * scale).backward()
         return loss.detach()
 
     @torch.no_grad()
@@ -178,6 +187,8 @@ class TrainStep:
         files["optimizer"]["skipped_in_a_row"] = self.skipped_in_a_row
         files["optimizer"]["loss_sum"] = self.loss_sum
         files["optimizer"]["loss_count"] = self.loss_count
+        if self.loss_scale is not None:
+            files["optimizer"] |= self.loss_scale.tensors()
         if self.teacher is not None:
             files["teacher"] = dict(self.teacher.state_dict())
         return files
@@ -207,6 +218,9 @@ class TrainStep:
                 self.skipped_in_a_row.copy_(saved["skipped_in_a_row"])
                 self.loss_sum.copy_(saved["loss_sum"])
                 self.loss_count.copy_(saved["loss_count"])
+                if self.loss_scale is not None and "loss_scale" in saved:  # else it was not fp16 so far
+                    for name, tensor in self.loss_scale.tensors().items():
+                        tensor.copy_(saved[name])
             except KeyError as missing:
                 raise InputError(f"{checkpoint.path}/optimizer.safetensors lacks {missing}") from None
 
@@ -249,7 +263,7 @@ def trunk_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype of the network's trunk, or None for fp32 throughout."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
 def _on_device(network: nn.Module, device: torch.device) -> nn.Module:

@@ -253,6 +253,8 @@ def _metrics(train_step: TrainStep, step: int, config: Config) -> dict[str, Any]
         "num_scales": num_scales(step - 1, config.training.total_steps, config.method),
         "skipped": int(train_step.optimizer.skipped),
     }
+    if train_step.loss_scale is not None:
+        values["loss_scale"] = float(train_step.loss_scale.value)
     gradient_norm = float(train_step.optimizer.grad_norm)
     values["gradient_norm"] = gradient_norm if gradient_norm < float("inf") else None
     return values

@@ -307,8 +307,10 @@ def test_what_no_longer_matches_its_checksum_is_read_again(tmp_path: Path) -> No
     assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))
 
 
-@pytest.mark.parametrize("tail", [b'{"start": 40, "stop"', b"\0" * 100, b"\xff\xfe\n"])
-def test_a_journal_that_was_cut_short_counts_as_far_as_it_goes(tmp_path: Path, tail: bytes) -> None:
+@pytest.mark.parametrize("tail", [b'{"start": 40, "stop"', b"\0" * 100, b"\xff\xfe\n", b"5\n{}\n"])
+def test_a_journal_that_was_cut_short_or_altered_counts_as_far_as_it_goes(
+    tmp_path: Path, tail: bytes
+) -> None:
     with (interrupted(tmp_path / "a") / "journal.jsonl").open("ab") as file:
         file.write(tail)
     source = Numbers()

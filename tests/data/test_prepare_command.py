@@ -114,7 +114,7 @@ def test_folders_of_synsets_become_imagenet_at_64_pixels(capsys) -> None:
         synset: [draw(Path(f"train/{synset}/{synset}_{i}.JPEG")) for i in range(2)] for synset in synsets
     }
     assert main(["prepare", "imagenet", "train", "--processes", "1"]) == 0
-    assert capsys.readouterr().out == "imagenet: data/imagenet64\n"
+    assert capsys.readouterr().out == "imagenet: data/imagenet64, 4 images of 64x64 RGB in 2 classes\n"
     store = open_store(Path("data/imagenet64"))
     expected = [dhariwal(image, 64) for synset in sorted(synsets) for image in drawn[synset]]
     np.testing.assert_array_equal(store.images, np.stack(expected))
@@ -159,7 +159,8 @@ def test_a_folder_becomes_grey_images_and_a_list_of_those_left_out(capsys) -> No
     assert not Path("data/folder").exists()
     assert main([*words.split(), "--max-rejected", "0.4"]) == 0
     assert capsys.readouterr().out == (
-        "folder: data/folder\nleft out, because they cannot be used: data/folder/rejected.txt\n"
+        "folder: data/folder, 2 images of 20x20 grey without classes; 1 could not be used, see"
+        " data/folder/rejected.txt\n"
     )
     store = open_store(Path("data/folder"))
     np.testing.assert_array_equal(
@@ -242,6 +243,6 @@ def test_preparing_with_processes_of_its_own_imports_no_torch() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "folder: data/folder\n"
+    assert done.stdout == "folder: data/folder, 3 images of 8x8 RGB without classes\n"
     assert "preparing 3/3 (100 %)" in done.stderr
     assert open_store(Path("data/folder")).num_images == 3

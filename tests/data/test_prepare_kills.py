@@ -207,6 +207,30 @@ def test_an_interrupted_command_says_that_it_can_be_continued(tmp_path: Path) ->
     assert 0 < journalled(out) < 600
 
 
+def test_ctrl_c_reaches_none_of_the_reading_processes(tmp_path: Path, images: Path) -> None:
+    program = """
+import multiprocessing, signal, sys
+from pathlib import Path
+from ict_fast.data.sources.folder_files import folder_source
+from ict_fast.data.partial_store import PartialStore
+from ict_fast.data.prepare import prepare_store
+
+write = PartialStore.write
+def write_and_look(self, piece):
+    write(self, piece)
+    for child in multiprocessing.active_children():
+        status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+        [blocked] = [int(line.split()[1], 16) for line in status if line.startswith("SigBlk:")]
+        print(blocked >> (signal.SIGINT - 1) & 1)
+PartialStore.write = write_and_look
+source = folder_source(Path(sys.argv[1]), crop="center-crop", resolution=256, image_channels=3)
+prepare_store(source, Path(sys.argv[2]), processes=2)
+"""
+    command = [sys.executable, "-c", program, str(images), str(tmp_path / "store")]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) == {"1"}
+
+
 def test_a_worker_that_dies_is_one_line_and_a_rerun_completes(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,14 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     assert open_store(write_store(tmp_path / "a", IMAGES, LABELS, **ABOUT)).num_images == 12
 
 
+def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "a").symlink_to("large disk")
+    write_store(tmp_path / "a", IMAGES, LABELS, **ABOUT)
+    assert open_store(tmp_path / "large disk").num_images == 12
+    assert (tmp_path / "a").is_symlink()
+
+
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:
     (tmp_path / ".a.partial").mkdir()
     other = os.open(tmp_path / ".a.partial", os.O_RDONLY)

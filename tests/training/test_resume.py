@@ -42,6 +42,7 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "accumulated": lambda config: replace(config, training=replace(config.training, micro_batch=4)),
     "ema-teacher": lambda config: replace(config, method=replace(config.method, teacher="ema")),
     "conditional": lambda config: replace(config, network=replace(config.network, num_classes=10)),
+    "fp16": lambda config: replace(config, training=replace(config.training, precision="fp16")),
     "adm-bf16": lambda config: replace(
         config,
         network=replace(config.network, name="adm"),

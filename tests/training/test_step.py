@@ -12,6 +12,7 @@ import torch
 
 from ict_fast import consistency
 from ict_fast.config import Config
+from ict_fast.training.loss_scale import LossScale
 from ict_fast.training.step import TrainStep, ema_decay, learning_rate, trunk_dtype
 
 CPU = torch.device("cpu")
@@ -136,14 +137,16 @@ def test_precision_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
     assert trunk_dtype("auto", CPU) is None
     assert trunk_dtype("auto", torch.device("cuda")) is torch.bfloat16
     assert trunk_dtype("bf16", CPU) is torch.bfloat16
+    assert trunk_dtype("fp16", CPU) is torch.float16
     assert trunk_dtype("fp32", torch.device("cuda")) is None
 
 
-def test_gradients_of_a_bf16_trunk_are_those_of_fp32_up_to_its_rounding(
-    tiny: Config, batches: Batches
+@pytest.mark.parametrize(("half", "least"), [("bf16", 0.99), ("fp16", 0.9999)])
+def test_gradients_of_a_half_precision_trunk_are_those_of_fp32_up_to_its_rounding(
+    tiny: Config, batches: Batches, half: str, least: float
 ) -> None:
     gradients = []
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", half):
         config = replace(tiny, training=replace(tiny.training, precision=precision))
         train_step = TrainStep(config, CPU)
         with torch.no_grad():  # fresh networks end in zeros, where every gradient but the last is zero
@@ -157,4 +160,40 @@ def test_gradients_of_a_bf16_trunk_are_those_of_fp32_up_to_its_rounding(
         assert {p.grad.dtype for p in parameters.values()} == {torch.float32}  # type: ignore[union-attr]
         gradients.append(torch.cat([p.grad.flatten() for p in parameters.values()]))  # type: ignore[union-attr]
     cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
-    assert 0.99 < float(cosine) < 1 - 1e-9
+    assert least < float(cosine) < 1 - 1e-9
+
+
+def test_the_loss_scale_halves_with_a_step_that_overflows_and_doubles_after_many_that_did_not() -> None:
+    scale = LossScale(CPU)
+    no, yes = torch.tensor(False), torch.tensor(True)
+    first = float(scale.value)
+    seen = []
+    for skipped in [*[no] * 399, yes, *[no] * 400, *[no] * 400]:
+        scale.advance(skipped)
+        seen.append(float(scale.value) / first)
+    assert seen == [1] * 399 + [0.5] * 400 + [1.0] * 400 + [2.0]
+    for _ in range(40):
+        scale.advance(yes)
+    assert float(scale.value) == 1
+
+
+def test_the_loss_scale_changes_no_weight_and_an_overflow_skips_the_step(
+    tiny: Config, batches: Batches
+) -> None:
+    """Powers of two scale exactly, but for what is too small for fp16."""
+    config = replace(tiny, training=replace(tiny.training, precision="fp16"))
+    ends = []
+    for first in (2.0**6, 2.0**10):
+        train_step = TrainStep(config, CPU)
+        assert train_step.loss_scale is not None
+        train_step.loss_scale.value.fill_(first)
+        for step in range(3):
+            train_step(step, batches(config, step))
+        assert int(train_step.optimizer.skipped) == 0
+        ends.append(_vector(train_step))
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-5)
+    train_step.loss_scale.value.fill_(1e30)
+    train_step(3, batches(config, 3))
+    assert int(train_step.optimizer.skipped) == 1
+    assert torch.equal(_vector(train_step), ends[1])
+    assert float(train_step.loss_scale.value) < 1e30

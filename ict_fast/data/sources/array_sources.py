@@ -17,6 +17,7 @@ from typing import IO
 
 import numpy as np
 
+from ict_fast.data.progress import narrated
 from ict_fast.data.sources.batch_files import open_npz_batch, open_pickled_batch, pickled_entry
 from ict_fast.data.sources.planar_images import PlanarBatch, PlanarImages
 from ict_fast.errors import InputError
@@ -125,7 +126,7 @@ class ImagenetNpzSource:
         self._files: list[tuple[str, int, int]] = []
         batches: list[PlanarBatch] = []
         labels_of: list[np.ndarray] = []
-        for file in files:
+        for file in narrated(files, lambda file: f"opening {file}"):
             status = file.stat()
             self._files.append((file.name, status.st_size, status.st_mtime_ns))
             batch, labels = _open_imagenet_batch(file)

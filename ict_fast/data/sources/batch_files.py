@@ -23,6 +23,7 @@ from ict_fast.errors import InputError
 from ict_fast.restricted_unpickler import ARRAYS, PickledArray, load_restricted
 
 _RESOLUTIONS = (8, 16, 32, 64)  # of the published ones
+_BLOCK = 2**20  # bytes
 
 
 def open_pickled_batch(
@@ -113,7 +114,9 @@ def open_npz_batch(file: Path) -> tuple[PlanarBatch, np.ndarray]:
                 label_shape, label_dtype, _ = _npy_header(stream, file)
                 _check_labels(label_shape, label_dtype, shape[0], str(file))
                 labels = np.frombuffer(stream.read(shape[0] * label_dtype.itemsize), label_dtype)
-        stored = info.compress_type == zipfile.ZIP_STORED
+            stored = info.compress_type == zipfile.ZIP_STORED
+            if stored:
+                _check_content(archive, info)
         batch = PlanarBatch(
             file.stem,
             shape[0],
@@ -129,6 +132,13 @@ def open_npz_batch(file: Path) -> tuple[PlanarBatch, np.ndarray]:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (EOFError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{file}: cut short, or not an .npz ({error}); get it again") from error
+
+
+def _check_content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """Raises BadZipFile if a stored member is damaged: reading its rows in the file would not notice."""
+    with archive.open(info) as stream:
+        while stream.read(_BLOCK):
+            pass
 
 
 def _npy_header(stream: IO[bytes], file: Path) -> tuple[tuple[int, ...], np.dtype, int]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ict_fast.data.progress import narrated
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage, image_layout
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.sources.name_table import NameTable
@@ -76,8 +77,9 @@ class ZipFiles:
 def edm_zip_source(archive: Path) -> ImageSource:
     """A data set in the form of EDM and EDM2.
 
-    Images come in the order of their names. Size and colour are those of the first; the classes are numbers,
-    up to the highest label, and some may have no image: a part of ImageNet keeps ImageNet's numbers.
+    Images come in the order of their names. Their size is that of the first, and they are grey if all are.
+    The classes are numbers, up to the highest label, and some may have no image: a part of ImageNet keeps
+    ImageNet's numbers.
 
     Args:
         archive: the ZIP.
@@ -194,11 +196,17 @@ def _labels(archive: Path, names: NameTable, described: Any) -> tuple[np.ndarray
 
 
 def _layout(archive: Path, files: ZipFiles) -> tuple[int, int]:
-    """Resolution and channels of the first image that is one."""
-    for index in range(len(files)):
+    """Resolution of the first image that is one, and 3 channels if any image has them: none turns grey."""
+    resolution = 0
+    numbers = range(len(files))
+    for index in narrated(numbers, lambda index: f"looking for colours in {archive}: {files.name(index)}"):
         try:
             width, _, image_channels = image_layout(files.read(index))
         except RejectedImage:
             continue
-        return width, image_channels
-    raise InputError(f"{archive}: has no image that can be decoded")
+        resolution = resolution or width
+        if image_channels == 3:
+            return resolution, 3
+    if not resolution:
+        raise InputError(f"{archive}: has no image that can be decoded")
+    return resolution, 1

@@ -65,7 +65,7 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
                 _check_header(image)
                 yield image
-        except RejectedImage:
+        except (RejectedImage, MemoryError):  # want of memory says nothing about the image
             raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise RejectedImage(f"more than {MAX_PIXELS} pixels") from None

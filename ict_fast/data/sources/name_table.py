@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import overload
 
 import numpy as np
+
+# Not os.fsencode: an archive's names need not be ones of this machine's locale. A byte of a file name that is
+# no character is half a surrogate pair, which passes.
+_ERRORS = "surrogatepass"
 
 
 class NameTable(Sequence[str]):
@@ -16,7 +19,7 @@ class NameTable(Sequence[str]):
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
+        encoded = [name.encode("utf-8", _ERRORS) for name in names]
         self._joined = b"".join(encoded)
         self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
@@ -32,4 +35,4 @@ class NameTable(Sequence[str]):
             return [self[each] for each in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         start = int(self._ends[number - 1]) if number else 0
-        return os.fsdecode(self._joined[start : int(self._ends[number])])
+        return self._joined[start : int(self._ends[number])].decode("utf-8", _ERRORS)

@@ -76,8 +76,8 @@ def ilsvrc_tar_source(archive: Path, *, crop: str, resolution: int) -> ImageSour
         crop: a key of `CROPS`.
         resolution: R, pixels.
     Raises:
-        InputError: not such an archive, truncated, or with a member that could mean harm: a link, a device,
-            an absolute name, `..`, a name that comes twice.
+        InputError: not such an archive, truncated, with a class that has no images, or with a member that
+            could mean harm: a link, a device, an absolute name, `..`, a name that comes twice.
     """
     try:
         with archive.open("rb") as file:
@@ -117,14 +117,19 @@ def _images(file: BinaryIO, archive: Path, start: int, synset: str) -> Iterator[
     """The images of the archive that begins at byte `start`; inside a synset's own archive, all are its."""
     inside = f" inside {synset}.tar" if synset else ""
     archives: set[str] = set()
+    as_folders: set[str] = set()
+    with_images: set[str] = set()
     for member in _members(file, archive, start, inside):
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts:
             raise InputError(f"{archive}: member {member.name!r}{inside} leads elsewhere; it is refused")
         if not (member.isdir() or member.isreg()) or member.issparse():
             raise InputError(f"{archive}: member {member.name!r}{inside} is not a plain file; it is refused")
-        if path.name.startswith("."):
+        if any(part.startswith(".") for part in path.parts):
             continue
+        folder = path if member.isdir() else path.parent
+        folders = [part for part in folder.parts if SYNSET.fullmatch(part)]
+        as_folders.update(folders[-1:])
         if not synset and path.suffix == ".tar" and SYNSET.fullmatch(path.stem):
             if path.stem in archives:
                 raise InputError(f"{archive}: has {path.name} twice; it is refused")
@@ -135,14 +140,17 @@ def _images(file: BinaryIO, archive: Path, start: int, synset: str) -> Iterator[
                 raise InputError(f"{archive}: {member.name} has members beyond its end; it is refused")
             if not found:
                 raise InputError(f"{archive}: {member.name} is a class without images")
+            with_images.add(path.stem)
             yield from found
         elif member.isreg() and path.suffix.lower() in IMAGE_SUFFIXES:
-            folders = [part for part in path.parts[:-1] if SYNSET.fullmatch(part)]
             if not synset and not folders:
                 raise InputError(
                     f"{archive}: {member.name!r} lies in no folder named as a synset, such as n01440764"
                 )
+            with_images.update(folders[-1:])
             yield _Member(synset or folders[-1], str(path), member.offset_data, member.size)
+    if not synset and as_folders - with_images:
+        raise InputError(f"{archive}: {min(as_folders - with_images)} is a class without images")
 
 
 def _members(file: BinaryIO, archive: Path, start: int, inside: str) -> Iterator[tarfile.TarInfo]:

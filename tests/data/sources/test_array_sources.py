@@ -517,6 +517,17 @@ def test_a_bad_npz_is_named_with_its_fault(tmp_path: Path, fault: str) -> None:
         ImagenetNpzSource(folder)
 
 
+@pytest.mark.parametrize("name", ["stored npz", "compressed npz"])
+def test_a_pixel_that_was_damaged_on_the_way_is_noticed(tmp_path: Path, name: str) -> None:
+    folder = imagenet_folder(tmp_path / "a", FORMATS[name], 64)
+    file = folder / "train_data_batch_2.npz"
+    content = bytearray(file.read_bytes())
+    content[2000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"train_data_batch_2.*(CRC|invalid)"):
+        ImagenetNpzSource(folder).read(0, sum(COUNTS))
+
+
 def test_a_file_that_is_spoilt_after_opening_is_noticed_in_reading(tmp_path: Path) -> None:
     for name in ("stored npz", "compressed npz"):
         folder = imagenet_folder(tmp_path / name, FORMATS[name], 64)

@@ -71,6 +71,15 @@ def test_grey_data_sets_stay_grey(archive: Path) -> None:
     np.testing.assert_array_equal(source.read(0, 6)[0], PIXELS[..., :1])
 
 
+def test_a_grey_image_at_the_beginning_takes_no_colour_from_the_others(archive: Path) -> None:
+    images = {name: encode(pixels) for name, pixels in zip(NAMES, PIXELS, strict=True)}
+    images[NAMES[0]] = encode(PIXELS[0, ..., 0])
+    pixels, rejected = edm_zip_source(write(archive, None, images)).read(0, 6)
+    assert rejected == {}
+    np.testing.assert_array_equal(pixels[0], PIXELS[0, ..., :1].repeat(3, axis=-1))
+    np.testing.assert_array_equal(pixels[1:], PIXELS[1:])
+
+
 def test_a_part_of_a_data_set_keeps_the_numbers_of_the_whole(archive: Path) -> None:
     source = edm_zip_source(write(archive, [[name, 999] for name in NAMES]))
     assert (len(source.classes), source.labels.tolist()) == (1000, [999] * 6)

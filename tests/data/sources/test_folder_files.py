@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ict_fast.data.sources import folder_files
 from ict_fast.data.sources.folder_files import folder_source, ilsvrc_folder_source
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.errors import InputError
@@ -52,6 +53,24 @@ def test_images_at_the_top_have_no_classes(tmp_path: Path) -> None:
     assert (list(source.classes), source.labels.tolist(), names(source)) == ([], [0, 0], ["a.png", "b.png"])
     assert source.read(0, 2)[0].shape == (2, 16, 16, 1)
     assert source.recipe == "16x16 grey, center-crop"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("inside", ["", "a/", "a/deep/"])
+def test_the_order_is_not_that_of_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, reverse: bool
+) -> None:
+    def entries(folder: Path) -> list[os.DirEntry[str]]:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=reverse)
+
+    monkeypatch.setattr(folder_files, "_entries", entries)
+    for name in ("1.png", "2.png", "3.png"):
+        draw(tmp_path / inside / name)
+    if inside:
+        draw(tmp_path / "b/0.png")
+    source = folder_source(tmp_path, **FOLDER)
+    assert names(source)[:3] == [f"{inside}{number}.png" for number in (1, 2, 3)]
+    assert list(source.classes) == (["a", "b"] if inside else [])
 
 
 def test_ilsvrc_classes_are_the_sorted_synsets(tmp_path: Path) -> None:

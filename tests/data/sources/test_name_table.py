@@ -25,3 +25,12 @@ def test_a_table_takes_little_more_than_its_characters() -> None:
     names = [f"n01440764/n01440764_{number}.JPEG" for number in range(10_000)]
     characters = sum(map(len, names))
     assert len(pickle.dumps(NameTable(names))) < characters + 8 * len(names) + 1000
+
+
+def test_names_need_not_be_ones_of_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsencode(name: str) -> bytes:  # of Python without UTF-8 mode where LC_ALL=C
+        return name.encode("ascii", "surrogateescape")
+
+    monkeypatch.setattr("os.fsencode", fsencode)
+    names = [*NAMES, "as listed there \udcc3\udca9"]  # two bytes that would be a letter elsewhere
+    assert list(NameTable(names)) == names

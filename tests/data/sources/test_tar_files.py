@@ -141,9 +141,30 @@ def test_a_synset_that_comes_twice_or_without_images_is_refused(archive: Path) -
     archive.write_bytes(tar([one, ("n01443537.tar", tar({}))]))
     with pytest.raises(InputError, match=r"n01443537\.tar is a class without images"):
         ilsvrc_tar_source(archive, **OPTIONS)
-    archive.write_bytes(tar({"n01440764/README": b"x"}))
+    archive.write_bytes(tar({"README": b"x"}))
     with pytest.raises(InputError, match="has no images"):
         ilsvrc_tar_source(archive, **OPTIONS)
+
+
+@pytest.mark.parametrize("empty", ["n01443537", "train/n01443537/README", "n01443537/.a.JPEG"])
+def test_a_folder_without_images_is_refused_and_does_not_shift_the_classes(archive: Path, empty: str) -> None:
+    folder = tarfile.TarInfo("n01443537")
+    folder.type = tarfile.DIRTYPE
+    first, last = ("n01440764/a.JPEG", jpeg(0)), ("n15075141/a.JPEG", jpeg(1))
+    hollow = [(folder, b"")] if "/" not in empty else [(folder, b""), (empty, jpeg(2))]
+    archive.write_bytes(tar([first, *hollow, last]))
+    with pytest.raises(InputError, match="n01443537 is a class without images"):
+        ilsvrc_tar_source(archive, **OPTIONS)
+    archive.write_bytes(tar([first, (folder, b""), ("n01443537/n01443537.tar", tar({"b.JPEG": jpeg(3)}))]))
+    assert list(ilsvrc_tar_source(archive, **OPTIONS).classes) == ["n01440764", "n01443537"]
+
+
+def test_hidden_folders_are_passed_over_as_they_are_in_a_folder(archive: Path) -> None:
+    hidden = {".trash/n15075141/a.JPEG": jpeg(1), "n01440764/.thumbs/a.JPEG": jpeg(2)}
+    archive.write_bytes(tar({"./n01440764/a.JPEG": jpeg(0), **hidden}))
+    source = ilsvrc_tar_source(archive, **OPTIONS)
+    assert list(source.files.names) == ["n01440764/a.JPEG"]
+    assert list(source.classes) == ["n01440764"]
 
 
 @pytest.mark.parametrize("layout", ["nested", "folders"])

@@ -110,7 +110,7 @@ class TrainStep:
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             with self._gathering_only() if number < len(micro_batches) else nullcontext():
-                loss += self._backward(batch)
+                loss += self.backward(batch)
         self.world.add(loss)
         self.optimizer.step()
 
@@ -130,7 +130,7 @@ class TrainStep:
         """While open, gradients stay in this process: they are reduced with the last micro-batch's."""
         return nullcontext() if self._parallel is None else self._parallel.no_sync()
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def backward(self, batch: Batch) -> Tensor:
         """Adds the gradient of the micro-batch's share of the global mean loss; returns that share."""
         # No cache of cast weights: the teacher would fill it without gradients, for the student to find.
         with torch.autocast(

@@ -1140,7 +1140,7 @@ def _backward(
             launch(
                 merge_backward,
                 (samples * num_groups,),
-                num_warps=2,
+                num_warps=4,
                 stats_ptr=stats,
                 weight_ptr=weight,
                 bias_ptr=bias,

@@ -50,7 +50,7 @@ class TrainStep:
         self.device = device
         self.world = World() if world is None else world
         self.network = _on_device(build_seeded_network(config), device)
-        self.autocast_dtype = trunk_dtype(config.training.precision, device)
+        self.autocast_dtype: torch.dtype | None = None
         teacher = None
         if config.method.teacher == "ema":
             teacher = copy.deepcopy(self.network).requires_grad_(False)
@@ -89,13 +89,18 @@ class TrainStep:
             ema_decay=self.ema_decay,
         )
         self.loss_scale: LossScale | None = None
-        if self.autocast_dtype is torch.float16:
-            self.loss_scale = LossScale(device)
-            self.optimizer.grad_scale = self.loss_scale.value
+        self.set_trunk(trunk_dtype(config.training.precision, device))
         self.loss_sum = scalar(0.0, torch.float64)
         self.loss_count = scalar(0, torch.int64)
         self.skipped_in_a_row = scalar(0, torch.int64)
         self._skipping_since = scalar(0, torch.int64)
+
+    def set_trunk(self, dtype: torch.dtype | None) -> None:
+        """Computes in this dtype from now on, None for fp32; fp16 begins with a new loss scale."""
+        self.autocast_dtype = dtype
+        if dtype is torch.float16:
+            self.loss_scale = LossScale(self.device)
+            self.optimizer.grad_scale = self.loss_scale.value
 
     def __call__(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Trains on the share of global batch `step` (from 0) that is here; never waits for the device."""

@@ -14,10 +14,10 @@ import torch
 
 from ict_fast.checkpoint import write_checkpoint
 from ict_fast.config import Config, to_dict, validate
-from ict_fast.consistency.curriculum import num_scales
+from ict_fast.consistency.curriculum import num_scales, stages
 from ict_fast.consistency.model import ConsistencyModel, build_seeded_network
 from ict_fast.consistency.sampling import sample
-from ict_fast.data.loaders import make_loader
+from ict_fast.data.loaders import Loader, make_loader
 from ict_fast.data.order import micro_batch_size
 from ict_fast.data.pictures import image_grid, save_png, to_uint8
 from ict_fast.data.store import Store
@@ -25,6 +25,7 @@ from ict_fast.errors import EXIT_DONE, InputError, TrainingError
 from ict_fast.training.describe import describe, describe_stages
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor, duration, print_line
+from ict_fast.training.precision import choose_trunk, chooses_trunk
 from ict_fast.training.processes import run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled, will_prepare
 from ict_fast.training.run_directory import Run, RunResult, lock, open_run, prepare_directory
@@ -170,8 +171,11 @@ def _train_locked(
     configure_torch(device, deterministic=config.training.deterministic)
     train_step = TrainStep(config, device, world)
     if run.checkpoint is not None:
+        before = run.checkpoint.state.get("trunk_dtype")
+        if chooses_trunk(train_step) and before == "float16":  # chosen at an earlier stage
+            train_step.set_trunk(torch.float16)
         train_step.restore(run.checkpoint)
-        before, now = run.checkpoint.state.get("trunk_dtype"), _trunk_name(train_step)
+        now = _trunk_name(train_step)
         if before not in (None, now):
             warnings.append(f"the run so far has a trunk in {before}, on this device it goes on in {now}")
     if world.is_first:
@@ -197,11 +201,12 @@ def _train_locked(
 
 
 def _loop(
-    run: Run, store: Store, train_step: TrainStep, loader: Any, monitor: Monitor, stop: StopRequest
+    run: Run, store: Store, train_step: TrainStep, loader: Loader, monitor: Monitor, stop: StopRequest
 ) -> RunResult:
     config, out, step, world = run.config, run.out, run.step, train_step.world
     total, logging = config.training.total_steps, config.logging
     saved_step = step
+    borders = {stage.first_step for stage in stages(total, config.method)}
     while True:
         done, stop_code = step == total, world.stop_code(stop.exit_code)
         if step > run.step:
@@ -214,6 +219,8 @@ def _loop(
                 saved_step = _save(run, store, train_step, step, saved_step, monitor)
         if done or stop_code is not None:
             break
+        if step in borders and chooses_trunk(train_step):
+            monitor.say(choose_trunk(train_step, loader, step))
         compiling = train_step.compiled_blocks if step == run.step else 0
         started = time.monotonic()
         if compiling:

@@ -1,0 +1,123 @@
+"""Which arithmetic a run's trunk can afford: bf16 until its rounding drowns the gradient, then fp16.
+
+Neighbouring noise levels grow closer with every stage of the curriculum, and so do the two outputs whose
+difference is the signal. bf16 keeps 8 bits of each. fp16 keeps 11, at the same speed, but needs a loss scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ict_fast.consistency.curriculum import num_scales
+from ict_fast.data.loaders import Batch, Loader
+from ict_fast.training.step import TrainStep
+
+_BATCHES = 24
+_LEAST_COSINE = 0.998
+_MOST_NOISE = 0.10
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What the rounding of a half-precision trunk does to the gradient.
+
+    Attributes:
+        cosine: of the mean gradient over all batches with that of an fp32 trunk.
+        noise: variance over the batches that the rounding adds, relative to that of the fp32 gradient.
+    """
+
+    cosine: float
+    noise: float
+
+    @property
+    def is_harmless(self) -> bool:
+        return self.cosine >= _LEAST_COSINE and self.noise <= _MOST_NOISE
+
+
+def chooses_trunk(step: TrainStep) -> bool:
+    """Whether the trunk is in bf16 only as long as that does no harm."""
+    return step.config.training.precision == "auto" and step.autocast_dtype is torch.bfloat16
+
+
+def choose_trunk(step: TrainStep, loader: Loader, number: int) -> str:
+    """Goes over to fp16, for the rest of the run, if bf16 is too coarse for the stage that begins.
+
+    Args:
+        step: with a bf16 trunk.
+        loader: of the run's batches; those of the next steps are used, one micro-batch of each.
+        number: the stage's first step.
+    Returns:
+        A line for the person.
+    """
+    config = step.config
+    scales = num_scales(number, config.training.total_steps, config.method)
+    step.num_scales.fill_(scales)
+    batches = (loader.micro_batches(number + ahead)[0] for ahead in range(_BATCHES))
+    measured = measure_rounding(step, number, batches)
+    rounding = step.world.decide(lambda: measured)
+    if not rounding.is_harmless:
+        step.set_trunk(torch.float16)
+    return (
+        f"N = {scales}: {'bf16 stays' if rounding.is_harmless else 'bf16 is too coarse, fp16 from here on'}"
+        f" (cosine {rounding.cosine:.4f}, at least {_LEAST_COSINE}; noise {rounding.noise:.3f}, at most"
+        f" {_MOST_NOISE})"
+    )
+
+
+def measure_rounding(step: TrainStep, first_step: int, batches: Iterable[Batch]) -> Rounding:
+    """Compares gradients of the run's own weights with the present trunk and with an fp32 one.
+
+    Changes nothing but `step`'s gradients and step number, which the next step sets anew. Waits for the
+    device, and takes three times the memory of the gradients.
+
+    Args:
+        step: with a half-precision trunk that needs no loss scale, and N(k) set.
+        first_step: number of the step whose noise the first batch gets; the others get the following ones'.
+        batches: two or more; every process passes as many.
+    """
+    half = step.autocast_dtype
+    assert half is not None
+    assert step.loss_scale is None
+    count = 0
+    means: list[list[Tensor]] = []
+    noise = variance = 0.0
+    for count, batch in enumerate(batches, start=1):
+        step.seed_and_step[1].fill_(first_step + count - 1)
+        # Not compiled: blocks that are compiled for fp32 would serve nobody else.
+        with torch.compiler.set_stance("force_eager"):
+            step.autocast_dtype = None
+            exact = _gradient(step, batch)
+            step.autocast_dtype = half
+        rounded = _gradient(step, batch)
+        noise += _square(torch._foreach_sub(rounded, exact))
+        variance += _square(exact)
+        if not means:
+            means = [[torch.zeros_like(tensor) for tensor in exact] for _ in range(2)]
+        for mean, each in zip(means, (exact, rounded), strict=True):
+            torch._foreach_add_(mean, each)
+    step.optimizer.zero_grad()
+    for mean in means:
+        torch._foreach_div_(mean, count)
+    exact_mean, rounded_mean = means
+    # Variance over the batches: the mean of the squares less the square of the mean.
+    noise = noise / count - _square(torch._foreach_sub(rounded_mean, exact_mean))
+    variance = variance / count - _square(exact_mean)
+    dot = sum(float((a.double() * b).sum()) for a, b in zip(exact_mean, rounded_mean, strict=True))
+    return Rounding(
+        cosine=dot / (_square(exact_mean) * _square(rounded_mean)) ** 0.5, noise=max(noise, 0.0) / variance
+    )
+
+
+def _gradient(step: TrainStep, batch: Batch) -> list[Tensor]:
+    step.optimizer.zero_grad()
+    step.backward(batch)
+    return [p.grad.clone() for p in step.network.parameters() if p.grad is not None]
+
+
+def _square(tensors: Iterable[Tensor]) -> float:
+    """The squared length of all tensors together."""
+    return float(sum((tensor.double() ** 2).sum() for tensor in tensors))

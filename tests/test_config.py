@@ -21,6 +21,7 @@ EXECUTION = {
     "data.loader",
     "method.second_sigma",
     "training.micro_batch",
+    "training.compile",
     "training.deterministic",
     "logging.log_every",
     "logging.grid_every",
@@ -61,6 +62,7 @@ def another(name, value):
         "method.teacher": "ema",
         "optimizer.name": "adam",
         "training.precision": "fp32",
+        "training.compile": "off",
     }
     if name in choices:
         return choices[name]

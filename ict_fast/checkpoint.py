@@ -78,6 +78,7 @@ def write_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int,
+    snapshot_every: int = 0,
 ) -> Path:
     """Writes the checkpoint of one step and deletes the oldest ones.
 
@@ -90,6 +91,7 @@ def write_checkpoint(
             and layout. Values are kept, the memory format is not: channels_last comes back contiguous.
         state: everything else, as JSON values.
         keep: how many of the newest checkpoints to keep, at least 2.
+        snapshot_every: keep those of the multiples of this step too, for ever; 0 for none.
     Returns:
         The checkpoint's directory.
     Raises:
@@ -134,7 +136,7 @@ def write_checkpoint(
         raise
     # The checkpoint is safe: what fails from here on costs a stale pointer, or space until the next one.
     with contextlib.suppress(OSError):
-        _delete_old(folder, step, keep)
+        _delete_old(folder, step, keep, snapshot_every)
     with contextlib.suppress(OSError):
         replace_durably(folder / "latest", f"{final.name}\n".encode())
     return final
@@ -304,10 +306,12 @@ def _put_in_place(partial: Path, final: Path) -> None:
     os.replace(partial, final)
 
 
-def _delete_old(folder: Path, step: int, keep: int) -> None:
+def _delete_old(folder: Path, step: int, keep: int, snapshot_every: int) -> None:
     """Keeps the newest `keep` up to `step`. Later ones are another history's: not counted, not deleted."""
     past = {number: path for number, path in _steps(folder).items() if number <= step}
     for number in sorted(past, reverse=True)[keep:]:
+        if snapshot_every and number % snapshot_every == 0:
+            continue
         # Renamed first, so that a kill halfway leaves no checkpoint that looks broken.
         os.replace(past[number], folder / f"{_UNFINISHED}{past[number].name}-old")
     _delete_unfinished(folder)

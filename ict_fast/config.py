@@ -29,7 +29,10 @@ EXECUTION_FIELDS = frozenset(
         "training.deterministic",
         "training.max_skipped_steps",
     }
-    | {f"logging.{name}" for name in ("log_every", "grid_every", "checkpoint_every", "keep_checkpoints")}
+    | {
+        f"logging.{name}"
+        for name in ("log_every", "grid_every", "checkpoint_every", "keep_checkpoints", "snapshot_every")
+    }
 )
 
 
@@ -178,6 +181,8 @@ class LoggingConfig:
     """A checkpoint; one is written at the end in any case."""
     keep_checkpoints: int = 2
     """The newest checkpoints to keep."""
+    snapshot_every: int = 0
+    """A checkpoint that is never deleted; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +259,7 @@ def validate(config: Config) -> None:
         ("training.micro-batch", training.micro_batch),
         ("training.seed", training.seed),
         ("logging.grid-every", logging.grid_every),
+        ("logging.snapshot-every", logging.snapshot_every),
         ("optimizer.weight-decay", optimizer.weight_decay),
     ):
         _require(number >= 0, name, number, "0 or more")

@@ -27,6 +27,7 @@ EXECUTION = {
     "logging.grid_every",
     "logging.checkpoint_every",
     "logging.keep_checkpoints",
+    "logging.snapshot_every",
 }
 
 

@@ -124,6 +124,11 @@ def print_line(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
 def duration(seconds: float) -> str:
     """Seconds as 42s, 3m05s, 7h12m or 3d04h."""
     seconds = round(seconds)

@@ -128,8 +128,12 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
 
 
 @contextmanager
-def lock(run: Run) -> Iterator[None]:
+def lock(run: Run, warn: Callable[[str], None]) -> Iterator[None]:
     """Keeps every other process from training in the run's directory, which is created.
+
+    Args:
+        run: see `open_run`.
+        warn: told if the file system has no locks.
 
     Raises:
         InputError: if another process trains there, or has trained there since the run was opened, or the
@@ -150,8 +154,8 @@ def lock(run: Run) -> Iterator[None]:
                 f"another process (number {holder}) is training in {run.out}; wait for it, or choose another"
                 " --out"
             ) from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            warn(f"{run.out} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
         if checkpoint_steps(run.out) != run.steps_seen:
             raise InputError(
                 f"another process has just saved a checkpoint in {run.out}; the same command goes on from it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,8 +11,7 @@ from typing import Any
 
 import torch
 
-from ict_fast.checkpoint import write_checkpoint
-from ict_fast.config import Config, to_dict, validate
+from ict_fast.config import Config, LoggingConfig, validate
 from ict_fast.consistency.curriculum import num_scales, stages
 from ict_fast.consistency.model import ConsistencyModel, build_seeded_network
 from ict_fast.consistency.sampling import sample
@@ -24,14 +22,14 @@ from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
 from ict_fast.training.describe import describe, describe_stages
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
-from ict_fast.training.monitor import Monitor, duration, print_line
+from ict_fast.training.monitor import Monitor, duration, print_line, reason
 from ict_fast.training.precision import choose_trunk, chooses_trunk
 from ict_fast.training.processes import run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled, will_prepare
 from ict_fast.training.run_directory import Run, RunResult, lock, open_run, prepare_directory
+from ict_fast.training.saving import Saver, trunk_name
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import World, joined, launched, local_rank, require_launched
-from ict_fast.version import __version__
 
 _GRID_IMAGES = 64
 
@@ -82,7 +80,7 @@ def train(
     _check_shares(run.config, count)
     prepare_if_bundled(run.config)
     open_data(run)
-    with lock(run):
+    with lock(run, lambda text: None):
         pass  # process 0 takes it again, and keeps it
     work = partial(_train_launched, config, out, found.type, resume, extend)
     return run_processes(work, count, out=out, warn=lambda text: print_line(f"ict-fast: warning: {text}"))
@@ -151,7 +149,7 @@ def _train(
     world.decide(lambda: prepare_if_bundled(run.config))
     store = open_data(run)
     world.require_equal(store.fingerprint, f"the images of {store.path}")
-    with lock(run) if world.is_first else nullcontext():
+    with lock(run, warnings.append) if world.is_first else nullcontext():
         try:
             return _train_locked(run, store, device, world, warnings, extended=extend is not None)
         except (RuntimeError, MemoryError) as error:
@@ -160,7 +158,7 @@ def _train(
             if not out_of_memory and "allocate memory" not in str(error):
                 raise
             raise TrainingError(
-                f"out of memory: {_reason(error)}; a smaller --training.micro-batch needs less"
+                f"out of memory: {reason(error)}; a smaller --training.micro-batch needs less"
             ) from error
 
 
@@ -175,7 +173,7 @@ def _train_locked(
         if chooses_trunk(train_step) and before == "float16":  # chosen at an earlier stage
             train_step.set_trunk(torch.float16)
         train_step.restore(run.checkpoint)
-        now = _trunk_name(train_step)
+        now = trunk_name(train_step)
         if before not in (None, now):
             warnings.append(f"the run so far has a trunk in {before}, on this device it goes on in {now}")
     if world.is_first:
@@ -188,7 +186,7 @@ def _train_locked(
         silent=not world.is_first,
     )
     loader, reason = make_loader(config, store, device, rank=world.rank, world_size=world.size)
-    with StopRequest() as stop, monitor, loader:
+    with StopRequest() as stop, monitor, loader, Saver(run, store, train_step, monitor) as saver:
         for warning in warnings:
             monitor.warn(warning)
         where = str(device) if world.size == 1 else f"{device.type} in {world.size} processes"
@@ -197,15 +195,14 @@ def _train_locked(
             monitor.say(describe_stages(config))
         if run.step:
             monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
-        return _loop(run, store, train_step, loader, monitor, stop)
+        return _loop(run, train_step, loader, monitor, saver, stop)
 
 
 def _loop(
-    run: Run, store: Store, train_step: TrainStep, loader: Loader, monitor: Monitor, stop: StopRequest
+    run: Run, train_step: TrainStep, loader: Loader, monitor: Monitor, saver: Saver, stop: StopRequest
 ) -> RunResult:
     config, out, step, world = run.config, run.out, run.step, train_step.world
     total, logging = config.training.total_steps, config.logging
-    saved_step = step
     borders = {stage.first_step for stage in stages(total, config.method)}
     while True:
         done, stop_code = step == total, world.stop_code(stop.exit_code)
@@ -215,8 +212,8 @@ def _loop(
                 _check_progress(train_step, step, config)
             if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
                 _save_grid(train_step, out / "grids" / f"step-{step:08d}.png", monitor)
-            if done or stop_code is not None or step % logging.checkpoint_every == 0:
-                saved_step = _save(run, store, train_step, step, saved_step, monitor)
+            if done or stop_code is not None or _is_saved(step, logging):
+                saver.save(step)
         if done or stop_code is not None:
             break
         if step in borders and chooses_trunk(train_step):
@@ -230,7 +227,8 @@ def _loop(
             monitor.say(f"compiled in {duration(time.monotonic() - started)}")
         step += 1
         monitor.advance(step)
-    saved_step = world.decide(lambda: saved_step)  # nobody ends before the checkpoint is written
+    saver.wait()
+    saved_step = world.decide(lambda: saver.step)  # nobody ends before the checkpoint is written
     if saved_step != step:
         raise TrainingError(f"step {step:,} could not be saved; {out} holds step {saved_step:,}")
     if done:
@@ -240,6 +238,10 @@ def _loop(
     assert stop_code is not None
     saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
     return RunResult(out, step, stop_code, f"{out}: {saved}; the same command resumes")
+
+
+def _is_saved(step: int, logging: LoggingConfig) -> bool:
+    return any(every and step % every == 0 for every in (logging.checkpoint_every, logging.snapshot_every))
 
 
 def _already_finished(run: Run) -> RunResult:
@@ -291,44 +293,4 @@ def _save_grid(train_step: TrainStep, path: Path, monitor: Monitor) -> None:
         path.parent.mkdir(exist_ok=True)
         save_png(image_grid(to_uint8(sample(model, _GRID_IMAGES))), path)
     except (OSError, torch.OutOfMemoryError) as error:
-        monitor.warn(f"{path} cannot be written ({_reason(error)}); training goes on")
-
-
-def _save(run: Run, store: Store, train_step: TrainStep, step: int, saved_step: int, monitor: Monitor) -> int:
-    """Writes a checkpoint, in process 0; returns the step of the newest one that is on disk.
-
-    Raises:
-        TrainingError: if the processes do not agree on the state; nothing is written.
-    """
-    tensors = train_step.tensors()
-    train_step.world.require_equal_state(tensors, step)
-    if not train_step.world.is_first:
-        return step
-    state = {
-        "step": step,
-        "config": to_dict(run.config),
-        "data_fingerprint": store.fingerprint,
-        "trunk_dtype": _trunk_name(train_step),
-        "versions": {
-            "ict_fast": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    try:
-        write_checkpoint(run.out, step, tensors, state, keep=run.config.logging.keep_checkpoints)
-    except OSError as error:
-        monitor.warn(
-            f"the checkpoint of step {step:,} could not be written ({_reason(error)}); the one of step"
-            f" {saved_step:,} stays, training goes on"
-        )
-        return saved_step
-    return step
-
-
-def _trunk_name(train_step: TrainStep) -> str:
-    return str(train_step.autocast_dtype or torch.float32).removeprefix("torch.")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
+        monitor.warn(f"{path} cannot be written ({reason(error)}); training goes on")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +24,7 @@ from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
 from ict_fast.consistency import load_model, sample
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.training import trainer
+from ict_fast.training import run_directory, saving, trainer
 from ict_fast.training.describe import describe
 from ict_fast.training.launch import resolve_device
 from ict_fast.training.monitor import Monitor
@@ -222,7 +224,7 @@ def test_a_run_that_lost_its_checkpoints_says_that_it_starts_again(
 
 def test_two_processes_do_not_train_in_one_directory(tiny: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with lock(Run(out, tiny, None)):
+    with lock(Run(out, tiny, None), pytest.fail):
         with pytest.raises(InputError, match=rf"another process \(number {os.getpid()}\) is training in"):
             train(tiny, out=out, device="cpu")
         assert [path.name for path in out.iterdir()] == [".lock"]
@@ -314,7 +316,7 @@ def test_data_that_do_not_fit_the_network_are_refused(tiny: Config, tmp_path: Pa
 @contextmanager
 def _full_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> Iterator[None]:
     """The next `times` checkpoints meet a full disk."""
-    write, left = trainer.write_checkpoint, [times]
+    write, left = saving.write_checkpoint, [times]
 
     def full(*args: object, **kwargs: object) -> object:
         if left[0]:
@@ -323,7 +325,7 @@ def _full_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> Iterator[None]:
         return write(*args, **kwargs)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "write_checkpoint", full)
+        patch.setattr(saving, "write_checkpoint", full)
         yield
 
 
@@ -335,6 +337,46 @@ def test_a_full_disk_costs_a_warning_and_no_training(
     shown = capsys.readouterr().err
     assert shown.count("could not be written (No space left on device)") == 2
     assert open_checkpoint(tmp_path / "run").step == 24
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of step 5 is not written before step 8 is done, and holds the state of step 5."""
+    from ict_fast.training.step import TrainStep
+
+    original, write, reached = TrainStep.__call__, saving.write_checkpoint, threading.Event()
+
+    def step(self: TrainStep, number: int, batches: object) -> None:
+        original(self, number, batches)  # type: ignore[arg-type]
+        if number == 7:
+            reached.set()
+
+    def late(*args: object, **kwargs: object) -> object:
+        assert reached.wait(timeout=60)
+        return write(*args, **kwargs)  # type: ignore[arg-type]
+
+    config = replace(tiny, logging=replace(tiny.logging, checkpoint_every=9, snapshot_every=5))
+    assert train(config, out=tmp_path / "plain", device="cpu").step == 24
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(saving, "write_checkpoint", late)
+    assert train(config, out=tmp_path / "late", device="cpu").step == 24
+    kept = sorted(path.name for path in (tmp_path / "late/checkpoints").glob("step-*"))
+    assert kept == [f"step-{number:08d}" for number in (5, 10, 15, 20, 24)], "snapshots are never deleted"
+    for name in ("weights", "ema", "optimizer"):
+        file = f"checkpoints/step-00000005/{name}.safetensors"
+        assert (tmp_path / "late" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", no_locks)
+    assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_an_end_that_could_not_be_saved_is_a_failure(

@@ -1,0 +1,109 @@
+"""A run's checkpoints, written while the training goes on."""
+
+from __future__ import annotations
+
+import platform
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from ict_fast.checkpoint import write_checkpoint
+from ict_fast.config import to_dict
+from ict_fast.data.store import Store
+from ict_fast.training.monitor import Monitor, reason
+from ict_fast.training.run_directory import Run
+from ict_fast.training.step import TrainStep
+from ict_fast.version import __version__
+
+
+class Saver:
+    """Copies the state into host memory, and writes the copy in a thread.
+
+    The training waits for the copy, and for the checkpoint before if that is still being written. One that
+    cannot be written (a full disk) costs a warning: the older ones stay, and the training goes on. In a run
+    of several processes all compare their states, and process 0 writes.
+
+    A context manager; at its end nothing is left half-written.
+
+    Attributes:
+        step: of the newest checkpoint that is known to be on disk.
+    """
+
+    def __init__(self, run: Run, store: Store, train_step: TrainStep, monitor: Monitor) -> None:
+        self.step = run.step
+        self._run, self._store, self._train_step, self._monitor = run, store, train_step, monitor
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ict-fast-saver")
+        self._writing: tuple[int, Future[Path]] | None = None
+
+    def save(self, step: int) -> None:
+        """Begins to write the checkpoint of a step.
+
+        Raises:
+            TrainingError: if the processes do not agree on the state, or the one before was not finite.
+        """
+        tensors = self._train_step.tensors()
+        self._train_step.world.require_equal_state(tensors, step)
+        if not self._train_step.world.is_first:
+            self.step = step
+            return
+        self.wait()
+        copies = {
+            file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()}
+            for file, group in tensors.items()
+        }
+        state = {
+            "step": step,
+            "config": to_dict(self._run.config),
+            "data_fingerprint": self._store.fingerprint,
+            "trunk_dtype": trunk_name(self._train_step),
+            "versions": {
+                "ict_fast": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        logging = self._run.config.logging
+        future = self._thread.submit(
+            write_checkpoint,
+            self._run.out,
+            step,
+            copies,
+            state,
+            keep=logging.keep_checkpoints,
+            snapshot_every=logging.snapshot_every,
+        )
+        self._writing = (step, future)
+
+    def wait(self) -> None:
+        """Waits until nothing is being written any more.
+
+        Raises:
+            TrainingError: if the state was not finite; nothing was written.
+        """
+        if self._writing is None:
+            return
+        (step, future), self._writing = self._writing, None
+        try:
+            future.result()
+        except OSError as error:
+            self._monitor.warn(
+                f"the checkpoint of step {step:,} could not be written ({reason(error)}); the one of step"
+                f" {self.step:,} stays, training goes on"
+            )
+            return
+        self.step = step
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=True)
+
+
+def trunk_name(train_step: TrainStep) -> str:
+    """The dtype of the trunk, as state.json has it."""
+    return str(train_step.autocast_dtype or torch.float32).removeprefix("torch.")

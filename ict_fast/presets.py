@@ -19,7 +19,7 @@ from ict_fast.config import (
 from ict_fast.errors import InputError, did_you_mean
 
 # Two minutes on two CPU cores: the defaults, which are iCT's, in small, and class-conditional. Without the
-# classes (--network.num-classes 0) so short a run ends at about three times the distance.
+# classes (--network.num-classes 0) so short a run ends at about four times the distance.
 DIGITS = Config(preset="digits", network=NetworkConfig(num_classes=10))
 
 _LARGE_RUN_LOGGING = LoggingConfig(log_every=100, grid_every=5000, checkpoint_every=5000, keep_checkpoints=3)

@@ -30,6 +30,7 @@ FLOORS = {
     "ict_fast.durable": 5,
     "ict_fast.hardware": 5,
     "ict_fast.restricted_unpickler": 5,
+    "ict_fast.screen": 5,
     "ict_fast.errors": 6,
     "ict_fast.version": 6,
 }

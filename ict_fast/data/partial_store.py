@@ -14,12 +14,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ict_fast.data.progress import ImageProgress, say
+from ict_fast.data.progress import ImageProgress
 from ict_fast.data.store import (
     check_labels,
     describe,
@@ -31,6 +32,7 @@ from ict_fast.data.store import (
 )
 from ict_fast.durable import flush_directory, replace_durably, write_durably
 from ict_fast.errors import InputError
+from ict_fast.screen import say
 
 REJECTED_NAME = "rejected.txt"
 JOURNAL_NAME = "journal.jsonl"
@@ -154,6 +156,7 @@ class PartialStore:
         meta = {
             **describe(source, recipe, classes),
             "identity": self._identity,
+            "pillow": metadata.version("pillow"),
             "rejected": len(self.rejected),
             "files": {"images.npy": image_entry, "labels.npy": file_entry(encoded_labels)},
         }
@@ -207,7 +210,13 @@ class PartialStore:
         return hashlib.sha256(content).hexdigest() == line.get("sha256")
 
     def _journal_head(self) -> dict[str, Any]:
-        return {"identity": self._identity, "shape": list(self._shape), "piece": self._piece_length}
+        """Whose pieces these are: pixels may differ between versions of Pillow, so none are mixed."""
+        return {
+            "identity": self._identity,
+            "pillow": metadata.version("pillow"),
+            "shape": list(self._shape),
+            "piece": self._piece_length,
+        }
 
     def _write_journal(self) -> None:
         lines = [self._journal_head(), *self._lines.values()]

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from ict_fast.screen import LINE_INTERVAL, live_bar, say
 
 Item = TypeVar("Item")
-
-# Off a terminal a line is printed at most this often, in seconds.
-_LINE_INTERVAL = 10.0
 
 
 class ImageProgress:
@@ -32,18 +26,8 @@ class ImageProgress:
         self._doing, self._total, self._first, self._done = doing, total, done, done
         self._rejected = 0
         self._started = self._last_line = time.monotonic()
-        console = Console(stderr=True)
-        self._live: Progress | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._live = Progress(
-                TextColumn(doing),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[status]}"),
-                console=console,
-                transient=True,
-            )
+        self._live = live_bar(doing)
+        if self._live is not None:
             self._task = self._live.add_task("", total=total, completed=done, status="starting")
 
     def __enter__(self) -> ImageProgress:
@@ -69,7 +53,7 @@ class ImageProgress:
             status += f", {self._rejected:,} rejected"
         if self._live is not None:
             self._live.update(self._task, completed=self._done, status=status)
-        elif now - self._last_line >= _LINE_INTERVAL or self._done == self._total:
+        elif now - self._last_line >= LINE_INTERVAL or self._done == self._total:
             self._last_line = now
             percent = 100 * self._done // self._total
             say(f"{self._doing} {self._done:,}/{self._total:,} ({percent} %): {status}")
@@ -79,13 +63,7 @@ def narrated(items: Iterable[Item], describe: Callable[[Item], str]) -> Iterator
     """Passes the items on; when that takes long, says where it is, at most every ten seconds."""
     last_line = time.monotonic()
     for item in items:
-        if time.monotonic() - last_line >= _LINE_INTERVAL:
+        if time.monotonic() - last_line >= LINE_INTERVAL:
             last_line = time.monotonic()
             say(describe(item))
         yield item
-
-
-def say(text: str) -> None:
-    """A line for the person, on standard error; one that cannot be written never ends the work."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed, none
-        print(text, file=sys.stderr, flush=True)

@@ -40,6 +40,8 @@ def read_pieces(
                 yield _read_piece(source, start, stop)
         else:
             yield from _read_in_parallel(source, pieces, processes)
+    except MemoryError:
+        raise _death() from None
     except OSError as error:
         raise InputError(
             f"{source.name}: cannot be read: {error}; when that is settled, the same command continues"
@@ -118,8 +120,8 @@ def _receive(connection: Connection) -> Piece:
 
 def _death() -> InputError:
     return InputError(
-        "a process that reads images has died, perhaps for want of memory; the same command continues, and a"
-        " smaller --processes needs less"
+        "a process that reads images has died or run out of memory; the same command continues, and a smaller"
+        " --processes needs less"
     )
 
 
@@ -131,7 +133,7 @@ def _serve(connection: Connection, source: Source) -> None:
             answer: Piece | Exception
             try:
                 answer = _read_piece(source, start, stop)
-            except (InputError, OSError) as error:
+            except (InputError, OSError, MemoryError) as error:
                 answer = error
             connection.send(answer)
     except (EOFError, ConnectionError):

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
-
+from ict_fast.screen import LINE_INTERVAL, live_bar, say
 from ict_fast.training.run_directory import LOG_NAME
-
-# Off a terminal a line is printed at most this often, in seconds.
-_LINE_INTERVAL = 10.0
 
 
 class Monitor:
@@ -38,18 +32,8 @@ class Monitor:
         self._window_step = first_step
         self._last_line = 0.0
         self._log_failed = False
-        self._console = Console(stderr=True)
-        self._live: Progress | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal and not silent:
-            self._live = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[status]}"),
-                console=self._console,
-                transient=True,
-            )
+        self._live = None if silent else live_bar("training")
+        if self._live is not None:
             self._task = self._live.add_task("", total=total_steps, completed=first_step, status="starting")
 
     def __enter__(self) -> Monitor:
@@ -68,10 +52,10 @@ class Monitor:
         if self._silent:
             return
         if self._live is None:
-            print_line(text)
+            say(text)
             return
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.say(f"ict-fast: warning: {text}")
@@ -113,15 +97,9 @@ class Monitor:
         status = f"loss {loss}, N {values['num_scales']}, {rate:,.0f} images/s, ETA {remaining}{skipped}"
         if self._live is not None:
             self._live.update(self._task, completed=step, status=status)
-        elif now - self._last_line >= _LINE_INTERVAL or step == self._total:
+        elif now - self._last_line >= LINE_INTERVAL or step == self._total:
             self._last_line = now
             self.say(f"step {step:,}/{self._total:,} ({100 * step // self._total} %): {status}")
-
-
-def print_line(text: str) -> None:
-    """A line on standard error; one that cannot be written (full disk, closed, none) never ends a run."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(text, file=sys.stderr, flush=True)
 
 
 def reason(error: Exception) -> str:

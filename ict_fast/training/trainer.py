@@ -20,9 +20,10 @@ from ict_fast.data.order import micro_batch_size
 from ict_fast.data.pictures import image_grid, save_png, to_uint8
 from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
+from ict_fast.screen import say
 from ict_fast.training.describe import describe, describe_stages
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
-from ict_fast.training.monitor import Monitor, duration, print_line, reason
+from ict_fast.training.monitor import Monitor, duration, reason
 from ict_fast.training.precision import choose_trunk, chooses_trunk
 from ict_fast.training.processes import run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled, will_prepare
@@ -83,7 +84,7 @@ def train(
     with lock(run, lambda text: None):
         pass  # process 0 takes it again, and keeps it
     work = partial(_train_launched, config, out, found.type, resume, extend)
-    return run_processes(work, count, out=out, warn=lambda text: print_line(f"ict-fast: warning: {text}"))
+    return run_processes(work, count, out=out, warn=lambda text: say(f"ict-fast: warning: {text}"))
 
 
 def _train_launched(

@@ -76,6 +76,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Elements of a block, 8 per thread. Up to _LONGEST a program takes a whole sample; longer ones are split
 # among programs of _SPAN, whose sums a second kernel adds. (At 8 blocks per program ptxas spilled on sm_90.)
 _BLOCK = 2048
+_LEAST_BLOCK = 256  # 16 bytes for each thread of a warp, of any dtype
 _LONGEST = 6 * _BLOCK
 _SPAN = 4 * _BLOCK
 
@@ -324,7 +325,7 @@ def launch_loss(
     elements = math.prod(student_output.shape[1:])
     loss, distance = _empty_losses(student_output)
     splits = 1 if elements <= _LONGEST else triton.cdiv(elements, _SPAN)
-    block = min(_BLOCK, max(32, triton.next_power_of_2(elements)))
+    block = min(_BLOCK, max(_LEAST_BLOCK, triton.next_power_of_2(elements)))
     span = block * max(1, triton.cdiv(triton.cdiv(elements, splits), block))
     partial = distance.new_empty(count, splits) if splits > 1 else None
     reduced: dict[str, Any] = {
@@ -388,7 +389,7 @@ def launch_loss_backward(
     layout = _memory_format(student_output)
     gradient = torch.empty_like(student_output, memory_format=layout)
     elements = math.prod(student_output.shape[1:])
-    block = min(_BLOCK, max(32, triton.next_power_of_2(elements)))
+    block = min(_BLOCK, max(_LEAST_BLOCK, triton.next_power_of_2(elements)))
     blocks = triton.cdiv(elements, block)
     launch(
         _backward_kernel,

@@ -152,8 +152,8 @@ def _plan(count: int, channels: int, pixels: int, num_groups: int, itemsize: int
         roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
         wide = [each for each in candidates if each[2] <= 16384 and each[3] >= 2 * _SECTOR_BYTES]
         groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
-        # About 64 elements per thread: half as many take more instructions and registers for each.
-        num_warps = min(16, _power_of_2(-(-elements // 2304)))
+        # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
+        num_warps = min(16, _power_of_2(-(-elements // (2304 if backward else 3072))))
         return _Plan(True, rows, widths, groups, num_warps, count)
     width = min(64, _power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)

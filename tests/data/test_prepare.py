@@ -362,3 +362,26 @@ def test_a_disk_that_fills_up_is_one_line_and_a_rerun_completes(tmp_path: Path) 
     prepare(source, tmp_path / "a")
     assert source.reads == list(range(48, COUNT))
     assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))
+
+
+def test_pieces_of_another_pillow_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path / "a")
+    monkeypatch.setattr(partial_module.metadata, "version", lambda package: f"another {package}")
+    source = Numbers()
+    prepare(source, tmp_path / "a")
+    assert source.reads == list(range(COUNT))
+    assert open_store(tmp_path / "a").meta["pillow"] == "another pillow"
+
+
+def test_want_of_memory_is_one_line_and_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: Numbers, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Numbers, "read", read)
+        with pytest.raises(
+            InputError, match=r"out of memory; the same command continues, and a smaller --processes"
+        ):
+            prepare(Numbers(), tmp_path / "a")
+    prepare(Numbers(), tmp_path / "a")
+    assert open_store(tmp_path / "a").num_images == COUNT

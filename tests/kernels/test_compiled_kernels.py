@@ -27,23 +27,20 @@ SMALL = {
 WIDE_STORES_ONLY = {"_noise_kernel"}
 
 
-# Rows of an odd number of bytes, and rows that are shorter than 16 bytes for each thread of a warp.
-NARROW_SHAPES = ("6 x 105,", "6 x 5 x 7 x 3,", "64 x 64,")
-
-# Instructions per element that an H200 has time for while it moves 4 bytes: 132 multiprocessors of 128 lanes
-# at 1.755 GHz, beside 4.3 TB/s.
-BUDGET = 132 * 128 * 1.755e9 / (4.3e12 / 4)
+# The images and samples of these have 105 elements, so that no two of them begin at 16 bytes.
+UNALIGNED_SHAPES = ("6 x 105,", "6 x 5 x 7 x 3,")
 
 
 def check(record: dict[str, Any]) -> None:
     assert record["stack_bytes"] == 0, "spills"
     # The scalars of an optimizer step are fp64; elements never are.
     assert record["fp64"] == 0 or record["kernel"] == "_scalars_kernel"
-    if record["kernel"] not in SMALL and not record["shape"].startswith(NARROW_SHAPES):
+    if record["kernel"] not in SMALL and not record["shape"].startswith(UNALIGNED_SHAPES):
         assert 128 in record["stores"] or not record["stores"] or record["kernel"] in NO_WIDE_STORES
         assert 128 in record["loads"] or record["kernel"] in WIDE_STORES_ONLY
     if record["kernel"] == "resident_forward":
-        assert record["instructions_per_element"] <= (40 if "dropout" in record["shape"] else BUDGET)
+        # What a memory-bound kernel can afford at 4 bytes per element, and with dropout.
+        assert record["instructions_per_element"] <= (40 if "dropout" in record["shape"] else 27)
 
 
 # Sums: one value per program or channel.

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from ict_fast.config import Config
 from ict_fast.training.compilation import compiles
+from ict_fast.training.precision import measure_rounding
 from ict_fast.training.step import TrainStep
 
 
@@ -71,6 +72,25 @@ def test_the_compiled_step_has_the_eager_gradients_and_is_compiled_once(
     assert graphs == 2 * 5, "each block once with gradients and once, as the teacher, without"
     assert counters["stats"]["unique_graphs"] == graphs, "no new stage, step or micro-batch recompiles"
     assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("compiler")
+def test_only_the_switch_of_precision_compiles_anew(few_blocks: Config, batches: Callable) -> None:
+    """Not the measuring, which compares with gradients in fp32."""
+    config = replace(few_blocks, training=replace(few_blocks.training, precision="bf16"))
+    steps = _trained(config, "on", batches)
+    step = next(steps)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 2 * 5
+    for _ in range(2):
+        measure_rounding(step, 1, [batches(config, k, 8)[0] for k in range(2)])
+        assert counters["stats"]["unique_graphs"] == graphs
+    step.set_trunk(torch.float16)
+    next(steps)
+    assert counters["stats"]["unique_graphs"] == 2 * graphs
+    next(steps)
+    assert counters["stats"]["unique_graphs"] == 2 * graphs
+    assert int(step.optimizer.skipped) == 0
 
 
 @pytest.mark.usefixtures("compiler")

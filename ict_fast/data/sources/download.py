@@ -25,10 +25,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ict_fast.data.progress import say
 from ict_fast.data.sources.array_sources import CIFAR10_ARCHIVE, CIFAR10_MD5, md5_file
 from ict_fast.durable import flush_directory
 from ict_fast.errors import InputError
+from ict_fast.screen import say
 
 CIFAR10_ADDRESS = f"https://www.cs.toronto.edu/~kriz/{CIFAR10_ARCHIVE}"
 

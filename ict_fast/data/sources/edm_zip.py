@@ -192,6 +192,9 @@ def _labels(archive: Path, names: NameTable, described: Any) -> tuple[np.ndarray
                 f" {_MAX_CLASSES - 1}"
             )
         labels[index] = label
+    if len(of_name) > len(names):
+        lost = min(of_name.keys() - set(names))
+        raise InputError(f"{where} has a label for {lost}, which is not in the archive; get it again")
     return labels, int(labels.max()) + 1
 
 

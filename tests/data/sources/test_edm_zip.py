@@ -120,6 +120,7 @@ def test_images_of_another_size_and_damaged_ones_are_rejected(archive: Path) -> 
         ([[name, [0, 1]] for name in NAMES], r"is \[0, 1\]; it must be an integer"),
         (PAIRS[:-1], "has no label for 00001/img00000005.png"),
         ([*PAIRS, PAIRS[0]], "has a label twice for the same name"),
+        ([*PAIRS, ["00009/lost.png", 0]], "has a label for 00009/lost.png, which is not in the archive"),
         ([0, 1, 2], '"labels" must be null or a list of'),
         ({"a": 1}, '"labels" must be null or a list of'),
         ("[]", '"labels" must be null or a list of'),

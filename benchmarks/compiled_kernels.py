@@ -237,7 +237,13 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     content = {"versions": versions, "kernels": records}
     (options.out / "compiled-kernels.json").write_text(json.dumps(content, indent=1) + "\n")
-    command = " ".join(["python benchmarks/compiled_kernels.py", *sys.argv[1:]])
+    chosen_words = [
+        *(["--few"] if options.few else []),
+        *(["--sm", *map(str, options.sm)] if tuple(options.sm) != tuple(ARCHITECTURES) else []),
+        *(["--scalars", *options.scalars] if tuple(options.scalars) != ("fp32", "fp64") else []),
+        *(["--op", repr(options.op)] if options.op else []),
+    ]
+    command = " ".join(["python benchmarks/compiled_kernels.py", *chosen_words])
     (options.out / "compiled-kernels.md").write_text(
         f"The kernels' machine code, compiled ahead of time by Triton {versions['triton']}, by `{command}`.\n"
         "Nothing was run. Accesses are instructions x bits; B/elt is what the algorithm moves and, in"

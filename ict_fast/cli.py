@@ -1,7 +1,8 @@
-"""The program `ict-fast`: the options of each command, from words to options, from errors to exit codes.
+"""The program `ict-fast`: from words to a command's options, from errors to exit codes.
 
 Nothing here imports torch, so that `--help` and every complaint about the command line answer at once. tyro,
-pinned because its parse-error hook is private, is imported here and nowhere else.
+pinned because its parse-error hook is private, is called here alone; the commands annotate their options with
+its tyro.conf.
 """
 
 from __future__ import annotations
@@ -12,199 +13,22 @@ import os
 import select
 import sys
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import tyro
 from tyro import _errors as tyro_errors
-from tyro.conf import Positional, arg
 
-from ict_fast import commands, errors, presets
-from ict_fast.config import (
-    Config,
-    DataConfig,
-    LoggingConfig,
-    MethodConfig,
-    NetworkConfig,
-    OptimizerConfig,
-    TrainingConfig,
-    validate,
-)
+from ict_fast import errors, presets
+from ict_fast.commands import COMMANDS
+from ict_fast.commands.train import DEFAULT_PRESET, SECTIONS, TrainOptions
 from ict_fast.errors import InputError, TrainingError, did_you_mean
 from ict_fast.version import __version__
 
 PROGRAM = "ict-fast"
-DEFAULT_PRESET = "digits"
-_SECTIONS = ("data", "network", "method", "optimizer", "training", "logging")
 _TRUTH = {"true": True, "True": True, "false": False, "False": False}
 
-Device = Literal["auto", "cuda", "cpu"]
-Run = Annotated[Path, arg(metavar="RUN|CHECKPOINT")]
 Options = TypeVar("Options")
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Train a model. The same command again resumes; a finished run says so."""
-
-    preset: Annotated[str, arg(metavar=f"{{{','.join(presets.names())}}}")] = DEFAULT_PRESET
-    """The recipe that every other default comes from."""
-    data_path: Annotated[
-        Path | None, arg(name="data", metavar="DIR", help_behavior_hint="(short for --data.path)")
-    ] = None
-    """Folder of a prepared store."""
-    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/<preset>)")] = None
-    """Folder of the run."""
-    gpus: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, or the CPU)")] = None
-    """Number of GPUs on this machine, a process for each."""
-    processes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
-    """Number of processes that share the CPU (--device cpu)."""
-    device: Device = "auto"
-    """auto: the GPUs if the machine has any."""
-    dry_run: bool = False
-    """Print the resolved configuration, the parameter count and the plan of stages, and stop."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """Whether to go on with a run that exists. never refuses one, must refuses its absence."""
-    extend: Annotated[int | None, arg(metavar="STEPS", help_behavior_hint="")] = None
-    """Go on with an existing run to a new number of total steps; prints the new curriculum."""
-    data: DataConfig = field(default_factory=DataConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-    def config(self) -> Config:
-        """The configuration of the run.
-
-        Raises:
-            InputError: if it is not valid.
-        """
-        config = Config(self.preset, **{section: getattr(self, section) for section in _SECTIONS})
-        if self.data_path is not None:
-            preset_path, path = presets.get(self.preset).data.path, str(self.data_path)
-            if config.data.path not in (preset_path, path):
-                raise InputError(f"--data is {path} and --data.path is {config.data.path}; give one of them")
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
-        validate(config)
-        return config
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Make images with a trained model (its EMA weights)."""
-
-    run: Positional[Run]
-    """Folder of a run, whose newest checkpoint is taken, or of one checkpoint."""
-    out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: <run>/samples.png)")] = None
-    """FILE.png: a grid. A folder: one PNG per image. FILE.npz: arr_0 uint8 NHWC, arr_1 labels if any."""
-    count: int = 64
-    """Number of images."""
-    steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 1, or as --sigmas)")] = None
-    """Network evaluations per image."""
-    sigmas: Annotated[
-        tuple[float, ...] | None, arg(metavar="SIGMA ...", help_behavior_hint="(default: the method's)")
-    ] = None
-    """Noise levels of the steps after the first, descending."""
-    labels: Annotated[
-        tuple[int, ...] | None, arg(metavar="CLASS ...", help_behavior_hint="(default: every class)")
-    ] = None
-    """Classes of a class-conditional model; repeated until there is one per image."""
-    seed: int = 0
-    """Seed of the noise."""
-    device: Device = "auto"
-    """auto: the GPU if the machine has one."""
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Measure a trained model against real images; writes evaluation.json beside the checkpoint."""
-
-    run: Positional[Run]
-    """Folder of a run, whose newest checkpoint is taken, or of one checkpoint."""
-    reference: Annotated[
-        Path | None, arg(metavar="DATA", help_behavior_hint="(default: what the run was trained on)")
-    ] = None
-    """Folder of a prepared store with the real images."""
-    out: Annotated[
-        Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: evaluation.json beside it)")
-    ] = None
-    """Where the result is written; the default is overwritten by the next evaluation in the same run."""
-    steps: Annotated[tuple[str, ...], arg(metavar="1,2")] = ("1,2",)
-    """Numbers of sampling steps to measure."""
-    count: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 10000)")] = None
-    """Number of images to generate."""
-    seed: int = 0
-    """Seed of the noise."""
-    device: Device = "auto"
-    """auto: the GPU if the machine has one."""
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """Turn a source of images into the store that training reads."""
-
-    source: Positional[Literal["digits", "cifar10", "imagenet", "imagenet-npz", "edm-zip", "folder"]]
-    """digits: scikit-learn's handwritten digits, 8x8; nothing is downloaded. cifar10: the python archive.
-    imagenet: ILSVRC 2012's training set, its tar or the folders of its synsets. imagenet-npz: Chrabaszcz's
-    batches. edm-zip: a data set of EDM or EDM2. folder: any images; a class per subfolder, if there are."""
-    path: Positional[Annotated[Path | None, arg(metavar="[PATH]", help_behavior_hint="")]] = None
-    """The archive or folder that holds the images. Archives are read in place."""
-    out: Annotated[
-        Path | None,
-        arg(metavar="DIR", help_behavior_hint="(default: data/<source>, for imagenet data/imagenet64)"),
-    ] = None
-    """Folder to write. The same command continues what was stopped, and verifies what is finished."""
-    resolution: Annotated[
-        int | None, arg(metavar="N", help_behavior_hint="(imagenet: default 64; folder: required)")
-    ] = None
-    """Height and width in pixels."""
-    crop: Annotated[
-        str | None,
-        arg(
-            metavar="{center-crop-dhariwal,center-crop,none}",
-            help_behavior_hint="(imagenet, folder: default center-crop-dhariwal)",
-        ),
-    ] = None
-    """How an image of any size becomes a square: as ADM (halvings by BOX, then BICUBIC), as EDM (the central
-    square by LANCZOS), or not at all: others are rejected."""
-    channels: Annotated[int | None, arg(metavar="{1,3}", help_behavior_hint="(folder: default 3)")] = None
-    """1: grey, 3: RGB."""
-    processes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: one per core)")] = None
-    """Processes that read and decode."""
-    max_rejected: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.01)")] = None
-    """Largest share of unusable images. They are left out, and listed in rejected.txt."""
-    download: bool = False
-    """cifar10: get the archive from its authors first, into PATH (default: data); its MD5 is checked."""
-
-
-@dataclass(frozen=True)
-class DoctorOptions:
-    """Say what this machine has and lacks. Exit code 0: it can train; 2: something essential is missing."""
-
-    data: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: none is measured)")] = None
-    """Folder of a prepared store: does any loader starve the training step on it? Takes some ten seconds."""
-    preset: Annotated[
-        str | None,
-        arg(
-            metavar=f"{{{','.join(presets.names())}}}",
-            help_behavior_hint="(default: one that takes such images)",
-        ),
-    ] = None
-    """Whose training step the loaders are measured against."""
-    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the preset's)")] = None
-    """Images per step."""
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
-    "train": (TrainOptions, commands.train),
-    "sample": (SampleOptions, commands.sample),
-    "evaluate": (EvaluateOptions, commands.evaluate),
-    "prepare": (PrepareOptions, commands.prepare),
-    "doctor": (DoctorOptions, commands.doctor),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -272,7 +96,7 @@ def _dispatch(argv: list[str]) -> int:
     if kind is TrainOptions:
         preset = presets.get(_preset_name(argv[1:]))
         default = TrainOptions(
-            preset=preset.preset, **{section: getattr(preset, section) for section in _SECTIONS}
+            preset=preset.preset, **{section: getattr(preset, section) for section in SECTIONS}
         )
     try:
         options = _parse(kind, word, argv[1:], default)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
 
 LINE_INTERVAL = 10.0
 """Off a terminal a line about progress is printed at most this often, in seconds."""
@@ -36,3 +38,20 @@ def live_bar(doing: str) -> Progress | None:
         console=console,
         transient=True,
     )
+
+
+@contextlib.contextmanager
+def live_line() -> Iterator[Callable[[float, str], None]]:
+    """A progress bar on standard error while a person is watching: called with fraction done and what."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda fraction, text: bar.update(task, completed=fraction, description=text)
+
+
+def print_table(table: Table) -> None:
+    """A table on standard output."""
+    console = Console()
+    with console.capture() as captured:  # rich exits on a broken pipe; print leaves that to main
+        console.print(table)
+    print(captured.get(), end="")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ict_fast import cli
+from ict_fast.commands.prepare import PrepareOptions
 from ict_fast.data.loaders import LOADERS
 from ict_fast.data.sources import catalogue
 from ict_fast.data.sources.array_sources import CIFAR10_MD5
@@ -32,7 +33,7 @@ def test_every_command_of_the_page_is_understood(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(cli.COMMANDS, name, (options, lambda given: understood.append(given) or 0))
     ours = [command[1:] for command in commands() if command[0] == "ict-fast"]
     assert [cli.main(words) for words in ours] == [0] * len(ours)
-    prepared = [options for options in understood if isinstance(options, cli.PrepareOptions)]
+    prepared = [options for options in understood if isinstance(options, PrepareOptions)]
     assert {options.source for options in prepared} == catalogue.OPTIONS.keys() - {"digits"}
     for options in prepared:
         catalogue.check_options(

@@ -1,0 +1,25 @@
+"""Options that several commands share, and their checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from ict_fast.errors import InputError
+
+Device = Literal["auto", "cuda", "cpu"]
+Run = Annotated[Path, arg(metavar="RUN|CHECKPOINT")]
+
+
+def at_least(least: int, name: str, value: int) -> None:
+    """Raises InputError unless the option `name` is `least` or more."""
+    if value < least:
+        raise InputError(f"--{name} is {value}; it must be at least {least}")
+
+
+def valid_seed(value: int) -> None:
+    """Raises InputError unless --seed is a seed that every generator here takes."""
+    if not 0 <= value < 2**63:
+        raise InputError(f"--seed is {value}; it must be 0 or more and below 2^63")

@@ -1,0 +1,86 @@
+"""`ict-fast sample`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from ict_fast import errors, results
+from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
+from ict_fast.errors import InputError, TrainingError
+from ict_fast.screen import live_line
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Make images with a trained model (its EMA weights)."""
+
+    run: Positional[Run]
+    """Folder of a run, whose newest checkpoint is taken, or of one checkpoint."""
+    out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: <run>/samples.png)")] = None
+    """FILE.png: a grid. A folder: one PNG per image. FILE.npz: arr_0 uint8 NHWC, arr_1 labels if any."""
+    count: int = 64
+    """Number of images."""
+    steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 1, or as --sigmas)")] = None
+    """Network evaluations per image."""
+    sigmas: Annotated[
+        tuple[float, ...] | None, arg(metavar="SIGMA ...", help_behavior_hint="(default: the method's)")
+    ] = None
+    """Noise levels of the steps after the first, descending."""
+    labels: Annotated[
+        tuple[int, ...] | None, arg(metavar="CLASS ...", help_behavior_hint="(default: every class)")
+    ] = None
+    """Classes of a class-conditional model; repeated until there is one per image."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: Device = "auto"
+    """auto: the GPU if the machine has one."""
+
+
+def run(options: SampleOptions) -> int:
+    """Runs the command; returns its exit code."""
+    at_least(1, "count", options.count)
+    valid_seed(options.seed)
+    sigmas = options.sigmas or ()
+    steps = len(sigmas) + 1 if options.steps is None else options.steps
+    at_least(1, "steps", steps)
+    if sigmas and len(sigmas) != steps - 1:
+        raise InputError(f"--sigmas has {len(sigmas)} values; --steps {steps} needs {steps - 1}")
+    if any(not later < earlier for earlier, later in itertools.pairwise((float("inf"), *sigmas, 0.0))):
+        raise InputError(f"--sigmas is {' '.join(map(str, sigmas))}; it must be descending and positive")
+    if options.labels and len(options.labels) > options.count:
+        raise InputError(f"--labels has {len(options.labels)} values; --count is {options.count}")
+    results.require_run(options.run)
+    out = options.out if options.out is not None else results.run_folder(options.run) / "samples.png"
+    results.require_sample_place(out, options.count)
+
+    from ict_fast.consistency import load_model, sample
+    from ict_fast.data.pictures import to_uint8
+    from ict_fast.training.launch import configure_torch, resolve_device
+
+    device = resolve_device(options.device, None)
+    configure_torch(device, deterministic=False)
+    model = load_model(options.run).to(device)
+    num_classes = model.config.network.num_classes
+    labels: list[int] | None = None
+    if num_classes or options.labels:
+        labels = list(itertools.islice(itertools.cycle(options.labels or range(num_classes)), options.count))
+    with live_line() as progress:
+        samples = sample(
+            model,
+            options.count,
+            steps=steps,
+            sigmas=sigmas or None,
+            labels=labels,
+            seed=options.seed,
+            progress=lambda done: progress(done / options.count, "sampling"),
+        )
+    if not bool(samples.isfinite().all()):
+        raise TrainingError(f"the images of {options.run} are not finite: its training has diverged")
+    results.save_samples(to_uint8(samples), labels, out)
+    print(f"{options.count} images in {steps} step{'s' if steps > 1 else ''}: {out}")
+    return errors.EXIT_DONE

@@ -1,0 +1,107 @@
+"""`ict-fast train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from ict_fast import errors, presets, results
+from ict_fast.commands.arguments import Device, at_least
+from ict_fast.config import (
+    Config,
+    DataConfig,
+    LoggingConfig,
+    MethodConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    validate,
+)
+from ict_fast.errors import InputError, TrainingError
+
+DEFAULT_PRESET = "digits"
+SECTIONS = ("data", "network", "method", "optimizer", "training", "logging")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model. The same command again resumes; a finished run says so."""
+
+    preset: Annotated[str, arg(metavar=f"{{{','.join(presets.names())}}}")] = DEFAULT_PRESET
+    """The recipe that every other default comes from."""
+    data_path: Annotated[
+        Path | None, arg(name="data", metavar="DIR", help_behavior_hint="(short for --data.path)")
+    ] = None
+    """Folder of a prepared store."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/<preset>)")] = None
+    """Folder of the run."""
+    gpus: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, or the CPU)")] = None
+    """Number of GPUs on this machine, a process for each."""
+    processes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """Number of processes that share the CPU (--device cpu)."""
+    device: Device = "auto"
+    """auto: the GPUs if the machine has any."""
+    dry_run: bool = False
+    """Print the resolved configuration, the parameter count and the plan of stages, and stop."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Whether to go on with a run that exists. never refuses one, must refuses its absence."""
+    extend: Annotated[int | None, arg(metavar="STEPS", help_behavior_hint="")] = None
+    """Go on with an existing run to a new number of total steps; prints the new curriculum."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def config(self) -> Config:
+        """The configuration of the run.
+
+        Raises:
+            InputError: if it is not valid.
+        """
+        config = Config(self.preset, **{section: getattr(self, section) for section in SECTIONS})
+        if self.data_path is not None:
+            preset_path, path = presets.get(self.preset).data.path, str(self.data_path)
+            if config.data.path not in (preset_path, path):
+                raise InputError(f"--data is {path} and --data.path is {config.data.path}; give one of them")
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+        validate(config)
+        return config
+
+
+def run(options: TrainOptions) -> int:
+    """Runs the command; returns its exit code."""
+    config = options.config()
+    out = options.out if options.out is not None else Path("runs") / config.preset
+    for name, number in (
+        ("gpus", options.gpus),
+        ("processes", options.processes),
+        ("extend", options.extend),
+    ):
+        if number is not None:
+            at_least(1, name, number)
+    results.require_place(out, "--out")
+    arguments: dict[str, Any] = {
+        name: getattr(options, name) for name in ("device", "gpus", "processes", "resume", "extend")
+    }
+    if options.dry_run:
+        from ict_fast.training.trainer import plan
+
+        print(plan(config, out=out, **arguments))
+        return errors.EXIT_DONE
+
+    from ict_fast.training.trainer import train
+
+    try:
+        result = train(config, out=out, **arguments)
+    except TrainingError as error:
+        raise TrainingError(f"{error} (log: {out / 'log.jsonl'})") from error
+    if result.message:
+        print(result.message, file=sys.stderr if result.exit_code else sys.stdout)
+    return result.exit_code

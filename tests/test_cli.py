@@ -61,12 +61,10 @@ def model(monkeypatch):
     fake = SimpleNamespace(config=config, calls=[], to=lambda device: fake)
 
     def sample(asked, count, **options):
-        import torch
-
         assert asked is fake
         fake.calls.append({"count": count, **options})
         network = fake.config.network
-        return torch.zeros(count, network.image_channels, network.resolution, network.resolution)
+        return np.full((count, network.resolution, network.resolution, network.image_channels), 128, np.uint8)
 
     def evaluate(asked, reference, **options):
         assert asked is fake
@@ -77,13 +75,14 @@ def model(monkeypatch):
     def open_checkpoint(path):
         return SimpleNamespace(path=path / "checkpoints" / "step-00000003", step=3)
 
-    stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path: fake, sample=sample)
+    stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path: fake, sample_pixels=sample)
     stand_in(monkeypatch, "ict_fast.checkpoint", open_checkpoint=open_checkpoint)
     stand_in(monkeypatch, "ict_fast.evaluation", evaluate=evaluate, table=lambda result: "the table")
     stand_in(
         monkeypatch,
         "ict_fast.training.launch",
         resolve_device=lambda device, gpus: device,
+        resolve_processes=lambda device, gpus, processes: (SimpleNamespace(type="cpu"), processes or 1),
         configure_torch=lambda device, deterministic: None,
     )
     return fake

@@ -209,7 +209,10 @@ class Finished:
         if self.folder is None:
             return self._arrays.get(chunk.name)
         try:
-            with np.load(self.folder / f"{chunk.name}.npz", allow_pickle=False) as archive:
+            with (
+                (self.folder / f"{chunk.name}.npz").open("rb") as file,
+                np.load(file, allow_pickle=False) as archive,
+            ):
                 return {name: archive[name] for name in archive.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, or damaged: computed again
             return None

@@ -76,7 +76,7 @@ def read_cached(file: Path | None, network: FeatureNetwork) -> MeasuredReference
     if file is None:
         return None
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             mean, covariance = archive["mean"], archive["covariance"]
             count, features = int(archive["count"]), archive["features"]
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):

@@ -157,7 +157,7 @@ def _open_archive(path: Path) -> Reference:
     kinds = "an .npz with mu and sigma, or with arr_0, or the folder of a prepared store"
     arrays, shape = {}, None
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{path}: is a single array; --reference takes {kinds}")
             names = set(archive.files)

@@ -52,6 +52,7 @@ def table(result: dict[str, Any]) -> Table:
         f"{linear} Compare only with distances of the same features and count.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
+        pad_edge=False,
     )
     shown.add_column("images", no_wrap=True)
     for name, _, _ in columns:

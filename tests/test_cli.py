@@ -19,7 +19,7 @@ from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
 
-COMMANDS = ("train", "sample", "evaluate", "prepare", "doctor")
+COMMANDS = ("train", "sample", "evaluate", "report", "prepare", "doctor")
 REPOSITORY = Path(ict_fast.__file__).parent.parent
 
 
@@ -318,7 +318,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     ("words", "said"),
     [
         ("trian", 'unknown command "trian"; did you mean "train"?'),
-        ("zzz", 'unknown command "zzz"; choose one of: doctor, evaluate, prepare, sample, train'),
+        ("zzz", 'unknown command "zzz"; choose one of: doctor, evaluate, prepare, report, sample, train'),
         ("--versoin", 'unknown option --versoin before a command; did you mean "--version"?'),
         ("train --preset cifr10", 'there is no preset "cifr10"; did you mean "cifar10"?'),
         ("train --preset=cifr10 --help", 'there is no preset "cifr10"; did you mean "cifar10"?'),

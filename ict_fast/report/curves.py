@@ -33,8 +33,7 @@ _MOST_POINTS = 600
 _MOST_LABELLED_STAGES = 12
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "ict-fast",
-    "font.size": 10.5,
+    "font.size": 11,
     "axes.linewidth": 0.8,
     "axes.edgecolor": _LINE,
     "axes.labelcolor": _MUTED,
@@ -101,7 +100,7 @@ def curve(
             axes.yaxis.set_major_formatter(_thousands(values.max()))
         _steps_axis(axes, total_steps)
         if sum(bool(line.label) for line in lines) > 1:
-            axes.legend(fontsize=9.5, loc="best", handlelength=1.4)
+            axes.legend(fontsize=10, loc="best", handlelength=1.4)
         return _svg(figure, name)
 
 
@@ -175,7 +174,7 @@ def _borders(axes: Axes, stages: Sequence[Stage]) -> None:
             f"{stage.num_scales:,}",
             transform=axes.get_xaxis_transform(),
             ha="center",
-            fontsize=8.5,
+            fontsize=9.5,
             color=_MUTED,
         )
 
@@ -193,7 +192,7 @@ def _steps_axis(axes: Axes, total: int) -> None:
     axes.set_xlim(0, total)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(_thousands(total))
-    axes.set_xlabel("step", fontsize=9.5)
+    axes.set_xlabel("step", fontsize=10)
 
 
 def _thousands(greatest: float) -> Any:
@@ -216,11 +215,13 @@ def _thinned(
 def _svg(figure: Figure, name: str) -> str:
     """The figure as an element of an HTML page: no prolog, no metadata, no fixed size, no shared ids."""
     written = io.StringIO()
-    figure.savefig(written, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the rest of the ids: the same for equal runs
+        figure.savefig(written, format="svg", metadata={"Date": None})
     text = written.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # would hold for the whole page
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1, ...: the same in every figure
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)

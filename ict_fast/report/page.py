@@ -68,7 +68,8 @@ def _facts(record: RunRecord) -> str:
     facts: list[tuple[str, str]] = []
     measured = record.evaluation or (record.evaluations[-1] if record.evaluations else {})
     for key, words in (("one_step", "one step"), ("two_step", "two steps")):
-        value = (measured.get(key) or {}).get("frechet_distance")
+        found = measured.get(key)
+        value = found.get("frechet_distance") if isinstance(found, dict) else None
         if isinstance(value, int | float):
             facts.append((f"{value:.4g}", f"Fréchet distance, {words}"))
     batch = record.config.training.batch_size

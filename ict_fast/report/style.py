@@ -53,6 +53,7 @@ pre { margin: 0 0 10px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .card + .charts { margin-top: 16px; }
 .card p { font-size: 13px; margin: 0 0 6px; color: var(--muted); }
 .card svg { display: block; width: 100%; height: auto; }
+.card svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .grids { display: grid; grid-template-columns: repeat(6, 1fr); gap: 16px; }
 .grids figure { margin: 0; }
 .grids figure.last { grid-column: span 2; grid-row: span 2; }

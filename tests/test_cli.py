@@ -376,6 +376,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("evaluate {run} --steps 0,1", "--steps is 0; it must be at least 1"),
         ("evaluate {run} --count 1", "--count is 1; it must be at least 2"),
         (
+            "evaluate {run} --features-sha256 ab",
+            "--features-sha256 is the SHA-256 of --features, which is not given",
+        ),
+        (
             "prepare",
             "ict-fast prepare needs digits, cifar10, imagenet, imagenet-npz, edm-zip, folder;"
             " see `ict-fast prepare --help`",
@@ -566,6 +570,47 @@ def test_evaluate_takes_a_list_of_steps(model, run_folder, words):
     assert main(["evaluate", str(run_folder), *words, "--reference", "real"]) == 0
     assert model.calls[0]["steps"] == (1, 4)
     assert model.calls[0]["reference"] == Path("real")
+
+
+def test_evaluate_hands_its_features_and_a_device_for_each_process_on(model, run_folder, tmp_path):
+    words = ["--features", "net.pt", "--features-sha256", "ab", "--allow-other-recipe", "--processes", "2"]
+    assert main(["evaluate", str(run_folder), "--reference", "real", *words]) == 0
+    [call] = model.calls
+    assert (call["features"], call["features_sha256"]) == (Path("net.pt"), "ab")
+    assert call["allow_other_recipe"] is True
+    assert len(call["devices"]) == 2
+
+
+def test_an_interrupted_evaluate_keeps_what_is_done_until_the_same_command_has_finished(
+    model, run_folder, monkeypatch, capsys
+):
+    finished = sys.modules["ict_fast.evaluation"].evaluate
+    folders = []
+
+    def interrupted(asked, reference, **options):
+        folders.append(options["work_folder"])
+        (options["work_folder"] / "chunk").write_text("done")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", interrupted)
+    assert main(["evaluate", str(run_folder), "--reference", "real"]) == 130
+    assert capsys.readouterr().err == "ict-fast: interrupted; the same command continues\n"
+    assert (folders[0] / "chunk").exists()
+    assert not (run_folder / "checkpoints/evaluation.json").exists()
+
+    monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", finished)
+    assert main(["evaluate", str(run_folder), "--reference", "real"]) == 0
+    assert model.calls[0]["work_folder"] == folders[0]
+    assert not folders[0].exists()
+
+
+def test_a_refused_evaluate_leaves_nothing(model, run_folder, monkeypatch, capsys):
+    def refuse(asked, reference, **options):
+        raise InputError("no")
+
+    monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", refuse)
+    assert refused(capsys, "evaluate", str(run_folder), "--reference", "real") == "no"
+    assert [path.name for path in (run_folder / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_prepare_writes_where_it_is_told(monkeypatch, tmp_path, capsys):

@@ -166,9 +166,16 @@ def evaluate(
         comparison = _comparison(network, opened, measured, count)
         results: dict[str, Any] = {}
         for number, part in of_model.items():
-            report(0.93 + 0.06 * len(results) / len(steps), "comparing the sets")
+            begun = 0.93 + 0.07 * len(results) / len(steps)
             sigmas = [model.config.method.sigma_max, *sampling_sigmas(number, model.config.method)]
-            values = _measures(finished, part, measured, comparison, places[0])
+            values = _measures(
+                finished,
+                part,
+                measured,
+                comparison,
+                places[0],
+                lambda done, begun=begun: report(begun + 0.07 * done / len(steps), "comparing the sets"),  # type: ignore[misc]
+            )
             results[key(number)] = {**values, "sigmas": sigmas}
     report(1.0, "evaluated")
     return {
@@ -199,6 +206,7 @@ def _measures(
     measured: MeasuredReference,
     comparison: dict[str, float],
     device: torch.device,
+    progress: Callable[[float], None],
 ) -> dict[str, Any]:
     """Everything that is known of the images of some chunks."""
     features = finished.joined(chunks, "features")
@@ -214,7 +222,9 @@ def _measures(
         values |= {"kernel_distance": mean, "kernel_distance_std": deviation}
         both = min(len(measured.features), len(features))  # balls of unequal sets do not compare
         if both > NEIGHBOURS:
-            precision, recall = precision_and_recall(measured.features[:both], features[:both], device=device)
+            precision, recall = precision_and_recall(
+                measured.features[:both], features[:both], device=device, progress=progress
+            )
             values |= {"precision": precision, "recall": recall, "precision_recall_count": both}
     if probabilities is not None:
         mean, deviation = inception_score(probabilities)

@@ -11,7 +11,7 @@ features that is 3e13 operations, still less than what computes the features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -23,7 +23,11 @@ _SAME = 1e-12  # squared distances below this, relative to the squared norms, ar
 
 
 def precision_and_recall(
-    real: np.ndarray, generated: np.ndarray, *, device: torch.device | str = "cpu"
+    real: np.ndarray,
+    generated: np.ndarray,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[float, float]:
     """Precision and recall of `generated`, in [0, 1].
 
@@ -33,11 +37,20 @@ def precision_and_recall(
     Args:
         real, generated: (N, D) and (M, D) features of any float type, N and M above NEIGHBOURS.
         device: where to compute. Holds both sets as they are, and a few tiles of 134 MB.
+        progress: called with the fraction done.
     """
     # A common shift changes no distance, and brings the norms, whose rounding counts, down.
     centre = torch.from_numpy(real.mean(0, dtype=np.float64)).to(device)
     sets = [torch.from_numpy(np.ascontiguousarray(points)).to(device) for points in (real, generated)]
-    real_radii, generated_radii = (_squared_radii(points, centre) for points in sets)
+    parts = [-(-len(points) // _TILE) for points in sets]
+    done, total = 0, parts[0] ** 2 + parts[1] ** 2 + parts[0] * parts[1]
+
+    def tile_done() -> None:
+        nonlocal done
+        done += 1
+        progress(done / total)
+
+    real_radii, generated_radii = (_squared_radii(points, centre, tile_done) for points in sets)
     in_real = torch.zeros(len(generated), dtype=torch.bool, device=device)
     in_generated = torch.zeros(len(real), dtype=torch.bool, device=device)
     for row, rows in _tiles(sets[0], centre):
@@ -45,10 +58,11 @@ def precision_and_recall(
             squared = _squared_distances(rows, columns)
             in_real[column] |= (squared <= real_radii[row, None]).any(0)
             in_generated[row] |= (squared <= generated_radii[None, column]).any(1)
+            tile_done()
     return float(in_real.double().mean()), float(in_generated.double().mean())
 
 
-def _squared_radii(points: Tensor, centre: Tensor) -> Tensor:
+def _squared_radii(points: Tensor, centre: Tensor, tile_done: Callable[[], None]) -> Tensor:
     """(N,): the squared distance of each point to its k-th nearest neighbour, itself not counted."""
     radii = []
     for row, rows in _tiles(points, centre):
@@ -58,6 +72,7 @@ def _squared_radii(points: Tensor, centre: Tensor) -> Tensor:
             if row == column:
                 squared.fill_diagonal_(torch.inf)
             nearest = torch.cat((nearest, squared), 1).topk(NEIGHBOURS, 1, largest=False).values
+            tile_done()
         radii.append(nearest.max(1).values)
     return torch.cat(radii)
 

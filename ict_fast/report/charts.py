@@ -69,7 +69,4 @@ def _loss_by_sigma(record: RunRecord, total: int) -> str:
     if not any(isinstance(value, int | float) and value > 0 for row in rows for value in row):
         return ""
     svg = heat_map("Loss by noise level", [line["step"] for line in found], rows, edges, total)
-    return (
-        "<figure class='card'><h3>Loss by noise level <small>mean, weighted, in each of"
-        f" {len(edges) - 1} ranges of σ</small></h3>{svg}</figure>\n"
-    )
+    return f"<figure class='card'><h3>Loss by noise level <small>weighted means</small></h3>{svg}</figure>\n"

@@ -72,7 +72,7 @@ def curve(
         name: what it shows, for people who do not see it.
         lines: of rising steps; at least one has a value.
         stages: none to draw no borders.
-        logarithmic: the scale of the values; None: if they are positive and range over a factor of 20.
+        logarithmic: the scale of the values; None: if they are positive and range over a factor of 10.
         form: "percent", "si" for thousands as k, else plain.
     Returns:
         An <svg> element.
@@ -86,10 +86,10 @@ def curve(
                 axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
             marker = "o" if line.marked else "None"
             [drawn] = axes.plot(steps, values, color=colour, linewidth=1.6, label=line.label)
-            drawn.set(marker=marker, markersize=4)
+            drawn.set(marker=marker, markersize=4, clip_on=not line.marked)
         values = np.concatenate([np.asarray(line.values, float) for line in lines])
         if logarithmic is None:
-            logarithmic = values.min() > 0 and values.max() > 20 * values.min()
+            logarithmic = values.min() > 0 and values.max() > 10 * values.min()
         if logarithmic and values.min() > 0:
             _logarithmic(axes, values)
         elif values.min() >= 0:
@@ -135,6 +135,7 @@ def heat_map(
             cmap="viridis",
             extent=(0, steps[-1], math.log10(edges[0]), math.log10(edges[-1])),
         )
+        axes.grid(visible=False)
         axes.set_ylabel("noise level σ")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(lambda value, _: f"{10**value:g}")

@@ -74,7 +74,7 @@ def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
     """What the numbers depend on, what is not available, and warnings."""
     features = result.get("features")
     features = features if isinstance(features, dict) else {}
-    about = [f"step {result['step']:,}" if isinstance(result.get("step"), int) else ""]
+    about = [f"Step {result['step']:,}" if isinstance(result.get("step"), int) else ""]
     if isinstance(result.get("count"), int):
         about.append(f"{result['count']:,} samples, seed {result.get('seed', 0)}")
     if features.get("name"):

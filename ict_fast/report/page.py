@@ -71,7 +71,7 @@ def _facts(record: RunRecord) -> str:
         found = measured.get(key)
         value = found.get("frechet_distance") if isinstance(found, dict) else None
         if isinstance(value, int | float):
-            facts.append((f"{value:.4g}", f"Fréchet distance, {words}"))
+            facts.append((f"{value:.4g}", f"Fréchet, {words}"))
     batch = record.config.training.batch_size
     facts.append((f"{record.step:,}", f"steps of {batch:,} images"))
     rates = record.series("images_per_second")[1]

@@ -49,8 +49,11 @@ def test_half_of_the_images_being_noise_halves_the_precision_alone():
 @pytest.mark.parametrize("tile", [7, 64, 4096])
 def test_it_equals_brute_force_whatever_the_tiles(monkeypatch, tile):
     monkeypatch.setattr(manifold, "_TILE", tile)
-    real, generated = blobs(3, 150), blobs(4, 131, centre=0.4)
-    assert precision_and_recall(real, generated) == pytest.approx(by_brute_force(real, generated), abs=1e-12)
+    real, generated, seen = blobs(3, 150), blobs(4, 131, centre=0.4), []
+    found = precision_and_recall(real, generated, progress=seen.append)
+    assert found == pytest.approx(by_brute_force(real, generated), abs=1e-12)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
 
 
 def test_float32_features_far_from_the_origin_are_judged_as_near_it():

@@ -93,6 +93,8 @@ def run(options: EvaluateOptions) -> int:
         raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
     beside = Path(checkpoint.path).parent / "evaluation.json"
     out = beside if options.out is None else options.out
+    if out.is_dir():
+        raise InputError(f"--out is {out}, a folder; name a file to write, such as {out / 'evaluation.json'}")
     results.require_place(out.parent, "the run" if options.out is None else "--out")
 
     try:

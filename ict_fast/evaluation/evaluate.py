@@ -186,7 +186,7 @@ def evaluate(
         "seed": seed,
         "features": _about(network),
         "precision_recall_neighbours": NEIGHBOURS,
-        "not_available": _not_available(network, measured),
+        "not_available": _not_available(network, measured, count),
         "warnings": [*warnings, *_too_few(network, measured, count)],
         "model_sha256": weights_sha256(model),
         "reference_path": str(reference),
@@ -303,12 +303,14 @@ def _about(network: FeatureNetwork) -> dict[str, Any]:
     return {**about, "sha256": network.sha256}
 
 
-def _not_available(network: FeatureNetwork, measured: MeasuredReference) -> dict[str, str]:
+def _not_available(network: FeatureNetwork, measured: MeasuredReference, count: int) -> dict[str, str]:
     """Why a measure is missing from the result."""
     missing = {}
     if measured.features is None:
         for name in ("kernel_distance", "precision", "recall"):
             missing[name] = "needs the reference's images, of which there are statistics only"
+    elif min(len(measured.features), count) <= NEIGHBOURS:
+        missing = dict.fromkeys(("precision", "recall"), f"needs more than {NEIGHBOURS} images of each kind")
     if isinstance(network, TorchScriptNetwork) and not network.has_probabilities:
         missing["inception_score"] = "the features file gives no probabilities of classes"
     return missing

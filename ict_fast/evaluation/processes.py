@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -62,6 +63,7 @@ def _in_processes(
 ) -> None:
     assert finished.folder is not None
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA cannot use it
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // len(devices)))
     device = next(work.model.parameters()).device
     work.model.to("cpu")
     processes, pipes = [], []
@@ -69,7 +71,8 @@ def _in_processes(
         for number, place in enumerate(devices):
             here, there = context.Pipe(duplex=False)
             share = list(todo[number :: len(devices)])
-            process = context.Process(target=_serve, args=(work, share, finished, place, there), daemon=True)
+            given = (work, share, finished, place, threads, there)
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             there.close()  # so that the end of the process is the end of the pipe
             processes.append(process)
@@ -105,10 +108,16 @@ def _require_success(number: int, process: Any) -> None:
 
 
 def _serve(
-    work: Work, share: Sequence[Chunk], finished: Finished, device: torch.device, pipe: Connection
+    work: Work,
+    share: Sequence[Chunk],
+    finished: Finished,
+    device: torch.device,
+    threads: int,
+    pipe: Connection,
 ) -> None:
     """Runs in each process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C of the terminal is for the parent, which ends us
+    torch.set_num_threads(threads)
     # As `training.launch.configure_torch`: the network's ends must be IEEE fp32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":

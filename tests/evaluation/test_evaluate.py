@@ -212,6 +212,14 @@ def test_images_other_than_the_digits_are_refused_with_what_to_do(tmp_path):
         evaluate(RemembersDigits(), path)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_images_are_enough_for_all_but_precision_and_recall(store, count):
+    result = evaluate(RemembersDigits(), store, steps=(1,), count=count)
+    assert result["one_step"].keys() >= {"frechet_distance", "kernel_distance", "inception_score"}
+    assert result["not_available"].keys() == {"precision", "recall"}
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
 def test_too_few_images_are_refused(store, tmp_path):
     with pytest.raises(InputError, match=r"--count is 1; .*at least 2"):
         evaluate(RemembersDigits(), store, count=1)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sha256_file(path: Path) -> str:
@@ -51,9 +54,23 @@ def replace_durably(path: Path, content: bytes) -> None:
     Raises:
         OSError: disk full, no permission; the old file is then untouched.
     """
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Gives a file to write into, which takes the place of `path` at the end; for content too large to hold.
+
+    Raises:
+        OSError: disk full, no permission; the old file is then untouched.
+    """
     partial = path.with_name(f".tmp-{path.name}")
     try:
-        write_durably(partial, content)
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
@@ -42,11 +44,25 @@ def live_bar(doing: str) -> Progress | None:
 
 @contextlib.contextmanager
 def live_line() -> Iterator[Callable[[float, str], None]]:
-    """A progress bar on standard error while a person is watching: called with fraction done and what."""
+    """Progress on standard error, with what is left of the time: called with fraction done and what.
+
+    A bar while a person is watching, else a line at most every ten seconds.
+    """
     console = Console(stderr=True)
+    started = last_line = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
-        yield lambda fraction, text: bar.update(task, completed=fraction, description=text)
+
+        def show(fraction: float, text: str) -> None:
+            nonlocal last_line
+            bar.update(task, completed=fraction, description=text)
+            now = time.monotonic()
+            if not console.is_terminal and now - last_line >= LINE_INTERVAL and fraction > 0:
+                last_line = now
+                remaining = timedelta(seconds=round((now - started) * (1 - fraction) / fraction))
+                say(f"{text} ({fraction:.0%}), ETA {remaining}")
+
+        yield show
 
 
 def print_table(table: Table) -> None:

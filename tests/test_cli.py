@@ -19,7 +19,7 @@ from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
 
-COMMANDS = ("train", "sample", "evaluate", "prepare", "doctor")
+COMMANDS = ("train", "sample", "evaluate", "report", "prepare", "doctor")
 REPOSITORY = Path(ict_fast.__file__).parent.parent
 
 
@@ -61,12 +61,10 @@ def model(monkeypatch):
     fake = SimpleNamespace(config=config, calls=[], to=lambda device: fake)
 
     def sample(asked, count, **options):
-        import torch
-
         assert asked is fake
         fake.calls.append({"count": count, **options})
         network = fake.config.network
-        return torch.zeros(count, network.image_channels, network.resolution, network.resolution)
+        return np.full((count, network.resolution, network.resolution, network.image_channels), 128, np.uint8)
 
     def evaluate(asked, reference, **options):
         assert asked is fake
@@ -77,13 +75,14 @@ def model(monkeypatch):
     def open_checkpoint(path):
         return SimpleNamespace(path=path / "checkpoints" / "step-00000003", step=3)
 
-    stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path: fake, sample=sample)
+    stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path: fake, sample_pixels=sample)
     stand_in(monkeypatch, "ict_fast.checkpoint", open_checkpoint=open_checkpoint)
     stand_in(monkeypatch, "ict_fast.evaluation", evaluate=evaluate, table=lambda result: "the table")
     stand_in(
         monkeypatch,
         "ict_fast.training.launch",
         resolve_device=lambda device, gpus: device,
+        resolve_processes=lambda device, gpus, processes: (SimpleNamespace(type="cpu"), processes or 1),
         configure_torch=lambda device, deterministic: None,
     )
     return fake
@@ -319,7 +318,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     ("words", "said"),
     [
         ("trian", 'unknown command "trian"; did you mean "train"?'),
-        ("zzz", 'unknown command "zzz"; choose one of: doctor, evaluate, prepare, sample, train'),
+        ("zzz", 'unknown command "zzz"; choose one of: doctor, evaluate, prepare, report, sample, train'),
         ("--versoin", 'unknown option --versoin before a command; did you mean "--version"?'),
         ("train --preset cifr10", 'there is no preset "cifr10"; did you mean "cifar10"?'),
         ("train --preset=cifr10 --help", 'there is no preset "cifr10"; did you mean "cifar10"?'),
@@ -376,6 +375,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("evaluate {run} --steps 1,x", "--steps 1,x: expected integers"),
         ("evaluate {run} --steps 0,1", "--steps is 0; it must be at least 1"),
         ("evaluate {run} --count 1", "--count is 1; it must be at least 2"),
+        (
+            "evaluate {run} --features-sha256 ab",
+            "--features-sha256 is the SHA-256 of --features, which is not given",
+        ),
         (
             "prepare",
             "ict-fast prepare needs digits, cifar10, imagenet, imagenet-npz, edm-zip, folder;"
@@ -567,6 +570,47 @@ def test_evaluate_takes_a_list_of_steps(model, run_folder, words):
     assert main(["evaluate", str(run_folder), *words, "--reference", "real"]) == 0
     assert model.calls[0]["steps"] == (1, 4)
     assert model.calls[0]["reference"] == Path("real")
+
+
+def test_evaluate_hands_its_features_and_a_device_for_each_process_on(model, run_folder, tmp_path):
+    words = ["--features", "net.pt", "--features-sha256", "ab", "--allow-other-recipe", "--processes", "2"]
+    assert main(["evaluate", str(run_folder), "--reference", "real", *words]) == 0
+    [call] = model.calls
+    assert (call["features"], call["features_sha256"]) == (Path("net.pt"), "ab")
+    assert call["allow_other_recipe"] is True
+    assert len(call["devices"]) == 2
+
+
+def test_an_interrupted_evaluate_keeps_what_is_done_until_the_same_command_has_finished(
+    model, run_folder, monkeypatch, capsys
+):
+    finished = sys.modules["ict_fast.evaluation"].evaluate
+    folders = []
+
+    def interrupted(asked, reference, **options):
+        folders.append(options["work_folder"])
+        (options["work_folder"] / "chunk").write_text("done")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", interrupted)
+    assert main(["evaluate", str(run_folder), "--reference", "real"]) == 130
+    assert capsys.readouterr().err == "ict-fast: interrupted; the same command continues\n"
+    assert (folders[0] / "chunk").exists()
+    assert not (run_folder / "checkpoints/evaluation.json").exists()
+
+    monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", finished)
+    assert main(["evaluate", str(run_folder), "--reference", "real"]) == 0
+    assert model.calls[0]["work_folder"] == folders[0]
+    assert not folders[0].exists()
+
+
+def test_a_refused_evaluate_leaves_nothing(model, run_folder, monkeypatch, capsys):
+    def refuse(asked, reference, **options):
+        raise InputError("no")
+
+    monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", refuse)
+    assert refused(capsys, "evaluate", str(run_folder), "--reference", "real") == "no"
+    assert [path.name for path in (run_folder / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_prepare_writes_where_it_is_told(monkeypatch, tmp_path, capsys):

@@ -3,40 +3,63 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
 from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
 from ict_fast.errors import InputError
-from ict_fast.screen import live_line, print_table
+from ict_fast.screen import live_line, print_table, say
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a trained model against real images; writes evaluation.json beside the checkpoint."""
+    """Measure a trained model against real images; writes evaluation.json beside the checkpoint.
+
+    Fréchet distance (FID), kernel distance (KID), Inception score, precision and recall. The same command
+    continues an evaluation that was interrupted.
+    """
 
     run: Positional[Run]
     """Folder of a run, whose newest checkpoint is taken, or of one checkpoint."""
     reference: Annotated[
-        Path | None, arg(metavar="DATA", help_behavior_hint="(default: what the run was trained on)")
+        Path | None,
+        arg(metavar="DATA|FILE.npz", help_behavior_hint="(default: what the run was trained on)"),
     ] = None
-    """Folder of a prepared store with the real images."""
+    """Real images: a prepared store, an .npz with mu and sigma (OpenAI, EDM), or an .npz with arr_0."""
+    features: Annotated[
+        Path | None, arg(metavar="FILE.pt", help_behavior_hint="(default: a classifier of digits)")
+    ] = None
+    """TorchScript file of the network whose features are compared, such as inception-2015-12-05.pt."""
+    features_sha256: Annotated[str | None, arg(metavar="HEX", help_behavior_hint="(default: any)")] = None
+    """What the SHA-256 of --features must be."""
+    allow_other_recipe: bool = False
+    """Compare with a reference whose images were cropped in another way than the training data."""
     out: Annotated[
         Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: evaluation.json beside it)")
     ] = None
     """Where the result is written; the default is overwritten by the next evaluation in the same run."""
     steps: Annotated[tuple[str, ...], arg(metavar="1,2")] = ("1,2",)
     """Numbers of sampling steps to measure."""
-    count: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 10000)")] = None
+    count: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: 50000; of digits 10000)")
+    ] = None
     """Number of images to generate."""
     seed: int = 0
     """Seed of the noise."""
     device: Device = "auto"
-    """auto: the GPU if the machine has one."""
+    """auto: the GPUs if the machine has any."""
+    gpus: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, or the CPU)")] = None
+    """Number of GPUs on this machine, a process for each."""
+    processes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """Number of processes that share the CPU (--device cpu)."""
 
 
 def run(options: EvaluateOptions) -> int:
@@ -49,14 +72,19 @@ def run(options: EvaluateOptions) -> int:
     if options.count is not None:
         at_least(2, "count", options.count)
     valid_seed(options.seed)
+    for name, number in (("gpus", options.gpus), ("processes", options.processes)):
+        if number is not None:
+            at_least(1, name, number)
+    if options.features_sha256 is not None and options.features is None:
+        raise InputError("--features-sha256 is the SHA-256 of --features, which is not given")
     results.require_run(options.run)
 
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
     from ict_fast.evaluation import evaluate, table
-    from ict_fast.training.launch import configure_torch, resolve_device
+    from ict_fast.training.launch import configure_torch, resolve_processes
 
-    device = resolve_device(options.device, None)
+    device, count = resolve_processes(options.device, options.gpus, options.processes)
     configure_torch(device, deterministic=False)
     checkpoint = open_checkpoint(options.run)
     model = load_model(checkpoint.path).to(device)
@@ -65,14 +93,41 @@ def run(options: EvaluateOptions) -> int:
         raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
     beside = Path(checkpoint.path).parent / "evaluation.json"
     out = beside if options.out is None else options.out
+    if out.is_dir():
+        raise InputError(f"--out is {out}, a folder; name a file to write, such as {out / 'evaluation.json'}")
     results.require_place(out.parent, "the run" if options.out is None else "--out")
 
-    with live_line() as progress:
-        result = evaluate(
-            model, reference, steps=steps, count=options.count, seed=options.seed, progress=progress
-        )
-    result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **result}
-    results.write(out, (json.dumps(result, indent=2) + "\n").encode())
+    try:
+        with live_line() as progress, results.unfinished(out) as folder:
+            result = evaluate(
+                model,
+                reference,
+                steps=steps,
+                count=options.count,
+                seed=options.seed,
+                progress=progress,
+                features=options.features,
+                features_sha256=options.features_sha256,
+                allow_other_recipe=options.allow_other_recipe,
+                devices=_devices(device, count),
+                work_folder=folder,
+            )
+            result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **result}
+            results.write(out, (json.dumps(result, indent=2) + "\n").encode())
+    except KeyboardInterrupt:
+        print("ict-fast: interrupted; the same command continues", file=sys.stderr)
+        return errors.EXIT_SIGINT
+    for warning in result.get("warnings", ()):
+        say(f"ict-fast: warning: {warning}")
     print_table(table(result))
     print(f"written: {out}")
     return errors.EXIT_DONE
+
+
+def _devices(first: torch.device, count: int) -> list[torch.device]:
+    """A device for each process."""
+    import torch
+
+    if count == 1 or first.type == "cpu":
+        return [first] * count
+    return [torch.device("cuda", number) for number in range(count)]

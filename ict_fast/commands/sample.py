@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
 from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
-from ict_fast.errors import InputError, TrainingError
+from ict_fast.errors import InputError
 from ict_fast.screen import live_line
 
 
@@ -58,8 +58,7 @@ def run(options: SampleOptions) -> int:
     out = options.out if options.out is not None else results.run_folder(options.run) / "samples.png"
     results.require_sample_place(out, options.count)
 
-    from ict_fast.consistency import load_model, sample
-    from ict_fast.data.pictures import to_uint8
+    from ict_fast.consistency import load_model, sample_pixels
     from ict_fast.training.launch import configure_torch, resolve_device
 
     device = resolve_device(options.device, None)
@@ -70,17 +69,15 @@ def run(options: SampleOptions) -> int:
     if num_classes or options.labels:
         labels = list(itertools.islice(itertools.cycle(options.labels or range(num_classes)), options.count))
     with live_line() as progress:
-        samples = sample(
+        pixels = sample_pixels(
             model,
             options.count,
             steps=steps,
             sigmas=sigmas or None,
             labels=labels,
             seed=options.seed,
-            progress=lambda done: progress(done / options.count, "sampling"),
+            progress=lambda done: progress(done / options.count, f"sampling {options.count:,} images"),
         )
-    if not bool(samples.isfinite().all()):
-        raise TrainingError(f"the images of {options.run} are not finite: its training has diverged")
-    results.save_samples(to_uint8(samples), labels, out)
+    results.save_samples(pixels, labels, out)
     print(f"{options.count} images in {steps} step{'s' if steps > 1 else ''}: {out}")
     return errors.EXIT_DONE

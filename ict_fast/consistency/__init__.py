@@ -3,7 +3,7 @@
 from ict_fast.consistency.curriculum import Stage, num_scales, stages, teacher_ema_decay
 from ict_fast.consistency.model import ConsistencyModel, load_model
 from ict_fast.consistency.objective import ConsistencyObjective
-from ict_fast.consistency.sampling import sample, sampling_sigmas
+from ict_fast.consistency.sampling import sample, sample_pixels, sampling_sigmas
 
 __all__ = [
     "ConsistencyModel",
@@ -12,6 +12,7 @@ __all__ = [
     "load_model",
     "num_scales",
     "sample",
+    "sample_pixels",
     "sampling_sigmas",
     "stages",
     "teacher_ema_decay",

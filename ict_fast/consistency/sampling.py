@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import ConsistencyModel
-from ict_fast.errors import InputError
+from ict_fast.data.pictures import to_uint8
+from ict_fast.errors import InputError, TrainingError
 from ict_kernels.philox import INITIAL, normal
 
 # Images per forward pass.
@@ -85,29 +87,82 @@ def sample(
     Raises:
         InputError: see `check_sampling`.
     """
+    return torch.cat(list(_batches(model, count, steps, sigmas, labels, seed, 0, clamp, progress)))
+
+
+def sample_pixels(
+    model: ConsistencyModel,
+    count: int,
+    steps: int = 1,
+    sigmas: Sequence[float] | None = None,
+    labels: Tensor | Sequence[int] | None = None,
+    seed: int = 0,
+    *,
+    first: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """The images of `sample` as pixels; holds one batch in floating point, whatever their number.
+
+    Args:
+        first: number of the first image: the images first, first + 1, ... of `sample`. To the last bit if it
+            is a multiple of BATCH_SIZE.
+        model, count, steps, sigmas, labels, seed, progress: see `sample`; labels are those of these images.
+    Returns:
+        uint8 (count, H, W, C).
+    Raises:
+        InputError: see `check_sampling`.
+        TrainingError: images that are not finite; the model's training has diverged.
+    """
+    network = model.config.network
+    pixels = np.empty((count, network.resolution, network.resolution, network.image_channels), np.uint8)
+    done = broken = 0
+    for batch in _batches(model, count, steps, sigmas, labels, seed, first, True, progress):
+        broken += int((~batch.isfinite()).flatten(1).any(1).sum())
+        pixels[done : done + len(batch)] = to_uint8(batch)
+        done += len(batch)
+    if broken:
+        raise TrainingError(
+            f"{broken} of {count} images sampled in {steps} step{'s' if steps > 1 else ''} hold NaN or"
+            " infinite values: the model's training has diverged; take an earlier checkpoint, or train again"
+            " with a lower learning rate"
+        )
+    return pixels
+
+
+@torch.no_grad()
+def _batches(
+    model: ConsistencyModel,
+    count: int,
+    steps: int,
+    sigmas: Sequence[float] | None,
+    labels: Tensor | Sequence[int] | None,
+    seed: int,
+    first: int,
+    clamp: bool,
+    progress: Callable[[int], None] | None,
+) -> Iterator[Tensor]:
+    """Images first to first + count, (n, C, H, W) at a time."""
     network = model.config.network
     method = model.config.method
     if labels is not None:
         labels = torch.as_tensor(labels, dtype=torch.int64)
     levels = (method.sigma_max, *check_sampling(model, count, steps, sigmas, labels))
     if labels is None and network.num_classes:
-        labels = torch.arange(count) % network.num_classes
+        labels = torch.arange(first, first + count) % network.num_classes
     device = next(model.parameters()).device
     labels = None if labels is None else labels.to(device)
 
-    images = []
-    for first in range(0, count, BATCH_SIZE):
-        size = min(BATCH_SIZE, count - first)
+    for done in range(0, count, BATCH_SIZE):
+        size = min(BATCH_SIZE, count - done)
         shape = (size, network.image_channels, network.resolution, network.resolution)
         x = torch.zeros(shape, device=device)
         for number, sigma in enumerate(levels):
             noise_seed = torch.tensor([seed, number], device=device)
-            noise = normal(shape, seed=noise_seed, offset=first, purpose=INITIAL, device=device)
+            noise = normal(shape, seed=noise_seed, offset=first + done, purpose=INITIAL, device=device)
             scale = sigma if number == 0 else (sigma**2 - method.sigma_min**2) ** 0.5
-            x = model(x + scale * noise, sigma, None if labels is None else labels[first : first + size])
+            x = model(x + scale * noise, sigma, None if labels is None else labels[done : done + size])
             if clamp:
                 x = x.clamp(-1, 1)
-        images.append(x)
+        yield x
         if progress is not None:
-            progress(first + size)
-    return torch.cat(images)
+            progress(done + size)

@@ -1,7 +1,7 @@
 """How good the images are: distances between sets of images, and what to compare them with."""
 
-from ict_fast.evaluation.evaluate import evaluate, table
+from ict_fast.evaluation.evaluate import evaluate
 from ict_fast.evaluation.features import DigitsFeatures, digits_features
-from ict_fast.evaluation.metrics import FrechetDistance
+from ict_fast.evaluation.table import table
 
-__all__ = ["DigitsFeatures", "FrechetDistance", "digits_features", "evaluate", "table"]
+__all__ = ["DigitsFeatures", "digits_features", "evaluate", "table"]

@@ -1,33 +1,64 @@
-"""Measures a trained model: samples from it, and their Fréchet distance to real images in digits features."""
+"""Measures a trained model: samples from it, and what their features say beside those of real images."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
-from ict_fast.consistency import ConsistencyModel, sample, sampling_sigmas
-from ict_fast.data.pictures import to_uint8
+from ict_fast.consistency import ConsistencyModel, sampling_sigmas
 from ict_fast.data.prepare import load_digits
-from ict_fast.data.store import Store, open_store
-from ict_fast.errors import InputError, TrainingError
-from ict_fast.evaluation.features import DigitsFeatures, digits_features
-from ict_fast.evaluation.metrics import FrechetDistance, gaussian_images, halves, noise_images
+from ict_fast.errors import InputError
+from ict_fast.evaluation.chunks import (
+    Chunk,
+    Finished,
+    Work,
+    generated_chunks,
+    reference_chunks,
+    weights_sha256,
+)
+from ict_fast.evaluation.feature_networks import (
+    DigitsNetwork,
+    FeatureNetwork,
+    TorchScriptNetwork,
+    require_inception_size,
+)
+from ict_fast.evaluation.manifold import NEIGHBOURS, precision_and_recall
+from ict_fast.evaluation.measured_reference import (
+    MeasuredReference,
+    cache_file,
+    chosen_images,
+    keep,
+    put_together,
+    read_cached,
+)
+from ict_fast.evaluation.metrics import (
+    gaussian_images,
+    halves,
+    inception_score,
+    kernel_distance,
+    noise_images,
+)
+from ict_fast.evaluation.processes import compute_chunks
+from ict_fast.evaluation.reference import Reference, check_reference, open_reference
+from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums
+from ict_fast.evaluation.table import key
 from ict_fast.version import __version__
 
 Progress = Callable[[float, str], None]
 
+DEFAULT_COUNT = 50_000
 # Over three seeds of the samples the distance of two models ranged over 11 and 16 % at 5,000 samples, over
 # 3 and 6 % at 20,000.
-DEFAULT_COUNT = 10_000
+DEFAULT_DIGITS_COUNT = 10_000
 LABEL_SEED = 4
-_NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 
 
 def evaluate(
@@ -38,74 +69,129 @@ def evaluate(
     count: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    features: Path | None = None,
+    features_sha256: str | None = None,
+    allow_other_recipe: bool = False,
+    devices: Sequence[torch.device | str] = (),
+    work_folder: Path | None = None,
 ) -> dict[str, Any]:
-    """The Fréchet distance between a model's samples and real digits, with what is needed to read it.
+    """Fréchet and kernel distance, Inception score, precision and recall of a model's samples.
 
-    Class-conditional models are given labels with the reference's class frequencies. The reference numbers do
-    not depend on `seed`.
+    Class-conditional models are given labels with the class frequencies of a reference that has classes, else
+    every class equally often. The reference numbers do not depend on `seed`.
 
     Args:
         model: see `load_model`; evaluated without dropout, and left in the mode that it was in.
-        reference: folder of a prepared store of digits.
+        reference: folder of a prepared store, or an .npz with mu and sigma, or with arr_0; see
+            `open_reference`.
         steps: numbers of sampling steps, each measured on its own.
-        count: images per number of steps; by default 10,000, or as many as the reference has if that is more.
+        count: images per number of steps; by default 50,000, for digits 10,000, or as many as a reference of
+            digits has if that is more.
         seed: of the samples' noise.
         progress: called with the fraction done in [0, 1] and what is being done.
+        features: a TorchScript file, see `TorchScriptNetwork`; None for the digits classifier.
+        features_sha256: what the file's SHA-256 must be; None to accept any.
+        allow_other_recipe: compare with images whose crop recipe is another one than that of the data that
+            the model was trained on.
+        devices: one for each process that shares the work; none for this process, where the model is. The
+            processes import the caller's main module, so a script must guard its call by
+            `if __name__ == "__main__"`.
+        work_folder: an existing folder, in which the same call finds what an earlier one has finished.
     Returns:
-        JSON-able: one_step, two_step, ..., 9_step (each frechet_distance, relative_to_noise,
-        relative_to_gaussian, sigmas); reference (halves, noise, gaussian: distances for comparison, see
-        `table`); count, seed and what else the numbers depend on.
+        JSON-able: one_step, two_step, ..., 9_step, each with frechet_distance, kernel_distance and
+        inception_score (with their _std), precision, recall, relative_to_noise, relative_to_gaussian, sigmas
+        (those that are not available are missing, see `not_available`); reference (halves, noise, gaussian:
+        distances for comparison, see `table`); count, seed and what else the numbers depend on; warnings.
     Raises:
-        InputError: a reference of another resolution or channel count than the model's, or that does not hold
-            digits; too few images; no or senseless steps.
+        InputError: references, features, counts or steps that cannot work, before anything is sampled.
         TrainingError: the samples hold NaN or infinite values.
     """
     report = progress or (lambda fraction, text: None)
-    store = open_store(reference)
+    opened = open_reference(reference)
     steps = _checked_steps(steps)
-    count = max(DEFAULT_COUNT, store.num_images) if count is None else count
-    _check_reference(model, store, count)
-    labels = _labels(model, store, count)
+    if count is not None and count < 2:
+        raise InputError(
+            f"--count is {count}; a Fréchet distance needs at least 2 images, and better thousands"
+        )
+    warnings = check_reference(opened, model.config, allow_other_recipe=allow_other_recipe)
+    if features is None:
+        _require_digits(opened)
+        report(0.0, "training the digits classifier that gives the features")
+        network: FeatureNetwork = DigitsNetwork()
+        assert opened.images is not None
+        count = max(DEFAULT_DIGITS_COUNT, len(opened.images)) if count is None else count
+    else:
+        report(0.0, "opening the features")
+        network = TorchScriptNetwork(features, features_sha256, model.config.network.resolution)
+        count = DEFAULT_COUNT if count is None else count
+    if opened.statistics is not None:
+        require_inception_size(network, len(opened.statistics.mean), str(opened.path))
 
-    report(0.0, "training the digits classifier that gives the features")
-    features = digits_features()
-    report(0.1, "measuring the real images")
-    distance = FrechetDistance(features, store.images)
-    noise = distance.to(noise_images(store.images, count))
-    gaussian = distance.to(gaussian_images(store.images, count))
-    first_half, second_half = halves(store.images)
+    cached_in = cache_file(opened, network)
+    measured = read_cached(cached_in, network)
+    image_count = 0 if opened.images is None or measured is not None else len(opened.images)
+    work = Work(
+        model=model,
+        network=network,
+        labels=_labels(model, opened, count),
+        seed=seed,
+        images=opened.images,
+        chosen=chosen_images(image_count),
+    )
+    of_reference = reference_chunks(image_count)
+    of_model = {number: generated_chunks(number, count) for number in steps}
+    chunks = [*of_reference, *(chunk for part in of_model.values() for chunk in part)]
+    places = [torch.device(place) for place in devices] or [next(model.parameters()).device]
+    training = model.training
+    with ExitStack() as stack:
+        if work_folder is None and len(places) > 1:
+            work_folder = Path(stack.enter_context(TemporaryDirectory(prefix="ict-fast-")))
+        finished = Finished(
+            None if work_folder is None else _keyed(work_folder, work.key(opened.fingerprint))
+        )
+        model.eval()
+        try:
+            total = sum(chunk.cost for chunk in chunks)
+            compute_chunks(
+                work, chunks, finished, places, lambda done, text: report(0.02 + 0.9 * done / total, text)
+            )
+        finally:
+            model.train(training)
+        if measured is None:
+            measured = put_together(opened, finished, of_reference)
+            if opened.images is not None:
+                keep(cached_in, measured)
 
-    measured = {}
-    done, total = 0, sum(steps)
-    for number in steps:
-        text = f"sampling {count:,} images in {_in_words(number)}"
-
-        def images_done(images: int, begun: int = done, number: int = number, text: str = text) -> None:
-            report(0.2 + 0.79 * (begun + number * images / count) / total, text)
-
-        value = distance.to(_sampled(model, count, number, labels, seed, images_done))
-        measured[_key(number)] = {
-            "frechet_distance": value,
-            "relative_to_noise": value / noise,
-            "relative_to_gaussian": value / gaussian,
-            "sigmas": [model.config.method.sigma_max, *sampling_sigmas(number, model.config.method)],
-        }
-        done += number
+        report(0.92, "comparing the sets")
+        comparison = _comparison(network, opened, measured, count)
+        results: dict[str, Any] = {}
+        for number, part in of_model.items():
+            begun = 0.93 + 0.07 * len(results) / len(steps)
+            sigmas = [model.config.method.sigma_max, *sampling_sigmas(number, model.config.method)]
+            values = _measures(
+                finished,
+                part,
+                measured,
+                comparison,
+                places[0],
+                lambda done, begun=begun: report(begun + 0.07 * done / len(steps), "comparing the sets"),  # type: ignore[misc]
+            )
+            results[key(number)] = {**values, "sigmas": sigmas}
     report(1.0, "evaluated")
     return {
-        **measured,
-        "reference": {
-            "halves": FrechetDistance(features, first_half).to(second_half),
-            "gaussian": gaussian,
-            "noise": noise,
-            "count": store.num_images,
-        },
+        **results,
+        "reference": {**comparison, "count": measured.count, "kind": opened.kind, "recipe": opened.recipe},
         "steps": list(steps),
         "count": count,
         "seed": seed,
-        "features": {"name": DigitsFeatures.name, "accuracy": features.accuracy},
+        "features": _about(network),
+        "precision_recall_neighbours": NEIGHBOURS,
+        "not_available": _not_available(network, measured, count),
+        "warnings": [*warnings, *_too_few(network, measured, count)],
+        "model_sha256": weights_sha256(model),
         "reference_path": str(reference),
-        "reference_fingerprint": store.fingerprint,
+        "reference_fingerprint": opened.fingerprint,
+        "device": _device_name(places[0]),
         "versions": {
             "ict_fast": __version__,
             "python": platform.python_version(),
@@ -114,56 +200,61 @@ def evaluate(
     }
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The result of `evaluate` for people: each distance, and what it is the distance of.
-
-    Args:
-        result: what `evaluate` returned, or what was read back from its JSON.
-    """
-    reference = result["reference"]
-    count = f"{result['count']:,}"
-    rows = [
-        (
-            "real images, one half to the other",
-            reference["halves"],
-            "as near as real images are to each other",
-        ),
-        *(
-            (
-                f"generated in {_in_words(number)}",
-                result[_key(number)]["frechet_distance"],
-                f"the model: {count} samples, seed {result['seed']}",
+def _measures(
+    finished: Finished,
+    chunks: Sequence[Chunk],
+    measured: MeasuredReference,
+    comparison: dict[str, float],
+    device: torch.device,
+    progress: Callable[[float], None],
+) -> dict[str, Any]:
+    """Everything that is known of the images of some chunks."""
+    features = finished.joined(chunks, "features")
+    probabilities = finished.joined(chunks, "probabilities")
+    assert features is not None
+    distance = frechet_distance(_statistics(features), measured.statistics)
+    values: dict[str, Any] = {"frechet_distance": distance}
+    for name in ("noise", "gaussian"):
+        if name in comparison:
+            values[f"relative_to_{name}"] = distance / comparison[name]
+    if measured.features is not None:
+        mean, deviation = kernel_distance(measured.features, features)
+        values |= {"kernel_distance": mean, "kernel_distance_std": deviation}
+        both = min(len(measured.features), len(features))  # balls of unequal sets do not compare
+        if both > NEIGHBOURS:
+            precision, recall = precision_and_recall(
+                measured.features[:both], features[:both], device=device, progress=progress
             )
-            for number in result["steps"]
-        ),
-        (
-            "Gaussian fitted to the pixels",
-            reference["gaussian"],
-            "what a linear model achieves; be well below",
-        ),
-        ("uniform noise", reference["noise"], "no image at all"),
-    ]
-    shown = Table(
-        title=f"Fréchet distance to {reference['count']:,} real images (lower is better)",
-        caption=f"features: {result['features']['name']}, right on {result['features']['accuracy']:.1%}"
-        " of digits that it has not seen. Compare only with distances of the same features and count.",
-    )
-    shown.add_column("images")
-    shown.add_column("distance", justify="right")
-    shown.add_column("of noise", justify="right")
-    shown.add_column("what it says")
-    for name, value, meaning in rows:
-        style = "bold" if name.startswith("generated") else None
-        shown.add_row(name, f"{value:.3f}", f"{value / reference['noise']:.2%}", meaning, style=style)
-    return shown
+            values |= {"precision": precision, "recall": recall, "precision_recall_count": both}
+    if probabilities is not None:
+        mean, deviation = inception_score(probabilities)
+        values |= {"inception_score": mean, "inception_score_std": deviation}
+    return values
 
 
-def _key(number: int) -> str:
-    return f"{_NUMBER_WORDS.get(number, number)}_step"
+def _comparison(
+    network: FeatureNetwork, reference: Reference, measured: MeasuredReference, count: int
+) -> dict[str, float]:
+    """Distances to read others by: of real halves; for digits also of noise, of a linear model's images."""
+    found = {}
+    if measured.features is not None and reference.images is not None:
+        if isinstance(network, DigitsNetwork):
+            images, cpu = reference.images.array, torch.device("cpu")
+
+            def of(pictures: np.ndarray) -> Statistics:
+                return _statistics(network(pictures, cpu, probabilities=False)[0])
+
+            parts = [of(part) for part in halves(images)]
+            found["gaussian"] = frechet_distance(of(gaussian_images(images, count)), measured.statistics)
+            found["noise"] = frechet_distance(of(noise_images(images, count)), measured.statistics)
+        else:
+            parts = [_statistics(part) for part in halves(measured.features)]
+        found["halves"] = frechet_distance(*parts)
+    return found
 
 
-def _in_words(number: int) -> str:
-    return f"{_NUMBER_WORDS.get(number, number)} step{'s' if number > 1 else ''}"
+def _statistics(features: np.ndarray) -> Statistics:
+    return statistics([sums(features)])
 
 
 def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
@@ -175,70 +266,66 @@ def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(steps))
 
 
-def _check_reference(model: ConsistencyModel, store: Store, count: int) -> None:
-    network = model.config.network
-    if count < 2:
-        raise InputError(
-            f"--count is {count}; a Fréchet distance needs at least 2 images, and better thousands"
-        )
-    ours = (network.resolution, network.resolution, network.image_channels)
-    theirs = (store.resolution, store.resolution, store.image_channels)
-    if ours != theirs:
-        raise InputError(
-            f"{store.path}: holds images of {_size(theirs)}, the model makes {_size(ours)};"
-            " name the data that it was trained on as --reference"
-        )
+def _require_digits(reference: Reference) -> None:
+    """Raises InputError unless the reference's images are digits, for which there are features here."""
     known = {image.tobytes() for image in load_digits()[0]}
-    if any(image.tobytes() not in known for image in store.images):
-        raise InputError(
-            f"{store.path}: holds other images than scikit-learn's digits, and this version has features for"
-            " these only; name a store made by `ict-fast prepare digits` as --reference"
-        )
-    if store.num_images < 4:
-        raise InputError(
-            f"{store.path}: holds {store.num_images} images; two halves to compare need at least 4"
-        )
+    if reference.images is not None and all(image.tobytes() in known for image in reference.images.array):
+        return
+    held = "statistics" if reference.images is None else "other images"
+    raise InputError(
+        f"{reference.path}: holds {held}, and without --features there are features for scikit-learn's digits"
+        " only; --features takes Inception as TorchScript (docs/evaluation.md says where it is published),"
+        " `ict-fast prepare digits` makes a store of digits"
+    )
 
 
-def _size(shape: tuple[int, int, int]) -> str:
-    height, width, channels = shape
-    return f"{height}x{width} with {channels} channel{'s' if channels > 1 else ''}"
-
-
-def _labels(model: ConsistencyModel, store: Store, count: int) -> torch.Tensor | None:
-    """(count,) labels drawn from the reference's, for a class-conditional model."""
+def _labels(model: ConsistencyModel, reference: Reference, count: int) -> torch.Tensor | None:
+    """(count,) labels, drawn from the reference's where it has any, for a class-conditional model."""
     num_classes = model.config.network.num_classes
     if not num_classes:
         return None
-    if store.num_classes != num_classes:
-        raise InputError(
-            f"{store.path}: has {store.num_classes} classes, the model {num_classes};"
-            " name the data that it was trained on as --reference"
-        )
-    drawn = np.random.default_rng(LABEL_SEED).integers(0, store.num_images, count)
-    return torch.from_numpy(store.labels[drawn])
+    if reference.labels is None:
+        return torch.arange(count) % num_classes
+    drawn = np.random.default_rng(LABEL_SEED).integers(0, len(reference.labels), count)
+    return torch.from_numpy(reference.labels[drawn])
 
 
-def _sampled(
-    model: ConsistencyModel,
-    count: int,
-    steps: int,
-    labels: torch.Tensor | None,
-    seed: int,
-    images_done: Callable[[int], None],
-) -> np.ndarray:
-    """Samples as uint8 (count, H, W, C)."""
-    training = model.training
-    model.eval()
-    try:
-        images = sample(model, count, steps=steps, labels=labels, seed=seed, progress=images_done)
-    finally:
-        model.train(training)
-    broken = int((~images.isfinite()).flatten(1).any(1).sum())
-    if broken:
-        raise TrainingError(
-            f"{broken} of {count} images sampled in {_in_words(steps)} hold NaN or infinite values: the"
-            " model's training has diverged; evaluate an earlier checkpoint, or train again with a lower"
-            " learning rate"
-        )
-    return to_uint8(images)
+def _keyed(folder: Path, work_key: str) -> Path:
+    path = folder / work_key[:32]
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def _about(network: FeatureNetwork) -> dict[str, Any]:
+    accuracy = {"accuracy": network.accuracy} if isinstance(network, DigitsNetwork) else {}
+    path = {"path": str(network.path)} if isinstance(network, TorchScriptNetwork) else {}
+    about = {"name": network.name, **accuracy, **path, "num_features": network.num_features}
+    return {**about, "sha256": network.sha256}
+
+
+def _not_available(network: FeatureNetwork, measured: MeasuredReference, count: int) -> dict[str, str]:
+    """Why a measure is missing from the result."""
+    missing = {}
+    if measured.features is None:
+        for name in ("kernel_distance", "precision", "recall"):
+            missing[name] = "needs the reference's images, of which there are statistics only"
+    elif min(len(measured.features), count) <= NEIGHBOURS:
+        missing = dict.fromkeys(("precision", "recall"), f"needs more than {NEIGHBOURS} images of each kind")
+    if isinstance(network, TorchScriptNetwork) and not network.has_probabilities:
+        missing["inception_score"] = "the features file gives no probabilities of classes"
+    return missing
+
+
+def _too_few(network: FeatureNetwork, measured: MeasuredReference, count: int) -> list[str]:
+    """Warnings of covariances that are singular for want of images."""
+    sets = {"generated": count, "reference": measured.count or network.num_features + 1}
+    return [
+        f"{number:,} {what} images for {network.num_features:,} features: their covariance is singular, and"
+        " the Fréchet distance is far too large"
+        for what, number in sets.items()
+        if number <= network.num_features
+    ]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

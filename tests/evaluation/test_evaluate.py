@@ -13,9 +13,10 @@ from torch import nn
 
 from ict_fast.config import Config
 from ict_fast.data.prepare import load_digits, prepare_digits
-from ict_fast.data.store import write_store
+from ict_fast.data.store import open_store, write_store
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.evaluation import evaluate, table
+from ict_fast.evaluation import chunks, evaluate, table
+from ict_fast.evaluation.feature_networks import TorchScriptNetwork
 
 # The package's name for it is the function of the same name.
 evaluate_module = importlib.import_module("ict_fast.evaluation.evaluate")
@@ -116,8 +117,8 @@ def test_any_number_of_steps_has_a_key(store):
 
 
 def test_by_default_10000_images_are_sampled(store, monkeypatch):
-    assert evaluate_module.DEFAULT_COUNT == 10_000
-    monkeypatch.setattr(evaluate_module, "DEFAULT_COUNT", 2000)
+    assert evaluate_module.DEFAULT_DIGITS_COUNT == 10_000
+    monkeypatch.setattr(evaluate_module, "DEFAULT_DIGITS_COUNT", 2000)
     assert evaluate(RemembersDigits(), store, steps=(1,))["count"] == 2000
 
 
@@ -154,15 +155,27 @@ def test_progress_rises_to_one(store):
     assert any("sampling 600 images in two steps" in text for _, text in seen)
 
 
+def test_a_model_that_returns_real_digits_is_precise_and_recalls_them(good):
+    for steps in ("one_step", "two_step"):
+        measures = good[steps]
+        assert measures["precision"] == 1
+        assert measures["recall"] > 0.85  # 63 % of the digits are drawn at least once
+        assert measures["precision_recall_count"] == 1797
+        assert abs(measures["kernel_distance"]) < 3 * measures["kernel_distance_std"]
+        assert 8.5 < measures["inception_score"] < 10
+
+
 def test_the_table_names_every_distance(good):
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(json.loads(json.dumps(good))))
     text = console.export_text()
     for words in (
-        "one half to the other",
+        "half to half",
         "one step",
         "two steps",
-        "Gaussian fitted",
+        "Gaussian of pixels",
+        "KID",
+        "precision",
         "uniform noise",
         "100.00%",
     ):
@@ -176,7 +189,7 @@ def test_nan_in_the_samples_is_a_failure_of_training(store):
         images[3, 0, 0, 0] = float("nan")
         return images
 
-    with pytest.raises(TrainingError, match=r"1 of 10 images sampled in one step hold NaN .* diverged"):
+    with pytest.raises(TrainingError, match=r"1 of 10 images sampled in 1 step hold NaN .* diverged"):
         evaluate(Paints(one_bad_image), store, count=10)
 
 
@@ -195,8 +208,16 @@ def test_a_reference_of_another_size_is_refused(tmp_path, shape, seen):
 
 def test_images_other_than_the_digits_are_refused_with_what_to_do(tmp_path):
     path = _write(tmp_path / "other", 255 - load_digits()[0][:10])
-    with pytest.raises(InputError, match=r"other images than .*digits.*ict-fast prepare digits"):
+    with pytest.raises(InputError, match=r"other images, and .*digits.*ict-fast prepare digits"):
         evaluate(RemembersDigits(), path)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_images_are_enough_for_all_but_precision_and_recall(store, count):
+    result = evaluate(RemembersDigits(), store, steps=(1,), count=count)
+    assert result["one_step"].keys() >= {"frechet_distance", "kernel_distance", "inception_score"}
+    assert result["not_available"].keys() == {"precision", "recall"}
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_too_few_images_are_refused(store, tmp_path):
@@ -204,6 +225,90 @@ def test_too_few_images_are_refused(store, tmp_path):
         evaluate(RemembersDigits(), store, count=1)
     with pytest.raises(InputError, match=r"holds 3 images; .*at least 4"):
         evaluate(RemembersDigits(), _write(tmp_path / "few", load_digits()[0][:3]))
+
+
+# --- features of a file, references of other kinds ---------------------------------------------------------
+
+
+def test_features_of_a_file_measure_a_store(store, inception):
+    result = evaluate(RemembersDigits(), store, steps=(1,), count=2000, features=inception)
+    assert result["features"]["name"] == "like-inception.pt"
+    assert len(result["features"]["sha256"]) == 64
+    assert result["one_step"]["frechet_distance"] < 2 * result["reference"]["halves"]
+    assert result["one_step"]["precision"] == 1
+    assert 1 < result["one_step"]["inception_score"] < 5
+    assert "noise" not in result["reference"]
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_with_statistics_alone_the_result_says_what_is_not_available(store, inception, tmp_path):
+    network = TorchScriptNetwork(inception)
+    images = open_store(store).images
+    features, _ = network(images, torch.device("cpu"), probabilities=False)
+    exact = features.astype(np.float64)
+    np.savez(tmp_path / "stats.npz", mu=exact.mean(0), sigma=np.cov(exact, rowvar=False))
+    of_store = evaluate(RemembersDigits(), store, steps=(1,), count=2000, features=inception)
+    result = evaluate(RemembersDigits(), tmp_path / "stats.npz", steps=(1,), count=2000, features=inception)
+    assert result["one_step"]["frechet_distance"] == pytest.approx(
+        of_store["one_step"]["frechet_distance"], rel=1e-9
+    )
+    assert result["not_available"].keys() == {"kernel_distance", "precision", "recall"}
+    assert not result["not_available"].keys() & result["one_step"].keys()
+    assert result["reference"]["count"] is None
+    assert "inception_score" in result["one_step"]
+    Console(file=open("/dev/null", "w")).print(table(result))  # noqa: SIM115
+
+
+def test_samples_are_a_reference_like_any_other(store, inception, tmp_path):
+    np.savez(tmp_path / "samples.npz", open_store(store).images, np.zeros(1797, np.int64))
+    of_store, of_samples = (
+        evaluate(RemembersDigits(), reference, steps=(1,), count=500, features=inception)
+        for reference in (store, tmp_path / "samples.npz")
+    )
+    assert of_samples["one_step"] == of_store["one_step"]
+
+
+def test_statistics_of_another_number_of_features_are_refused(inception, tmp_path):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(InputError, match=r"statistics of 2,048 features, and like-inception.pt gives 16; "):
+        evaluate(RemembersDigits(), tmp_path / "stats.npz", features=inception)
+
+
+def test_fewer_images_than_features_are_warned_of(store, inception):
+    result = evaluate(RemembersDigits(), store, steps=(1,), count=16, features=inception)
+    assert [warning for warning in result["warnings"] if "16 generated images for 16 features" in warning]
+    more = evaluate(RemembersDigits(), store, steps=(1,), count=17, features=inception)
+    assert not [warning for warning in more["warnings"] if "singular" in warning]
+
+
+def test_a_stores_statistics_are_computed_once_and_kept_beside_it(inception, tmp_path, monkeypatch):
+    store = prepare_digits(tmp_path / "digits")
+    first = evaluate(RemembersDigits(), store, steps=(1,), count=300, features=inception)
+    [kept] = (store / "evaluation").iterdir()
+    open_store(store, verify=True)
+
+    monkeypatch.setattr(chunks.Work, "_reference", None)  # to measure the reference again would be an error
+    again = evaluate(RemembersDigits(), store, steps=(1,), count=300, features=inception)
+    assert again == first
+
+    monkeypatch.undo()
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert evaluate(RemembersDigits(), store, steps=(1,), count=300, features=inception) == first
+    evaluate(RemembersDigits(), store, steps=(1,), count=300)  # of the digits classifier nothing is kept
+    assert len(list((store / "evaluation").iterdir())) == 1
+
+
+def test_a_store_that_cannot_be_written_is_measured_all_the_same(inception, tmp_path):
+    store = prepare_digits(tmp_path / "digits")
+    (store / "evaluation").write_text("in the way")
+    result = evaluate(RemembersDigits(), store, steps=(1,), count=300, features=inception)
+    assert result["one_step"]["frechet_distance"] > 0
+
+
+def test_nan_features_of_the_samples_are_the_files_fault(store, scripted):
+    white = Paints(lambda x: torch.ones_like(x))
+    with pytest.raises(InputError, match=r"its features of 300 of 300 images are NaN"):
+        evaluate(white, store, count=300, features=scripted("NaNOfBright"))
 
 
 @pytest.mark.parametrize("steps", [(), (0,), (1, -2)])

@@ -1,91 +1,90 @@
-"""The Fréchet distance against closed forms and an independent computation."""
+"""Kernel distance and Inception score against their formulas, and the sets that distances are read by."""
 
+import itertools
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from torch import nn
 
-from ict_fast.data.prepare import load_digits
-from ict_fast.errors import InputError
-from ict_fast.evaluation.features import digits_features
-from ict_fast.evaluation.metrics import FrechetDistance, gaussian_images, halves, noise_images
+from ict_fast.evaluation.metrics import gaussian_images, halves, inception_score, kernel_distance
 
 
-class Pixels(nn.Module):
-    """The pixels themselves as features."""
+def test_the_kernel_distance_is_its_formula():
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(40, 6)), generator.normal(0.3, 1, size=(40, 6))
 
-    def __init__(self, num_features):
-        super().__init__()
-        self.num_features = num_features
+    def k(a, b):
+        return (a @ b / 6 + 1) ** 3
 
-    def forward(self, images):
-        return images.flatten(1).double()
-
-
-def _by_square_root_of_the_matrix(features_a, features_b):
-    mean_a, mean_b = features_a.mean(0), features_b.mean(0)
-    cov_a, cov_b = np.cov(features_a, rowvar=False), np.cov(features_b, rowvar=False)
-    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
-    return ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
-
-
-def test_equal_sets_have_distance_zero():
-    images = load_digits()[0]
-    assert FrechetDistance(digits_features(), images).to(images[::-1]) < 1e-6 * images.size
+    within = [
+        np.mean([k(a, b) for a, b in itertools.permutations(points, 2)])  # a point is never beside itself
+        for points in (x, y)
+    ]
+    between = np.mean([k(a, b) for a in x for b in y])
+    mean, deviation = kernel_distance(x, y)
+    assert mean == pytest.approx(sum(within) - 2 * between, rel=1e-10)
+    assert deviation == pytest.approx(0, abs=1e-12)  # every subset is the whole set
 
 
-def test_two_gaussians_have_the_closed_form_distance():
-    # Independent pixels: |m1 - m2|^2 + sum over pixels (s1 - s2)^2; two values at m +- s have deviation s.
-    means, deviations = np.array([[100, 50, 80], [110, 45, 80]]), np.array([[30, 20, 10], [10, 25, 10]])
-    signs = np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, -1).T
-    first, second = (
-        np.tile((mean + deviation * signs), (500, 1)).astype(np.uint8).reshape(-1, 1, 3, 1)
-        for mean, deviation in zip(means, deviations, strict=True)
-    )
-    expected = ((means[0] - means[1]) ** 2).sum() + ((deviations[0] - deviations[1]) ** 2).sum()
-    bessel = 4000 / 3999  # torchmetrics' covariances divide by n - 1
-    spread = ((deviations[0] - deviations[1]) ** 2).sum() * (bessel - 1)
-    assert FrechetDistance(Pixels(3), first).to(second) == pytest.approx(expected + spread, rel=1e-9)
+def test_the_kernel_distance_is_unbiased():
+    """Over draws from one distribution its mean is zero within the error of that mean, at any sample size."""
+    generator = np.random.default_rng(1)
+    for size in (10, 40):
+        values = np.array(
+            [
+                kernel_distance(generator.normal(size=(size, 3)), generator.normal(size=(size, 3)))[0]
+                for _ in range(100)
+            ]
+        )
+        error = values.std() / np.sqrt(len(values))
+        assert abs(values.mean()) < 3 * error
+        assert values.min() < -error  # not a distance cut off at zero
 
 
-def test_the_distance_equals_scipys_matrix_square_root():
-    images = load_digits()[0]
-    features = digits_features()
-
-    def numbers(images):
-        return features(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)).numpy()
-
-    for other in (noise_images(images, 700), gaussian_images(images, 700), images[:400]):
-        expected = _by_square_root_of_the_matrix(numbers(images), numbers(other))
-        assert FrechetDistance(features, images).to(other) == pytest.approx(expected, rel=1e-6)
+def test_the_kernel_distance_tells_distributions_apart():
+    generator = np.random.default_rng(2)
+    x, same, other = (generator.normal(mean, 1, size=(400, 8)) for mean in (0, 0, 0.5))
+    mean, deviation = kernel_distance(x, other)
+    assert mean > 5 * deviation > 0
+    assert abs(kernel_distance(x, same)[0]) < 0.02 * mean
 
 
-def test_a_reference_is_measured_once_and_serves_several_sets():
-    images = load_digits()[0]
-    distance = FrechetDistance(digits_features(), images)
-    noise = noise_images(images, 300)
-    first = distance.to(noise)
-    distance.to(images[:100])
-    assert distance.to(noise) == first
+def test_the_inception_score_of_sure_and_balanced_classes_is_their_number():
+    for classes in (2, 10):
+        sure = np.eye(classes, dtype=np.float32)[np.arange(2000) % classes]
+        score, deviation = inception_score(sure)
+        # Within each of ten random parts the classes are not quite balanced.
+        assert score == pytest.approx(classes, rel=0.03)
+        assert deviation < 0.05 * classes
 
 
-def test_a_read_only_memory_map_is_a_set_like_any_other(tmp_path):
-    images = load_digits()[0]
-    np.save(tmp_path / "images.npy", images)
-    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    noise = noise_images(images, 300)
-    in_memory = FrechetDistance(digits_features(), images).to(noise)
-    assert FrechetDistance(digits_features(), mapped).to(noise) == in_memory
+def test_the_inception_score_of_images_that_say_nothing_is_one():
+    assert inception_score(np.full((100, 7), 1 / 7))[0] == pytest.approx(1)
+    assert inception_score(np.tile([1.0, 0.0, 0.0], (100, 1)))[0] == pytest.approx(1)
 
 
-def test_one_image_is_refused():
-    images = load_digits()[0]
-    with pytest.raises(InputError, match=r"1 images; .* at least 2"):
-        FrechetDistance(digits_features(), images).to(images[:1])
+def test_the_inception_score_is_its_formula():
+    """Each of ten parts holds the same rows, so that the shuffling changes nothing but their number."""
+    row = np.random.default_rng(3).dirichlet(np.ones(4), size=1)
+    other = np.random.default_rng(4).dirichlet(np.ones(4), size=1)
+    score = inception_score(np.concatenate((row.repeat(3000, 0), other.repeat(3000, 0))))[0]
+    mean = (row + other)[0] / 2
+    divergence = sum(float((p * np.log(p / mean)).sum()) for p in (row[0], other[0])) / 2
+    assert score == pytest.approx(np.exp(divergence), rel=2e-3)
+
+
+def test_both_are_the_same_at_every_call_and_leave_the_global_generator_alone():
+    generator = np.random.default_rng(5)
+    x, y = generator.normal(size=(2, 300, 4))
+    classes = generator.dirichlet(np.ones(3), size=500)
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    first = kernel_distance(x, y), inception_score(classes)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert (kernel_distance(x, y), inception_score(classes)) == first
 
 
 def test_gaussian_images_have_the_pixels_mean_and_covariance():
@@ -102,12 +101,11 @@ def test_halves_are_disjoint_and_whole():
     assert sorted([*first, *second]) == list(range(11))
 
 
-def test_the_distance_needs_neither_torchvision_nor_torch_fidelity():
+def test_the_metrics_need_neither_torchvision_nor_torch_fidelity():
     code = (
         "import sys; sys.modules.update(torchvision=None, torch_fidelity=None)\n"
-        "from torchmetrics.image.fid import FrechetInceptionDistance\n"
-        "from torch import nn\n"
-        "class F(nn.Module): num_features = 2\n"
-        "FrechetInceptionDistance(feature=F())"
+        "import numpy as np\n"
+        "from ict_fast.evaluation.metrics import inception_score, kernel_distance\n"
+        "kernel_distance(np.ones((4, 2)), np.ones((4, 2))); inception_score(np.ones((4, 1)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,140 @@
+"""Computes the chunks of an evaluation, here or in several processes of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from ict_fast.errors import InputError, TrainingError
+from ict_fast.evaluation.chunks import Chunk, Finished, Work, in_words
+
+Report = Callable[[int, str], None]
+
+
+def compute_chunks(
+    work: Work, chunks: Sequence[Chunk], finished: Finished, devices: Sequence[torch.device], report: Report
+) -> None:
+    """Computes what is missing of the chunks.
+
+    Args:
+        finished: where they are kept; with several devices it needs a folder.
+        devices: one for each process; a single one is that of this process, where the model is.
+        report: called with what is done, of the sum of the chunks' costs, and what is being done.
+    Raises:
+        InputError, TrainingError: what a process raised; or a process that was killed, by its signal.
+    """
+    todo = finished.missing(chunks)
+    total, done = sum(chunk.cost for chunk in chunks), 0
+    done = total - sum(chunk.cost for chunk in todo)
+
+    def advance(cost: int, chunk: Chunk) -> None:
+        nonlocal done
+        done += cost
+        report(done, _doing(chunk, chunks))
+
+    if todo and len(devices) > 1:
+        _in_processes(work, todo, finished, devices, advance)
+        return
+    for chunk in todo:
+        report(done, _doing(chunk, chunks))
+        arrays = work.compute(chunk, devices[0], lambda cost, chunk=chunk: advance(cost, chunk))  # type: ignore[misc]
+        finished.keep(chunk, arrays)
+
+
+def _doing(chunk: Chunk, chunks: Sequence[Chunk]) -> str:
+    images = sum(other.count for other in chunks if other.steps == chunk.steps)
+    if chunk.steps == 0:
+        return f"measuring {images:,} real images"
+    return f"sampling {images:,} images in {in_words(chunk.steps)}"
+
+
+def _in_processes(
+    work: Work,
+    todo: Sequence[Chunk],
+    finished: Finished,
+    devices: Sequence[torch.device],
+    advance: Callable[[int, Chunk], None],
+) -> None:
+    assert finished.folder is not None
+    context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA cannot use it
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // len(devices)))
+    device = next(work.model.parameters()).device
+    work.model.to("cpu")
+    processes, pipes = [], []
+    try:
+        for number, place in enumerate(devices):
+            here, there = context.Pipe(duplex=False)
+            share = list(todo[number :: len(devices)])
+            given = (work, share, finished, place, threads, there)
+            process = context.Process(target=_serve, args=given, daemon=True)
+            process.start()
+            there.close()  # so that the end of the process is the end of the pipe
+            processes.append(process)
+            pipes.append(here)
+        open_pipes = list(pipes)
+        while open_pipes:
+            for pipe in wait(open_pipes):
+                assert isinstance(pipe, Connection)
+                try:
+                    kind, value = pipe.recv()
+                except EOFError:
+                    open_pipes.remove(pipe)
+                    _require_success(pipes.index(pipe), processes[pipes.index(pipe)])
+                    continue
+                if kind == "done":
+                    advance(*value)
+                else:
+                    raise {"InputError": InputError}.get(kind, TrainingError)(value)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+        work.model.to(device)
+
+
+def _require_success(number: int, process: Any) -> None:
+    process.join()
+    code = process.exitcode
+    if code:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise TrainingError(f"process {number} of the evaluation {how}; the same command continues")
+
+
+def _serve(
+    work: Work,
+    share: Sequence[Chunk],
+    finished: Finished,
+    device: torch.device,
+    threads: int,
+    pipe: Connection,
+) -> None:
+    """Runs in each process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C of the terminal is for the parent, which ends us
+    torch.set_num_threads(threads)
+    # As `training.launch.configure_torch`: the network's ends must be IEEE fp32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        work.model.to(device).eval()
+        for chunk in share:
+            arrays = work.compute(
+                chunk,
+                device,
+                lambda cost, chunk=chunk: pipe.send(("done", (cost, chunk))),  # type: ignore[misc]
+            )
+            finished.keep(chunk, arrays)
+    except (InputError, TrainingError) as error:
+        pipe.send((type(error).__name__, str(error)))
+    except BrokenPipeError:
+        pass  # the parent was killed: nobody waits for the rest
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        pipe.send(("TrainingError", f"a process of the evaluation failed: {text}"))

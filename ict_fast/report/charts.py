@@ -1,0 +1,72 @@
+"""Which curves a report has: those that the run's log has figures for."""
+
+from __future__ import annotations
+
+import statistics
+from html import escape
+
+from ict_fast.consistency.curriculum import stages
+from ict_fast.report.curves import Line, curve, heat_map
+from ict_fast.report.run_record import RunRecord
+
+_NOTE = (
+    "Dashed lines are the borders of the curriculum's stages, the numbers above them the noise levels N of"
+    " each. The loss of one stage does not compare with that of another: its weights grow with N."
+)
+
+
+def charts(record: RunRecord) -> str:
+    """All curves as HTML; empty if there are none."""
+    method, total = record.config.method, record.config.training.total_steps
+    plan = stages(total, method)
+    cards = []
+
+    def add(title: str, words: str, svg: str) -> None:
+        note = f" <small>{escape(words)}</small>" if words else ""
+        cards.append(f"<figure class='card'><h3>{escape(title)}{note}</h3>{svg}</figure>\n")
+
+    for name, title, form, scale in (
+        ("loss", "Loss", "", 1.0),
+        ("gradient_norm", "Gradient norm", "", 1.0),
+        ("images_per_second", "Images per second", "si", 1.0),
+        ("mfu", "Model FLOP utilisation", "percent", 100.0),
+        ("data_wait", "Waiting for data", "percent", 100.0),
+        ("memory_gb", "Memory, GB", "", 1.0),
+        ("loss_scale", "Loss scale of fp16", "", 1.0),
+    ):
+        steps, values = record.series(name)
+        if not values:
+            continue
+        words = ""
+        if name == "images_per_second":
+            words = f"median {statistics.median(values):,.0f}"
+        elif form == "percent":
+            words = f"median {100 * statistics.median(values):.3g} %"
+        line = Line(steps, [value * scale for value in values])
+        logarithmic = False if form or name == "memory_gb" else None
+        svg = curve(title, [line], total_steps=total, stages=plan, logarithmic=logarithmic, form=form)
+        add(title, words, svg)
+    if heat := _loss_by_sigma(record, total):
+        cards.insert(1, heat)
+    if len(plan) > 12:  # too many borders to draw
+        steps, values = record.series("num_scales")
+        if values:
+            line = Line(steps, values)
+            add("Noise levels N", "", curve("Noise levels", [line], total_steps=total))
+    if not cards:
+        return ""
+    return f"<p class='note'>{_NOTE}</p>\n<div class='charts'>{''.join(cards)}</div>"
+
+
+def _loss_by_sigma(record: RunRecord, total: int) -> str:
+    """Mean loss by step and noise level, if the log has it and it is known which levels they are."""
+    edges = record.about.get("sigma_edges")
+    found = [line for line in record.log if isinstance(line.get("loss_by_sigma"), list)]
+    if not isinstance(edges, list):
+        return ""
+    found = [line for line in found if len(line["loss_by_sigma"]) == len(edges) - 1]
+    rows = [line["loss_by_sigma"] for line in found]
+    if not any(isinstance(value, int | float) and value > 0 for row in rows for value in row):
+        return ""
+    svg = heat_map("Loss by noise level", [line["step"] for line in found], rows, edges, total)
+    return f"<figure class='card'><h3>Loss by noise level <small>weighted means</small></h3>{svg}</figure>\n"

@@ -1,0 +1,117 @@
+"""The metrics of a run as a table, and as curves where they were measured while it trained."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from ict_fast.consistency.curriculum import stages
+from ict_fast.report.curves import Line, curve
+from ict_fast.report.run_record import RunRecord
+
+_COLUMNS = (
+    ("frechet_distance", "Fréchet distance", "{:.4g}"),
+    ("kernel_distance", "Kernel distance", "{:.4g}"),
+    ("inception_score", "Inception score", "{:.4g}"),
+    ("precision", "Precision", "{:.3f}"),
+    ("recall", "Recall", "{:.3f}"),
+)
+_COMPARED = (("halves", "real, half to half"), ("gaussian", "Gaussian of pixels"), ("noise", "uniform noise"))
+
+
+def measures(record: RunRecord) -> str:
+    """Table and curves as HTML; empty if the run was not measured."""
+    parts = []
+    result = record.evaluation or (record.evaluations[-1] if record.evaluations else None)
+    if result is not None:
+        parts.append(_table(result))
+    if len(record.evaluations) > 1:
+        parts.append(_curves(record))
+    return "\n".join(parts)
+
+
+def _table(result: dict[str, Any]) -> str:
+    rows: list[tuple[str, dict[str, Any], bool]] = [
+        (_in_words(key), value, True)
+        for key, value in result.items()
+        if key.endswith("_step") and isinstance(value, dict)
+    ]
+    compared = result.get("reference")
+    compared = compared if isinstance(compared, dict) else {}
+    for name, words in _COMPARED:
+        if name in compared:
+            rows.append((words, {"frechet_distance": compared[name]}, False))
+    columns = [column for column in _COLUMNS if any(_number(values, column[0]) for _, values, _ in rows)]
+    head = "".join(f"<th class='number'>{escape(title)}</th>" for _, title, _ in columns)
+    body = ""
+    for name, values, is_model in rows:
+        cells = "".join(f"<td class='number'>{_cell(values, field, form)}</td>" for field, _, form in columns)
+        body += f"<tr{' class=model' if is_model else ''}><td>{escape(name)}</td>{cells}</tr>"
+    return (
+        f"<div class='card scroll'><table><thead><tr><th></th>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>\n{_notes(result, compared)}"
+    )
+
+
+def _in_words(key: str) -> str:
+    """ "one step", "two steps", of a key like one_step."""
+    return key.replace("_", " ") + ("" if key == "one_step" else "s")
+
+
+def _number(values: dict[str, Any], field: str) -> bool:
+    return isinstance(values.get(field), int | float)
+
+
+def _cell(values: dict[str, Any], field: str, form: str) -> str:
+    if not _number(values, field):
+        return ""
+    deviation = f"{field}_std"
+    spread = f" <small>± {values[deviation]:.2g}</small>" if _number(values, deviation) else ""
+    return form.format(values[field]) + spread
+
+
+def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
+    """What the numbers depend on, what is not available, and warnings."""
+    features = result.get("features")
+    features = features if isinstance(features, dict) else {}
+    about = [f"Step {result['step']:,}" if isinstance(result.get("step"), int) else ""]
+    if isinstance(result.get("count"), int):
+        about.append(f"{result['count']:,} samples, seed {result.get('seed', 0)}")
+    if features.get("name"):
+        about.append(f"features {features['name']}")
+    if isinstance(compared.get("count"), int):
+        about.append(f"{compared['count']:,} real images")
+    if result.get("reference_path"):
+        about.append(f"reference {result['reference_path']}")
+    lines = ["; ".join(text for text in about if text) + ". Lower distances are better."]
+    missing = result.get("not_available")
+    if isinstance(missing, dict) and missing:
+        lines.append(
+            "Not available: "
+            + "; ".join(f"{name.replace('_', ' ')}: {why}" for name, why in missing.items())
+            + "."
+        )
+    warnings = result.get("warnings")
+    lines += [f"Warning: {text}." for text in warnings] if isinstance(warnings, list) else []
+    return "".join(f"<p class='note'>{escape(line)}</p>" for line in lines)
+
+
+def _curves(record: RunRecord) -> str:
+    total, method = record.config.training.total_steps, record.config.method
+    keys = dict.fromkeys(key for line in record.evaluations for key in line if key.endswith("_step"))
+    cards = []
+    for field, title, _ in _COLUMNS:
+        lines = []
+        for key in keys:
+            points = [
+                (line["step"], line[key][field])
+                for line in record.evaluations
+                if isinstance(line.get(key), dict) and _number(line[key], field)
+            ]
+            if points:
+                steps, values = zip(*points, strict=True)
+                lines.append(Line(steps, values, _in_words(key), marked=True))
+        if lines and (field == "frechet_distance" or len(lines[0].steps) > 1):
+            svg = curve(title, lines, total_steps=total, stages=stages(total, method))
+            cards.append(f"<figure class='card'><h3>{escape(title)} while training</h3>{svg}</figure>\n")
+    return f"<div class='charts'>{''.join(cards)}</div>"

@@ -1,0 +1,203 @@
+"""Everything that a run has left in its folder, read with patience: what is missing or damaged is said so."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ict_fast import presets
+from ict_fast.checkpoint import checkpoint_steps
+from ict_fast.config import Config, from_dict, to_dict
+from ict_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of the configuration."""
+
+    section: str
+    name: str
+    value: Any
+    preset_value: Any
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it is not what the preset says."""
+        return self.value != self.preset_value
+
+
+@dataclass
+class RunRecord:
+    """A run's files as values. Lists are empty and values None where a file has nothing to say."""
+
+    path: Path
+    config: Config
+    fields: list[Field]
+    log: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of log.jsonl, by rising step."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of evaluations.jsonl: measured while training."""
+    evaluation: dict[str, Any] | None = None
+    """evaluation.json: `ict-fast evaluate`."""
+    grids: list[tuple[int, Path]] = field(default_factory=list)
+    """Steps and pictures, by rising step."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """state.json of the newest checkpoint: versions, fingerprint of the data."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """run.json: devices, borders of the noise-level buckets."""
+    missing: list[str] = field(default_factory=list)
+    """What is not there, in words."""
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as the log or a checkpoint tells."""
+        logged = self.log[-1]["step"] if self.log else 0
+        return max(logged, int(self.state.get("step", 0)))
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one figure of the log, where it has one."""
+        found = [(line["step"], line[name]) for line in self.log if isinstance(line.get(name), int | float)]
+        return [step for step, _ in found], [float(value) for _, value in found]
+
+    def command(self) -> str:
+        """The command that repeats the run."""
+        words = ["ict-fast", "train", "--preset", self.config.preset]
+        for each in self.fields:
+            if each.is_changed:
+                option = f"--{each.section}.{each.name}".replace("_", "-")
+                words += _flag(option, each.value)
+        processes = self.about.get("processes")
+        if isinstance(processes, int):
+            on_cpu = self.about.get("device") == "cpu"
+            words += ["--device", "cpu"] if on_cpu else ["--gpus", str(processes)]
+            words += ["--processes", str(processes)] if on_cpu and processes > 1 else []
+        return shlex.join([*words, "--out", f"{self.path.name}-again"])
+
+
+def read_run(path: Path) -> RunRecord:
+    """Reads a run.
+
+    Args:
+        path: the run's folder.
+    Raises:
+        InputError: if there is no run. Anything else that is missing or damaged is listed in the record.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: is not a folder; name the folder of a run")
+    missing: list[str] = []
+    state = _newest_state(path)
+    stored = _json(path / "config.json", missing, "the configuration") or state.get("config")
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: holds no run (no config.json, no checkpoint); name the folder of a run")
+    config = from_dict(stored, str(path / "config.json"))
+    evaluation = path / "checkpoints" / "evaluation.json"
+    record = RunRecord(
+        path=path,
+        config=config,
+        fields=_fields(config, missing),
+        log=_lines(path / "log.jsonl", missing, "curves"),
+        evaluations=_lines(path / "evaluations.jsonl", None, "measurements"),
+        evaluation=_json(evaluation, None, "metrics"),
+        grids=_grids(path / "grids", missing),
+        state=state,
+        about=_json(path / "run.json", None, "the devices") or {},
+        missing=missing,
+    )
+    if record.evaluation is None and not record.evaluations:
+        missing.append(f"metrics: the run was not measured; `ict-fast evaluate {path}` does it")
+    return record
+
+
+def _fields(config: Config, missing: list[str]) -> list[Field]:
+    try:
+        preset = presets.get(config.preset)
+    except InputError:
+        missing.append(f"the preset {config.preset!r}: changed fields are shown against the defaults")
+        preset = Config()
+    ours, theirs = to_dict(config), to_dict(preset)
+    return [
+        Field(section, name, value, theirs[section][name])
+        for section, values in ours.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    ]
+
+
+def _flag(option: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        section, _, name = option.rpartition(".")
+        return [option if value else f"{section}.no-{name}"]
+    if isinstance(value, list):
+        return [option, *map(str, value)]
+    return [option, str(value)]
+
+
+def _newest_state(path: Path) -> dict[str, Any]:
+    for step in sorted(checkpoint_steps(path), reverse=True):
+        state = _json(path / "checkpoints" / f"step-{step:08d}" / "state.json", None, "")
+        if state is not None:
+            return state
+    return {}
+
+
+def _json(file: Path, missing: list[str] | None, what: str) -> dict[str, Any] | None:
+    """The object in a JSON file, if it is there and holds one; why not is added to `missing`."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing is not None:
+            missing.append(f"{what}: there is no {file.name}")
+        return None
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        if missing is not None:
+            missing.append(f"{what}: {file.name} cannot be read")
+        return None
+    return value
+
+
+def _lines(file: Path, missing: list[str] | None, what: str) -> list[dict[str, Any]]:
+    """The lines of a log that are whole, a later one of a step in place of an earlier one."""
+    try:
+        texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        if missing is not None:
+            missing.append(f"{what}: there is no {file.name}")
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    broken = 0
+    for text in texts:
+        try:
+            line = json.loads(text)
+            found[int(line["step"])] = line
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken += bool(text.strip())
+    if missing is not None and not found:
+        missing.append(f"{what}: {file.name} has no whole line")
+    elif missing is not None and broken:
+        missing.append(f"{broken} line{'s' if broken > 1 else ''} of {file.name}: damaged, and left out")
+    return [found[step] for step in sorted(found)]
+
+
+def _grids(folder: Path, missing: list[str]) -> list[tuple[int, Path]]:
+    """The pictures that can be shown."""
+    from PIL import Image
+
+    found = []
+    for picture in sorted(folder.glob("step-*.png")):
+        number = picture.stem.removeprefix("step-")
+        try:
+            with Image.open(picture) as image:
+                image.load()
+        except (OSError, ValueError, SyntaxError):
+            missing.append(f"{picture.name}: cannot be read as a picture")
+            continue
+        if number.isdigit():
+            found.append((int(number), picture))
+    if not found:
+        missing.append("pictures: the run has kept no grids; --logging.grid-every sets how often one is made")
+    return sorted(found)

@@ -1,0 +1,132 @@
+"""An evaluation shared among processes, stopped, and continued: the same numbers."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ict_fast.config import Config
+from ict_fast.consistency import ConsistencyModel
+from ict_fast.errors import InputError, TrainingError
+from ict_fast.evaluation import chunks, evaluate
+from ict_fast.evaluation.chunks import Chunk, Work, generated_chunks, reference_chunks
+
+COUNT = 2100  # three chunks, the last one short
+
+
+@pytest.fixture
+def model(tiny: Config) -> ConsistencyModel:
+    """Untrained, class-conditional; its images are about the noise that they are made from."""
+    config = replace(tiny, network=replace(tiny.network, num_classes=10))
+    return ConsistencyModel(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def measure(model: ConsistencyModel, digits_store: Path, inception: Path) -> Callable[..., dict[str, Any]]:
+    """Measures the model by features of a file; further options may be given."""
+    # The store is shared by the tests of this session: what one of them keeps there, the others find.
+    return lambda **options: evaluate(
+        model, digits_store, steps=(1, 2), count=COUNT, features=inception, **options
+    )
+
+
+def test_one_two_and_three_processes_give_the_same_to_the_last_bit(
+    measure: Callable[..., dict[str, Any]], digits_store: Path, tmp_path: Path
+) -> None:
+    results = []
+    for number in (1, 2, 3):
+        for kept in digits_store.glob("evaluation/*"):  # so that the reference is measured again
+            kept.unlink()
+        results.append(measure(devices=["cpu"] * number))
+    assert results[0] == results[1] == results[2]
+
+
+def test_an_interrupted_evaluation_continues(
+    measure: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure()
+
+    def interrupt(fraction: float, text: str) -> None:
+        if "two steps" in text and fraction > 0.6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(work_folder=tmp_path, progress=interrupt)
+    kept = {path.name for path in tmp_path.glob("*/*.npz")}
+    assert kept
+
+    computed = []
+    compute = Work.compute
+
+    def counted(self: Work, chunk: Chunk, *rest: Any) -> Any:
+        computed.append(chunk.name)
+        return compute(self, chunk, *rest)
+
+    monkeypatch.setattr(Work, "compute", counted)
+    assert measure(work_folder=tmp_path) == whole
+    assert computed
+    assert not {f"{name}.npz" for name in computed} & kept
+
+
+def test_what_was_computed_for_something_else_is_not_taken(
+    measure: Callable[..., dict[str, Any]], model: ConsistencyModel, tmp_path: Path
+) -> None:
+    first = measure(work_folder=tmp_path)
+    assert measure(work_folder=tmp_path, seed=1) == measure(seed=1) != first
+    next(model.parameters()).add_(0.1)
+    assert measure(work_folder=tmp_path) == measure() != first
+
+
+def test_a_damaged_chunk_is_computed_again(measure: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    whole = measure(work_folder=tmp_path)
+    damaged = sorted(tmp_path.glob("*/*.npz"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    assert measure(work_folder=tmp_path) == whole
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    measure: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = chunks.np.savez
+
+    def full(file: Any, **arrays: Any) -> None:
+        if any(tmp_path.glob("*/2-steps*.npz")):
+            raise OSError(28, "No space left on device")
+        saved(file, **arrays)
+
+    monkeypatch.setattr(chunks.np, "savez", full)
+    with pytest.raises(InputError, match=r"No space left.*the same command continues") as refused:
+        measure(work_folder=tmp_path)
+    assert "\n" not in str(refused.value)
+    assert len(list(tmp_path.glob("*/2-steps*.npz"))) == 1
+    assert not list(tmp_path.glob("*/.tmp-*"))
+
+
+def test_a_killed_process_ends_the_evaluation_which_then_continues(
+    measure: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    def kill(fraction: float, text: str) -> None:
+        if "two steps" in text:
+            multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(TrainingError, match=r"process \d of the evaluation was ended by SIGKILL; the same"):
+        measure(devices=["cpu"] * 2, work_folder=tmp_path, progress=kill)
+    assert multiprocessing.active_children() == []
+    assert len(list(tmp_path.glob("*/1-steps*.npz"))) >= 1
+    assert measure(work_folder=tmp_path) == measure()
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 50_000, 1_281_167])
+def test_chunks_hold_every_image_once(count: int) -> None:
+    for found in (generated_chunks(2, count), reference_chunks(count)):
+        assert [number for chunk in found for number in (chunk.first, chunk.first + chunk.count)][1:-1] == [
+            chunk.first for chunk in found[1:] for _ in (0, 1)
+        ]
+        assert found[0].first == 0
+        assert found[-1].first + found[-1].count == count
+    assert len(reference_chunks(count)) <= 65

@@ -1,0 +1,127 @@
+"""What may be compared with: stores, statistics, samples; and what is refused, in one line."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ict_fast.config import Config, DataConfig
+from ict_fast.data.store import write_store
+from ict_fast.errors import InputError
+from ict_fast.evaluation.reference import check_reference, open_reference
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def gaussian(size=5):
+    root = np.random.default_rng(0).normal(size=(size, size))
+    return {"mu": np.arange(size) / 7, "sigma": root @ root.T}
+
+
+def images(count=6, size=8, channels=1):
+    return np.random.default_rng(1).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+
+
+def store(path, recipe, count=6):
+    return write_store(
+        path, images(count), np.zeros(count, np.int64), source="test", recipe=recipe, classes=()
+    )
+
+
+def trained_on(path):
+    return dataclasses.replace(Config(), data=DataConfig(path=str(path)))
+
+
+def test_statistics_of_an_npz_are_read_in_float64(tmp_path):
+    values = {name: value.astype(np.float32) for name, value in gaussian().items()}
+    reference = open_reference(save(tmp_path / "stats.npz", **values))
+    assert reference.kind == "statistics"
+    assert reference.images is None
+    assert reference.statistics.mean.dtype == reference.statistics.covariance.dtype == np.float64
+    assert np.array_equal(reference.statistics.covariance, values["sigma"])
+
+
+def test_samples_of_an_npz_are_read_whoever_wrote_their_labels(tmp_path):
+    reference = open_reference(save(tmp_path / "samples.npz", arr_0=images(), arr_1=np.arange(6)))
+    assert (reference.kind, reference.resolution, len(reference.images)) == ("samples", 8, 6)
+    assert np.array_equal(reference.images.array, images())
+
+
+def test_a_file_with_both_keeps_its_statistics_and_a_part_of_the_images(tmp_path):
+    """As OpenAI's VIRTUAL files: statistics of the whole set, and 10,000 of its images."""
+    path = save(tmp_path / "VIRTUAL_imagenet64_labeled.npz", arr_0=images(size=64, channels=3), **gaussian())
+    reference = open_reference(path)
+    assert reference.statistics is not None
+    assert len(reference.images) == 6
+    assert reference.recipe == "center-crop-dhariwal"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu has shape \(3,\) and sigma \(4, 4\)"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "hold NaN"),
+        ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "not symmetric"),
+        ({"mu": np.zeros(3)}, "holds mu; --reference takes an .npz with mu and sigma"),
+        ({"x": np.zeros(3)}, "holds x; --reference takes"),
+        ({"arr_0": np.zeros((4, 8, 8, 3))}, "arr_0 is float64"),
+        ({"arr_0": np.zeros((4, 3, 8, 8), np.uint8)}, "arr_0 is uint8 of shape"),
+        ({"mu": np.array([print], dtype=object), "sigma": np.eye(1)}, "holds a pickle, which is not read"),
+    ],
+)
+def test_a_file_that_cannot_be_a_reference_is_refused(tmp_path, arrays, said):
+    with pytest.raises(InputError, match=said) as refused:
+        open_reference(save(tmp_path / "reference.npz", **arrays))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -30])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    path = save(tmp_path / "stats.npz", **gaussian())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        open_reference(path)
+
+
+def test_another_crop_recipe_is_refused_unless_told_to(tmp_path):
+    ours = store(tmp_path / "ours", "8x8 grey, center-crop")
+    theirs = open_reference(store(tmp_path / "theirs", "8x8 grey, center-crop-dhariwal"))
+    config = trained_on(ours)
+    with pytest.raises(InputError, match=r"recipe '8x8 grey, center-crop-dhariwal'.*--allow-other-recipe"):
+        check_reference(theirs, config, allow_other_recipe=False)
+    assert check_reference(theirs, config, allow_other_recipe=True) == []
+    assert check_reference(open_reference(ours), config, allow_other_recipe=False) == []
+
+
+def test_published_statistics_have_the_recipe_of_their_name(tmp_path):
+    config = trained_on(store(tmp_path / "ours", "64x64 RGB, center-crop"))
+    config = dataclasses.replace(
+        config, network=dataclasses.replace(config.network, resolution=64, image_channels=3)
+    )
+    edm = open_reference(save(tmp_path / "imagenet-64x64.npz", **gaussian()))
+    openai = open_reference(save(tmp_path / "VIRTUAL_imagenet64_labeled.npz", **gaussian()))
+    assert check_reference(edm, config, allow_other_recipe=False) == []
+    with pytest.raises(InputError, match="center-crop-dhariwal"):
+        check_reference(openai, config, allow_other_recipe=False)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data"), [("8x8 grey, as stored", "there"), ("8x8 grey, center-crop", "gone")]
+)
+def test_a_recipe_that_is_not_known_is_warned_of(tmp_path, recipe, data):
+    reference = open_reference(store(tmp_path / "theirs", recipe))
+    store(tmp_path / "there", "8x8 grey, center-crop")
+    [warning] = check_reference(reference, trained_on(tmp_path / data), allow_other_recipe=False)
+    assert "not known" in warning
+
+
+def test_another_resolution_is_refused(tmp_path):
+    cifar10 = open_reference(save(tmp_path / "cifar10-32x32.npz", **gaussian()))
+    with pytest.raises(InputError, match=r"of images of 32x32, the model makes 8x8"):
+        check_reference(cifar10, Config(), allow_other_recipe=False)
+    samples = open_reference(save(tmp_path / "samples.npz", arr_0=images(size=16)))
+    with pytest.raises(InputError, match=r"holds images of 16x16 .* the model makes 8x8"):
+        check_reference(samples, Config(), allow_other_recipe=False)

@@ -1,0 +1,117 @@
+"""What is read of a run, what is said of what is not there, and that the command repeats it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ict_fast.cli import main
+from ict_fast.config import Config, to_dict
+from ict_fast.errors import InputError
+from ict_fast.report import read_run
+
+
+def test_a_whole_run_misses_nothing(run: Path) -> None:
+    record = read_run(run)
+    assert record.missing == []
+    assert record.step == 400
+    assert [line["step"] for line in record.log] == list(range(20, 401, 20))
+    assert [step for step, _ in record.grids] == list(range(40, 401, 40))
+    assert len(record.evaluations) == 2
+
+
+def test_changed_fields_are_those_that_are_not_the_presets(run: Path) -> None:
+    changed = {(field.section, field.name) for field in read_run(run).fields if field.is_changed}
+    assert changed == {
+        ("data", "flip"),
+        ("network", "channel_mult"),
+        ("network", "dropout"),
+        ("training", "total_steps"),
+    }
+
+
+def test_the_command_means_the_runs_configuration(
+    run: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(read_run(run).command())
+    assert words[:4] == ["ict-fast", "train", "--preset", "digits"]
+    assert words[words.index("--gpus") + 1] == "8"
+    without_gpus = words[1 : words.index("--gpus")] + words[words.index("--gpus") + 2 :]
+    assert main([*without_gpus, "--device", "cpu", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed[: printed.index("\nparameters")]) == to_dict(config)
+
+
+def test_the_command_of_a_run_on_cpus_says_so(run: Path) -> None:
+    (run / "run.json").write_text(json.dumps({"device": "cpu", "processes": 2}))
+    assert "--device cpu --processes 2" in read_run(run).command()
+
+
+def test_a_gap_in_the_log_is_a_gap(run: Path) -> None:
+    steps, values = read_run(run).series("loss")
+    assert 100 not in steps
+    assert len(steps) == len(values) == 19
+
+
+def test_damaged_lines_are_left_out_and_counted(run: Path) -> None:
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": 420, "lo\n[1, 2]\nnull\n{"step": 400, "loss": 7}\n')
+    record = read_run(run)
+    assert record.log[-1] == {"step": 400, "loss": 7}
+    assert record.missing == ["3 lines of log.jsonl: damaged, and left out"]
+
+
+def test_a_run_that_has_left_only_its_configuration_says_what_is_missing(run: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((run / "config.json").read_bytes())
+    record = read_run(bare)
+    assert [text.partition(":")[0] for text in record.missing] == ["curves", "pictures", "metrics"]
+    assert record.step == 0
+
+
+def test_a_picture_that_is_none_is_left_out(run: Path) -> None:
+    last = run / "grids" / "step-00000400.png"
+    last.write_bytes(last.read_bytes()[:-20])
+    record = read_run(run)
+    assert record.missing == ["step-00000400.png: cannot be read as a picture"]
+    assert record.grids[-1][0] == 360
+
+
+def test_a_lost_configuration_is_taken_from_the_checkpoint(run: Path, config: Config) -> None:
+    (run / "config.json").unlink()
+    record = read_run(run)
+    assert record.config == config
+    assert record.missing == ["the configuration: there is no config.json"]
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "holds no run"), ("{]", "holds no run")])
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=said):
+        read_run(tmp_path)
+
+
+def test_the_command_line_writes_the_report_into_the_run(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    checkpoint = run / "checkpoints" / "step-00000400"
+    assert main(["report", str(checkpoint), "--out", str(tmp_path / "new" / "r.html")]) == 0
+    assert (tmp_path / "new" / "r.html").exists()
+    (run / "log.jsonl").unlink()
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\nmissing: curves: there is no log.jsonl\n"
+
+
+def test_the_command_line_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert "there is no run" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""Files of samples: what OpenAI's evaluator reads, and what writing them costs."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ict_fast.errors import InputError
+from ict_fast.results import save_samples, unfinished
+
+
+def test_an_npz_of_samples_has_the_arrays_of_openais_evaluator(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    save_samples(images, list(range(20)), tmp_path / "samples.npz")
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        assert np.array_equal(archive["arr_0"], images)
+        assert archive["arr_1"].dtype == np.int64
+        assert archive["arr_1"].tolist() == list(range(20))
+    save_samples(images, None, tmp_path / "unconditional.npz")
+    with np.load(tmp_path / "unconditional.npz") as archive:
+        assert archive.files == ["arr_0"]
+
+
+def test_an_npz_is_written_without_a_second_copy_in_memory(tmp_path: Path) -> None:
+    images = np.zeros((6000, 64, 64, 3), np.uint8)  # 74 MB; numpy writes 17 MB at a time
+    tracemalloc.start()
+    try:
+        save_samples(images, None, tmp_path / "samples.npz")
+        assert tracemalloc.get_traced_memory()[1] < images.nbytes / 2
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_npz_that_cannot_be_written_whole_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "samples.npz"
+    save_samples(np.zeros((2, 8, 8, 1), np.uint8), None, out)
+    before = out.read_bytes()
+
+    def full(file: object, *arrays: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(InputError, match="No space left"):
+        save_samples(np.ones((2, 8, 8, 1), np.uint8), None, out)
+    assert out.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_two_processes_do_not_share_unfinished_work(tmp_path: Path) -> None:
+    with (
+        unfinished(tmp_path / "evaluation.json"),
+        pytest.raises(InputError, match="another process"),
+        unfinished(tmp_path / "evaluation.json"),
+    ):
+        pass

@@ -10,7 +10,8 @@ units of the data's standard deviation and over x + sigma z as it is distributed
 * targets: bias and standard deviation of the target f(x + s_i z, s_i), f exact, given x + s_{i+1} z;
 * dimensions: where the Pseudo-Huber centre of the target lies, for images of d independent values.
 
-Written: exactness.json, and exactness.png from it alone. Half an hour on one core, `--quick` a minute.
+Written: exactness.json, and exactness.png from it alone. A quarter of an hour on one core, `--quick` a
+minute. What exactness.json has already, of the same versions, is not measured again.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,9 @@ from closed_forms.picture import plot  # noqa: E402
 from closed_forms.words import section  # noqa: E402
 
 from ict_fast.config import MethodConfig  # noqa: E402
+from ict_fast.durable import replace_durably  # noqa: E402
 from ict_fast.screen import say  # noqa: E402
+from ict_fast.training.monitor import duration  # noqa: E402
 from ict_fast.version import __version__  # noqa: E402
 from ict_kernels import noise_level_grid  # noqa: E402
 from ict_kernels.consistency_loss import default_huber_c  # noqa: E402
@@ -64,8 +68,10 @@ SHOWN = (0.1, 0.5, 2.0, 80.0)  # levels at which the functions are drawn
 METRICS = ("l2", "pseudo-huber")
 LAST_SCALES = 161  # of the trainings
 FIXED_SCALES = (11, 41, 161)  # of trainings without a curriculum
-GAUSSIAN_STD = PROBLEMS["gaussian"].std
+TARGET_LEVELS = (0.05, 0.2, 0.8, 3.0, 12.0)
 DIMENSIONS = (1, 4, 16, 64, 256)
+QUICK_STEPS = 300
+GROUPS = ("fixed_points", "targets", "dimensions", "learned")  # the lists of records in a report
 # Equal shares of probability, by which positions are averaged.
 SHARES = (np.arange(500) + 0.5) / 500
 
@@ -85,53 +91,44 @@ def limits(name: str, metric: str, num_scales: int) -> tuple[FixedPoint, ...]:
     return tuple({point.sigma: point for point in found}.values())
 
 
-def fixed_point_errors(scales: Sequence[int], sigma_min: float) -> Iterator[dict[str, Any]]:
-    """One record for each problem, metric and N."""
-    for name, problem in PROBLEMS.items():
-        exact = problem.quantile(SHARES, sigma_min)
-        for metric in METRICS:
-            for count in scales:
-                if metric == "pseudo-huber" and count not in HUBER_SCALES:
-                    continue
-                levels = [
-                    {
-                        "sigma": point.sigma,
-                        **distances((point(problem.quantile(SHARES, point.sigma)) - exact)[:, None], problem),
-                    }
-                    for point in limits(name, metric, count)
-                ]
-                say(f"fixed point: {name}, {metric}, N = {count}: {levels[-1]['rms']:.4f} at sigma_max")
-                yield {"problem": name, "metric": metric, "num_scales": count, "levels": levels}
+def fixed_point_errors(name: str, metric: str, num_scales: int) -> list[dict[str, Any]]:
+    """Distances of the fixed point from the exact function, by level."""
+    problem = PROBLEMS[name]
+    exact = problem.quantile(SHARES, MethodConfig().sigma_min)
+    return [
+        {
+            "sigma": point.sigma,
+            **distances((point(problem.quantile(SHARES, point.sigma)) - exact)[:, None], problem),
+        }
+        for point in limits(name, metric, num_scales)
+    ]
 
 
-def target_figures(scales: Sequence[int], sigma_min: float) -> Iterator[dict[str, Any]]:
-    """Bias and standard deviation of the target over positions, for each problem, N and a few levels."""
-    for name, problem in PROBLEMS.items():
-        for count in scales:
-            grid = noise_level_grid(count).numpy()
-            levels = []
-            for sigma in (0.05, 0.2, 0.8, 3.0, 12.0):
-                upper = max(1, int(np.abs(np.log(grid / sigma)).argmin()))
-                y = problem.quantile(SHARES[::5], grid[upper])
-                bias, variance = target_statistics(problem, y, grid[upper], grid[upper - 1], sigma_min)
-                levels.append(
-                    {
-                        "near": sigma,
-                        "sigma": float(grid[upper]),
-                        "bias": float(np.sqrt((bias**2).mean())) / problem.std,
-                        "std": float(np.sqrt(variance.mean())) / problem.std,
-                    }
-                )
-            yield {"problem": name, "num_scales": count, "levels": levels}
+def target_figures(name: str, num_scales: int) -> list[dict[str, Any]]:
+    """Bias and standard deviation of the target, over positions, at a few levels."""
+    problem, grid = PROBLEMS[name], noise_level_grid(num_scales).numpy()
+    levels = []
+    for near in TARGET_LEVELS:
+        upper = max(1, int(np.abs(np.log(grid / near)).argmin()))
+        y = problem.quantile(SHARES[::5], grid[upper])
+        bias, variance = target_statistics(problem, y, grid[upper], grid[upper - 1], float(grid[0]))
+        rms = {"bias": float(np.sqrt((bias**2).mean())), "std": float(np.sqrt(variance.mean()))}
+        levels.append(
+            {
+                "near": near,
+                "sigma": float(grid[upper]),
+                **{figure: value / problem.std for figure, value in rms.items()},
+            }
+        )
+    return levels
 
 
-def trainings(last: int, fixed: Sequence[int], seeds: Sequence[int]) -> Iterator[tuple[MethodConfig, int]]:
-    """iCT's curriculum with either metric, every seed; fixed N with the squared norm, the first seed."""
+def methods(last: int, fixed: Sequence[int]) -> Iterator[MethodConfig]:
+    """iCT's curriculum with either metric, and fixed N with the squared norm."""
     for metric in METRICS:
-        for seed in seeds:
-            yield MethodConfig(metric=metric, s1=last - 1), seed
+        yield MethodConfig(metric=metric, s1=last - 1)
     for count in fixed:
-        yield MethodConfig(metric="l2", curriculum="fixed", s0=count - 1, s1=count - 1), seeds[0]
+        yield MethodConfig(metric="l2", curriculum="fixed", s0=count - 1, s1=count - 1)
 
 
 def learned_errors(
@@ -156,14 +153,69 @@ def learned_errors(
     return levels, curves
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole report."""
-    training = Training(steps=300) if options.quick else Training()
-    scales = SCALES[:3] if options.quick else SCALES
-    last, fixed = (21, ()) if options.quick else (LAST_SCALES, FIXED_SCALES)
-    sigma_min = MethodConfig().sigma_min
-    report: dict[str, Any] = {
-        "command": "python benchmarks/exactness.py" + (" --quick" if options.quick else ""),
+def records(quick: bool, seeds: Sequence[int]) -> Iterator[tuple[str, dict[str, Any], Callable[[], Any]]]:
+    """What there is to measure: the list it belongs to, its key, and how to get the rest of it."""
+    scales = SCALES[:3] if quick else SCALES
+    last, fixed = (21, ()) if quick else (LAST_SCALES, FIXED_SCALES)
+    for name in PROBLEMS:
+        for metric in METRICS:
+            for count in scales if metric == "l2" else HUBER_SCALES[: len(scales)]:
+                key = {"problem": name, "metric": metric, "num_scales": count}
+                yield "fixed_points", key, partial(_levels, fixed_point_errors, *key.values())
+        for count in scales:
+            yield (
+                "targets",
+                {"problem": name, "num_scales": count},
+                partial(_levels, target_figures, name, count),
+            )
+    for values in DIMENSIONS:
+        key = {"values": values, "num_scales": LAST_SCALES}
+        yield "dimensions", key, partial(pseudo_huber_offset, PROBLEMS["mixture"], *key.values(), seed=0)
+    for seed in seeds:
+        for name in PROBLEMS:
+            for method in methods(last, fixed if seed == seeds[0] else ()):
+                key = {
+                    "problem": name,
+                    "metric": method.metric,
+                    "curriculum": method.curriculum,
+                    "num_scales": method.s1 + 1,
+                    "seed": seed,
+                }
+                yield "learned", key, partial(_learned, name, method, _training(quick), seed)
+
+
+def measure(report: dict[str, Any], quick: bool, seeds: Sequence[int], save: Callable[[], None]) -> None:
+    """Adds to a report what it does not have yet, and saves it after every record."""
+    wanted = list(records(quick, seeds))
+    missing = [
+        (group, key, work)
+        for group, key, work in wanted
+        if not any(key.items() <= there.items() for there in report[group])
+    ]
+    for measured, (group, key, work) in enumerate(missing, start=1):
+        started = time.monotonic()
+        report[group].append({**key, **work()})
+        save()
+        # The trainings, which come last, are the longest and all alike.
+        left = (time.monotonic() - started) * (len(missing) - measured)
+        what = ", ".join(map(str, key.values()))
+        say(f"{measured}/{len(missing)} {group}: {what}; about {duration(left)} left")
+    # In the order of the work, whenever it was done; seeds that were not asked for are dropped.
+    for group in GROUPS:
+        keys = [key for other, key, _ in wanted if other == group]
+        report[group] = [
+            next(there for there in report[group] if key.items() <= there.items()) for key in keys
+        ]
+    report["seeds"] = list(seeds)
+    save()
+
+
+def head(quick: bool) -> dict[str, Any]:
+    """What identifies a report; one that begins alike is continued."""
+    method, scales = MethodConfig(), SCALES[:3] if quick else SCALES
+    std = PROBLEMS["gaussian"].std
+    return {
+        "command": "python benchmarks/exactness.py" + (" --quick" if quick else ""),
         "versions": {
             "ict-fast": __version__,
             "torch": torch.__version__,
@@ -171,44 +223,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "scipy": scipy.__version__,
             "python": platform.python_version(),
         },
-        "seeds": list(options.seeds),
-        "training": asdict(training),
+        "training": asdict(_training(quick)),
         "problems": {name: {**asdict(p), "std": p.std} for name, p in PROBLEMS.items()},
         "shares": SHARES[::8].tolist(),
         "exact": {
-            name: np.round(p.quantile(SHARES[::8], sigma_min), 5).tolist() for name, p in PROBLEMS.items()
+            name: np.round(p.quantile(SHARES[::8], method.sigma_min), 5).tolist()
+            for name, p in PROBLEMS.items()
         },
-        "fixed_points": list(fixed_point_errors(scales, sigma_min)),
         "gaussian": {
-            "closed_form": [gaussian_fixed_point(count, GAUSSIAN_STD) for count in scales],
+            "closed_form": [gaussian_fixed_point(count, std) for count in scales],
             "leading_constant": gaussian_leading_constant(
-                GAUSSIAN_STD, sigma_min=sigma_min, sigma_max=MethodConfig().sigma_max, rho=MethodConfig().rho
+                std, sigma_min=method.sigma_min, sigma_max=method.sigma_max, rho=method.rho
             ),
         },
-        "targets": list(target_figures(scales, sigma_min)),
-        "dimensions": [
-            pseudo_huber_offset(PROBLEMS["mixture"], values, 161, seed=options.seeds[0])
-            for values in DIMENSIONS
-        ],
-        "learned": [],
     }
-    for name, problem in PROBLEMS.items():
-        for method, seed in trainings(last, fixed, options.seeds):
-            network = learn(problem, method, training, seed)
-            levels, curves = learned_errors(network, name, method)
-            record: dict[str, Any] = {
-                "problem": name,
-                "metric": method.metric,
-                "curriculum": method.curriculum,
-                "num_scales": method.s1 + 1,
-                "seed": seed,
-                "levels": levels,
-            }
-            if method.curriculum == "doubling" and seed == options.seeds[0]:
-                record["curves"] = curves
-            report["learned"].append(record)
-            say(f"learned: {name}, {method.metric}, {method.curriculum}, N = {method.s1 + 1}, seed {seed}")
-    return report
+
+
+def _training(quick: bool) -> Training:
+    return Training(steps=QUICK_STEPS) if quick else Training()
+
+
+def _levels(work: Callable[..., list[dict[str, Any]]], *arguments: Any) -> dict[str, Any]:
+    return {"levels": work(*arguments)}
+
+
+def _learned(name: str, method: MethodConfig, training: Training, seed: int) -> dict[str, Any]:
+    network = learn(PROBLEMS[name], method, training, seed)
+    levels, curves = learned_errors(network, name, method)
+    return {"levels": levels, "curves": curves}
 
 
 def _less(learned: Array, reference: Array) -> Array:
@@ -224,10 +266,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a rehearsal: few N, short trainings")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args(argv)
-    report = measure(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "exactness.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, options.out / "exactness.png")
+    path = options.out / ("exactness-quick.json" if options.quick else "exactness.json")
+    report: dict[str, Any] = {**head(options.quick), "seeds": [], **{group: [] for group in GROUPS}}
+    if path.exists():
+        there = json.loads(path.read_text())
+        if all(
+            there.get(name) == value for name, value in json.loads(json.dumps(head(options.quick))).items()
+        ):
+            report = there
+    measure(
+        report,
+        options.quick,
+        options.seeds,
+        lambda: replace_durably(path, (json.dumps(report, indent=1) + "\n").encode()),
+    )
+    plot(report, path.with_suffix(".png"))
     print(section(report))
     return 0
 

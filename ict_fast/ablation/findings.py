@@ -33,6 +33,7 @@ FINDINGS: tuple[Finding, ...] = (
     Finding("Dropout 0.3 is better than none", "3.1", "dropout-0.3", "ict"),
     Finding("No EMA in the teacher is better than one", "3.2", "ict", "ema-teacher"),
     Finding("The same, from the baseline", "3.2", "ct2023-no-ema", "ct2023-fourier"),
+    Finding("No EMA is better than one that reaches back 28 steps at most", "3.2", "ict", "ema-teacher-0.01"),
     Finding("Pseudo-Huber is better than squared L2", "3.3", "ict", "l2"),
     Finding("The same, from the baseline", "3.3", "ct2023-huber", "ct2023-no-ema"),
     Finding("Pseudo-Huber is better than L1", "3.3", "ict", "l1"),

@@ -16,6 +16,7 @@ GROUPS = {
     "ict": "iCT",
     "ladder": "from the 2023 baseline to iCT, one ingredient after the other",
     "removed": "iCT with one ingredient taken back",
+    "teacher": "teachers that follow faster than the published one",
     "indices": "noise levels and their weight",
     "curriculum": "curriculum",
     "huber-c": "c of Pseudo-Huber",

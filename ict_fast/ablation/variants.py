@@ -25,6 +25,9 @@ _STEPS_TO_ICT = (_FOURIER_2023, _TEACHER_2023, _METRIC_2023, _CURRICULUM_2023, _
 HUBER_C = (1e-6, 0.001, 0.03, 0.1, 0.3)
 """c of Pseudo-Huber beside the default 0.00054 sqrt(d); the first stands for c = 0, the L2 norm."""
 DROPOUT = (0.1, 0.2, 0.3)
+SHORTER_TEACHERS = (0.1, 0.01)
+"""mu0 beside the published 0.9, whose average reaches back N / (s0 ln(1/mu0)) steps: 717 at the baseline's
+N = 151 and 1,216 at iCT's 1281, which is nothing in 800,000 steps and longer than a short run."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Variant:
 
     Attributes:
         name: of its folder and in results.
-        group: the table it belongs to: "ladder", "removed", "huber-c", "dropout", "indices", "curriculum".
+        group: the table it belongs to: a key of `ict_fast.ablation.summary.GROUPS`.
         label: what a reader sees.
         changes: dotted field of the configuration -> value, relative to iCT.
     """
@@ -67,6 +70,15 @@ VARIANTS: tuple[Variant, ...] = (
     *_ladder(),
     Variant("fourier-16", "removed", "Fourier scale 16 instead of 0.02", _FOURIER_2023),
     Variant("ema-teacher", "removed", "EMA teacher, mu0 = 0.9", _TEACHER_2023),
+    *(
+        Variant(
+            f"ema-teacher-{mu:g}",
+            "teacher",
+            f"EMA teacher, mu0 = {mu:g}",
+            _TEACHER_2023 | {"method.teacher_ema": mu},
+        )
+        for mu in SHORTER_TEACHERS
+    ),
     Variant("l2", "removed", "squared L2 instead of Pseudo-Huber", _METRIC_2023),
     Variant("l1", "removed", "L1 instead of Pseudo-Huber", {"method.metric": "l1"}),
     Variant(

@@ -27,15 +27,15 @@ RESULTS = ROOT / "benchmarks/results"
 _OPENING = """# Evidence
 
 What the paper found (Song & Dhariwal, ICLR 2024), looked for here at a scale that anyone can rerun:
-scikit-learn's 8x8 digits, on two CPU cores. Digits are not CIFAR-10: orderings may carry over, sizes of effects
-do not. This page is rendered from raw results by `python benchmarks/evidence.py`.
+scikit-learn's 8x8 digits, on two CPU cores. Digits are not CIFAR-10: orderings may carry over, sizes of
+effects do not. This page is rendered from raw results by `python benchmarks/evidence.py`.
 """
 
 _READING = """
 How to read it. The published EMA teacher averages over N / (s0 ln(1/mu0)) steps: 717 at the baseline's 151
 levels. That is nothing in the paper's 800,000 steps and more than a whole run here, so a short run makes that
-teacher look worse than a long one would; the teachers that follow faster show how much of it is the lag. Dropout
-is a remedy for a large network that sees its data often; this network is small and its run is short.
+teacher look worse than a long one would; the teachers that follow faster show how much of it is the lag.
+Dropout is a remedy for a large network that sees its data often; this network is small and its run is short.
 """
 
 
@@ -47,17 +47,17 @@ def ablation_section(report: dict[str, Any]) -> str:
         sum(verdict.outcome == outcome for verdict in verdicts) for outcome in ("holds", "open", "reversed")
     )
     lines = [
-        f"Preset `{base['preset']}` with {steps:,} steps of {batch} images, {len(report['seeds'])} seeds of each",
-        f"variant, {report['count']:,} samples per figure. Of {len(verdicts)} orderings {holds} hold here,",
-        f"{open_} are open and {reversed_} are the other way round. An ordering holds if the bars of one standard",
-        "error do not meet; the ratio is that of the mean one-step distances.",
+        f"Preset `{base['preset']}` with {steps:,} steps of {batch} images, {len(report['seeds'])} seeds of",
+        f"each variant, {report['count']:,} samples per figure. Of {len(verdicts)} orderings {holds} hold here,",
+        f"{open_} are open and {reversed_} are the other way round. An ordering holds if the bars of one",
+        "standard error do not meet; the ratio is that of the mean one-step distances.",
         "",
         *_table(("the paper's finding", "section", "ratio", "here"), verdict_rows(report), "llrl"),
         "",
         "![One-step distance of every variant](../benchmarks/results/ablation.png)",
         "",
-        "Fréchet distance in the digits classifier's features, in % of that of uniform noise, mean and standard",
-        "error:",
+        "Fréchet distance in the digits classifier's features, in % of that of uniform noise, mean and",
+        "standard error:",
         "",
         *_table(("", "variant", "one step", "two steps"), _without_repeats(rows(report)), "llrr"),
     ]
@@ -72,9 +72,7 @@ def exactness_section(report: dict[str, Any]) -> str:
 
 def honesty_section(report: dict[str, Any]) -> str:
     picture = "![Samples and their neighbours](../benchmarks/results/honesty.png)"
-    caption = (
-        "*Samples over the training images nearest to them: left the ten nearest of all, right ten others.*"
-    )
+    caption = "*Samples over the training images nearest to them: left the ten nearest, right ten others.*"
     return f"{honesty.section(report)}\n{picture}\n\n{caption}\n"
 
 

@@ -15,6 +15,7 @@ FLOORS = {
     "ict_fast.__main__": 0,
     "ict_fast.cli": 0,
     "ict_fast.commands": 0,
+    "ict_fast.ablation": 0,
     "ict_fast.doctor": 0,
     "ict_fast.results": 0,
     "ict_fast.training": 1,

@@ -6,13 +6,14 @@ torch is imported inside the functions only: what can be refused without it is r
 from collections.abc import Callable
 from typing import Any
 
-from ict_fast.commands import doctor, evaluate, prepare, report, sample, train
+from ict_fast.commands import ablate, doctor, evaluate, prepare, report, sample, train
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "train": (train.TrainOptions, train.run),
     "sample": (sample.SampleOptions, sample.run),
     "evaluate": (evaluate.EvaluateOptions, evaluate.run),
     "report": (report.ReportOptions, report.run),
+    "ablate": (ablate.AblateOptions, ablate.run),
     "prepare": (prepare.PrepareOptions, prepare.run),
     "doctor": (doctor.DoctorOptions, doctor.run),
 }

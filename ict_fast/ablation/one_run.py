@@ -1,0 +1,74 @@
+"""One run of an ablation in a process of its own: a job on standard input, a result in its folder.
+
+`python -m ict_fast.ablation.one_run`. A process each, so that a run that fails or needs too much memory takes
+no other with it, and so that each has its own number of threads or its own GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ict_fast import errors
+from ict_fast.config import from_dict
+from ict_fast.durable import replace_durably
+from ict_fast.errors import InputError, TrainingError
+
+RUN, RESULT, OUTPUT = "run", "result.json", "output.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is told.
+
+    Attributes:
+        folder: where the run, its output and its result go.
+        config: of the run, as `config.to_dict` gives it.
+        device: "cuda" or "cpu".
+        count: images to sample per number of steps; None for the evaluation's default.
+        steps: numbers of sampling steps to measure.
+    """
+
+    folder: str
+    config: dict[str, Any]
+    device: str
+    count: int | None
+    steps: tuple[int, ...]
+
+
+def do(job: Job) -> int:
+    """Trains and evaluates; returns the exit code. A run that diverges has a result too: why it has none."""
+    from ict_fast.consistency import load_model
+    from ict_fast.evaluation import evaluate
+    from ict_fast.training.trainer import train
+
+    folder, config = Path(job.folder), from_dict(job.config)
+    result: dict[str, Any] = {"config": job.config, "asked_count": job.count}
+    started = time.monotonic()
+    try:
+        trained = train(config, out=folder / RUN, device=job.device)
+        if trained.exit_code:
+            return trained.exit_code
+        model = load_model(folder / RUN, device=job.device)
+        result |= evaluate(model, Path(config.data.path), steps=job.steps, count=job.count)
+    except TrainingError as error:
+        result["failed"] = str(error)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    replace_durably(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    return errors.EXIT_DONE
+
+
+def main() -> int:
+    try:
+        return do(Job(**json.load(sys.stdin)))
+    except InputError as error:
+        print(f"ict-fast: error: {error}", file=sys.stderr)
+        return errors.EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

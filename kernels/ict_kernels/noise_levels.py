@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
 from .backend import use_triton
 from .philox import LEVELS, Seed, philox_call, seed_tensor, uniform_bits
 from .triton_support import jit, launch, tl, triton
@@ -299,7 +300,9 @@ def launch_levels(
     return index, sigma, sigma_next, weight
 
 
-_sample = torch.library.custom_op("ict_kernels::sample_noise_levels", launch_levels, mutates_args=())
+_sample = torch.library.custom_op(
+    add_op_namespace_prefix("sample_noise_levels"), launch_levels, mutates_args=()
+)
 
 
 @_sample.register_fake

@@ -113,7 +113,8 @@ def _replaced_class(original: Any, method: str, forward: Callable[..., Any], pat
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         copied = copy.deepcopy(_twin(self), memo)
-        copied.__class__ = _replaced_class(type(copied), method, forward, pattern)
+        kind: Any = type(copied)  # of a class of its own, where the code base copies classes too
+        copied.__class__ = _replaced_class(kind, method, forward, pattern)
         memo[id(self)] = copied
         return copied
 
@@ -143,7 +144,8 @@ def _replace(module: nn.Module, pattern: Pattern, report: Replacement) -> str | 
     for each, forward in swaps:
         # guided-diffusion's forward wraps its _forward in activation checkpointing, and goes on doing so
         method = "_forward" if forward is guided_forward else "forward"
-        each.__class__ = _replaced_class(type(each), method, forward, pattern)
+        kind: Any = type(each)
+        each.__class__ = _replaced_class(kind, method, forward, pattern)
     if before is not None:
         try:
             after = _record(module, inputs)

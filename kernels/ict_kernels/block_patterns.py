@@ -160,7 +160,8 @@ def guided_forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
         h = _fused(self.out_layers[0], h, scale=scale, shift=shift)
     else:
         h = _fused(self.out_layers[0], h, pre_bias=embedding)
-    return self.skip_connection(x) + _run(self.out_layers, h, first=2)
+    h = _run(self.out_layers, h, first=2)
+    return self.skip_connection(x) + h
 
 
 def _edm_forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:

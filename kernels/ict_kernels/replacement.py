@@ -72,7 +72,7 @@ def replace_in(network: nn.Module) -> Replacement:
                 report.changed[name] = f"{type(module).__name__}, {', '.join(norms)}"
     for name, module in network.named_modules():
         if name not in fate and is_group_norm(module):
-            fate[name] = "no SiLU is known to follow it"
+            fate[name] = "no SiLU module follows it, nor is its block one known here"
     report.left = {name: reason for name, reason in fate.items() if reason is not None}
     return report
 

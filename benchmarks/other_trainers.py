@@ -86,7 +86,7 @@ def ect_draws(
 
 
 class ECMLoss:
-    """ECT's loss; the GPU's generator is rewound for the teacher (on a CPU theirs fails, and this does not)."""
+    """ECT's loss; a GPU's generator is rewound for the teacher (on a CPU theirs fails, this does not)."""
 
     def __init__(self, q: float = 2, c: float = 0.0, k: float = 8.0, b: float = 1.0) -> None:
         self.q, self.c, self.k, self.b, self.stage = q, c, k, b, 0

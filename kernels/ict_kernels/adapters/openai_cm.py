@@ -95,8 +95,7 @@ def ict_ema_and_scales_fn(
         total_steps: K of the whole run; shorter runs than 8 steps keep the first stages.
         s0, s1: first and last number of intervals; it doubles in between, in equal stages.
     """
-    stages = int(math.log2(s1 // s0)) + 1
-    stage_length = max(1, total_steps // stages)
+    stage_length = max(1, math.floor(total_steps / (math.log2(s1 // s0) + 1)))
 
     def ema_and_scales(step: int) -> tuple[float, int]:
         return 0.0, min(s0 * 2 ** (int(step) // stage_length), s1) + 1

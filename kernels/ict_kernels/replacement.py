@@ -57,23 +57,30 @@ class Replacement:
 def replace_in(network: nn.Module) -> Replacement:
     """See `GroupNormSiLU.replace_in`."""
     report = Replacement()
-    fate: dict[str, str | None] = {}  # of each norm that is part of a match: why it was left, or None
+    done: set[str] = set()  # norms that one call of ours computes, now or from before
+    left: dict[str, str] = {}
     for name, module in network.named_modules():
         if isinstance(module, _Replaced):
-            fate |= {_joined(name, norm): "replaced before" for norm in module._ict_pattern.norms(module)}
+            before = {_joined(name, norm) for norm in module._ict_pattern.norms(module)}
+            left |= dict.fromkeys(before - done, "replaced before")
+            done |= before
             continue
         for pattern in PATTERNS:
             norms = [] if isinstance(module, _Replaced) else pattern.norms(module)
-            if not norms or any(fate.get(_joined(name, norm), "") is None for norm in norms):
+            names = {_joined(name, norm) for norm in norms}
+            if not names or names & done:
                 continue
             reason = _why_not(module, norms) or _replace(module, pattern, report)
-            fate |= {_joined(name, norm): reason for norm in norms}
-            if reason is None:
+            if reason is not None:
+                left |= dict.fromkeys(names, reason)
+            else:
                 report.changed[name] = f"{type(module).__name__}, {', '.join(norms)}"
+                done |= names
+                left = {norm: reason for norm, reason in left.items() if norm not in names}
     for name, module in network.named_modules():
-        if name not in fate and is_group_norm(module):
-            fate[name] = "no SiLU module follows it, nor is its block one known here"
-    report.left = {name: reason for name, reason in fate.items() if reason is not None}
+        if name not in done and is_group_norm(module):
+            left.setdefault(name, "no SiLU module follows it, nor is its block one known here")
+    report.left = left
     return report
 
 
@@ -172,8 +179,6 @@ def _probe_input(shape: list[int], dtype: torch.dtype, device: torch.device) -> 
 
 def _probe_inputs(module: nn.Module, shapes: list[list[int] | None]) -> list[Tensor | None]:
     weight = next(parameter for parameter in module.parameters() if parameter.dim() > 2)  # of a convolution
-    if weight.device.type == "meta":
-        raise ValueError("its parameters are on the meta device")
     return [None if shape is None else _probe_input(shape, weight.dtype, weight.device) for shape in shapes]
 
 
@@ -226,6 +231,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _why_not(module: nn.Module, norms: list[str]) -> str | None:
     """A reason in the norms themselves to leave them alone."""
+    if any(parameter.device.type == "meta" for parameter in module.parameters()):
+        return "its parameters are on the meta device, where it cannot be tried"
     for norm in map(module.get_submodule, norms):
         if isinstance(norm, _Replaced):
             return "replaced before"

@@ -38,7 +38,8 @@ def test_the_wheel_holds_both_packages_and_never_kernels(built: Path) -> None:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"ict_fast", "ict_kernels"}
     ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ict_fast").rglob("*.py")}
-    ours |= {f"ict_kernels/{path.name}" for path in (ROOT / "kernels/ict_kernels").glob("*.py")}
+    kernels = ROOT / "kernels"
+    ours |= {path.relative_to(kernels).as_posix() for path in (kernels / "ict_kernels").rglob("*.py")}
     assert ours <= set(names)
     assert {"ict_fast/py.typed", "ict_kernels/py.typed"} <= set(names)
 

@@ -1,6 +1,6 @@
 """ict_kernels: the hot operations of improved consistency training, each defined in plain PyTorch too."""
 
-from . import adapters
+from . import adapters, layers
 from .apex_backend import apex_report
 from .backend import get_backend, set_backend
 from .consistency_loss import c_in, c_out, c_skip, consistency_loss, pseudo_huber_loss
@@ -26,6 +26,7 @@ __all__ = [
     "consistency_loss",
     "get_backend",
     "group_norm_silu",
+    "layers",
     "noise_images",
     "noise_level_grid",
     "noise_level_probabilities",

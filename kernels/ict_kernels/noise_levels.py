@@ -129,8 +129,6 @@ def noise_level_probabilities(
 _tables: dict[tuple[object, ...], _Table] = {}
 
 
-# Under torch.compile the table is a constant of the graph: the host computes it once, while tracing.
-@torch._dynamo.assume_constant_result
 def _table(
     scales: tuple[int, ...],
     p_mean: float,
@@ -172,6 +170,11 @@ def _table(
             weight.to(device, torch.float32),
         )
     return _tables[key]
+
+
+# Under torch.compile the table is a constant of the graph: the host computes it once, while tracing. (This is
+# torch.compiler.assume_constant_result, which would import all of Dynamo, a second and more, to say so.)
+_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _look_up(table: _Table, num_scales: Tensor | None, word: Tensor) -> NoiseLevels:

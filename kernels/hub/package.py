@@ -24,7 +24,7 @@ PACKAGE = HERE.parent / "ict_kernels"
 # Their builder writes this file itself, with the namespace that it gives to the build.
 GENERATED_BY_THE_BUILDER = "_ops.py"
 
-# Clients before version 0.10 or so look for build/<variant>/<name>/__init__.py.
+# Older clients look for build/<variant>/<name>/__init__.py.
 FOR_OLDER_CLIENTS = '''"""What the folder above exports, for clients that look for the package here."""
 
 import sys
@@ -80,11 +80,10 @@ def _write_variant(folder: Path, backend: str, general: dict[str, str]) -> None:
 def _digests(folder: Path) -> dict[str, str]:
     """Base64 SHA-256 of each file, by its path in the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {path: hashlib.sha256(path.read_bytes()).digest() for path in files}
     return {
-        path.relative_to(folder).as_posix(): base64.b64encode(
-            hashlib.sha256(path.read_bytes()).digest()
-        ).decode()
-        for path in files
+        path.relative_to(folder).as_posix(): base64.b64encode(digest).decode()
+        for path, digest in digests.items()
     }
 
 

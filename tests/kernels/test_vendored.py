@@ -52,7 +52,7 @@ start = time.process_time()
 import ict_kernels
 print(time.process_time() - start)
 """
-    assert statistics.median(float(run(code, tmp_path)) for _ in range(5)) <= SECONDS
+    assert statistics.median(float(run(code, tmp_path)) for _ in range(3)) <= SECONDS
 
 
 WITHOUT_TRITON = """
@@ -92,9 +92,11 @@ x, y = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
 for _ in range(2):  # neither has taken the other's ops away
     for a, b in ((installed, vendored), (vendored, installed)):
         assert torch.equal(a.pseudo_huber_loss(x, y), b.pseudo_huber_loss(x, y))
-        assert torch.equal(a.sample_noise_levels(4, 11, seed=1).index, b.sample_noise_levels(4, 11, seed=1).index)
-        mask = torch.compile(lambda s: a.philox.dropout_keep_mask((4, 3, 8, 8), 0.3, s), backend="aot_eager")
-        assert torch.equal(mask(torch.tensor([1, 2])), b.philox.dropout_keep_mask(x, 0.3, torch.tensor([1, 2])))
+        mine, theirs = (each.sample_noise_levels(4, 11, seed=1).index for each in (a, b))
+        assert torch.equal(mine, theirs)
+        seed = torch.tensor([1, 2])
+        mask = torch.compile(lambda s: a.philox.dropout_keep_mask(x.shape, 0.3, s), backend="aot_eager")
+        assert torch.equal(mask(seed), b.philox.dropout_keep_mask(x, 0.3, seed))
         torch._dynamo.reset()
 names = {"ict_kernels", "trainer_third_party_ict_kernels"}
 print(sorted(name for name in names if hasattr(getattr(torch.ops, name), "philox_words")))

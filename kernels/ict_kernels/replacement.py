@@ -178,8 +178,15 @@ def _probe_input(shape: list[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _probe_inputs(module: nn.Module, shapes: list[list[int] | None]) -> list[Tensor | None]:
-    weight = next(parameter for parameter in module.parameters() if parameter.dim() > 2)  # of a convolution
-    return [None if shape is None else _probe_input(shape, weight.dtype, weight.device) for shape in shapes]
+    """Images in the dtype of the convolutions, embeddings in that of the linear layers, which may differ."""
+    inputs: list[Tensor | None] = []
+    for shape in shapes:
+        if shape is None:
+            inputs.append(None)
+        else:
+            like = next(p for p in module.parameters() if (p.dim() > 2) == (len(shape) > 2) and p.dim() > 1)
+            inputs.append(_probe_input(shape, like.dtype, like.device))
+    return inputs
 
 
 @contextmanager
@@ -250,7 +257,7 @@ def _is_another_norm(norm: Any) -> str | None:
     x = _probe_input([2, len(norm.weight), 4, 4], torch.float32, norm.weight.device)
     try:
         with torch.no_grad():
-            expected = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+            expected = F.group_norm(x, norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
             same = _close(norm(x), expected)
     except Exception as error:
         return f"{type(norm).__name__} could not be tried: {error}"

@@ -282,6 +282,17 @@ def test_training_goes_on_with_the_same_optimizer():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_blocks_whose_convolutions_are_half_precision_and_embeddings_are_not():
+    """guided-diffusion's convert_to_fp16, in the half precision that a CPU convolves in."""
+    block, (x, emb) = guided(use_scale_shift_norm=True)
+    for module in untrained_to_trained(block).modules():
+        if isinstance(module, nn.Conv2d):
+            module.bfloat16()
+    expected = block.eval()(x.bfloat16(), emb).double()
+    assert list(GroupNormSiLU.replace_in(block).changed) == [""]
+    torch.testing.assert_close(block(x.bfloat16(), emb).double(), expected, rtol=0.05, atol=0.05)
+
+
 def test_modes_backend_and_generators_are_untouched():
     network = CASES["a U-Net of guided blocks"]()[0]
     network.middle[0].eval()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .group_norm_silu import group_norm_silu
+from .shared_dropout import SeededDropout
 
 # ------------------------------------------------------------------------------------------- what is a match
 
@@ -79,7 +80,9 @@ def _guided_block(module: Any) -> list[str]:
     if not _has(module, "ResBlock", "_forward", "in_layers", "emb_layers", "out_layers", "skip_connection"):
         return []
     sequentials = (module.in_layers, module.out_layers)
-    if not all(isinstance(each, nn.Sequential) and _pairs(each) == ["0"] for each in sequentials):
+    if not all(
+        isinstance(each, nn.Sequential) and _pairs(each) == ["0"] and len(each) > 2 for each in sequentials
+    ):
         return []
     return ["in_layers.0", "out_layers.0"]
 
@@ -92,21 +95,30 @@ def _edm_block(module: Any) -> list[str]:
 # -------------------------------------------------------------------------------------- the passes, restated
 
 
-def _fused(norm: Any, x: Tensor, **between: Any) -> Tensor:
+def _fused(norm: Any, x: Tensor, dropout: Any = None, **between: Any) -> Tensor:
+    """Norm and SiLU, with scale, shift or pre_bias between, and the dropout layer after, where it can be."""
+    if _is_seeded(dropout):
+        source, layer = dropout._ict_dropout
+        between |= {"dropout": dropout.p, "seed": source.seed, "layer": layer}
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, **between)
+
+
+def _is_seeded(dropout: Any) -> bool:
+    """Whether a dropout layer's mask is a function that the norm's kernel can compute."""
+    return isinstance(dropout, SeededDropout) and dropout.training and dropout.p > 0.0
 
 
 def _run(sequential: nn.Sequential, x: Tensor, first: int = 0) -> Tensor:
     """A Sequential's pass from a child on."""
-    children = list(sequential._modules.values())[first:]
-    skip = False
-    for child, after in zip(children, [*children[1:], None], strict=True):
-        if skip:
-            skip = False
-        elif is_group_norm(child) and _is_silu(after):
-            x, skip = _fused(child, x), True
+    children = list(sequential._modules.values())
+    while first < len(children):
+        child, act, dropout = (*children[first : first + 3], None, None)[:3]
+        if is_group_norm(child) and _is_silu(act):
+            x = _fused(child, x, dropout)
+            first += 3 if _is_seeded(dropout) else 2
         else:
-            x = child(x)
+            x = child(x)  # type: ignore[misc]
+            first += 1
     return x
 
 
@@ -138,10 +150,11 @@ def _diffusers_forward(
         if temb is None:
             raise ValueError("temb should not be None when time_embedding_norm is scale_shift")
         scale, shift = temb.chunk(2, dim=1)
-        hidden = _fused(self.norm2, hidden, scale=scale, shift=shift)
+        hidden = _fused(self.norm2, hidden, self.dropout, scale=scale, shift=shift)
     else:
-        hidden = _fused(self.norm2, hidden, pre_bias=temb if self.time_embedding_norm == "default" else None)
-    hidden = self.conv2(self.dropout(hidden))
+        added = temb if self.time_embedding_norm == "default" else None
+        hidden = _fused(self.norm2, hidden, self.dropout, pre_bias=added)
+    hidden = self.conv2(hidden if _is_seeded(self.dropout) else self.dropout(hidden))
     if self.conv_shortcut is not None:
         input_tensor = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
     return (input_tensor + hidden) / self.output_scale_factor
@@ -155,12 +168,13 @@ def guided_forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
     else:
         h = _run(self.in_layers, x)
     embedding = self.emb_layers(emb).type(h.dtype)
+    norm, _, dropout, *_ = self.out_layers
     if self.use_scale_shift_norm:
         scale, shift = embedding.chunk(2, dim=1)
-        h = _fused(self.out_layers[0], h, scale=scale, shift=shift)
+        h = _fused(norm, h, dropout, scale=scale, shift=shift)
     else:
-        h = _fused(self.out_layers[0], h, pre_bias=embedding)
-    h = _run(self.out_layers, h, first=2)
+        h = _fused(norm, h, dropout, pre_bias=embedding)
+    h = _run(self.out_layers, h, first=3 if _is_seeded(dropout) else 2)
     return self.skip_connection(x) + h
 
 

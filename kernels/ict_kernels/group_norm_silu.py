@@ -1429,8 +1429,9 @@ class GroupNormSiLU(nn.Module):
         """Computes every group norm + SiLU of somebody else's network, where one is recognised, as one op.
 
         Blocks get another forward pass; parameters, names and state dict stay. What is recognised, and how
-        that is made sure of, is said in replacement.py. Dropout layers keep torch's masks. Do this before
-        compiling the network or wrapping it for distributed training; again, it does nothing.
+        that is made sure of, is said in replacement.py. A dropout layer after the SiLU keeps torch's mask;
+        where `seed_dropout` has seeded it, the same kernel draws the mask. Do this before compiling the
+        network or wrapping it for distributed training; again, it does nothing.
 
         Args:
             network: changed in place; diffusers', guided-diffusion's, EDM's, or with norm and SiLU next to

@@ -45,7 +45,7 @@ class SharedDropout:
         if torch.compiler.is_compiling():
             if isinstance(self._network, nn.Module) and any(
                 isinstance(module, nn.Dropout)
-                and not isinstance(module, _SeededDropout)
+                and not isinstance(module, SeededDropout)
                 and module.training
                 and module.p > 0.0
                 for module in self._network.modules()
@@ -111,7 +111,9 @@ class DropoutSeed:
         return self
 
 
-class _SeededDropout(nn.Dropout):
+class SeededDropout(nn.Dropout):
+    """What `seed_dropout` makes of torch's layer."""
+
     _ict_dropout: tuple[DropoutSeed, int]  # and the layer's number
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +128,9 @@ def seed_dropout(network: nn.Module, seed: int | None = None) -> DropoutSeed:
     """Makes every torch.nn.Dropout of a network draw its mask from a seed, by Philox, instead of a generator.
 
     Until `advance` is called, all passes have the same masks: student, teacher, a recomputation under
-    activation checkpointing. Parameters, state dict and module tree stay as they are.
+    activation checkpointing. Parameters, state dict and module tree stay as they are. Where
+    `GroupNormSiLU.replace_in` has replaced the norm before a dropout layer, its kernel draws the mask and no
+    mask is stored; elsewhere on a GPU it is some hundred small operations, which torch.compile makes one.
 
     Args:
         network: changed in place.
@@ -137,7 +141,7 @@ def seed_dropout(network: nn.Module, seed: int | None = None) -> DropoutSeed:
     parameter = next(network.parameters(), None)
     source = DropoutSeed(seed_tensor(seed, "cpu" if parameter is None else parameter.device))
     for name, module in network.named_modules():
-        if not isinstance(module, nn.Dropout) or isinstance(module, _SeededDropout):
+        if not isinstance(module, nn.Dropout) or isinstance(module, SeededDropout):
             continue
         if type(module) is not nn.Dropout:
             source.left[name] = f"{type(module).__name__} is a dropout of its own"
@@ -145,7 +149,7 @@ def seed_dropout(network: nn.Module, seed: int | None = None) -> DropoutSeed:
             source.left[name] = "p = 1 drops everything"
         else:
             source._modules.append((module, nn.Dropout))
-            module.__class__ = _SeededDropout
+            module.__class__ = SeededDropout
             module.__dict__["_ict_dropout"] = (source, len(source.layers))
             source.layers.append(name)
     return source

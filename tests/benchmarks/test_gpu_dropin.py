@@ -25,4 +25,4 @@ def test_every_code_base_is_measured_against_the_drop_in() -> None:
         assert record["norms_left"] == 0
         variants = {"own loss", "drop-in loss", "drop-in loss, group norms replaced"}
         assert record["ms"].keys() == record["times_faster"].keys() == variants
-        assert all(len(times) == gpu_dropin.ROUNDS and min(times) > 0 for times in record["ms_all"].values())
+        assert all(len(times) == 1 and times[0] > 0 for times in record["ms_all"].values())

@@ -62,8 +62,11 @@ def test_seeded_masks_are_the_same_on_both_devices_and_in_a_cuda_graph() -> None
     on_cpu = copy.deepcopy(network).cpu()
     seeds = seed_dropout(network, seed=3), seed_dropout(on_cpu, seed=3)
     torch.testing.assert_close(network(x).cpu(), on_cpu(x.cpu()), rtol=1e-4, atol=1e-5)
-    graph = torch.cuda.CUDAGraph()
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.no_grad():
+        with torch.cuda.stream(side):  # what a capture may not do for the first time
+            network(x)
+        torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             captured = network(x)
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""The drop-in by the kernels, in Triton's interpreter: replaced blocks, seeded dropout, the adapters' losses."""
+"""The drop-in by the kernels, in the interpreter: replaced blocks, seeded dropout, the losses of adapters."""
 
 from __future__ import annotations
 

@@ -367,6 +367,8 @@ def test_another_norm_of_that_name_is_left():
 
     report = GroupNormSiLU.replace_in(nn.Sequential(GroupNorm32(2, 4), nn.SiLU()))
     assert report.left == {"0": "GroupNorm32 computes something else than group norm"}
+    report = GroupNormSiLU.replace_in(nn.Sequential(GroupNorm32(2, 4, affine=False), nn.SiLU()))
+    assert report.left["0"].startswith("GroupNorm32 could not be tried")
 
 
 def test_norms_with_hooks_and_patched_blocks_are_left():

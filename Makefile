@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test drills lint bench clean
+.PHONY: demo test drills lint bench hub clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ict-fast prepare digits --out data/digits
@@ -31,6 +31,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# ict_kernels for Hugging Face's kernel hub, in build/hub (kernels/README.md)
+hub: $(VENV)/.installed
+	rm -rf build/hub
+	$(BIN)/python kernels/hub/package.py --out build/hub
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -18,6 +18,7 @@ EXTRAS = {
     "diffusers": ["diffusers>=0.30", "transformers"],
     "dev": [
         "build",
+        "kernels>=0.17",  # Hugging Face's client of the kernel hub; nothing of ours is called that
         "mypy>=1.10",
         "nvidia-dali-cuda130>=2.0" + LINUX,  # its CPU pipeline is tested
         "pre-commit",

@@ -97,7 +97,7 @@ def test_nothing_imports_another_folders_private_names() -> None:
 
 def test_ict_kernels_imports_torch_alone_and_itself_relatively() -> None:
     allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
-    for path in (ROOT / "kernels/ict_kernels").glob("*.py"):
+    for path in (ROOT / "kernels/ict_kernels").rglob("*.py"):
         for imported in _imports(path):
             if imported.startswith("."):
                 continue

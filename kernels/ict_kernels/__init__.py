@@ -1,5 +1,6 @@
 """ict_kernels: the hot operations of improved consistency training, each defined in plain PyTorch too."""
 
+from . import adapters, layers
 from .apex_backend import apex_report
 from .backend import get_backend, set_backend
 from .consistency_loss import c_in, c_out, c_skip, consistency_loss, pseudo_huber_loss
@@ -7,13 +8,17 @@ from .group_norm_silu import GroupNormSiLU, group_norm_silu
 from .noise_levels import NoiseLevels, noise_level_grid, noise_level_probabilities, sample_noise_levels
 from .noising import noise_images
 from .radam_ema import RAdamEMA
+from .shared_dropout import DropoutSeed, SharedDropout, seed_dropout
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DropoutSeed",
     "GroupNormSiLU",
     "NoiseLevels",
     "RAdamEMA",
+    "SharedDropout",
+    "adapters",
     "apex_report",
     "c_in",
     "c_out",
@@ -21,10 +26,12 @@ __all__ = [
     "consistency_loss",
     "get_backend",
     "group_norm_silu",
+    "layers",
     "noise_images",
     "noise_level_grid",
     "noise_level_probabilities",
     "pseudo_huber_loss",
     "sample_noise_levels",
+    "seed_dropout",
     "set_backend",
 ]

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
 from .backend import use_triton
 from .noise_levels import NoiseLevels
 from .triton_support import jit, launch, refuse_forward_ad, tl, triton
@@ -432,9 +433,9 @@ def _empty_losses(student_output: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------------------------------------------- the ops
 
-_loss_op = torch.library.custom_op("ict_kernels::consistency_loss", launch_loss, mutates_args=())
+_loss_op = torch.library.custom_op(add_op_namespace_prefix("consistency_loss"), launch_loss, mutates_args=())
 _backward_op = torch.library.custom_op(
-    "ict_kernels::consistency_loss_backward", launch_loss_backward, mutates_args=()
+    add_op_namespace_prefix("consistency_loss_backward"), launch_loss_backward, mutates_args=()
 )
 
 

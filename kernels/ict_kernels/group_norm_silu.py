@@ -23,13 +23,14 @@ is taken in an order that depends on timing: equal inputs give equal bits.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import apex_backend
+from ._ops import add_op_namespace_prefix
 from .backend import get_backend, use_triton
 from .philox import (
     DROPOUT,
@@ -42,6 +43,9 @@ from .philox import (
     seed_tensor,
 )
 from .triton_support import jit, launch, refuse_forward_ad, tl
+
+if TYPE_CHECKING:
+    from .replacement import Replacement
 
 # --------------------------------------------------------------------------------------- the eager definition
 
@@ -1194,8 +1198,10 @@ def _empty_gradients(x: Tensor, parameters: tuple[Tensor | None, ...], wanted: l
 
 # ---------------------------------------------------------------------------------------------- registration
 
-_forward_op = torch.library.custom_op("ict_kernels::group_norm_silu", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("ict_kernels::group_norm_silu_backward", _backward, mutates_args=())
+_forward_op = torch.library.custom_op(add_op_namespace_prefix("group_norm_silu"), _forward, mutates_args=())
+_backward_op = torch.library.custom_op(
+    add_op_namespace_prefix("group_norm_silu_backward"), _backward, mutates_args=()
+)
 
 
 @_forward_op.register_fake
@@ -1417,6 +1423,25 @@ class GroupNormSiLU(nn.Module):
             offset=offset,
             layer=self.layer,
         )
+
+    @staticmethod
+    def replace_in(network: nn.Module) -> "Replacement":
+        """Computes every group norm + SiLU of somebody else's network, where one is recognised, as one op.
+
+        Blocks get another forward pass; parameters, names and state dict stay. What is recognised, and how
+        that is made sure of, is said in replacement.py. A dropout layer after the SiLU keeps torch's mask;
+        where `seed_dropout` has seeded it, the same kernel draws the mask. Do this before compiling the
+        network or wrapping it for distributed training; again, it does nothing.
+
+        Args:
+            network: changed in place; diffusers', guided-diffusion's, EDM's, or with norm and SiLU next to
+                each other in an nn.Sequential.
+        Returns:
+            What was replaced and what not, and why; print it. Its undo() takes everything back.
+        """
+        from .replacement import replace_in  # which imports this module
+
+        return replace_in(network)
 
     def extra_repr(self) -> str:
         return (

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
 from .backend import use_triton
 from .philox import LEVELS, Seed, philox_call, seed_tensor, uniform_bits
 from .triton_support import jit, launch, tl, triton
@@ -128,8 +129,6 @@ def noise_level_probabilities(
 _tables: dict[tuple[object, ...], _Table] = {}
 
 
-# Under torch.compile the table is a constant of the graph: the host computes it once, while tracing.
-@torch._dynamo.assume_constant_result
 def _table(
     scales: tuple[int, ...],
     p_mean: float,
@@ -171,6 +170,11 @@ def _table(
             weight.to(device, torch.float32),
         )
     return _tables[key]
+
+
+# Under torch.compile the table is a constant of the graph: the host computes it once, while tracing. (This is
+# torch.compiler.assume_constant_result, which would import all of Dynamo, a second and more, to say so.)
+_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _look_up(table: _Table, num_scales: Tensor | None, word: Tensor) -> NoiseLevels:
@@ -299,7 +303,9 @@ def launch_levels(
     return index, sigma, sigma_next, weight
 
 
-_sample = torch.library.custom_op("ict_kernels::sample_noise_levels", launch_levels, mutates_args=())
+_sample = torch.library.custom_op(
+    add_op_namespace_prefix("sample_noise_levels"), launch_levels, mutates_args=()
+)
 
 
 @_sample.register_fake

@@ -12,6 +12,7 @@ Bytes per element: 1 read (uint8), 8 written; z is never stored.
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
 from .backend import use_triton
 from .consistency_loss import c_in
 from .noise_levels import NoiseLevels
@@ -171,7 +172,7 @@ def launch_noise(
     return student, teacher
 
 
-_noise_op = torch.library.custom_op("ict_kernels::noise_images", launch_noise, mutates_args=())
+_noise_op = torch.library.custom_op(add_op_namespace_prefix("noise_images"), launch_noise, mutates_args=())
 
 
 @_noise_op.register_fake

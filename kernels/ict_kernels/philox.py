@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
 from .triton_support import jit, tl
 
 # Purposes: the high half of the counter's last word. Changing one changes every run; append only.
@@ -198,7 +199,7 @@ def _words(constants: Tensor, offset: Tensor, samples: int, calls: int) -> Tenso
 
 # For graphs on a CPU: torch 2.13's Inductor, which then sees counters that are made of indices, gives other
 # bits from 16 samples of 64 calls on.
-_words_op = torch.library.custom_op("ict_kernels::philox_words", _words, mutates_args=())
+_words_op = torch.library.custom_op(add_op_namespace_prefix("philox_words"), _words, mutates_args=())
 
 
 @_words_op.register_fake

@@ -268,7 +268,7 @@ class RAdamEMA(Optimizer):
                 # A 0-dim fp32 scalar promotes a bf16 parameter that is itself 0-dim.
                 torch.where(healthy, new_tensor.to(old_tensor.dtype), old_tensor, out=old_tensor)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, but importing Dynamo when it is first called
     def _step_by_kernels(
         self, cohorts: list[tuple[dict[str, Any], list[Tensor]]], by_kernels: list[bool]
     ) -> None:

@@ -1,0 +1,72 @@
+"""Hugging Face's trainers with an elementwise Huber loss: `conditional_loss` of the scheduled-Huber scripts.
+
+Their convention: conditional_loss(model_pred, target, reduction, loss_type, huber_c), "huber" being
+2 c (sqrt(e^2 + c^2) - c) of each element and "smooth_l1" the same without the factor c. Here the elementwise
+metric is what is meant, so nothing is corrected; it is computed in one pass, in fp32. (The consistency
+distillation scripts write it out: there `pseudo_huber_loss(prediction, target, c=args.huber_c,
+norm="element", reduction="mean")` takes its place.)
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..consistency_loss import pseudo_huber_loss
+from .patch import Patch, ours, owners
+
+
+@ours
+def conditional_loss(
+    model_pred: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    loss_type: str = "l2",
+    huber_c: float | Tensor = 0.1,
+) -> Tensor:
+    """The scripts' function of this name; the target receives no gradient from "huber" and "smooth_l1".
+
+    Args:
+        model_pred, target: equal shapes (N, ...), any floating dtype.
+        reduction: "mean" or "sum" over all elements, or "none".
+        loss_type: "l2", "huber" or "smooth_l1".
+        huber_c: a number, or of a schedule a tensor that broadcasts to model_pred.
+    Returns:
+        A scalar, or for "none" the shape of model_pred; fp32 for the Huber losses.
+    Raises:
+        NotImplementedError: for another loss_type, as in the scripts.
+        ValueError: for shapes that differ, or another reduction.
+    """
+    if loss_type == "l2":
+        return F.mse_loss(model_pred, target, reduction=reduction)
+    if loss_type not in ("huber", "smooth_l1"):
+        raise NotImplementedError(f"Unsupported Loss Type {loss_type}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if model_pred.shape != target.shape:
+        raise ValueError(
+            f"shapes must be equal, got model_pred {tuple(model_pred.shape)}, target {tuple(target.shape)}"
+        )
+    factor = 2.0 * huber_c if loss_type == "huber" else 2.0
+    if reduction == "none" or isinstance(huber_c, Tensor):
+        c = torch.as_tensor(huber_c, dtype=torch.float32, device=model_pred.device)
+        squares = (model_pred.float() - target.detach().float()).square()
+        loss = factor * (squares / ((squares + c * c).sqrt() + c))
+        return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    loss = factor * pseudo_huber_loss(model_pred, target, c=huber_c, norm="element", reduction="mean")
+    return loss if reduction == "mean" else loss * model_pred.numel()
+
+
+def apply_ict_kernels_to_hf_trainers(script: Any) -> Patch:
+    """Replaces a script's `conditional_loss`.
+
+    Args:
+        script: the script as a module, or sys.modules["__main__"] from inside it.
+    Returns:
+        Call it to undo.
+    Raises:
+        ValueError: if it has no conditional_loss.
+    """
+    module = owners(script, ("conditional_loss",), "script", "a script that defines it")[0]
+    return Patch({(module, "conditional_loss"): conditional_loss})

@@ -1,0 +1,225 @@
+"""One dropout mask for several passes: by rewinding generators, and by a seed."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ict_kernels import SharedDropout, seed_dropout
+from ict_kernels.philox import dropout_keep_mask
+
+CPU = torch.device("cpu")
+
+
+def network(p: float = 0.4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 6, 1), nn.Dropout(p), nn.Conv2d(6, 4, 1), nn.Dropout(p))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------------------------------- rewinding
+
+
+def test_passes_share_their_masks_and_leave_the_generator_as_one_pass_does(x):
+    net = network()
+    torch.manual_seed(4)
+    first = net(x)
+    after_one = torch.get_rng_state()
+    torch.manual_seed(4)
+    masks = SharedDropout(net, CPU)
+    outputs = []
+    for _ in range(3):
+        with masks:
+            outputs.append(net(x))
+    assert all(torch.equal(first, each) for each in outputs)
+    assert torch.equal(torch.get_rng_state(), after_one)
+    assert not torch.equal(net(x), first)
+
+
+def test_what_is_drawn_between_the_passes_does_not_matter(x):
+    net = network()
+    masks = SharedDropout(net, CPU)
+    with masks:
+        first = net(x)
+    torch.randn(100)
+    with masks, torch.no_grad():
+        assert torch.equal(net(x), first)
+
+
+def test_around_makes_every_call_such_a_pass(x):
+    net = network()
+    shared = SharedDropout(net, CPU).around(net)
+    assert torch.equal(shared(x), shared(x))
+
+
+def test_a_compiled_network_shares_its_masks(x):
+    """One graph with gradients and one without; Inductor draws its seeds from the generator at run time."""
+    net = network()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    masks = SharedDropout(net, CPU)
+    with masks, torch.no_grad():
+        teacher = compiled(x)
+    with masks:
+        student = compiled(x)
+    assert student.requires_grad
+    assert torch.equal(student, teacher)
+
+
+@pytest.mark.drill
+def test_a_network_compiled_by_inductor_shares_its_masks(x):
+    net = network()
+    compiled = torch.compile(net, fullgraph=True)
+    masks = SharedDropout(net, CPU)
+    with masks, torch.no_grad():
+        teacher = compiled(x)
+    with masks:
+        student = compiled(x)
+    assert torch.equal(student == 0, teacher == 0)
+    assert not torch.equal(compiled(x) == 0, teacher == 0)
+
+
+def pair(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    masks = SharedDropout(net, CPU)
+    with masks, torch.no_grad():
+        teacher = net(x)
+    with masks:
+        return net(x), teacher
+
+
+def test_inside_a_compiled_step_it_refuses_masks_that_it_cannot_share(x):
+    torch._dynamo.reset()
+    step = torch.compile(pair, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"call ict_kernels\.seed_dropout\(network\) once"):
+        step(network(), x)
+
+
+def test_inside_a_compiled_step_networks_without_active_dropout_and_seeded_ones_pass(x):
+    torch._dynamo.reset()
+    step = torch.compile(pair, backend="aot_eager", fullgraph=True)
+    seeded = network()
+    seed_dropout(seeded)
+    for net in (network(0.0), network().eval(), seeded):
+        student, teacher = step(net, x)
+        assert torch.equal(student, teacher)
+
+
+# ------------------------------------------------------------------------------------------------ by a seed
+
+
+def test_masks_are_philoxs_and_scaled(x):
+    net = network()
+    seed = seed_dropout(net, seed=5)
+    assert seed.layers == ["1", "3"]
+    assert seed.left == {}
+    hidden = net[0](x)
+    keep = dropout_keep_mask(hidden, 0.4, 5, layer=0)
+    torch.testing.assert_close(net[1](hidden), hidden * keep / (1 - round(0.4 * 65536) / 65536))
+    assert net[1](hidden).dtype == hidden.dtype
+    assert net[1](hidden.bfloat16()).dtype == torch.bfloat16
+
+
+def test_masks_stay_until_the_seed_advances_and_differ_between_layers(x):
+    net = network()
+    seed = seed_dropout(net)
+    first = net(x)
+    torch.randn(9)
+    assert torch.equal(net(x), first)
+    seed.advance()
+    assert not torch.equal(net(x), first)
+    ones = torch.ones(64, 4, 8, 8)
+    assert not torch.equal(net[1](ones), net[3](ones))
+    assert float((net[1](ones) == 0).float().mean()) == pytest.approx(0.4, abs=0.02)
+
+
+def test_evaluation_drops_nothing(x):
+    net = network()
+    expected = copy.deepcopy(net).eval()(x)
+    seed_dropout(net)
+    assert torch.equal(net.eval()(x), expected)
+
+
+def test_torchs_generator_decides_the_seed_and_no_mask_moves_it(x):
+    nets = [network(), network()]
+    for net in nets:
+        torch.manual_seed(6)
+        seed_dropout(net)
+    state = torch.get_rng_state()
+    assert torch.equal(nets[0](x), nets[1](x))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_copy_of_the_network_shares_the_masks(x):
+    student = network()
+    seed = seed_dropout(student)
+    teacher = copy.deepcopy(student)
+    for _ in range(2):
+        assert torch.equal(student(x), teacher(x))
+        seed.advance()
+
+
+def test_a_recomputation_has_the_same_masks(x):
+    net = network()
+    seed_dropout(net)
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    loss = checkpoint(net, x, use_reentrant=False, preserve_rng_state=False).square().sum()
+    assert all(map(torch.equal, torch.autograd.grad(loss, list(net.parameters())), expected))
+
+
+def test_a_whole_step_compiles_and_sees_the_seed_advance(x):
+    torch._dynamo.reset()
+    net = network()
+    seed = seed_dropout(net)
+    step = torch.compile(pair, backend="aot_eager", fullgraph=True)
+    outputs = []
+    graphs = None
+    for _ in range(3):
+        student, teacher = step(net, x)
+        assert torch.equal(student, teacher)
+        assert torch.equal(student, net(x))
+        outputs.append(student)
+        seed.advance()
+        graphs = graphs or torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert not torch.equal(outputs[0], outputs[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_the_state_dict_stays_and_the_network_can_be_saved(x):
+    net = network()
+    keys = list(net.state_dict())
+    seed_dropout(net)
+    assert list(net.state_dict()) == keys
+    again = pickle.loads(pickle.dumps(net))
+    assert torch.equal(again(x), net(x))
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+
+
+def test_it_can_be_undone_and_comes_once(x):
+    net = network()
+    seed = seed_dropout(net)
+    assert seed_dropout(net).layers == []
+    seed.undo()
+    assert type(net[1]) is nn.Dropout
+    torch.manual_seed(2)
+    expected = network()
+    torch.manual_seed(2)
+    first = net(x)
+    torch.manual_seed(2)
+    assert torch.equal(expected(x), first)
+
+
+def test_other_dropouts_are_left_and_named():
+    class Special(nn.Dropout):
+        pass
+
+    seed = seed_dropout(nn.Sequential(Special(0.3), nn.Dropout(1.0), nn.Dropout(0.0)))
+    assert seed.left == {"0": "Special is a dropout of its own", "1": "p = 1 drops everything"}
+    assert seed.layers == ["2"]

@@ -17,6 +17,7 @@ from ict_fast.config import Config
 from ict_fast.consistency.model import build_seeded_network
 from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
+from ict_fast.networks.tf32 import set_tf32
 from ict_fast.training.adam_ema import AdamEMA
 from ict_fast.training.compilation import compile_blocks, compiles
 from ict_fast.training.loss_scale import LossScale
@@ -52,6 +53,9 @@ class TrainStep:
         self.network = _on_device(build_seeded_network(config), device)
         self.autocast_dtype: torch.dtype | None = None
         teacher = None
+        if config.training.precision == "tf32":
+            require_tf32(device)
+            set_tf32(self.network, True)
         if config.method.teacher == "ema":
             teacher = copy.deepcopy(self.network).requires_grad_(False)
         self.teacher: nn.Module | None = teacher
@@ -265,10 +269,20 @@ def ema_decay(step: int, config: Config) -> float:
 
 
 def trunk_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of the network's trunk, or None for fp32 throughout."""
+    """The autocast dtype of the network's trunk, or None for fp32 (of which TF32 is a way to compute)."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def require_tf32(device: torch.device) -> None:
+    """Raises InputError for a GPU that has no TF32, which would compute in fp32 and not say so."""
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+        raise InputError(
+            f"--training.precision is tf32, which {name} has not (compute capability {found}; it takes 8.0);"
+            " choose fp32 or fp16"
+        )
 
 
 def _on_device(network: nn.Module, device: torch.device) -> nn.Module:

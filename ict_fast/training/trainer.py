@@ -177,6 +177,10 @@ def _train_locked(
         now = trunk_name(train_step)
         if before not in (None, now):
             warnings.append(f"the run so far has a trunk in {before}, on this device it goes on in {now}")
+    if config.training.precision == "tf32" and device.type == "cpu":
+        warnings.append(
+            "a CPU has no TF32: its rounding is emulated, which is slower than --training.precision fp32"
+        )
     if world.is_first:
         prepare_directory(run)
     monitor = Monitor(

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -229,6 +230,42 @@ def test_a_signal_saves_in_all_processes_and_the_same_command_resumes(
     assert open_checkpoint(out).step > step
 
 
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_hangs_ends_the_run_with_a_diagnosis_and_leaves_nobody(
+    config: Config, tmp_path: Path, command: Command, stopped: int
+) -> None:
+    config = replace(
+        config,
+        training=replace(config.training, total_steps=100_000),
+        logging=replace(config.logging, log_every=1, checkpoint_every=100_000),
+    )
+    out = tmp_path / "run"
+    process = command(config, out, "--processes", "2", "--collective-timeout", "6")
+    _wait(process, (out / "log.jsonl").exists)
+    workers = _workers(process.pid)
+    first = int((out / ".lock").read_text())
+    (second,) = set(workers) - {first}
+    os.kill((first, second)[stopped], signal.SIGSTOP)
+    # Far less than the two minutes that a process has to save itself when it is asked to stop.
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, output
+    lines = [line for line in output.splitlines() if "gave up" in line]
+    assert len(lines) == 1, output
+    found = re.search(
+        r"process (\d) gave up at step ([\d,]+) after 6 s of waiting for (.*) \(--collective-timeout\):"
+        r" process (\d) on \S+ has been silent for \d+ s, since it was .* at step ([\d,]+);",
+        lines[0],
+    )
+    assert found, lines[0]
+    assert (int(found[1]), int(found[4])) == (1 - stopped, stopped)
+    assert found[3] in ("all processes to begin the step", "the gradients of all processes")
+    steps = [int(found[group].replace(",", "")) for group in (2, 5)]
+    assert steps[1] <= steps[0]
+    assert "Traceback" not in output
+    assert "starting all" not in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
 def test_two_agents_form_one_job_as_two_nodes_would(
     config: Config, tmp_path: Path, command: Command, undisturbed: dict[str, Path]
 ) -> None:
@@ -293,6 +330,8 @@ def test_a_number_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.Mon
     require_launched(4)
     with pytest.raises(InputError, match="8 processes are asked for, and torchrun has started 4"):
         require_launched(8)
+    with pytest.raises(InputError, match="--max-restarts is torchrun's here"):
+        require_launched(4, 3)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +339,7 @@ def test_a_number_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.Mon
     [
         ("bad_input", InputError, "no such thing", 1),
         ("failed_training", TrainingError, "no finite gradient", 1),
-        ("crash", TrainingError, "process 0 failed: .*a bug.*; 3 attempts got no further than step 0", 3),
+        ("crash", TrainingError, "process 0 failed: .*a bug.*; 2 attempts got no further than step 0", 2),
     ],
 )
 def test_errors_keep_their_meaning_and_crashes_are_tried_again(
@@ -311,7 +350,7 @@ def test_errors_keep_their_meaning_and_crashes_are_tried_again(
     try:
         peer = importlib.import_module("peer")
         with pytest.raises(error, match=line):
-            run_processes(getattr(peer, cause), 1, out=tmp_path, warn=warned.append)
+            run_processes(getattr(peer, cause), 1, out=tmp_path, warn=warned.append, max_restarts=1)
     finally:
         sys.path.remove(str(PEER.parent))
     assert len(warned) == attempts - 1

@@ -26,6 +26,7 @@ EXECUTION_FIELDS = frozenset(
         "method.second_sigma",
         "training.micro_batch",
         "training.compile",
+        "training.cuda_graph",
         "training.deterministic",
         "training.max_skipped_steps",
     }
@@ -163,6 +164,8 @@ class TrainingConfig:
     its rounding is measured to drown the gradient fp16; on a CPU fp32. tf32: fp32 tensors, TF32 products."""
     compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
     """Compile the network's blocks with torch.compile, minutes at the first start. auto: on a GPU."""
+    cuda_graph: bool = False
+    """Capture the whole step as one CUDA graph: one GPU, --data.loader resident. No GPU has run it yet."""
     max_skipped_steps: int = 100
     """Give up after this many steps in a row with a non-finite gradient."""
     deterministic: bool = False

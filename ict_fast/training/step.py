@@ -108,13 +108,22 @@ class TrainStep:
 
     def __call__(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Trains on the share of global batch `step` (from 0) that is here; never waits for the device."""
+        self.begin(step)
+        self.advance(micro_batches)
+
+    def begin(self, step: int) -> None:
+        """Writes into device tensors whatever differs from one step to the next."""
         config = self.config
         scales = consistency.num_scales(step, config.training.total_steps, config.method)
         self.seed_and_step[1].fill_(step)
         self.num_scales.fill_(scales)
         self.learning_rate.fill_(learning_rate(step, config))
         self.ema_decay.fill_(ema_decay(step, config))
+        if self.teacher is not None:
+            self.teacher_decay.fill_(consistency.teacher_ema_decay(scales, config.method))
 
+    def advance(self, micro_batches: Sequence[Batch]) -> None:
+        """The step that has begun: the same operations, with the same numbers, in every step."""
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
@@ -127,7 +136,6 @@ class TrainStep:
         if self.loss_scale is not None:
             self.loss_scale.advance(skipped)
         if self.teacher is not None:
-            self.teacher_decay.fill_(consistency.teacher_ema_decay(scales, config.method))
             self._advance_teacher(skipped)
         self._skipping_since.add_(1).mul_(skipped)
         torch.maximum(self.skipped_in_a_row, self._skipping_since, out=self.skipped_in_a_row)

@@ -22,6 +22,7 @@ from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
 from ict_fast.screen import say
 from ict_fast.training.describe import describe, describe_stages
+from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor, duration, reason
 from ict_fast.training.precision import choose_trunk, chooses_trunk
@@ -37,6 +38,7 @@ from ict_fast.training.world import (
     launched,
     local_rank,
     require_launched,
+    world_size,
 )
 
 _GRID_IMAGES = 64
@@ -76,6 +78,8 @@ def train(
     validate(config)
     out = Path("runs") / config.preset if out is None else Path(out)
     found, count = resolve_processes(device, gpus, processes)
+    if config.training.cuda_graph:
+        require_capturable(found, world_size() if launched() else count, config.data.loader)
     if launched():
         require_launched(gpus or processes, max_restarts)
         here = torch.device("cuda", local_rank()) if found.type == "cuda" else found
@@ -143,6 +147,8 @@ def plan(
     try:
         found, count = resolve_processes(device, gpus, processes)
         lines.append(f"device: {found}" if count == 1 else f"device: {found.type}, {count} processes")
+        if config.training.cuda_graph:
+            require_capturable(found, count, config.data.loader)
         _check_shares(config, count)
     except InputError as error:
         lines.append(f"device: not here: {error}")
@@ -227,6 +233,7 @@ def _loop(
     config, out, step, world = run.config, run.out, run.step, train_step.world
     total, logging = config.training.total_steps, config.logging
     borders = {stage.first_step for stage in stages(total, config.method)}
+    advance = CapturedStep(train_step) if config.training.cuda_graph else train_step
     while True:
         world.reached(step)
         done, stop_code = step == total, world.stop_code(stop.exit_code)
@@ -246,7 +253,7 @@ def _loop(
         started = time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
-        train_step(step, loader.micro_batches(step))
+        advance(step, loader.micro_batches(step))
         if compiling:
             monitor.say(f"compiled in {duration(time.monotonic() - started)}")
         step += 1

@@ -18,6 +18,7 @@ FLOORS = {
     "ict_fast.doctor": 0,
     "ict_fast.results": 0,
     "ict_fast.training": 1,
+    "ict_fast.planning": 1,
     "ict_fast.evaluation": 1,
     "ict_fast.consistency": 2,
     "ict_fast.networks": 3,

@@ -8,8 +8,8 @@ twice those of the forward, but for layers whose input needs no gradient, or who
 
 An activation is kept once, whoever needs it. By layer, in the order of ict_fast/networks:
 
-    residual block   its input (norm), the norm's output (convolution), both again after resampling where it
-                     changes them, the first convolution's output (norm), that norm's output (convolution)
+    residual block   its input (norm), the norm's output (convolution), resampled too where it resamples, the
+                     first convolution's output (norm), that norm's output (convolution)
     attention        its input (norm), the norm's output (convolution), query, key, value, the mixture
     output           its input and the norm's output, in fp32
 
@@ -26,6 +26,7 @@ from torch import nn
 from ict_fast.config import NetworkConfig
 from ict_fast.networks import UNet, build_network
 from ict_fast.networks.layers import AverageDownsample, FirDownsample, FirUpsample, ResidualBlock
+from ict_fast.networks.unet import DecoderLevel, EncoderLevel
 
 _FP32 = 4  # bytes
 _FIR_TAPS = 16
@@ -73,24 +74,33 @@ def network_cost(config: NetworkConfig) -> NetworkCost:
 
     resolution = config.resolution
     for level in network.encoder:
+        assert isinstance(level, EncoderLevel)
         if level.down is not None:
             _add_block(cost, level.down, resolution, resolution // 2)
             if level.pyramid is not None:
                 convolution = level.pyramid.conv
-                # Its border of one pixel is what the filter reads; the filter's input is not kept.
-                _multiply(cost, convolution, (resolution + 2) ** 2, input_grad=not level.pyramid.reads_image)
+                bordered = (resolution + 2) ** 2
+                _multiply(cost, convolution, bordered, input_grad=not level.pyramid.reads_image)
                 _filter(cost, convolution.out_channels, (resolution // 2) ** 2)
-                # The pyramid is the sum with the activations, which the next block keeps as its input.
+                # What it reads next is its sum with the activations, which the next block keeps anyway.
+                if level.pyramid.reads_image:
+                    cost.end_bytes += convolution.out_channels * bordered * _FP32
+                else:
+                    cost.trunk_values += convolution.out_channels * bordered
             resolution //= 2
         for block in level.blocks:
+            assert isinstance(block, ResidualBlock)
             _add_block(cost, block, resolution, resolution)
     for block in network.middle:
+        assert isinstance(block, ResidualBlock)
         _add_block(cost, block, resolution, resolution)
     for level in reversed(network.decoder):
+        assert isinstance(level, DecoderLevel)
         if level.up is not None:
             _add_block(cost, level.up, resolution, 2 * resolution)
             resolution *= 2
         for block in level.blocks:
+            assert isinstance(block, ResidualBlock)
             _add_block(cost, block, resolution, resolution)
     return cost
 
@@ -103,10 +113,12 @@ def _add_ends(cost: NetworkCost, network: UNet) -> None:
     # Input and raw output of student and teacher, for the input convolution and for the loss.
     cost.end_bytes += 4 * config.image_channels * pixels * _FP32
     cost.end_bytes += 2 * network.output.conv.in_channels * pixels * _FP32
+    label = getattr(network.embedding, "label", None)
     for name, layer in network.embedding.named_modules():
         if isinstance(layer, nn.Linear):
-            # Features and classes are data.
-            _multiply(cost, layer, 1, input_grad=name == "linear1")
+            # Features and classes are data; with a layer for the classes, the sum of both is not.
+            learned = name == "linear1" or (name == "linear0" and isinstance(label, nn.Linear))
+            _multiply(cost, layer, 1, input_grad=learned)
             cost.end_bytes += (layer.in_features + layer.out_features) * _FP32
 
 
@@ -118,8 +130,8 @@ def _add_block(cost: NetworkCost, block: ResidualBlock, before: int, after: int)
     if isinstance(block.resample, FirDownsample | FirUpsample):
         for _ in range(2):  # of both paths
             _filter(cost, block.in_channels, min(before, after) ** 2)
-    if isinstance(block.resample, AverageDownsample):
-        kept += wide  # pooling keeps its input
+    if isinstance(block.resample, FirDownsample | FirUpsample | AverageDownsample):
+        kept += wide  # their input, the norm's output before resampling
     if block.skip is not None:
         _multiply(cost, block.skip, pixels)
         if block.resample is not None:
@@ -135,6 +147,9 @@ def _add_block(cost: NetworkCost, block: ResidualBlock, before: int, after: int)
         cost.backward_flops += 2 * products
         kept += 6 * width * pixels
         cost.end_bytes += width // block.attention.head_channels * pixels * _FP32  # log-sum-exp of every row
+        cost.end_bytes += 2 * block.attention.norm.num_groups * _FP32
+    cost.end_bytes += 2 * (block.norm0.num_groups + block.norm1.num_groups) * _FP32
+    cost.end_bytes += block.embedding.out_features * _FP32
     cost.trunk_values += kept
     cost.widest_values = max(cost.widest_values, wide, narrow, width * pixels)
 

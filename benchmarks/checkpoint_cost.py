@@ -37,7 +37,6 @@ from ict_fast.training.saving import Saver  # noqa: E402
 from ict_fast.training.step import TrainStep  # noqa: E402
 
 GOAL = 0.01  # of the run's time
-_ALSO = {"imagenet64-ct2023": "with adaptive norm, as published"}
 
 
 def step_seconds(config: Config, step: TrainStep) -> tuple[float, str]:
@@ -62,7 +61,7 @@ def measure(config: Config, folder: Path, saves: int) -> dict[str, Any]:
     )  # its fingerprint is all that a checkpoint takes of it
     step = TrainStep(config, torch.device("cpu"))
     seconds, source = step_seconds(config, step)
-    out = folder / config.preset
+    out = folder / f"run-{config.preset}"
     out.mkdir()
     held, written = [], []
     monitor = Monitor(out, first_step=0, total_steps=1, batch_size=1, silent=True)
@@ -110,10 +109,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = measure(config, Path(folder), options.saves)
         report["results"].append(result)
         (options.out / "checkpoint-cost.json").write_text(json.dumps(report, indent=1) + "\n")
+        held, written = (
+            statistics.median(result[key]) for key in ("held_up_seconds", "written_after_seconds")
+        )
         print(
-            f"{name}: {result['state_bytes'] / 1e9:.2f} GB, held up {1e3 * statistics.median(result['held_up_seconds']):,.0f} ms,"
-            f" on disk after {statistics.median(result['written_after_seconds']):.1f} s,"
-            f" {100 * result['share_of_the_run']:.4f} % of the run at every {result['checkpoint_every']:,} steps"
+            f"{name}: {result['state_bytes'] / 1e9:.2f} GB, held up {1e3 * held:,.0f} ms, on disk after"
+            f" {written:.1f} s, {100 * result['share_of_the_run']:.4f} % of the run at every"
+            f" {result['checkpoint_every']:,} steps"
         )
     return int(any(result["share_of_the_run"] > GOAL for result in report["results"]))
 

@@ -117,10 +117,10 @@ def write(report: dict[str, Any], out: Path) -> None:
     if report["runs"]:
         (out / "last-stages.md").write_text(
             "The last two stages of the digits in each arithmetic of the trunk, from one checkpoint of an"
-            f" fp32 run, by `benchmarks/last_stages.py`: {report['seeds']} seeds, {report['count']:,} samples,"
-            f" torch {report['torch']}, on {report['device']}. Fréchet distances to the real digits in percent"
-            " of that of noise, after the stage of each N: mean ± standard deviation over the seeds, in"
-            " brackets the mean difference from fp32 with the same seeds.\n\n" + table(report)
+            f" fp32 run, by `benchmarks/last_stages.py`: {report['seeds']} seeds, {report['count']:,}"
+            f" samples, torch {report['torch']}, on {report['device']}. Fréchet distances to the real digits"
+            " in percent of that of noise, after the stage of each N: mean ± standard deviation over the"
+            " seeds, in brackets the mean difference from fp32 with the same seeds.\n\n" + table(report)
         )
 
 

@@ -1,7 +1,8 @@
 """What a second start saves of compiling: `python benchmarks/warm_start.py`.
 
-Two runs of `ict-fast train --training.compile on` on a CPU, one after the other, with one fresh compile cache:
-the first step of each holds all its compilations. The goal is a third of the time. Written: warm-start.json.
+Two runs of `ict-fast train --training.compile on` on a CPU, one after the other, with one compile cache that
+is empty at first: the first step of each holds all its compilations. The goal is a third of the time.
+Written: warm-start.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What a half-precision trunk does to the gradient, by stage: `python benchmarks/precision.py RUN`.
+"""What a trunk in less than fp32 does to the gradient, by stage: `python benchmarks/precision.py RUN`.
 
 For each stage N = 11, 21, ..., 1281 of a trained run's curriculum, the gradient of the same batches, with the
-same noise, in fp32 and with the trunk in bf16 and fp16. Written: precision.json, precision.md, precision.png:
+same noise, in fp32 and with the trunk in bf16, fp16 and TF32. A CPU has no TF32: there its rounding is
+emulated (ict_fast/networks/tf32.py). Written: precision.json, precision.md, precision.png:
 
 * cosine: of one batch's gradient with its fp32 gradient, mean over the batches;
 * cosine of the mean: the same of the mean gradient over all batches, in which what is noise averages out;
@@ -32,7 +33,7 @@ from ict_fast.data.loaders import Batch, make_loader  # noqa: E402
 from ict_fast.data.store import open_store  # noqa: E402
 from ict_fast.training.step import TrainStep  # noqa: E402
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "tf32")
 
 
 def measure(config: Config, steps: dict[str, TrainStep], num_scales: int, batches: Sequence[Batch]) -> dict:
@@ -139,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         "checkpoint": checkpoint.path.name,
         "preset": config.preset,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "tf32": "the GPU's" if device.type == "cuda" else "emulated by rounding the operands to 10 bits",
         "torch": torch.__version__,
         "batches": options.batches,
         "batch_size": options.batch_size,
@@ -154,8 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{options.batches} batches of {options.batch_size}, preset {config.preset}, on {report['device']}"
     )
     (options.out / "precision.md").write_text(
-        f"Gradients with a half-precision trunk against fp32, by `benchmarks/precision.py`: {about}, torch"
-        f" {torch.__version__}. The columns are explained in that file.\n\n"
+        f"Gradients with a trunk in less than fp32 against fp32, by `benchmarks/precision.py`: {about}, torch"
+        f" {torch.__version__}. TF32 is {report['tf32']}. The columns are explained in that file.\n\n"
         f"{table(report)}\n![](precision.png)\n"
     )
     plot(report, options.out / "precision.png")

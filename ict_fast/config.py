@@ -26,6 +26,7 @@ EXECUTION_FIELDS = frozenset(
         "method.second_sigma",
         "training.micro_batch",
         "training.compile",
+        "training.cuda_graph",
         "training.deterministic",
         "training.max_skipped_steps",
     }
@@ -158,11 +159,13 @@ class TrainingConfig:
     """Images per forward pass and process; 0 means all at once. Gradients accumulate over the rest."""
     seed: int = 0
     """Seed of the initial weights, the order, the flips, the noise, the levels and the dropout."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic of the network's trunk; its ends stay fp32. auto: on a GPU bf16, from the stage on at which
-    its rounding is measured to drown the gradient fp16; on a CPU fp32."""
+    its rounding is measured to drown the gradient fp16; on a CPU fp32. tf32: fp32 tensors, TF32 products."""
     compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
     """Compile the network's blocks with torch.compile, minutes at the first start. auto: on a GPU."""
+    cuda_graph: bool = False
+    """Capture the whole step as one CUDA graph: one GPU, --data.loader resident. No GPU has run it yet."""
     max_skipped_steps: int = 100
     """Give up after this many steps in a row with a non-finite gradient."""
     deterministic: bool = False

@@ -32,6 +32,10 @@ class TrainingError(Exception):
     """Training could not go on although the input was right. One line; exit code 1."""
 
 
+class HungError(TrainingError):
+    """A process waited for another one that did not come."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The hint that follows an unknown name: the nearest right one, or all of them if none is near.
 

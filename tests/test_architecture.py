@@ -19,6 +19,7 @@ FLOORS = {
     "ict_fast.doctor": 0,
     "ict_fast.results": 0,
     "ict_fast.training": 1,
+    "ict_fast.planning": 1,
     "ict_fast.evaluation": 1,
     "ict_fast.report": 1,
     "ict_fast.consistency": 2,

@@ -6,7 +6,7 @@ torch is imported inside the functions only: what can be refused without it is r
 from collections.abc import Callable
 from typing import Any
 
-from ict_fast.commands import ablate, doctor, evaluate, prepare, report, sample, train
+from ict_fast.commands import ablate, doctor, evaluate, plan, prepare, report, sample, train
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "train": (train.TrainOptions, train.run),
@@ -15,5 +15,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "report": (report.ReportOptions, report.run),
     "ablate": (ablate.AblateOptions, ablate.run),
     "prepare": (prepare.PrepareOptions, prepare.run),
+    "plan": (plan.PlanOptions, plan.run),
     "doctor": (doctor.DoctorOptions, doctor.run),
 }

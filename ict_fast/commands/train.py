@@ -52,6 +52,10 @@ class TrainOptions:
     """Whether to go on with a run that exists. never refuses one, must refuses its absence."""
     extend: Annotated[int | None, arg(metavar="STEPS", help_behavior_hint="")] = None
     """Go on with an existing run to a new number of total steps; prints the new curriculum."""
+    max_restarts: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 3)")] = None
+    """How often in a row lost processes are started again without getting any further."""
+    collective_timeout: Annotated[float, arg(metavar="SECONDS")] = 600.0
+    """How long a process waits for another one before the run ends and says which."""
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -86,6 +90,12 @@ def run(options: TrainOptions) -> int:
     ):
         if number is not None:
             at_least(1, name, number)
+    if options.max_restarts is not None:
+        at_least(0, "max-restarts", options.max_restarts)
+    if not 1 <= options.collective_timeout <= 1e6:
+        raise InputError(
+            f"--collective-timeout is {options.collective_timeout:g}; it must be 1 to 1,000,000 seconds"
+        )
     results.require_place(out, "--out")
     arguments: dict[str, Any] = {
         name: getattr(options, name) for name in ("device", "gpus", "processes", "resume", "extend")
@@ -98,6 +108,7 @@ def run(options: TrainOptions) -> int:
 
     from ict_fast.training.trainer import train
 
+    arguments |= {name: getattr(options, name) for name in ("max_restarts", "collective_timeout")}
     try:
         result = train(config, out=out, **arguments)
     except TrainingError as error:

@@ -4,7 +4,7 @@ Which arithmetic runs where (METHOD.md, trap 6): the trunk follows autocast, the
 of noise levels differs by less than bf16 can express, so the path of the noise embedding (to its projection
 in every block), the convolutions that read the image, and the output norm and convolution leave autocast and
 compute in the dtype of their parameters. TF32 is a global switch of torch, not a layer's: the caller turns it
-off (`ict_fast.training.launch.configure_torch`), which costs a bf16 trunk nothing.
+off (`ict_fast.training.launch.configure_torch`), and tf32.py on again inside single operations of the trunk.
 
 Randomness is an argument: dropout happens if and only if a seed is passed, whatever train() and eval() say.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ict_fast.config import NetworkConfig
 from ict_fast.errors import InputError
+from ict_fast.networks.tf32 import TrunkConv2d
 from ict_kernels import GroupNormSiLU
 
 Seed = int | Tensor | None
@@ -205,8 +206,8 @@ class SelfAttention(nn.Module):
                 " attention layer"
             )
         self.norm = GroupNormSiLU(group_count(channels), channels, eps=eps, activation=None)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.projection = nn.Conv2d(channels, channels, 1)
+        self.qkv = TrunkConv2d(channels, 3 * channels, 1)
+        self.projection = TrunkConv2d(channels, channels, 1)
 
     def forward(self, x_nchw: Tensor) -> Tensor:
         count, channels, height, width = x_nchw.shape
@@ -260,15 +261,15 @@ class ResidualBlock(nn.Module):
         self.skip_scale = skip_scale
         self.resample = resample
         self.norm0 = GroupNormSiLU(group_count(in_channels), in_channels, eps=eps)
-        self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv0 = TrunkConv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_channels, out_channels * (2 if adaptive_norm else 1))
         self.norm1 = GroupNormSiLU(
             group_count(out_channels), out_channels, eps=eps, dropout=dropout, layer=layer
         )
-        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv1 = TrunkConv2d(out_channels, out_channels, 3, padding=1)
         self.skip = None
         if in_channels != out_channels or (resample is not None and project_skip):
-            self.skip = nn.Conv2d(in_channels, out_channels, 1)
+            self.skip = TrunkConv2d(in_channels, out_channels, 1)
         self.attention = SelfAttention(out_channels, head_channels, eps) if attention else None
 
     def forward(
@@ -279,7 +280,7 @@ class ResidualBlock(nn.Module):
             condition = self.embedding(embedding)
         hidden = self._resampled(self.norm0(x_nchw))
         # The convolution's bias goes into the norm that follows: alone it would cost a pass over memory.
-        hidden = F.conv2d(hidden, self.conv0.weight, padding=1)
+        hidden = self.conv0.convolved(hidden, None)
         assert self.conv0.bias is not None
         if self.adaptive_norm:
             scale, shift = condition.chunk(2, dim=1)

@@ -24,6 +24,7 @@ from ict_fast.networks.layers import (
     to_trunk,
     without_autocast,
 )
+from ict_fast.networks.tf32 import TrunkConv2d
 
 
 class UNet(nn.Module):
@@ -238,7 +239,9 @@ class Pyramid(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, reads_image: bool) -> None:
         super().__init__()
         self.reads_image = reads_image
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=2)
+        # What reads the image is an end, whatever the trunk's arithmetic.
+        kind = nn.Conv2d if reads_image else TrunkConv2d
+        self.conv = kind(in_channels, out_channels, 3, padding=2)
         self.down = FirDownsample(out_channels, padding=0)
 
     def forward(self, x_nchw: Tensor, pyramid: Tensor) -> Tensor:

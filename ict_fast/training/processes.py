@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ict_fast.checkpoint import checkpoint_steps
-from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError, TrainingError
+from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, HungError, InputError, TrainingError
+from ict_fast.training import outcome
 from ict_fast.training.run_directory import RunResult
 
-# A run that loses processes again and again without getting any further is given up.
-_ATTEMPTS_WITHOUT_PROGRESS = 3
+MAX_RESTARTS = 3
+"""A run that loses processes so often without getting any further in between is given up."""
+
+_POLL_SECONDS = 0.25
 _SAVING_SECONDS = 120  # what a stopped run has to write its checkpoint
 _TRACEBACK = "crash.txt"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def run_processes(
-    work: Callable[[bool], RunResult], count: int, *, out: Path, warn: Callable[[str], None]
+    work: Callable[[bool], RunResult],
+    count: int,
+    *,
+    out: Path,
+    warn: Callable[[str], None],
+    max_restarts: int = MAX_RESTARTS,
 ) -> RunResult:
     """Runs `work` in `count` processes under torch's elastic agent until it is done.
 
     When a process dies, all of them are stopped and started again, as long as the run gets further. What the
     agent would report as a failure like any other keeps its meaning here: errors of the input and of training
-    end the run at once, and signals are passed on, so that the run is saved first.
+    end the run at once, and signals are passed on, so that the run is saved first. A process that waits for
+    another one in vain ends the run too, with its diagnosis: somebody should look at that machine.
 
     Args:
         work: called with whether this is the first attempt; picklable, as the processes are spawned.
         count: the number of processes.
         out: the run's directory, whose checkpoints tell how far it is.
         warn: told of every new attempt.
+        max_restarts: how often in a row the processes are started again without getting any further.
     Returns:
         What process 0 returned.
     Raises:
@@ -60,16 +68,17 @@ def run_processes(
     while True:
         with tempfile.TemporaryDirectory(prefix="ict-fast-") as folder:
             cause, signal_number = _attempt(work, count, first, Path(folder), out / _TRACEBACK)
-            if outcome := _outcome(Path(folder)):
-                return outcome
+            if ended := outcome.outcome(Path(folder)):
+                return ended
         before, step = step, _newest_step(out)
         if signal_number is not None:
             code = EXIT_SIGTERM if signal_number == signal.SIGTERM else EXIT_SIGINT
             return RunResult(out, step, code, f"{out}: {cause}; nothing more was saved")
         first = False
         attempts_in_vain = 1 if step > before else attempts_in_vain + 1
-        if attempts_in_vain == _ATTEMPTS_WITHOUT_PROGRESS:
-            raise TrainingError(f"{cause}; {attempts_in_vain} attempts got no further than step {step:,}")
+        if attempts_in_vain > max_restarts:
+            attempts = f"{attempts_in_vain} attempts" if attempts_in_vain > 1 else "the attempt"
+            raise TrainingError(f"{cause}; {attempts} got no further than step {step:,}")
         warn(f"{cause}; starting all {count} processes again from step {step:,}")
 
 
@@ -93,7 +102,8 @@ def _attempt(
         signals_to_handle="SIGTERM,SIGINT",
     )
     try:
-        elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
+        with _ending_who_hangs(folder):
+            elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
     except SignalException as asked:
         # After a second signal, while the agent waited for the processes to save, nobody waits any more.
         for process in multiprocessing.active_children():
@@ -112,6 +122,32 @@ def _attempt(
     return "the processes ended without a result", None
 
 
+@contextmanager
+def _ending_who_hangs(folder: Path) -> Iterator[None]:
+    """While open, a process that reports that it waits in vain ends all of them, by SIGKILL.
+
+    The agent would ask them by SIGTERM, which a stopped one does not hear, and wait for the time that saving
+    may take.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_POLL_SECONDS):
+            if outcome.is_hung(folder):
+                for path in folder.glob("*.pid"):
+                    with suppress(OSError, ValueError):
+                        os.kill(int(path.read_text()), signal.SIGKILL)
+                return
+
+    thread = threading.Thread(target=watch, name="ict-fast-hung", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 @record
 def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent: int) -> None:
     """Runs in each process; how it ends is written into `folder`."""
@@ -122,32 +158,14 @@ def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent:
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
     rank = int(os.environ["RANK"])
+    outcome.report_to(Path(folder))
+    (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
     try:
         result = work(first)
     except (InputError, TrainingError) as error:
-        _write(Path(folder) / f"{rank}.json", {"error": type(error).__name__, "message": str(error)})
+        outcome.report_error(rank, error, hung=isinstance(error, HungError))
         raise SystemExit(1) from None
     if rank == 0:
-        _write(Path(folder) / "0.json", {**asdict(result), "out": str(result.out)})
+        outcome.report_result(rank, result)
     if result.exit_code:  # to return would be to wait for the agent, which waits for the end of this process
         raise SystemExit(result.exit_code)
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values))
-    os.replace(partial, path)
-
-
-def _outcome(folder: Path) -> RunResult | None:
-    """What the processes left: the first error, else the result of process 0."""
-    found = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
-        with suppress(OSError, ValueError):
-            found.append(json.loads(path.read_text()))
-    for values in found:
-        if "error" in values:
-            raise {"InputError": InputError}.get(values["error"], TrainingError)(values["message"])
-    for values in found:
-        return RunResult(**{**values, "out": Path(values["out"])})
-    return None

@@ -105,5 +105,7 @@ class Saver:
 
 
 def trunk_name(train_step: TrainStep) -> str:
-    """The dtype of the trunk, as state.json has it."""
+    """The arithmetic of the trunk, as state.json has it."""
+    if train_step.config.training.precision == "tf32":
+        return "tf32"
     return str(train_step.autocast_dtype or torch.float32).removeprefix("torch.")

@@ -17,6 +17,7 @@ from ict_fast.config import Config
 from ict_fast.consistency.model import build_seeded_network
 from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
+from ict_fast.networks.tf32 import set_tf32
 from ict_fast.training.adam_ema import AdamEMA
 from ict_fast.training.compilation import compile_blocks, compiles
 from ict_fast.training.loss_scale import LossScale
@@ -52,6 +53,9 @@ class TrainStep:
         self.network = _on_device(build_seeded_network(config), device)
         self.autocast_dtype: torch.dtype | None = None
         teacher = None
+        if config.training.precision == "tf32":
+            require_tf32(device)
+            set_tf32(self.network, True)
         if config.method.teacher == "ema":
             teacher = copy.deepcopy(self.network).requires_grad_(False)
         self.teacher: nn.Module | None = teacher
@@ -104,13 +108,22 @@ class TrainStep:
 
     def __call__(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Trains on the share of global batch `step` (from 0) that is here; never waits for the device."""
+        self.begin(step)
+        self.advance(micro_batches)
+
+    def begin(self, step: int) -> None:
+        """Writes into device tensors whatever differs from one step to the next."""
         config = self.config
         scales = consistency.num_scales(step, config.training.total_steps, config.method)
         self.seed_and_step[1].fill_(step)
         self.num_scales.fill_(scales)
         self.learning_rate.fill_(learning_rate(step, config))
         self.ema_decay.fill_(ema_decay(step, config))
+        if self.teacher is not None:
+            self.teacher_decay.fill_(consistency.teacher_ema_decay(scales, config.method))
 
+    def advance(self, micro_batches: Sequence[Batch]) -> None:
+        """The step that has begun: the same operations, with the same numbers, in every step."""
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
@@ -123,7 +136,6 @@ class TrainStep:
         if self.loss_scale is not None:
             self.loss_scale.advance(skipped)
         if self.teacher is not None:
-            self.teacher_decay.fill_(consistency.teacher_ema_decay(scales, config.method))
             self._advance_teacher(skipped)
         self._skipping_since.add_(1).mul_(skipped)
         torch.maximum(self.skipped_in_a_row, self._skipping_since, out=self.skipped_in_a_row)
@@ -265,10 +277,20 @@ def ema_decay(step: int, config: Config) -> float:
 
 
 def trunk_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of the network's trunk, or None for fp32 throughout."""
+    """The autocast dtype of the network's trunk, or None for fp32 (of which TF32 is a way to compute)."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def require_tf32(device: torch.device) -> None:
+    """Raises InputError for a GPU that has no TF32, which would compute in fp32 and not say so."""
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+        raise InputError(
+            f"--training.precision is tf32, which {name} has not (compute capability {found}; it takes 8.0);"
+            " choose fp32 or fp16"
+        )
 
 
 def _on_device(network: nn.Module, device: torch.device) -> nn.Module:

@@ -22,15 +22,24 @@ from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
 from ict_fast.screen import say
 from ict_fast.training.describe import describe, describe_stages
+from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor, duration, reason
 from ict_fast.training.precision import choose_trunk, chooses_trunk
-from ict_fast.training.processes import run_processes
+from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled, will_prepare
 from ict_fast.training.run_directory import Run, RunResult, lock, open_run, prepare_directory
 from ict_fast.training.saving import Saver, trunk_name
 from ict_fast.training.step import TrainStep
-from ict_fast.training.world import World, joined, launched, local_rank, require_launched
+from ict_fast.training.world import (
+    COLLECTIVE_TIMEOUT,
+    World,
+    joined,
+    launched,
+    local_rank,
+    require_launched,
+    world_size,
+)
 
 _GRID_IMAGES = 64
 
@@ -44,6 +53,8 @@ def train(
     processes: int | None = None,
     resume: str = "auto",
     extend: int | None = None,
+    max_restarts: int | None = None,
+    collective_timeout: float = COLLECTIVE_TIMEOUT,
 ) -> RunResult:
     """Trains, or goes on training, one run.
 
@@ -57,18 +68,22 @@ def train(
         out: the run's directory; by default runs/<preset>. Every node must see it.
         device, gpus, processes: see `resolve_processes`.
         resume, extend: see `open_run`.
+        max_restarts: see `run_processes`; None for its default. Under torchrun it is torchrun's to say.
+        collective_timeout: seconds that a process waits for another one.
     Raises:
         InputError: before anything is written, if the input cannot work.
-        TrainingError: too many steps in a row without a finite gradient, the end could not be saved, or
-            processes were lost again and again.
+        TrainingError: too many steps in a row without a finite gradient, the end could not be saved,
+            processes were lost again and again, or one waited for another in vain.
     """
     validate(config)
     out = Path("runs") / config.preset if out is None else Path(out)
     found, count = resolve_processes(device, gpus, processes)
+    if config.training.cuda_graph:
+        require_capturable(found, world_size() if launched() else count, config.data.loader)
     if launched():
-        require_launched(gpus or processes)
+        require_launched(gpus or processes, max_restarts)
         here = torch.device("cuda", local_rank()) if found.type == "cuda" else found
-        with joined(here) as world:
+        with joined(here, collective_timeout) as world:
             result = _train(config, out, here, world, resume, extend)
             return result if world.is_first else replace(result, message="")
     if count == 1:
@@ -83,15 +98,22 @@ def train(
     open_data(run)
     with lock(run, lambda text: None):
         pass  # process 0 takes it again, and keeps it
-    work = partial(_train_launched, config, out, found.type, resume, extend)
-    return run_processes(work, count, out=out, warn=lambda text: say(f"ict-fast: warning: {text}"))
+    work = partial(_train_launched, config, out, found.type, resume, extend, collective_timeout)
+    return run_processes(
+        work,
+        count,
+        out=out,
+        warn=lambda text: say(f"ict-fast: warning: {text}"),
+        max_restarts=MAX_RESTARTS if max_restarts is None else max_restarts,
+    )
 
 
 def _train_launched(
-    config: Config, out: Path, device: str, resume: str, extend: int | None, first: bool
+    config: Config, out: Path, device: str, resume: str, extend: int | None, timeout: float, first: bool
 ) -> RunResult:
     """One process of several; a later attempt resumes what the first one began."""
-    return train(config, out=out, device=device, resume=resume if first else "auto", extend=extend)
+    resume = resume if first else "auto"
+    return train(config, out=out, device=device, resume=resume, extend=extend, collective_timeout=timeout)
 
 
 def plan(
@@ -125,6 +147,8 @@ def plan(
     try:
         found, count = resolve_processes(device, gpus, processes)
         lines.append(f"device: {found}" if count == 1 else f"device: {found.type}, {count} processes")
+        if config.training.cuda_graph:
+            require_capturable(found, count, config.data.loader)
         _check_shares(config, count)
     except InputError as error:
         lines.append(f"device: not here: {error}")
@@ -177,6 +201,10 @@ def _train_locked(
         now = trunk_name(train_step)
         if before not in (None, now):
             warnings.append(f"the run so far has a trunk in {before}, on this device it goes on in {now}")
+    if config.training.precision == "tf32" and device.type == "cpu":
+        warnings.append(
+            "a CPU has no TF32: its rounding is emulated, which is slower than --training.precision fp32"
+        )
     if world.is_first:
         prepare_directory(run)
     monitor = Monitor(
@@ -205,7 +233,9 @@ def _loop(
     config, out, step, world = run.config, run.out, run.step, train_step.world
     total, logging = config.training.total_steps, config.logging
     borders = {stage.first_step for stage in stages(total, config.method)}
+    advance = CapturedStep(train_step) if config.training.cuda_graph else train_step
     while True:
+        world.reached(step)
         done, stop_code = step == total, world.stop_code(stop.exit_code)
         if step > run.step:
             if done or step % logging.log_every == 0:
@@ -223,7 +253,7 @@ def _loop(
         started = time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
-        train_step(step, loader.micro_batches(step))
+        advance(step, loader.micro_batches(step))
         if compiling:
             monitor.say(f"compiled in {duration(time.monotonic() - started)}")
         step += 1

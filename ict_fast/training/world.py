@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ict_fast.errors import InputError, TrainingError
+from ict_fast.errors import HungError, InputError, TrainingError
+from ict_fast.training.lookout import Lookout
 
 T = TypeVar("T")
 
-# A process may wait this long for the slowest: the first one reads the data and writes the checkpoints.
-_PATIENCE = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = 600.0
+"""Seconds that a process may wait for the slowest: the first one writes pictures and checkpoints."""
+
+# Later, NCCL aborts the process by itself, without a word on which other one did not come.
+_NCCL_LATER = 60.0
 
 
 class World:
@@ -27,10 +31,12 @@ class World:
         size: number of processes on all nodes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lookout: Lookout | None = None, timeout: float = COLLECTIVE_TIMEOUT) -> None:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._lookout = lookout
+        patience = timedelta(seconds=timeout)
         # Over gloo whatever the device: reading the flag waits for the other hosts, never for a GPU.
-        self._hosts = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.size > 1 else None
+        self._hosts = dist.new_group(backend="gloo", timeout=patience) if self.size > 1 else None
         self._stop_code = torch.zeros(1, dtype=torch.int64)
         self._asked: Any = None
 
@@ -38,12 +44,22 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def reached(self, step: int) -> None:
+        """This process begins a step."""
+        if self._lookout is not None:
+            self._lookout.reached(step)
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """While open, the host waits for what other processes must do as well; `what` is for a diagnosis."""
+        return nullcontext() if self._lookout is None else self._lookout.waiting(what)
+
     def decide(self, choose: Callable[[], T]) -> T:
         """What process 0 chooses, in every process. If it raises, it ends, and its launcher ends the rest."""
         if self.size == 1:
             return choose()
         chosen: list[Any] = [choose() if self.is_first else None]
-        dist.broadcast_object_list(chosen, src=0, group=self._hosts)
+        with self.waiting("a decision of process 0"):
+            dist.broadcast_object_list(chosen, src=0, group=self._hosts)
         return chosen[0]
 
     def add(self, value: torch.Tensor) -> torch.Tensor:
@@ -62,7 +78,8 @@ class World:
             return mine
         agreed = 0
         if self._asked is not None:
-            self._asked.wait()
+            with self.waiting("all processes to begin the step"):
+                self._asked.wait()
             agreed = int(self._stop_code)
         self._stop_code.fill_(mine or 0)
         self._asked = dist.all_reduce(self._stop_code, dist.ReduceOp.MAX, group=self._hosts, async_op=True)
@@ -77,7 +94,8 @@ class World:
         if self.size == 1:
             return
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._hosts)
+        with self.waiting(f"all processes to compare {what}"):
+            dist.all_gather_object(values, value, group=self._hosts)
         if other := [str(rank) for rank in range(self.size) if values[rank] != values[0]]:
             raise InputError(f"{what} differ between process 0 and process {', '.join(other)}")
 
@@ -101,7 +119,8 @@ class World:
             ]
         ).cpu()
         of_all = [torch.empty_like(bits) for _ in range(self.size)]
-        dist.all_gather(of_all, bits, group=self._hosts)
+        with self.waiting("all processes to compare their states"):
+            dist.all_gather(of_all, bits, group=self._hosts)
         for rank, theirs in enumerate(of_all):
             if not torch.equal(theirs, of_all[0]):
                 name = names[int((theirs != of_all[0]).nonzero()[0])]
@@ -121,12 +140,20 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
-def require_launched(asked: int | None) -> None:
+def world_size() -> int:
+    """Number of processes that a launcher has started, on all nodes."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def require_launched(asked: int | None, max_restarts: int | None = None) -> None:
     """Checks what was asked for, if anything, against what the launcher has started on this node.
 
     Raises:
-        InputError: if the numbers of processes differ.
+        InputError: if the numbers of processes differ, or restarts were asked for, which are the launcher's.
     """
+    # Those that ict-fast itself has started are not given the option.
+    if max_restarts is not None:
+        raise InputError("--max-restarts is torchrun's here: give it to torchrun, before -m ict_fast")
     started = int(os.environ["LOCAL_WORLD_SIZE"])
     if asked not in (None, started):
         raise InputError(
@@ -136,19 +163,56 @@ def require_launched(asked: int | None) -> None:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
+def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterator[World]:
     """The world of this process: joined if a launcher started it, else a world of one.
 
     Args:
         device: where this process trains; NCCL connects GPUs, gloo CPUs.
+        timeout: seconds that a process waits for another one.
+    Raises:
+        TrainingError: if not all processes join in time.
+        HungError: instead of the error of an operation inside that the other processes do not come to.
     """
     if not launched():
         yield World()
         return
-    if device.type == "cuda":
+    nccl = device.type == "cuda"
+    if nccl:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    patience = timedelta(seconds=timeout + _NCCL_LATER if nccl else timeout)
     try:
-        yield World()
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=patience)
+    except RuntimeError as error:
+        if not _timed_out(error):
+            raise
+        count = os.environ["WORLD_SIZE"]
+        raise TrainingError(
+            f"not all of the {count} processes have joined within {timeout:g} s (--collective-timeout)"
+        ) from error
+    hung = False
+    try:
+        if dist.get_world_size() == 1:
+            yield World()
+            return
+        with Lookout(dist.get_rank(), dist.get_world_size(), _record(), timeout) as lookout:
+            try:
+                yield World(lookout, timeout)
+            except RuntimeError as error:
+                hung = _timed_out(error)
+                if hung:
+                    raise HungError(lookout.diagnosis()) from error
+                raise
     finally:
-        dist.destroy_process_group()
+        if not hung:  # else it would wait for what the others no longer do
+            dist.destroy_process_group()
+
+
+def _timed_out(error: Exception) -> bool:
+    return "timed out" in str(error).lower()
+
+
+def _record() -> dist.Store:
+    """Where the processes say what they do: the store by which they have found each other."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    return dist.PrefixStore(f"ict-fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -53,5 +53,7 @@ def test_the_command_writes_a_row_for_every_stage(short: Config, tmp_path: Path)
     for stage in report["stages"]:
         half, full = stage["precisions"]["bf16"], stage["precisions"]["fp16"]
         assert half["cosine"] < full["cosine"] <= 1, "fp16 has three bits more"
+        assert half["cosine"] < stage["precisions"]["tf32"]["cosine"] <= 1
+    assert report["tf32"].startswith("emulated")
     assert (tmp_path / "out/precision.md").read_text().count("\n| ") >= 8
     assert (tmp_path / "out/precision.png").stat().st_size > 5000

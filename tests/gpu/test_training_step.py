@@ -13,6 +13,7 @@ from torch import Tensor
 from ict_fast import presets
 from ict_fast.config import Config
 from ict_fast.data.loaders import Batch
+from ict_fast.networks.tf32 import TrunkConv2d, set_tf32
 from ict_fast.training.launch import configure_torch
 from ict_fast.training.step import TrainStep
 from ict_kernels import sample_noise_levels
@@ -54,7 +55,7 @@ def _synchronisation_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_a_step_never_waits_for_the_device(precision: str) -> None:
     config = _config(precision)
     train_step = TrainStep(config, torch.device("cuda"))
@@ -93,3 +94,28 @@ def test_the_ends_are_not_rounded_to_tf32() -> None:
     exact = torch.nn.functional.conv2d(x.double(), weight.double())
     error = (torch.nn.functional.conv2d(x, weight).double() - exact).norm() / exact.norm()
     assert float(error) < 1e-6
+
+
+def test_tf32_is_the_trunks_alone() -> None:
+    """One block: its convolutions round their operands; a linear layer and what comes after do not."""
+    configure_torch(torch.device("cuda"), deterministic=False)
+    layer = TrunkConv2d(64, 64, 3, padding=1, bias=False).cuda()
+    x = torch.randn(8, 64, 32, 32, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+    exact = torch.nn.functional.conv2d(x.detach().double(), layer.weight.detach().double(), padding=1)
+    errors = {}
+    for tf32 in (False, True):
+        set_tf32(layer, tf32)
+        output = layer(x)
+        errors[tf32] = float((output.detach().double() - exact).norm() / exact.norm())
+        output.sum().backward()
+    assert errors[False] < 1e-6
+    assert 1e-5 < errors[True] < 2e-3
+    y = torch.randn(256, 256, device="cuda")
+    product = y.double() @ y.double()
+    assert float(((y @ y).double() - product).norm() / product.norm()) < 1e-6
+
+
+def test_tf32_steps_agree_with_the_emulation_of_the_cpu() -> None:
+    config = _config("tf32")
+    cpu, gpu = _trained(config, "cpu", 4), _trained(config, "cuda", 4)
+    assert float((cpu - gpu).norm() / cpu.norm()) < 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from ict_fast.config import Config
-from ict_fast.training.compilation import compiles
+from ict_fast.training.compilation import cache_folder, compile_blocks, compiles
 from ict_fast.training.precision import measure_rounding
 from ict_fast.training.step import TrainStep
+from ict_fast.version import __version__
 
 
 @pytest.fixture
@@ -107,6 +109,28 @@ def test_auto_compiles_on_a_gpu_alone() -> None:
     assert [compiles("auto", device) for device in (cpu, gpu)] == [False, True]
     assert [compiles("off", device) for device in (cpu, gpu)] == [False, False]
     assert [compiles(asked, cpu) for asked in ("on", "max-autotune")] == [True, True]
+
+
+def test_compiled_code_is_kept_by_version_and_device_where_the_user_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differs between configurations is in the graphs, by whose hash Inductor keeps them inside."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours = cache_folder()
+    assert ours.parent == tmp_path / "ict-fast"
+    assert ours.name == f"{__version__}-torch-{torch.__version__}-cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert cache_folder().name == f"{__version__}-torch-{torch.__version__}-NVIDIA-H100-80GB-HBM3"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_blocks()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_blocks()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache_folder())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # so that what was there before comes back
 
 
 @pytest.mark.drill

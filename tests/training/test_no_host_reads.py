@@ -45,7 +45,7 @@ def test_the_watch_sees_a_read() -> None:
 
 
 @pytest.mark.parametrize(("teacher", "num_classes"), [("student", 0), ("student", 10), ("ema", 0)])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_a_step_never_waits_for_the_device(
     tiny: Config,
     batches: Callable[..., list],

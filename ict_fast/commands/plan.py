@@ -1,0 +1,83 @@
+"""`ict-fast plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from ict_fast import errors, presets, results
+from ict_fast.commands.arguments import at_least
+from ict_fast.config import validate
+from ict_fast.screen import print_table, say
+
+# Of the checkout, where there is one.
+_RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Say what a run will take: memory, communication, days. Nothing is trained, no GPU is needed."""
+
+    preset: Annotated[str, arg(metavar=f"{{{','.join(presets.names())}}}")] = "imagenet64"
+    """The run."""
+    gpu: Annotated[str, arg(metavar="{a100,h100,h200}")] = "h100"
+    """The kind of GPU."""
+    gpus: Annotated[int, arg(metavar="N")] = 8
+    """How many of them, 1 to 512."""
+    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the preset's)")] = None
+    """Images per step over all GPUs."""
+    micro_batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: what fits)")] = None
+    """Images at a time on each GPU."""
+    total_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the preset's)")] = None
+    """Steps of the run."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the trunk; auto is a half precision."""
+    mfu: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: measured, else 0.4)")] = (
+        None
+    )
+    """Share of the GPU's peak rate that a step reaches."""
+    results: Annotated[
+        Path | None, arg(metavar="DIR", help_behavior_hint="(default: benchmarks/results)")
+    ] = None
+    """Where measured rates are looked for."""
+    json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Write the plan there too, as JSON."""
+
+
+def run(options: PlanOptions) -> int:
+    """Runs the command; returns its exit code."""
+    config = presets.get(options.preset)
+    for name in ("gpus", "batch_size", "micro_batch", "total_steps"):
+        if (number := getattr(options, name)) is not None:
+            at_least(1, name.replace("_", "-"), number)
+    training = dataclasses.replace(
+        config.training,
+        batch_size=options.batch_size or config.training.batch_size,
+        micro_batch=options.micro_batch or config.training.micro_batch,
+        total_steps=options.total_steps or config.training.total_steps,
+        precision=options.precision,
+    )
+    config = dataclasses.replace(config, training=training)
+    validate(config)
+    if options.json is not None:
+        results.require_place(options.json.parent, "--json")
+
+    from ict_fast.planning import make_plan, tables
+    from ict_fast.planning.tables import rate_in_words, to_dict
+
+    folder = _RESULTS if options.results is None else options.results
+    plan = make_plan(config, options.gpu, options.gpus, mfu=options.mfu, results=folder)
+    for table in tables(plan):
+        print_table(table)
+    print(f"The rate is {rate_in_words(plan)}.")
+    for warning in plan.warnings:
+        say(f"ict-fast: warning: {warning}")
+    if options.json is not None:
+        results.write(options.json, (json.dumps(to_dict(plan), indent=2) + "\n").encode())
+        print(f"written: {options.json}")
+    return errors.EXIT_DONE

@@ -1,0 +1,128 @@
+"""The trunk's convolutions in TF32: fp32 tensors, products of operands with 10 bits of mantissa.
+
+TF32 is a switch of the whole process, and the network's ends must not see it (METHOD, trap 6: it makes
+neighbouring noise levels identical). The ends lie between the trunk's layers, forward and backward, and
+autograd calls backward functions in an order, and a thread, of its own. So the switch is turned for the
+length of one operation, inside it: forward and backward are operations that torch.compile does not look into,
+and whatever runs between two of them finds IEEE arithmetic. Attention's softmax and its two products, a
+twentieth of ADM's, stay in fp32: torch's fused kernels do as they like with the switch.
+
+A CPU has no TF32. Here it rounds the operands instead, to nearest, and accumulates in fp32, which is what a
+tensor core does up to the order of the sums.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Autograd's thread for a device and the main thread never compute at once, but a second device's might.
+_TURNING = threading.RLock()
+
+_DROPPED_BITS = 13  # of fp32's 23 bits of mantissa TF32 keeps 10
+
+
+@contextmanager
+def tf32_allowed() -> Iterator[None]:
+    """TF32 for the convolutions and matrix products inside, and what was before afterwards."""
+    with _TURNING:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """fp32 rounded to TF32's 10 bits of mantissa, to nearest, ties away from zero; inf and nan stay."""
+    assert x.dtype == torch.float32, x.dtype
+    bits = x.view(torch.int32)
+    half, mask = 1 << (_DROPPED_BITS - 1), -1 << _DROPPED_BITS
+    # In integers the mantissa carries into the exponent by itself; inf and nan must not.
+    return torch.where(x.isfinite(), ((bits + half) & mask).view(torch.float32), x)
+
+
+def _operand(x: Tensor) -> Tensor:
+    return x if x.is_cuda else round_to_tf32(x)
+
+
+# ---- the operations ----
+
+
+@torch.library.custom_op("ict_fast::conv2d_tf32", mutates_args=())
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    with tf32_allowed():
+        return F.conv2d(_operand(x), _operand(weight), bias, padding=padding)
+
+
+@_conv2d.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=padding)
+
+
+@torch.library.custom_op("ict_fast::conv2d_tf32_backward", mutates_args=())
+def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    with tf32_allowed():
+        return _gradients(_operand(grad), _operand(x), _operand(weight), padding)
+
+
+@_conv2d_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    return _gradients(grad, x, weight, padding)
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    sizes = ([1, 1], [padding, padding], [1, 1], False, [0, 0], 1)
+    by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *sizes, [True, True, False]
+    )
+    return by_x, by_weight
+
+
+def _keep_operands(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    x, weight, bias, padding = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.padding, ctx.has_bias = padding, bias is not None  # type: ignore[attr-defined]
+
+
+def _backward_of_conv2d(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+    x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    by_x, by_weight = _conv2d_backward(grad, x, weight, ctx.padding)  # type: ignore[attr-defined]
+    # A sum, not a product: as exact as any other of the trunk's fp32 sums.
+    by_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None  # type: ignore[attr-defined]
+    return by_x, by_weight, by_bias, None
+
+
+_conv2d.register_autograd(_backward_of_conv2d, setup_context=_keep_operands)
+
+
+# ---- what the layers call ----
+
+
+class TrunkConv2d(nn.Conv2d):
+    """A convolution of the trunk, of stride 1: it follows autocast, and computes in TF32 if `tf32` is set."""
+
+    tf32 = False
+
+    def forward(self, x_nchw: Tensor) -> Tensor:
+        return self.convolved(x_nchw, self.bias)
+
+    def convolved(self, x_nchw: Tensor, bias: Tensor | None) -> Tensor:
+        """With this bias instead of the layer's own."""
+        padding = int(self.padding[0])
+        if self.tf32:
+            return _conv2d(x_nchw, self.weight, bias, padding)
+        return F.conv2d(x_nchw, self.weight, bias, padding=padding)
+
+
+def set_tf32(network: nn.Module, enabled: bool) -> None:
+    """Computes the network's trunk in TF32 from now on, or no longer."""
+    for module in network.modules():
+        if isinstance(module, TrunkConv2d):
+            module.tf32 = enabled

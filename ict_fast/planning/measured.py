@@ -1,0 +1,68 @@
+"""Measured throughputs, in place of an assumption: what `benchmarks/run_gpu.py --part step` leaves.
+
+The contract: a file `step-*.json` with `part` "step", `hardware.gpu` (the name that CUDA gives) and
+`results`, a list; of these, each that has `preset`, `precision`, `batch_size` and `images_per_second` is the
+rate of whole training steps on one such GPU. Anything else in the file is not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_HALVES = ("auto", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A rate of one GPU.
+
+    Attributes:
+        images_per_second: of whole training steps.
+        batch_size: images per step, on the one GPU.
+        gpu: its name, as CUDA gives it.
+        file: where it was found.
+    """
+
+    images_per_second: float
+    batch_size: int
+    gpu: str
+    file: str
+
+
+def best_measured(folder: Path, preset: str, gpu: str, precision: str) -> Measured | None:
+    """The highest rate measured for a preset, if any.
+
+    Args:
+        folder: of the JSON; it need not exist.
+        preset: its name.
+        gpu: "a100", "h100", "h200": part of the name that CUDA gives.
+        precision: that of the plan; the half precisions, equally fast, count as one.
+    """
+    alike = _HALVES if precision in _HALVES else (precision,)
+    found = [
+        Measured(float(result["images_per_second"]), int(result["batch_size"]), name, path.name)
+        for path in sorted(folder.glob("step-*.json"))
+        for name, result in _results(path)
+        if gpu in name.lower() and result["preset"] == preset and result["precision"] in alike
+    ]
+    return max(found, key=lambda each: each.images_per_second, default=None)
+
+
+def _results(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """GPU and result, of those that keep the contract."""
+    try:
+        report = json.loads(path.read_text())
+        if report["part"] != "step" or not isinstance(gpu := report["hardware"]["gpu"], str):
+            return
+        results = list(report["results"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for result in results:
+        if isinstance(result, dict) and {"preset", "precision", "batch_size", "images_per_second"} <= set(
+            result
+        ):
+            yield gpu, result

@@ -1,0 +1,201 @@
+"""How a run divides among GPUs, what fits into their memory, and how long it takes.
+
+Every term is explained in docs/planning.md; what is assumed is in the constants here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ict_fast.config import Config
+from ict_fast.data.order import micro_batch_size
+from ict_fast.errors import InputError
+from ict_fast.planning import gpus as machines
+from ict_fast.planning.gpus import Gpu
+from ict_fast.planning.measured import Measured, best_measured
+from ict_fast.planning.network_cost import NetworkCost, network_cost
+
+MOST_GPUS = 512
+DEFAULT_MFU = 0.40
+"""Share of the peak rate that a training step reaches; an assumption until it is measured."""
+
+# CUDA's context, cuDNN's and cuBLAS's workspaces, NCCL's buffers: assumed.
+RUNTIME_BYTES = 3e9
+# The allocator's gaps are what is left of the GPU's memory: assumed.
+USABLE = 0.92
+# Gradients that live beside the activations at the peak, in units of the widest; the tests see one at most.
+GRADIENTS_ALIVE = 2
+_FP32 = 4
+# Below this share of the batch a GPU does not reach its rate, and the figures flatter.
+_SMALL_SHARE = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on some GPUs; bytes and images are those of one GPU unless said otherwise.
+
+    Attributes:
+        preset, gpu, gpus, precision: what was asked for.
+        cost: of the network.
+        batch_size, total_steps: of the run, all GPUs together.
+        share: images per step.
+        micro_batch: images at a time, the largest that fits.
+        memory: bytes by kind.
+        usable_bytes: what the GPU has for them.
+        all_reduced_bytes: gradients that are summed in each step.
+        wire_bytes: what the sum sends, as a ring.
+        mfu: share of the peak rate, assumed or measured.
+        measured: where the rate comes from, if it is not assumed.
+        compute_seconds, exposed_seconds: of a step; the second is communication that computing does not hide.
+        warnings: what a reader should know.
+    """
+
+    preset: str
+    gpu: Gpu
+    gpus: int
+    precision: str
+    cost: NetworkCost
+    batch_size: int
+    total_steps: int
+    share: int
+    micro_batch: int
+    memory: dict[str, float]
+    usable_bytes: float
+    all_reduced_bytes: float
+    wire_bytes: float
+    mfu: float
+    measured: Measured | None
+    compute_seconds: float
+    exposed_seconds: float
+    warnings: tuple[str, ...]
+
+    @property
+    def total_flops(self) -> float:
+        """Of the whole run."""
+        return float(self.cost.step_flops) * self.batch_size * self.total_steps
+
+    @property
+    def step_seconds(self) -> float:
+        return self.compute_seconds + self.exposed_seconds
+
+    @property
+    def images_per_second(self) -> float:
+        """All GPUs together."""
+        return self.batch_size / self.step_seconds
+
+    @property
+    def days(self) -> float:
+        return self.total_steps * self.step_seconds / 86400
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.days * 24 * self.gpus
+
+
+def make_plan(
+    config: Config, gpu: str, gpus: int, *, mfu: float | None = None, results: Path | None = None
+) -> Plan:
+    """Plans a run.
+
+    Args:
+        config: its network, batch, steps and precision; its micro-batch, unless that is 0.
+        gpu: a key of `GPUS`.
+        gpus: how many, all in one run.
+        mfu: assume this share of the peak rate, whatever was measured; None: that measured, or the default.
+        results: folder of measured rates.
+    Raises:
+        InputError: for an unknown GPU, a number of GPUs that is out of range or does not share the batch, an
+            mfu that is none, or a run that does not fit.
+    """
+    kind, training = machines.get(gpu), config.training
+    if not 1 <= gpus <= MOST_GPUS:
+        raise InputError(f"--gpus is {gpus}; a plan is for 1 to {MOST_GPUS}")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise InputError(f"--mfu is {mfu:g}; it must be a share of the peak rate, above 0 and at most 1")
+    share = micro_batch_size(training.batch_size, gpus, None)
+    cost = network_cost(config.network)
+    usable = USABLE * kind.memory
+    micro_batch = training.micro_batch or _largest(config, cost, share, usable)
+    micro_batch_size(training.batch_size, gpus, micro_batch)
+    memory = memory_bytes(config, cost, min(micro_batch, share))
+    if sum(memory.values()) > usable:
+        raise InputError(
+            f"{config.preset} needs {sum(memory.values()) / 1e9:.0f} GB on each GPU for {micro_batch} image"
+            f"{'s' if micro_batch > 1 else ''} at a time; an {kind.name} has {usable / 1e9:.0f} GB for it"
+        )
+
+    measured = None
+    if mfu is None and results is not None:
+        measured = best_measured(results, config.preset, gpu.lower(), training.precision)
+    peak = kind.peak(training.precision)
+    if measured is not None:
+        mfu = measured.images_per_second * cost.step_flops / peak
+    elif mfu is None:
+        mfu = DEFAULT_MFU
+    compute = share * cost.step_flops / (peak * mfu)
+
+    reduced = float(_FP32 * cost.parameters) if gpus > 1 else 0.0
+    wire = 2 * (gpus - 1) / gpus * reduced
+    bandwidth = kind.nvlink if gpus <= machines.GPUS_PER_NODE else machines.NETWORK
+    # Gradients travel while the last micro-batch's backward pass makes the next ones.
+    hiding = compute * cost.backward_flops / cost.step_flops * min(micro_batch, share) / share
+    return Plan(
+        preset=config.preset,
+        gpu=kind,
+        gpus=gpus,
+        precision=training.precision,
+        cost=cost,
+        batch_size=training.batch_size,
+        total_steps=training.total_steps,
+        share=share,
+        micro_batch=min(micro_batch, share),
+        memory=memory,
+        usable_bytes=usable,
+        all_reduced_bytes=reduced,
+        wire_bytes=wire,
+        mfu=mfu,
+        measured=measured,
+        compute_seconds=compute,
+        exposed_seconds=max(0.0, wire / bandwidth - hiding),
+        warnings=_warnings(share, measured),
+    )
+
+
+def memory_bytes(config: Config, cost: NetworkCost, micro_batch: int) -> dict[str, float]:
+    """Bytes of one GPU by kind, at the peak of a step."""
+    parameters, half = _FP32 * float(cost.parameters), config.training.precision not in ("fp32", "tf32")
+    itemsize = 2 if half else 4
+    memory = {
+        "weights": parameters,
+        "gradients": parameters,
+        "optimizer": 2 * parameters,
+        "EMA": parameters,
+        "activations": float(micro_batch * cost.activation_bytes(itemsize)),
+        "workspace": RUNTIME_BYTES + GRADIENTS_ALIVE * float(micro_batch * cost.widest_values * itemsize),
+    }
+    if config.method.teacher == "ema":
+        memory["EMA teacher"] = parameters
+    if half:  # autocast's copies, which backward needs again
+        memory["weights in half precision"] = parameters / 2
+    return memory
+
+
+def _largest(config: Config, cost: NetworkCost, share: int, usable: float) -> int:
+    """The largest micro-batch that divides a GPU's share and fits; 1 if none does."""
+    fitting = (
+        size
+        for size in range(share, 0, -1)
+        if share % size == 0 and sum(memory_bytes(config, cost, size).values()) <= usable
+    )
+    return next(fitting, 1)
+
+
+def _warnings(share: int, measured: Measured | None) -> tuple[str, ...]:
+    found = []
+    if share < _SMALL_SHARE:
+        found.append(
+            f"{share} images on each GPU are too few to fill it: the rate will be below the"
+            f" {'measured' if measured else 'assumed'} one"
+        )
+    return tuple(found)

@@ -1,0 +1,94 @@
+"""A plan for people, and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from ict_fast.planning.gpus import GPUS_PER_NODE, NETWORK
+from ict_fast.planning.plan import DEFAULT_MFU, Plan
+
+
+def tables(plan: Plan) -> list[Table]:
+    """The run, the memory of one GPU, and the time."""
+    return [_run(plan), _memory(plan), _time(plan)]
+
+
+def rate_in_words(plan: Plan) -> str:
+    """Where the images per second come from."""
+    if (measured := plan.measured) is not None:
+        return (
+            f"measured: {measured.images_per_second:,.0f} images/s on one {measured.gpu},"
+            f" {measured.batch_size} images a step ({measured.file}), {100 * plan.mfu:.0f} % of its peak"
+        )
+    stated = "the default" if plan.mfu == DEFAULT_MFU else "as asked"
+    return f"assumed: {100 * plan.mfu:.0f} % of the peak rate ({stated}; nothing measured is used)"
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values; bytes, seconds, FLOPs."""
+    return {
+        **asdict(plan),
+        "forward_flops_per_image": plan.cost.forward_flops,
+        "step_flops_per_image": plan.cost.step_flops,
+        "total_flops": plan.total_flops,
+        "images_per_second": plan.images_per_second,
+        "days": plan.days,
+        "gpu_hours": plan.gpu_hours,
+        "rate": rate_in_words(plan),
+    }
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, title_style="bold")
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _run(plan: Plan) -> Table:
+    cost = plan.cost
+    return _table(
+        f"{plan.preset} on {plan.gpus} x {plan.gpu.name}, {plan.precision}",
+        [
+            ("parameters", f"{cost.parameters / 1e6:,.1f} M"),
+            ("FLOPs per image, forward", f"{cost.forward_flops / 1e9:,.1f} G"),
+            ("FLOPs per image, step (2 forwards + backward)", f"{cost.step_flops / 1e9:,.1f} G"),
+            ("steps x batch", f"{plan.total_steps:,} x {plan.batch_size:,}"),
+            ("FLOPs in all", f"{plan.total_flops:.3g}"),
+        ],
+    )
+
+
+def _memory(plan: Plan) -> Table:
+    rows = [(kind, f"{size / 1e9:.2f} GB") for kind, size in plan.memory.items()]
+    total = sum(plan.memory.values())
+    rows.append(("together", f"{total / 1e9:.1f} of {plan.usable_bytes / 1e9:.0f} GB"))
+    pieces = plan.share // plan.micro_batch
+    fits = f"{plan.micro_batch:,} images"
+    if pieces > 1:
+        fits += f", {pieces} times a step (--training.micro-batch {plan.micro_batch})"
+    rows.append((f"micro-batch that fits, of {plan.share:,} images", fits))
+    return _table("memory of each GPU", rows)
+
+
+def _time(plan: Plan) -> Table:
+    rows = [
+        ("images/s, all GPUs", f"{plan.images_per_second:,.0f}"),
+        ("step", f"{1e3 * plan.step_seconds:,.0f} ms"),
+    ]
+    if plan.gpus > 1:
+        way = "NVLink" if plan.gpus <= GPUS_PER_NODE else f"the network, {NETWORK / 1e9:.0f} GB/s each"
+        hidden = "hidden behind the backward pass"
+        if plan.exposed_seconds:
+            hidden = f"{1e3 * plan.exposed_seconds:,.0f} ms not hidden"
+        rows += [
+            ("all-reduced per step", f"{plan.all_reduced_bytes / 1e9:.2f} GB"),
+            ("sent by each GPU", f"{plan.wire_bytes / 1e9:.2f} GB over {way}: {hidden}"),
+        ]
+    rows += [("days", f"{plan.days:,.1f}"), ("GPU hours", f"{plan.gpu_hours:,.0f}")]
+    return _table("time", rows)

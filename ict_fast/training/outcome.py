@@ -1,0 +1,72 @@
+"""How each process of several tells their parent in which way it ended: by a small file."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ict_fast.errors import InputError, TrainingError
+from ict_fast.training.run_directory import RunResult
+
+_FOLDER = "ICT_FAST_OUTCOMES"
+
+
+def report_to(folder: Path) -> None:
+    """Names the folder, in a process that has just been started."""
+    os.environ[_FOLDER] = str(folder)
+
+
+def reports() -> bool:
+    """Whether this process has a parent that reads what it reports."""
+    return _FOLDER in os.environ
+
+
+def report_error(rank: int, error: Exception, *, hung: bool = False) -> None:
+    """`hung`: the other processes cannot end by themselves."""
+    _write(rank, {"error": type(error).__name__, "message": str(error), "hung": hung})
+
+
+def report_result(rank: int, result: RunResult) -> None:
+    """How `train` ended."""
+    _write(rank, {**asdict(result), "out": str(result.out)})
+
+
+def _write(rank: int, values: dict[str, Any]) -> None:
+    path = Path(os.environ[_FOLDER]) / f"{rank}.json"
+    partial = path.with_suffix(f".partial-{threading.get_ident()}")
+    partial.write_text(json.dumps(values))
+    os.replace(partial, path)
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
+        with suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    return found
+
+
+def is_hung(folder: Path) -> bool:
+    """Whether a process has reported that it waits in vain."""
+    return any(values.get("hung") for values in _read(folder))
+
+
+def outcome(folder: Path) -> RunResult | None:
+    """What the processes left: the result of process 0, or None.
+
+    Raises:
+        InputError, TrainingError: the first error of one.
+    """
+    found = _read(folder)
+    for values in found:
+        if "error" in values:
+            raise {"InputError": InputError}.get(values["error"], TrainingError)(values["message"])
+    for values in found:
+        values.pop("hung", None)
+        return RunResult(**{**values, "out": Path(values["out"])})
+    return None

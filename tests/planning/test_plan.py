@@ -1,0 +1,179 @@
+"""A plan's arithmetic, what it refuses, and that a measured rate takes the place of the assumed one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ict_fast import presets
+from ict_fast.cli import main
+from ict_fast.config import Config
+from ict_fast.errors import InputError
+from ict_fast.planning import make_plan
+from ict_fast.planning.gpus import GPUS
+from ict_fast.planning.plan import DEFAULT_MFU, MOST_GPUS
+from ict_fast.training.step import TrainStep
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64, 512])
+@pytest.mark.parametrize("gpu", sorted(GPUS))
+def test_images_days_and_gpu_hours_follow_from_the_flops(gpu: str, gpus: int) -> None:
+    plan = make_plan(presets.get("imagenet64"), gpu, gpus, mfu=0.5)
+    peak = {"a100": 312e12, "h100": 989e12, "h200": 989e12}[gpu]
+    images = 800_000 * 4096
+    ideal_days = images * 4 * 219.3e9 / (0.5 * peak * gpus) / 86400
+    assert plan.days - plan.exposed_seconds * 800_000 / 86400 == pytest.approx(ideal_days, rel=2e-3)
+    assert plan.gpu_hours == pytest.approx(plan.days * 24 * gpus)
+    assert plan.images_per_second * plan.days * 86400 == pytest.approx(images)
+    assert plan.share * gpus == 4096
+    assert plan.share % plan.micro_batch == 0
+    assert sum(plan.memory.values()) <= plan.usable_bytes < GPUS[gpu].memory
+    if gpus == 1:
+        assert plan.all_reduced_bytes == 0
+    else:
+        assert plan.all_reduced_bytes == 4 * plan.cost.parameters
+        assert plan.all_reduced_bytes <= plan.wire_bytes <= 2 * plan.all_reduced_bytes
+
+
+def test_the_micro_batch_is_the_largest_that_fits() -> None:
+    plan = make_plan(presets.get("imagenet64"), "a100", 8)
+    per_image = plan.memory["activations"] / plan.micro_batch
+    larger = min(size for size in range(plan.micro_batch + 1, plan.share + 1) if plan.share % size == 0)
+    assert plan.micro_batch < plan.share
+    assert sum(plan.memory.values()) + (larger - plan.micro_batch) * per_image > plan.usable_bytes
+    fp32 = replace(
+        presets.get("imagenet64"), training=replace(presets.get("imagenet64").training, precision="fp32")
+    )
+    assert make_plan(fp32, "a100", 8).micro_batch < plan.micro_batch
+
+
+@pytest.mark.parametrize("teacher", ["student", "ema"])
+def test_what_a_run_keeps_is_what_a_training_step_holds(tiny: Config, teacher: str) -> None:
+    """Tensors of the real thing, after its first step, against the plan's kinds."""
+    config = replace(tiny, method=replace(tiny.method, teacher=teacher))
+    plan = make_plan(config, "h100", 1)
+    step = TrainStep(config, torch.device("cpu"))
+    groups = step.tensors()
+    names = [name for name, _ in step.network.named_parameters()]
+    held = {
+        "weights": sum(groups["weights"][name].nbytes for name in names),
+        "EMA": sum(groups["ema"][name].nbytes for name in names),
+        "optimizer": sum(t.nbytes for name, t in groups["optimizer"].items() if "exp_avg" in name),
+        "gradients": sum(p.nbytes for p in step.network.parameters()),
+    }
+    if teacher == "ema":
+        held["EMA teacher"] = sum(groups["teacher"][name].nbytes for name in names)
+    assert {kind: plan.memory[kind] for kind in held} == held
+    assert ("EMA teacher" in plan.memory) == (teacher == "ema")
+
+
+def test_communication_that_computing_does_not_hide_costs_time() -> None:
+    config = presets.get("cifar10")
+    near, far = (make_plan(config, "h100", gpus, mfu=0.5) for gpus in (8, 512))
+    assert near.exposed_seconds == 0
+    assert far.share == 2
+    wire = 2 * 511 / 512 * 4 * far.cost.parameters / 50e9
+    backward = 2 * far.cost.backward_flops / (0.5 * 989e12)
+    assert far.exposed_seconds == pytest.approx(wire - backward)
+    assert far.warnings == (
+        "2 images on each GPU are too few to fill it: the rate will be below the assumed one",
+    )
+    assert near.warnings == ()
+
+
+def _results(folder: Path, **changes: Any) -> None:
+    rate = {"preset": "imagenet64", "precision": "auto", "batch_size": 128, "images_per_second": 500.0}
+    slower = {**rate, "images_per_second": 400.0, "name": "uncompiled"}
+    report = {
+        "part": "step",
+        "hardware": {"gpu": "NVIDIA H200"},
+        "results": [slower, {**rate, **changes}, {"not_measured": "the budget"}],
+    }
+    (folder / "step-NVIDIA-H200-20260101-000000.json").write_text(json.dumps(report))
+    (folder / "step-broken.json").write_text('{"part": "step"')
+    (folder / "step-none.json").write_text('{"part": "step", "hardware": {}, "results": []}')
+
+
+def test_a_measured_rate_takes_the_place_of_the_assumption(tmp_path: Path) -> None:
+    config = presets.get("imagenet64")
+    assert make_plan(config, "h200", 8, results=tmp_path).mfu == DEFAULT_MFU
+    _results(tmp_path)
+    plan = make_plan(config, "h200", 8, results=tmp_path)
+    assert plan.measured is not None
+    assert plan.measured.file == "step-NVIDIA-H200-20260101-000000.json"
+    assert plan.images_per_second == pytest.approx(8 * 500)
+    assert plan.mfu == pytest.approx(500 * plan.cost.step_flops / 989e12)
+    # Of another GPU, another preset, another arithmetic, or when an assumption is asked for: not that one.
+    fp32 = replace(config, training=replace(config.training, precision="fp32"))
+    for other in (
+        make_plan(config, "h100", 8, results=tmp_path),
+        make_plan(presets.get("cifar10"), "h200", 8, results=tmp_path),
+        make_plan(fp32, "h200", 8, results=tmp_path),
+        make_plan(config, "h200", 8, mfu=0.3, results=tmp_path),
+    ):
+        assert other.measured is None
+
+
+# ---- the command ----
+
+
+def test_the_command_prints_the_plan_says_where_its_rate_is_from_and_writes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--preset", "imagenet64", "--gpus", "8", "--gpu", "h200", "--results", str(tmp_path)]
+    assert main([*words, "--json", str(tmp_path / "plan.json")]) == 0
+    said = capsys.readouterr().out
+    for text in (
+        "282.2 M",
+        "219.3 G",
+        "877.1 G",
+        "2.87e+21",
+        "1.13 GB",
+        "days",
+        "GPU hours",
+        "micro-batch that fits",
+    ):
+        assert text in said
+    assert "assumed: 40 % of the peak rate" in said
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["step_flops_per_image"] == 877_101_809_664
+    assert written["days"] == pytest.approx(800_000 * 4096 / written["images_per_second"] / 86400)
+    _results(tmp_path)
+    assert main(words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "measured: 500 images/s on one NVIDIA H200, 128 images a step (step-NVIDIA-H200-20260101" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "h20"], 'h20"; did you mean "h200"'),
+        (["--gpu", "tpu"], "choose one of: a100, h100, h200"),
+        (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
+        (["--gpus", str(MOST_GPUS + 1)], "a plan is for 1 to 512"),
+        (["--gpus", "7"], "batch-size is 4096; it must be a multiple of the 7 processes"),
+        (["--micro-batch", "100"], "micro-batch is 100"),
+        (["--preset", "imagnet64"], 'there is no preset "imagnet64"; did you mean "imagenet64"'),
+        (["--mfu", "1.2"], "--mfu is 1.2; it must be a share"),
+        (["--micro-batch", "512", "--gpu", "h100"], "needs 107 GB on each GPU for 512 images"),
+        (["--json", "/dev/null/plan.json"], "--json is /dev/null, but /dev/null is not a folder"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_every_preset_has_a_plan() -> None:
+    for name in presets.names():
+        config = presets.get(name)
+        assert make_plan(config, "a100", 8).days > 0
+        with pytest.raises(InputError, match="multiple of the 5 processes"):
+            make_plan(replace(config, training=replace(config.training, batch_size=96)), "a100", 5)

@@ -1,0 +1,158 @@
+"""A step can be captured: it is the same operations with the same numbers, whatever the step and the stage.
+
+Here capturing is a stand-in that keeps the function and its static inputs and calls it again; the real thing
+is tests/gpu/test_graph.py's, which no GPU has run yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from ict_fast.config import Config, differences
+from ict_fast.errors import InputError
+from ict_fast.training import graph
+from ict_fast.training.graph import CapturedStep, require_capturable
+from ict_fast.training.step import TrainStep
+from ict_fast.training.trainer import plan, train
+from ict_kernels import radam_ema
+
+CPU = torch.device("cpu")
+
+
+class Operations(TorchDispatchMode):
+    """The name and every number, flag and shape of each operation, in order; and the tensors it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not str(func).startswith("profiler."):
+            leaves, structure = tree_flatten((args, kwargs or {}))
+            self.seen.append((str(func), str(structure), *map(_described, leaves)))
+        return func(*args, **(kwargs or {}))
+
+
+def _described(leaf: Any) -> Any:
+    return (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "optimizer", "precision"),
+    [("student", "radam", "fp32"), ("student", "radam", "fp16"), ("ema", "adam", "tf32")],
+)
+def test_a_step_is_the_same_operations_with_the_same_numbers_in_every_stage(
+    tiny: Config,
+    batches: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    teacher: str,
+    optimizer: str,
+    precision: str,
+) -> None:
+    monkeypatch.setattr(radam_ema, "_may_look", lambda device: False)  # as on a GPU
+    config = replace(
+        tiny,
+        method=replace(tiny.method, teacher=teacher),
+        optimizer=replace(tiny.optimizer, name=optimizer, lr_decay=1.0),
+        training=replace(tiny.training, precision=precision),
+    )
+    step = TrainStep(config, CPU)
+    for number in range(2):
+        step(number, batches(config, number, 8))
+    recorded = []
+    for number in (2, 3, 17, 23):
+        step.begin(number)
+        given = batches(config, number, 8)
+        with Operations() as watch:
+            step.advance(given)
+        recorded.append(watch.seen)
+    assert len(recorded[0]) > 500
+    for later in recorded[1:]:
+        assert later == recorded[0]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
+    """In place of CUDA: what would be replayed is called again. Gives what was captured."""
+    captured: list[Callable] = []
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        captured.append(work)
+        return work
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(graph, "run_aside", lambda work: work())
+    return captured
+
+
+def _state(step: TrainStep) -> dict[str, Tensor]:
+    return {f"{file}/{name}": t for file, group in step.tensors().items() for name, t in group.items()}
+
+
+def test_captured_steps_have_the_bits_of_plain_ones_and_are_captured_when_they_must(
+    tiny: Config, batches: Callable, stand_in: list[Callable]
+) -> None:
+    config = replace(tiny, training=replace(tiny.training, precision="bf16"))
+    plain, inner = TrainStep(config, CPU), TrainStep(config, CPU)
+    captured = CapturedStep(inner)
+    captures = []
+    for number in range(20):
+        if number == 8:  # a switch of precision
+            plain.set_trunk(torch.float16)
+            inner.set_trunk(torch.float16)
+        size = 8 if number < 14 else 4  # a new plan of micro-batches
+        given = batches(config, number, size)
+        plain(number, given)
+        captured(number, given)
+        captures.append(captured.captures)
+        for batch in given:  # the graph must have read its own copies
+            batch.images.fill_(0)
+    assert captures == [0] * 3 + [1] * 8 + [2] * 6 + [3] * 3
+    assert len(stand_in) == 3
+    ours, theirs = _state(inner), _state(plain)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_a_run_with_a_captured_step_is_the_run_without(
+    tiny: Config, tmp_path: Path, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny, out=tmp_path / "plain", device="cpu")
+    monkeypatch.setattr("ict_fast.training.trainer.require_capturable", lambda *_: None)
+    training = replace(tiny.training, cuda_graph=True)
+    asked = replace(tiny, training=training, data=replace(tiny.data, loader="resident"))
+    assert differences(asked, tiny) == [], "how it executes, not what it computes"
+    train(asked, out=tmp_path / "captured", device="cpu")
+    assert len(stand_in) == 1
+    for name in ("weights", "ema", "optimizer"):
+        files = [
+            tmp_path / run / f"checkpoints/step-00000024/{name}.safetensors" for run in ("plain", "captured")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_a_captured_step_needs_is_refused_by_name(tiny: Config, tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    require_capturable(gpu, 1, "resident")
+    for device, processes, loader, message in (
+        (CPU, 1, "resident", "needs an NVIDIA GPU"),
+        (gpu, 8, "resident", "one process, and this run has 8; add --gpus 1"),
+        (gpu, 1, "auto", "--data.loader is auto; add --data.loader resident"),
+    ):
+        with pytest.raises(InputError, match=message):
+            require_capturable(device, processes, loader)
+    asked = replace(tiny, training=replace(tiny.training, cuda_graph=True))
+    with pytest.raises(InputError, match="cuda-graph needs an NVIDIA GPU"):
+        train(asked, out=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    assert "--training.cuda-graph needs an NVIDIA GPU" in plan(asked, out=tmp_path / "run", device="cpu")

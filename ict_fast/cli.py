@@ -107,7 +107,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _overview() -> str:
     lines = [
-        f"{name:<10}{(kind.__doc__ or '').split('. ')[0].rstrip('.')}."
+        f"{name:<14}{(kind.__doc__ or '').split('. ')[0].rstrip('.')}."
         for name, (kind, _) in COMMANDS.items()
     ]
     return "\n".join(

@@ -19,6 +19,7 @@ FLOORS = {
     "ict_fast.results": 0,
     "ict_fast.training": 1,
     "ict_fast.evaluation": 1,
+    "ict_fast.interop": 1,
     "ict_fast.consistency": 2,
     "ict_fast.networks": 3,
     "ict_fast.data": 3,

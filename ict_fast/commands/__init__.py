@@ -6,12 +6,26 @@ torch is imported inside the functions only: what can be refused without it is r
 from collections.abc import Callable
 from typing import Any
 
-from ict_fast.commands import doctor, evaluate, prepare, sample, train
+from ict_fast.commands import (
+    doctor,
+    edit,
+    evaluate,
+    export,
+    import_weights,
+    prepare,
+    sample,
+    search_sigma,
+    train,
+)
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "train": (train.TrainOptions, train.run),
     "sample": (sample.SampleOptions, sample.run),
     "evaluate": (evaluate.EvaluateOptions, evaluate.run),
     "prepare": (prepare.PrepareOptions, prepare.run),
+    "import": (import_weights.ImportOptions, import_weights.run),
+    "export": (export.ExportOptions, export.run),
+    "edit": (edit.EditOptions, edit.run),
+    "search-sigma": (search_sigma.SearchSigmaOptions, search_sigma.run),
     "doctor": (doctor.DoctorOptions, doctor.run),
 }

@@ -56,8 +56,8 @@ class ConsistencyModel(nn.Module):
             memory_format=torch.channels_last
         )
         output = self.network(scaled, noise_condition(sigma_n, self.config.network.c_noise), labels)
-        skip = c_skip(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.sigma_min)
-        out = c_out(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.sigma_min)
+        skip = c_skip(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.identity_sigma)
+        out = c_out(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.identity_sigma)
         return skip * x + out * output
 
 

@@ -1,8 +1,8 @@
 """The noise level of the second sampling step, by a ternary search on a distance to real images.
 
 Song et al. (2023) and Song & Dhariwal (2024) choose it so. The search assumes that the distance has one
-valley in ln sigma: it never looks again where it has once turned away from. Every candidate is sampled from the
-same noise with the same labels, so that two of them differ by their sigma alone.
+valley in ln sigma: it never looks again where it has once turned away from. Every candidate is sampled from
+the same noise with the same labels, so that two of them differ by their sigma alone.
 """
 
 from __future__ import annotations

@@ -207,7 +207,11 @@ def _checked_snapshot(path: Path, network: NetworkConfig, snapshot: PickledModul
         said = snapshot.attributes.get(name, ours)
         if type(said) is not int or said != ours:
             raise InputError(f"{path}: says another {name} than its tensors, which say {ours}")
-    modules, names = dict(unet.modules()), edm_names(network)
+    modules = dict(unet.modules())
+    try:
+        names = edm_names(replace(network, head_channels=0))  # names do not depend on the heads
+    except InputError as error:
+        raise InputError(f"{path}: its network cannot be built here: {error}") from None
     heads, dropouts = set(), set()
     for block in blocks(network):
         theirs = modules.get(names[f"{block.ours}.norm0.weight"].removesuffix(".norm0.weight"))

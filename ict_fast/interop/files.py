@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ict_fast.errors import InputError
+from ict_fast.restricted_unpickler import load_restricted
 
 # What torch.save wrote before it wrote ZIPs: a pickle of this number comes first.
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -28,7 +29,7 @@ _BYTES_PER_HEADER = 8
 
 
 def file_kind(path: Path) -> str:
-    """What a file is, by its first bytes: torch, safetensors, pickle or unknown.
+    """What a file is, by its first bytes: torch, safetensors, or else a pickle, which may begin anyhow.
 
     Raises:
         InputError: if it is not there, or cannot be read.
@@ -46,7 +47,7 @@ def file_kind(path: Path) -> str:
         return "torch"
     if start[_BYTES_PER_HEADER : _BYTES_PER_HEADER + 1] == b"{":
         return "safetensors"
-    return "pickle" if start[:1] == b"\x80" and start[1:2] < b"\x06" else "unknown"
+    return "pickle"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -62,10 +63,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     kind = file_kind(path)
     if kind == "safetensors":
         tensors: Any = _read_safetensors(path)
-    elif kind == "unknown":
-        raise InputError(f"{path}: truncated, or neither a .pt, a .safetensors nor a pickle; get it again")
-    else:
+    elif kind == "torch":
         tensors = _read_torch(path)
+    else:  # not as torch saves tensors; a pickle gets its say, so that what it asks for is named
+        with path.open("rb") as file:
+            tensors = load_restricted(file, {}, name=str(path))
     for wrapper in _WRAPPERS:
         if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
             tensors = tensors[wrapper]
@@ -107,11 +109,11 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+) was not an allowed|Unsupported class (\S+)", str(error))
+        wanted = re.search(r"(?:unsupported|global:) GLOBAL (\S+)", str(error))
         if wanted is None:
             raise InputError(f"{path}: truncated, or not weights; {_line(error)}") from None
         raise InputError(
-            f"{path}: refused, it asks for {wanted[1] or wanted[2]!r}, which weights have no use for and"
+            f"{path}: refused, it asks for {wanted[1]!r}, which weights have no use for and"
             " which may run code; nothing was executed; get the file from its publisher"
         ) from None
     except OSError as error:

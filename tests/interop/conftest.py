@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import pickle
 import sys
@@ -116,14 +117,16 @@ def edm_checkpoint(published: ModuleType, snapshot: Callable[..., bytes], tmp_pa
     return make
 
 
-@pytest.fixture
-def openai_checkpoint(published: ModuleType, tmp_path: Path) -> Callable:
-    """Imports a consistency model of OpenAI's layout: (shape) -> checkpoint."""
+@pytest.fixture(scope="session")
+def openai_checkpoint(published: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """Imports a consistency model of OpenAI's layout, once: (shape) -> checkpoint."""
 
+    @functools.cache
     def make(shape: Any) -> Checkpoint:
-        file = tmp_path / "cd_small.pt"
+        folder = tmp_path_factory.mktemp("openai")
+        file = folder / "cd_small.pt"
         torch.save(published.seeded(published.openai_layout(shape)), file)
-        save(import_openai(file, resolution=shape.size, head_channels=shape.head), tmp_path / "openai")
-        return open_checkpoint(tmp_path / "openai")
+        save(import_openai(file, resolution=shape.size, head_channels=shape.head), folder / "imported")
+        return open_checkpoint(folder / "imported")
 
     return make

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,13 +47,12 @@ def _expected(checkpoint: Checkpoint, steps: int) -> Tensor:
 
 
 def test_adm_is_diffusers_own_pipeline(
-    published: ModuleType, openai_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published: ModuleType, openai_checkpoint: Callable, exported_adm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = published.Shape("adm", channels=128, head=64, adaptive=True)
     checkpoint = openai_checkpoint(shape)
-    export_diffusers(checkpoint, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.py"))
-    pipe = diffusers.ConsistencyModelPipeline.from_pretrained(tmp_path / "out")
+    assert not list(exported_adm.rglob("*.py"))
+    pipe = diffusers.ConsistencyModelPipeline.from_pretrained(exported_adm)
     pipe.set_progress_bar_config(disable=True)
     first, second = _noises(checkpoint)
     arguments = {
@@ -68,7 +70,7 @@ def test_adm_is_diffusers_own_pipeline(
     two = pipe(**arguments, num_inference_steps=None, timesteps=[level.index, 0]).images * 2 - 1
     torch.testing.assert_close(two, _expected(checkpoint, 2), atol=1e-4, rtol=0)
     assert (one - two).abs().max() > 0.01
-    card = (tmp_path / "out/README.md").read_text()
+    card = (exported_adm / "README.md").read_text()
     assert f"timesteps=[{level.index}, 0]" in card
     assert f"{level.index} is sigma {level.sigma:.6g}" in card
 
@@ -153,15 +155,26 @@ def test_the_scheduler_reaches_any_second_sigma(sigma: float) -> None:
     ],
 )
 def test_a_network_of_diffusers_that_is_no_adm_is_refused(
-    published: ModuleType, openai_checkpoint: Callable, tmp_path: Path, change: dict, reason: str
+    exported_adm: Path, tmp_path: Path, change: dict, reason: str
 ) -> None:
-    import json
-
-    export_diffusers(openai_checkpoint(published.Shape("adm", channels=128, head=64)), tmp_path / "out")
-    file = tmp_path / "out/unet/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    folder = tmp_path / "changed"
+    shutil.copytree(exported_adm, folder, copy_function=os.symlink)
+    file = folder / "unet/config.json"
+    values = json.loads(file.read_text()) | change
+    file.unlink()
+    file.write_text(json.dumps(values))
     with pytest.raises(InputError, match=reason):
-        import_diffusers(tmp_path / "out")
+        import_diffusers(folder)
+
+
+@pytest.fixture(scope="module")
+def exported_adm(
+    published: ModuleType, openai_checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder that diffusers reads without code of ours."""
+    folder = tmp_path_factory.mktemp("exported") / "adm"
+    export_diffusers(openai_checkpoint(published.Shape("adm", channels=128, head=64, adaptive=True)), folder)
+    return folder
 
 
 @pytest.fixture

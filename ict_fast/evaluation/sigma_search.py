@@ -33,13 +33,15 @@ class SigmaSearch:
     """What was tried, in order, and what came of it.
 
     Attributes:
-        tried: (sigma, distance) pairs.
         low, high: the interval that is left.
+        tried: (sigma, distance) pairs.
+        without: the distance without the step that the sigma is for, if it was measured.
     """
 
     low: float
     high: float
     tried: list[tuple[float, float]] = field(default_factory=list)
+    without: float | None = None
 
     @property
     def best(self) -> tuple[float, float]:
@@ -52,6 +54,7 @@ class SigmaSearch:
         return {
             "sigma": sigma,
             "distance": distance,
+            "distance_without_this_step": self.without,
             "interval": [self.low, self.high],
             "tried": [{"sigma": sigma, "distance": distance} for sigma, distance in self.tried],
             "single_valley": self.is_single_valley(),
@@ -174,6 +177,7 @@ def search_sampling_sigmas(
             report(share, f"step {number + 1}: candidate {done + 1} of {total}")
 
         search = search_sigma(measure, low, high, tolerance=tolerance, started=started)
+        search.without = distance(to_uint8(before))
         found.append(search)
         if number < steps - 1:
             high = search.best[0]

@@ -24,6 +24,7 @@ from ict_fast.errors import InputError
 RECORD_NAME = "init.json"
 _WEIGHTS = "ema"
 _MOST_LINES = 8
+_LEAST_SHARE = 0.01  # of the network's numbers; a bias always finds one of its length somewhere
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def initial_weights(initial: Initial, config: Config) -> tuple[dict[str, Tensor]
     """The state dict that a run begins with, and what it is made of.
 
     Raises:
-        InputError: if the checkpoint is not there any more or has changed, or no tensor fits.
+        InputError: if the checkpoint is not there any more or has changed, or next to nothing fits.
     """
     checkpoint = open_checkpoint(Path(initial.path))
     if sha256_file(checkpoint.path / f"{_WEIGHTS}.safetensors") != initial.sha256:
@@ -171,15 +172,17 @@ def initial_weights(initial: Initial, config: Config) -> tuple[dict[str, Tensor]
         for name, tensor in ours.items()
         if name in theirs and theirs[name].shape == tensor.shape
     }
-    if not loaded:
+    total = sum(tensor.numel() for tensor in ours.values())
+    if sum(loaded.values()) < _LEAST_SHARE * total:
         raise InputError(
-            f"--init {initial.path}: none of its {len(theirs)} tensors has the name and shape of one of this"
-            f" network's; it is a {source.network.name} of {source.network.channels} channels"
+            f"--init {initial.path}: {len(loaded)} of its {len(theirs)} tensors have the name and shape of one of"
+            f" this network's, too few to begin with; it is a {source.network.name} of"
+            f" {source.network.channels} channels"
         )
     report = Report(
         initial,
         loaded,
-        sum(tensor.numel() for tensor in ours.values()),
+        total,
         {
             name: _why(name, ours, theirs, config, source)
             if name in theirs

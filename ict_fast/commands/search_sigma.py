@@ -121,9 +121,7 @@ def run(options: SearchSigmaOptions) -> int:
         best, smallest = search.best
         print(f"step {number}: sigma {best:.4g}, distance {smallest:.4f}, of {len(search.tried)} candidates")
         if search.without is not None and search.without <= smallest:
-            say(
-                f"warning: step {number}: {search.without:.4f} without this step; no sigma tried improves on it"
-            )
+            say(f"warning: step {number}: {search.without:.4f} without this step; no sigma improves on that")
         if not search.is_single_valley():
             say(
                 f"warning: step {number}: the distances have more than one valley; the best one may have been"

@@ -175,8 +175,8 @@ def initial_weights(initial: Initial, config: Config) -> tuple[dict[str, Tensor]
     total = sum(tensor.numel() for tensor in ours.values())
     if sum(loaded.values()) < _LEAST_SHARE * total:
         raise InputError(
-            f"--init {initial.path}: {len(loaded)} of its {len(theirs)} tensors have the name and shape of one of"
-            f" this network's, too few to begin with; it is a {source.network.name} of"
+            f"--init {initial.path}: {len(loaded)} of its {len(theirs)} tensors have the name and shape of"
+            f" one of this network's, too few to begin with; it is a {source.network.name} of"
             f" {source.network.channels} channels"
         )
     report = Report(

@@ -15,7 +15,7 @@ EXTRAS = {
     "metrics": ["torchmetrics>=1.4", "scipy>=1.11"],
     "tensorboard": ["tensorboard>=2.16"],
     "wandb": ["wandb>=0.17"],
-    "diffusers": ["diffusers>=0.30", "transformers"],
+    "diffusers": ["diffusers>=0.30"],
     "dev": [
         "build",
         "diffusers>=0.30",  # its pipelines are run

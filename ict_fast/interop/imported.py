@@ -116,6 +116,7 @@ def imported(
         "kind": kind,
         "qkv_order": qkv_order,
         "notes": notes,
+        "caution": None if kind == "consistency" else KINDS[kind],  # `load_model` passes it on
     }
     return Imported(config, ours, kind, source, notes)
 

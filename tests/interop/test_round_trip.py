@@ -84,6 +84,8 @@ def test_the_commands_do_it_too(
     assert main(["sample", again, "--count", "4", "--steps", "2", "--out", str(tmp_path / "a.png")]) == 0
     assert main(["sample", first, "--count", "4", "--steps", "2", "--out", str(tmp_path / "b.png")]) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is a ")[0] for line in warnings] == [f"warning: {again}", f"warning: {first}"]
 
 
 def test_the_card_says_what_the_weights_are(trained: Path, tmp_path: Path) -> None:

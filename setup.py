@@ -15,9 +15,10 @@ EXTRAS = {
     "metrics": ["torchmetrics>=1.4", "scipy>=1.11"],
     "tensorboard": ["tensorboard>=2.16"],
     "wandb": ["wandb>=0.17"],
-    "diffusers": ["diffusers>=0.30", "transformers"],
+    "diffusers": ["diffusers>=0.30"],
     "dev": [
         "build",
+        "diffusers>=0.30",  # its pipelines are run
         "kernels>=0.17",  # Hugging Face's client of the kernel hub; nothing of ours is called that
         "mypy>=1.10",
         "nvidia-dali-cuda130>=2.0" + LINUX,  # its CPU pipeline is tested
@@ -45,7 +46,7 @@ setup(
     + find_packages("kernels", include=["ict_kernels", "ict_kernels.*"]),
     # Named package by package: kernels/ itself must never be importable (Hugging Face's `kernels`).
     package_dir={"ict_kernels": "kernels/ict_kernels"},
-    package_data={"ict_fast": ["py.typed"], "ict_kernels": ["py.typed"]},
+    package_data={"ict_fast": ["py.typed", "interop/travelling/*.py"], "ict_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8" + LINUX,

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import tyro
 from tyro import _errors as tyro_errors
 
-from ict_fast import errors, presets
+from ict_fast import errors
 from ict_fast.commands import COMMANDS
-from ict_fast.commands.train import DEFAULT_PRESET, SECTIONS, TrainOptions
+from ict_fast.commands.train import DEFAULT_PRESET, TrainOptions, default_options
 from ict_fast.errors import InputError, TrainingError, did_you_mean
 from ict_fast.version import __version__
 
@@ -94,10 +94,8 @@ def _dispatch(argv: list[str]) -> int:
     kind, command = COMMANDS[word]
     default = None
     if kind is TrainOptions:
-        preset = presets.get(_preset_name(argv[1:]))
-        default = TrainOptions(
-            preset=preset.preset, **{section: getattr(preset, section) for section in SECTIONS}
-        )
+        rest = argv[1:]
+        default = default_options(_preset_name(rest), _last_value(rest, "--out"), _last_value(rest, "--init"))
     try:
         options = _parse(kind, word, argv[1:], default)
     except SystemExit:  # tyro has printed the help
@@ -107,7 +105,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _overview() -> str:
     lines = [
-        f"{name:<10}{(kind.__doc__ or '').split('. ')[0].rstrip('.')}."
+        f"{name:<14}{(kind.__doc__ or '').split('. ')[0].rstrip('.')}."
         for name, (kind, _) in COMMANDS.items()
     ]
     return "\n".join(
@@ -183,6 +181,16 @@ def _preset_name(argv: list[str]) -> str:
     if not given or given[0] in ("", "-h") or given[0].startswith("--"):
         return DEFAULT_PRESET  # tyro says that the value is missing
     return given[0]
+
+
+def _last_value(argv: list[str], option: str) -> str | None:
+    """What the words give to an option, which must be known before the rest is parsed."""
+    value = None
+    for word, following in itertools.pairwise((*argv, "")):
+        name, equals, attached = word.partition("=")
+        if name == option:
+            value = attached if equals else following
+    return None if value is None or value == "" or value.startswith("--") else value
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -53,8 +53,8 @@ class DataConfig:
 class NetworkConfig:
     """The network F in f(x, s) = c_skip(s) x + c_out(s) F(c_in(s) x, c_noise(s))."""
 
-    name: Literal["ncsnpp", "adm"] = "ncsnpp"
-    """NCSN++ (CIFAR-10) or ADM (ImageNet 64x64)."""
+    name: Literal["ncsnpp", "ddpmpp", "adm"] = "ncsnpp"
+    """NCSN++ (CIFAR-10), DDPM++ (ECT's network for it) or ADM (ImageNet 64x64)."""
     resolution: int = 8
     """Height and width of the images in pixels."""
     image_channels: int = 1
@@ -95,6 +95,8 @@ class MethodConfig:
     """Standard deviation of ln sigma in the lognormal index distribution."""
     sigma_min: float = 0.002
     """Smallest noise level; the boundary condition is f(x, sigma_min) = x."""
+    boundary_sigma: float | None = None
+    """Where f(x, s) = x, if not at sigma_min: 0 is the preconditioning of EDM's denoisers."""
     sigma_max: float = 80.0
     """Largest noise level; sampling starts there."""
     rho: float = 7.0
@@ -123,6 +125,11 @@ class MethodConfig:
     """Divide by N(k), the grid points (the paper), or by N(k) - 1, the pairs (published code)."""
     second_sigma: float = 0.821
     """Noise level of the second step when sampling with two (0.821 CIFAR-10; 1.526 ImageNet, as in ECT)."""
+
+    @property
+    def identity_sigma(self) -> float:
+        """The noise level at which f(x, s) = x exactly."""
+        return self.sigma_min if self.boundary_sigma is None else self.boundary_sigma
 
 
 @dataclass(frozen=True)
@@ -335,6 +342,13 @@ def validate(config: Config) -> None:
         "method.sigma-min",
         method.sigma_min,
         f"between 0 and method.sigma-max = {method.sigma_max}",
+    )
+    boundary = method.boundary_sigma
+    _require(
+        boundary is None or 0 <= boundary <= method.sigma_min,
+        "method.boundary-sigma",
+        boundary,
+        f"between 0 and method.sigma-min = {method.sigma_min}",
     )
     for name, value in (
         ("method.rho", method.rho),

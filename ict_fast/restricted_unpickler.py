@@ -7,7 +7,7 @@ and has it called. Here a name only leads to what the caller has put in its plac
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -16,7 +16,12 @@ from ict_fast.errors import InputError
 
 
 def load_restricted(
-    file: IO[bytes], allowed: Mapping[tuple[str, str], Any], *, name: str, encoding: str = "ASCII"
+    file: IO[bytes],
+    allowed: Mapping[tuple[str, str], Any],
+    *,
+    name: str,
+    encoding: str = "ASCII",
+    persistent_load: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Unpickles plain containers, numbers, text and bytes, and what `allowed` adds to them.
 
@@ -27,13 +32,14 @@ def load_restricted(
             bear that.
         name: what the person knows the file as, for messages.
         encoding: how text of Python 2 is decoded; "bytes" leaves it as bytes.
+        persistent_load: what a reference to something outside of the pickle becomes; None refuses them.
     Returns:
         the unpickled object; its types are not checked.
     Raises:
         InputError: a global that is not allowed, by name; a file that is truncated, malformed or unreadable.
     """
     try:
-        return _Unpickler(file, allowed, name, encoding).load()
+        return _Unpickler(file, allowed, name, encoding, persistent_load).load()
     except InputError:
         raise
     except OSError as error:
@@ -47,11 +53,23 @@ def load_restricted(
 
 class _Unpickler(pickle.Unpickler):
     def __init__(
-        self, file: IO[bytes], allowed: Mapping[tuple[str, str], Any], name: str, encoding: str
+        self,
+        file: IO[bytes],
+        allowed: Mapping[tuple[str, str], Any],
+        name: str,
+        encoding: str,
+        persistent_load: Callable[[Any], Any] | None,
     ) -> None:
         super().__init__(file, encoding=encoding)
         self._allowed = allowed
         self._name = name
+        self._persistent_load = persistent_load
+
+    def persistent_load(self, reference: Any) -> Any:
+        """Called for every reference to something that lies outside of the pickle."""
+        if self._persistent_load is None:
+            raise pickle.UnpicklingError("it refers to something outside of it")
+        return self._persistent_load(reference)
 
     def find_class(self, module: str, name: str) -> Any:
         """Called for every global that the pickle names, whatever the opcode."""
@@ -101,6 +119,13 @@ def _new_array(kind: object, shape: object, typecode: object) -> PickledArray:
     return PickledArray()
 
 
+def _number(dtype: _PickledDtype, content: bytes) -> int | float | complex | bool:
+    """In place of NumPy's `scalar`: a number of Python."""
+    if not isinstance(dtype, _PickledDtype):
+        raise pickle.UnpicklingError("a number of an unknown type")
+    return np.frombuffer(content, dtype.dtype, count=1)[0].item()
+
+
 def _encode(text: str, encoding: str) -> bytes:
     """In place of `_codecs.encode`, by which Python 3 writes bytes in the protocols of Python 2."""
     if encoding != "latin1":
@@ -120,3 +145,9 @@ ARRAYS: Mapping[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode,
 }
 """For `load_restricted`: arrays of numbers, which arrive as PickledArray."""
+
+NUMBERS: Mapping[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "scalar"): _number,
+    ("numpy._core.multiarray", "scalar"): _number,
+}
+"""For `load_restricted`, beside ARRAYS: NumPy's scalars, which arrive as Python's numbers."""

@@ -13,6 +13,7 @@ from ict_fast.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 
 def require_run(path: Path) -> None:
@@ -106,6 +107,19 @@ def unfinished(out: Path) -> Iterator[Path]:
                 inside.rmdir()
             folder.rmdir()
         os.close(lock)
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Writes a picture as PNG, whole or not at all, creating its folder.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    from ict_fast.data.pictures import save_png
+
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(picture, path)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -52,3 +52,19 @@ def tiny(digits_store: Path) -> Config:
         training=replace(preset.training, total_steps=24, batch_size=16),
         logging=replace(preset.logging, log_every=4, grid_every=0, checkpoint_every=5),
     )
+
+
+@pytest.fixture(scope="session")
+def trained(digits_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 24 steps of a tiny unconditional network; read only."""
+    from ict_fast.training.trainer import train
+
+    preset = presets.get("digits")
+    config = replace(
+        preset,
+        data=replace(preset.data, path=str(digits_store)),
+        network=replace(preset.network, channels=8, num_classes=0),
+        training=replace(preset.training, total_steps=24, batch_size=16),
+        logging=replace(preset.logging, grid_every=0),
+    )
+    return train(config, out=tmp_path_factory.mktemp("trained") / "run", device="cpu").out

@@ -22,6 +22,7 @@ FLOORS = {
     "ict_fast.planning": 1,
     "ict_fast.evaluation": 1,
     "ict_fast.report": 1,
+    "ict_fast.interop": 1,
     "ict_fast.consistency": 2,
     "ict_fast.networks": 3,
     "ict_fast.data": 3,

@@ -19,7 +19,7 @@ from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
 
-COMMANDS = ("train", "sample", "evaluate", "report", "prepare", "doctor")
+COMMANDS = tuple(cli.COMMANDS)
 REPOSITORY = Path(ict_fast.__file__).parent.parent
 
 
@@ -212,6 +212,7 @@ def test_train_alone_is_the_digits_preset_in_its_own_folder(trained, tmp_path, m
         "processes": None,
         "resume": "auto",
         "extend": None,
+        "init": None,
     }
     assert trained == [(presets.get("digits"), expected)]
     assert "3 steps are done" in capsys.readouterr().out
@@ -229,6 +230,7 @@ def test_train_hands_its_options_on(trained, tmp_path):
         "processes": None,
         "resume": "must",
         "extend": 500,
+        "init": None,
     }
     preset = presets.get("imagenet64")
     assert config == dataclasses.replace(preset, data=dataclasses.replace(preset.data, path="/images"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ict_fast.errors import InputError
-from ict_fast.restricted_unpickler import ARRAYS, PickledArray, load_restricted
+from ict_fast.restricted_unpickler import ARRAYS, NUMBERS, PickledArray, load_restricted
 
 PLAIN = {"a": [1, 2.5, None, True], b"b": ("text", b"bytes"), "c": {3, 4}, "d": 2**70}
 
@@ -182,3 +182,32 @@ def test_a_file_that_cannot_be_read_says_so() -> None:
 
     with pytest.raises(InputError, match=r"a\.pkl: cannot be read: Input/output error"):
         load_restricted(Broken(), {}, name="a.pkl")
+
+
+@pytest.mark.parametrize("protocol", range(5))
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(-2), np.int64(2**40), np.bool_(True)])
+def test_scalars_of_numpy_are_numbers_of_python(number: np.generic, protocol: int) -> None:
+    loaded = load(pickle.dumps([number], protocol), dict(ARRAYS) | dict(NUMBERS))
+    assert loaded == [number.item()]
+    assert type(loaded[0]) is type(number.item())
+
+
+def test_a_scalar_of_something_else_is_refused() -> None:
+    with pytest.raises(InputError, match="truncated, or not a pickle that can be read"):
+        load(pickle.dumps(np.datetime64("2020-01-01"), 2), dict(ARRAYS) | dict(NUMBERS))
+
+
+class _Outside(pickle.Pickler):
+    def persistent_id(self, value: object) -> object:
+        return ("outside", str(value)) if isinstance(value, complex) else None
+
+
+def test_references_to_the_outside_go_to_the_caller_or_are_refused() -> None:
+    file = io.BytesIO()
+    _Outside(file, 2).dump([1, 2j])
+    loaded = load_restricted(
+        io.BytesIO(file.getvalue()), {}, name="a.pkl", persistent_load=lambda reference: reference
+    )
+    assert loaded == [1, ("outside", "2j")]
+    with pytest.raises(InputError, match="refers to something outside"):
+        load(file.getvalue())

@@ -6,7 +6,20 @@ torch is imported inside the functions only: what can be refused without it is r
 from collections.abc import Callable
 from typing import Any
 
-from ict_fast.commands import ablate, doctor, evaluate, plan, prepare, report, sample, train
+from ict_fast.commands import (
+    ablate,
+    doctor,
+    edit,
+    evaluate,
+    export,
+    import_weights,
+    plan,
+    prepare,
+    report,
+    sample,
+    search_sigma,
+    train,
+)
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "train": (train.TrainOptions, train.run),
@@ -15,6 +28,10 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "report": (report.ReportOptions, report.run),
     "ablate": (ablate.AblateOptions, ablate.run),
     "prepare": (prepare.PrepareOptions, prepare.run),
+    "import": (import_weights.ImportOptions, import_weights.run),
+    "export": (export.ExportOptions, export.run),
+    "edit": (edit.EditOptions, edit.run),
+    "search-sigma": (search_sigma.SearchSigmaOptions, search_sigma.run),
     "plan": (plan.PlanOptions, plan.run),
     "doctor": (doctor.DoctorOptions, doctor.run),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from ict_fast.config import (
     NetworkConfig,
     OptimizerConfig,
     TrainingConfig,
+    from_dict,
     validate,
 )
 from ict_fast.errors import InputError, TrainingError
@@ -50,6 +52,9 @@ class TrainOptions:
     """Print the resolved configuration, the parameter count and the plan of stages, and stop."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Whether to go on with a run that exists. never refuses one, must refuses its absence."""
+    init: Annotated[Path | None, arg(metavar="RUN|CHECKPOINT", help_behavior_hint="")] = None
+    """Begin a new run with the averaged weights of another, or of an imported model, instead of at random.
+    The defaults of --network.* are then its network's, but for dropout."""
     extend: Annotated[int | None, arg(metavar="STEPS", help_behavior_hint="")] = None
     """Go on with an existing run to a new number of total steps; prints the new curriculum."""
     max_restarts: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 3)")] = None
@@ -79,6 +84,57 @@ class TrainOptions:
         return config
 
 
+def default_options(preset_name: str, out: str | None, init: str | None) -> TrainOptions:
+    """The options of `train` before any is given: the preset's, the network's those of what it begins with.
+
+    Args:
+        preset_name: `--preset`.
+        out: `--out`, if it is given: a run that began with `--init` keeps its network's options.
+        init: `--init`, if it is given.
+    Raises:
+        InputError: if there is no such preset, or `init` names no checkpoint and there is no run to resume.
+    """
+    preset = presets.get(preset_name)
+    sections = {section: getattr(preset, section) for section in SECTIONS}
+    folder = Path("runs") / preset.preset if out is None else Path(out)
+    begun = folder / "init.json"
+    if begun.exists() and (folder / "config.json").exists():
+        sections["network"] = _stored_config(folder / "config.json", ()).network
+    elif init is not None:
+        theirs = network_of(Path(init))
+        mine = preset.network
+        sections["network"] = dataclasses.replace(
+            theirs, dropout=mine.dropout, dropout_max_resolution=mine.dropout_max_resolution
+        )
+    return TrainOptions(preset=preset.preset, **sections)
+
+
+def network_of(path: Path) -> NetworkConfig:
+    """The network of a run or checkpoint, from its newest state that can be read; nothing is verified yet.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if (path / "state.json").exists():
+        return _stored_config(path / "state.json", ("config",)).network
+    for file in sorted(path.glob("checkpoints/step-*/state.json"), reverse=True):
+        try:
+            return _stored_config(file, ("config",)).network
+        except InputError:
+            continue
+    raise InputError(f"--init {path}: there is no run, checkpoint or imported model")
+
+
+def _stored_config(file: Path, keys: tuple[str, ...]) -> Config:
+    try:
+        values = json.loads(file.read_bytes())
+        for key in keys:
+            values = values[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: holds no configuration that can be read") from None
+    return from_dict(values, str(file))
+
+
 def run(options: TrainOptions) -> int:
     """Runs the command; returns its exit code."""
     config = options.config()
@@ -98,7 +154,7 @@ def run(options: TrainOptions) -> int:
         )
     results.require_place(out, "--out")
     arguments: dict[str, Any] = {
-        name: getattr(options, name) for name in ("device", "gpus", "processes", "resume", "extend")
+        name: getattr(options, name) for name in ("device", "gpus", "processes", "resume", "extend", "init")
     }
     if options.dry_run:
         from ict_fast.training.trainer import plan

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ict_fast.config import Config, from_dict
 from ict_fast.errors import InputError
 from ict_fast.networks import build_network
+from ict_fast.screen import say
 from ict_kernels import c_in, c_out, c_skip
 
 
@@ -56,8 +57,8 @@ class ConsistencyModel(nn.Module):
             memory_format=torch.channels_last
         )
         output = self.network(scaled, noise_condition(sigma_n, self.config.network.c_noise), labels)
-        skip = c_skip(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.sigma_min)
-        out = c_out(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.sigma_min)
+        skip = c_skip(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.identity_sigma)
+        out = c_out(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.identity_sigma)
         return skip * x + out * output
 
 
@@ -85,6 +86,9 @@ def load_model(
     state_file = checkpoint.path / "state.json"
     if "config" not in checkpoint.state:
         raise InputError(f"{state_file} holds no configuration; it was not written by ict-fast")
+    imported = checkpoint.state.get("imported")
+    if isinstance(imported, dict) and imported.get("caution"):
+        say(f"warning: {path} is {imported['caution']}")
     model = ConsistencyModel(from_dict(checkpoint.state["config"], str(state_file)))
     try:
         model.network.load_state_dict(checkpoint.tensors(weights))

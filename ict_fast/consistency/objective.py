@@ -108,7 +108,7 @@ class ConsistencyObjective:
             teacher_input,
             levels,
             sigma_data=method.sigma_data,
-            sigma_min=method.sigma_min,
+            sigma_min=method.identity_sigma,
             c=method.huber_c,
             metric=method.metric,
         )

@@ -58,6 +58,37 @@ def check_sampling(
 
 
 @torch.no_grad()
+def sampling_step(
+    model: ConsistencyModel,
+    x: Tensor,
+    sigma: float,
+    number: int,
+    labels: Tensor | None,
+    *,
+    seed: int,
+    offset: int = 0,
+    clamp: bool = True,
+) -> Tensor:
+    """One step of sampling: f(x + s z, sigma), s = sigma for the first, else sqrt(sigma^2 - sigma_min^2).
+
+    Args:
+        model: see `load_model`.
+        x: (N, C, H, W) images of the step before; of the first step zeros, or what it shall begin around.
+        sigma: its noise level.
+        number: its number, from 0; with the seed and the image's number it decides the noise.
+        labels: (N,) class numbers, or None, on the model's device.
+        seed: of the noise.
+        offset: number of the first image.
+        clamp: limit the images to [-1, 1].
+    """
+    noise_seed = torch.tensor([seed, number], device=x.device)
+    noise = normal(tuple(x.shape), seed=noise_seed, offset=offset, purpose=INITIAL, device=x.device)
+    scale = sigma if number == 0 else (sigma**2 - model.config.method.sigma_min**2) ** 0.5
+    x = model(x + scale * noise, sigma, labels)
+    return x.clamp(-1, 1) if clamp else x
+
+
+@torch.no_grad()
 def sample(
     model: ConsistencyModel,
     count: int,
@@ -156,13 +187,9 @@ def _batches(
         size = min(BATCH_SIZE, count - done)
         shape = (size, network.image_channels, network.resolution, network.resolution)
         x = torch.zeros(shape, device=device)
+        classes = None if labels is None else labels[done : done + size]
         for number, sigma in enumerate(levels):
-            noise_seed = torch.tensor([seed, number], device=device)
-            noise = normal(shape, seed=noise_seed, offset=first + done, purpose=INITIAL, device=device)
-            scale = sigma if number == 0 else (sigma**2 - method.sigma_min**2) ** 0.5
-            x = model(x + scale * noise, sigma, None if labels is None else labels[done : done + size])
-            if clamp:
-                x = x.clamp(-1, 1)
+            x = sampling_step(model, x, sigma, number, classes, seed=seed, offset=first + done, clamp=clamp)
         yield x
         if progress is not None:
             progress(done + size)

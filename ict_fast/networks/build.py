@@ -10,7 +10,7 @@ from ict_fast.networks.adm import ADM
 from ict_fast.networks.ncsnpp import NCSNPP
 from ict_fast.networks.unet import UNet
 
-NETWORKS: dict[str, type[NCSNPP] | type[ADM]] = {"ncsnpp": NCSNPP, "adm": ADM}
+NETWORKS: dict[str, type[NCSNPP] | type[ADM]] = {"ncsnpp": NCSNPP, "ddpmpp": NCSNPP, "adm": ADM}
 EMBEDDINGS = ("fourier", "positional")
 
 

@@ -1,8 +1,9 @@
-"""NCSN++: the network of iCT on CIFAR-10.
+"""NCSN++, the network of iCT on CIFAR-10, and DDPM++, its plainer sister, the network of ECT there.
 
 Song et al., "Score-Based Generative Modeling through SDEs" (ICLR 2021), as configured by Karras et al.,
 "EDM" (NeurIPS 2022): Fourier features of the noise, FIR resampling, a residual pyramid of the image beside
-the encoder, residual sums divided by sqrt 2, attention with one head.
+the encoder, residual sums divided by sqrt 2, attention with one head. DDPM++ has neither the filter nor the
+pyramid: it averages and repeats pixels.
 """
 
 from __future__ import annotations
@@ -14,24 +15,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ict_fast.config import NetworkConfig
-from ict_fast.networks.layers import FirDownsample, FirUpsample, FourierFeatures, PositionalFeatures
+from ict_fast.networks.layers import (
+    AverageDownsample,
+    FirDownsample,
+    FirUpsample,
+    FourierFeatures,
+    NearestUpsample,
+    PositionalFeatures,
+)
 from ict_fast.networks.unet import UNet
 
 
 class NCSNPP(UNet):
-    """The network F of a consistency model, as NCSN++. See UNet for how it is called."""
+    """The network F of a consistency model, as NCSN++ or DDPM++. See UNet for how it is called."""
 
     def __init__(self, config: NetworkConfig) -> None:
+        filtered = config.name == "ncsnpp"
         super().__init__(
             config,
             NCSNPPEmbedding(config),
             input_width=config.channels,
             eps=1e-6,
-            down=FirDownsample,
-            up=FirUpsample,
+            down=FirDownsample if filtered else lambda channels: AverageDownsample(),
+            up=FirUpsample if filtered else lambda channels: NearestUpsample(),
             project_skip=True,
             skip_scale=math.sqrt(0.5),
-            pyramid=True,
+            pyramid=filtered,
             attend_last=True,
         )
         self._initialise()

@@ -14,6 +14,7 @@ from ict_fast.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint
 from ict_fast.config import Config, differences, from_dict, to_dict
 from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
+from ict_fast.training.initial import RECORD_NAME, Initial, settle_initial
 
 LOG_NAME = "log.jsonl"
 _LOCK_NAME = ".lock"
@@ -45,6 +46,8 @@ class Run:
     checkpoint: Checkpoint | None
     steps_seen: frozenset[int] = frozenset()
     """Steps of the checkpoints that were there when `checkpoint` was chosen, whole or not."""
+    initial: Initial | None = None
+    """What its weights began with; None if at random."""
 
     @property
     def step(self) -> int:
@@ -56,7 +59,14 @@ class Run:
         return self.step >= self.config.training.total_steps
 
 
-def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: Callable[[str], None]) -> Run:
+def open_run(
+    config: Config,
+    out: Path,
+    resume: str,
+    extend: int | None,
+    warn: Callable[[str], None],
+    init: Path | None = None,
+) -> Run:
     """Decides what a `train` command means for its directory, and changes nothing in it.
 
     Args:
@@ -65,6 +75,7 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
         resume: "auto" starts or resumes, "never" refuses an existing run, "must" refuses a new one.
         extend: the new total number of steps of an existing run, or None.
         warn: told of every broken checkpoint that is passed over.
+        init: the run, checkpoint or imported model to begin with, or None for random weights.
     Raises:
         InputError: if the run there is another one (names each field of science that differs), or `resume`
             or `extend` rule it out, or `out` is something else.
@@ -77,7 +88,7 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
         entries = [
             entry
             for entry in (out.iterdir() if out.exists() else ())
-            if not entry.name.startswith(".tmp-") and entry.name != _LOCK_NAME
+            if not entry.name.startswith(".tmp-") and entry.name not in (_LOCK_NAME, RECORD_NAME)
         ]
     except OSError as error:
         raise InputError(f"{out} cannot be read ({error.strerror}); --out must name a directory") from None
@@ -90,8 +101,12 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
             raise InputError(f"there is no run in {out} to resume; --resume auto starts one")
         if extend is not None:
             raise InputError(f"there is no run in {out} to extend; set --training.total-steps to start one")
-        return Run(out, config, None, steps_seen)
+        return Run(out, config, None, steps_seen, settle_initial(out, None, init))
 
+    if without_config is not None and "imported" in without_config.state:
+        raise InputError(
+            f"{out} is an imported model, not a run; `--init {out}` begins a run elsewhere with it"
+        )
     if resume == "never":
         raise InputError(
             f"there is a run in {out} already; --resume auto continues it, another --out starts one"
@@ -124,7 +139,7 @@ def open_run(config: Config, out: Path, resume: str, extend: int | None, warn: C
         raise InputError(f"the run in {out} has no checkpoint to resume from; --resume auto starts it again")
     if checkpoint is None and (logged := _last_logged_step(out / LOG_NAME)):
         warn(f"{out} has a log of {logged:,} steps and no checkpoint; the run starts again, and its log too")
-    return Run(out, config, checkpoint, steps_seen)
+    return Run(out, config, checkpoint, steps_seen, settle_initial(out, checkpoint, init))
 
 
 @contextmanager

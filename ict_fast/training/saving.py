@@ -64,6 +64,8 @@ class Saver:
                 "python": platform.python_version(),
             },
         }
+        if self._run.initial is not None:
+            state["init"] = self._run.initial.record()
         logging = self._run.config.logging
         future = self._thread.submit(
             write_checkpoint,

@@ -46,11 +46,21 @@ class TrainStep:
         skipped_in_a_row: the longest run of skipped steps since `reset_loss`; int64 scalar.
     """
 
-    def __init__(self, config: Config, device: torch.device, world: World | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        world: World | None = None,
+        initial: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Begins with weights drawn from config.training.seed, or with the state dict `initial`."""
         self.config = config
         self.device = device
         self.world = World() if world is None else world
-        self.network = _on_device(build_seeded_network(config), device)
+        network = build_seeded_network(config)
+        if initial is not None:  # before anything copies the weights: EMA teacher, average, other processes
+            network.load_state_dict(initial)
+        self.network = _on_device(network, device)
         self.autocast_dtype: torch.dtype | None = None
         teacher = None
         if config.training.precision == "tf32":

@@ -23,6 +23,7 @@ from ict_fast.errors import EXIT_DONE, InputError, TrainingError
 from ict_fast.screen import say
 from ict_fast.training.describe import describe, describe_stages
 from ict_fast.training.graph import CapturedStep, require_capturable
+from ict_fast.training.initial import initial_weights, write_record
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor, duration, reason
 from ict_fast.training.precision import choose_trunk, chooses_trunk
@@ -55,6 +56,7 @@ def train(
     extend: int | None = None,
     max_restarts: int | None = None,
     collective_timeout: float = COLLECTIVE_TIMEOUT,
+    init: Path | str | None = None,
 ) -> RunResult:
     """Trains, or goes on training, one run.
 
@@ -70,6 +72,7 @@ def train(
         resume, extend: see `open_run`.
         max_restarts: see `run_processes`; None for its default. Under torchrun it is torchrun's to say.
         collective_timeout: seconds that a process waits for another one.
+        init: a run, a checkpoint or an imported model whose averaged weights a new run begins with.
     Raises:
         InputError: before anything is written, if the input cannot work.
         TrainingError: too many steps in a row without a finite gradient, the end could not be saved,
@@ -77,6 +80,7 @@ def train(
     """
     validate(config)
     out = Path("runs") / config.preset if out is None else Path(out)
+    init = None if init is None else Path(init)
     found, count = resolve_processes(device, gpus, processes)
     if config.training.cuda_graph:
         require_capturable(found, world_size() if launched() else count, config.data.loader)
@@ -84,21 +88,23 @@ def train(
         require_launched(gpus or processes, max_restarts)
         here = torch.device("cuda", local_rank()) if found.type == "cuda" else found
         with joined(here, collective_timeout) as world:
-            result = _train(config, out, here, world, resume, extend)
+            result = _train(config, out, here, world, resume, extend, init)
             return result if world.is_first else replace(result, message="")
     if count == 1:
-        return _train(config, out, found, World(), resume, extend)
+        return _train(config, out, found, World(), resume, extend, init)
 
     # Whatever can be refused is refused here, before a process is started.
-    run = open_run(config, out, resume, extend, lambda text: None)
+    run = open_run(config, out, resume, extend, lambda text: None, init)
     if run.finished:
         return _already_finished(run)
+    if run.initial is not None and run.checkpoint is None:
+        initial_weights(run.initial, run.config)
     _check_shares(run.config, count)
     prepare_if_bundled(run.config)
     open_data(run)
     with lock(run, lambda text: None):
         pass  # process 0 takes it again, and keeps it
-    work = partial(_train_launched, config, out, found.type, resume, extend, collective_timeout)
+    work = partial(_train_launched, config, out, found.type, resume, extend, init, collective_timeout)
     return run_processes(
         work,
         count,
@@ -109,11 +115,20 @@ def train(
 
 
 def _train_launched(
-    config: Config, out: Path, device: str, resume: str, extend: int | None, timeout: float, first: bool
+    config: Config,
+    out: Path,
+    device: str,
+    resume: str,
+    extend: int | None,
+    init: Path | None,
+    timeout: float,
+    first: bool,
 ) -> RunResult:
     """One process of several; a later attempt resumes what the first one began."""
     resume = resume if first else "auto"
-    return train(config, out=out, device=device, resume=resume, extend=extend, collective_timeout=timeout)
+    return train(
+        config, out=out, device=device, resume=resume, extend=extend, init=init, collective_timeout=timeout
+    )
 
 
 def plan(
@@ -125,6 +140,7 @@ def plan(
     processes: int | None = None,
     resume: str = "auto",
     extend: int | None = None,
+    init: Path | str | None = None,
 ) -> str:
     """What `train` would do with the same arguments, in words; writes nothing.
 
@@ -136,7 +152,8 @@ def plan(
     validate(config)
     out = Path("runs") / config.preset if out is None else Path(out)
     lines: list[str] = []
-    run = open_run(config, out, resume, extend, lambda text: lines.append(f"warning: {text}"))
+    init = None if init is None else Path(init)
+    run = open_run(config, out, resume, extend, lambda text: lines.append(f"warning: {text}"), init)
     config, total = run.config, f"{run.config.training.total_steps:,}"
     if run.finished:
         lines.append(f"run: {out} is finished, its {total} steps are done")
@@ -144,6 +161,8 @@ def plan(
         lines.append(f"run: {out} would go on from step {run.step:,} of {total}")
     else:
         lines.append(f"run: {out} would start")
+        if run.initial is not None:
+            lines += initial_weights(run.initial, config)[1].lines()
     try:
         found, count = resolve_processes(device, gpus, processes)
         lines.append(f"device: {found}" if count == 1 else f"device: {found.type}, {count} processes")
@@ -164,11 +183,17 @@ def plan(
 
 
 def _train(
-    config: Config, out: Path, device: torch.device, world: World, resume: str, extend: int | None
+    config: Config,
+    out: Path,
+    device: torch.device,
+    world: World,
+    resume: str,
+    extend: int | None,
+    init: Path | None,
 ) -> RunResult:
     """Trains in this process, one of the world's."""
     warnings: list[str] = []
-    run = world.decide(lambda: open_run(config, out, resume, extend, warnings.append))
+    run = world.decide(lambda: open_run(config, out, resume, extend, warnings.append, init))
     if run.finished:
         return _already_finished(run)
     world.decide(lambda: prepare_if_bundled(run.config))
@@ -192,7 +217,14 @@ def _train_locked(
 ) -> RunResult:
     config, out = run.config, run.out
     configure_torch(device, deterministic=config.training.deterministic)
-    train_step = TrainStep(config, device, world)
+    begun: list[str] = []
+    weights: dict[str, torch.Tensor] | None = None
+    if run.initial is not None and run.checkpoint is None:
+        weights, report = initial_weights(run.initial, config)
+        begun = report.lines()
+        if world.is_first:
+            write_record(out, report)
+    train_step = TrainStep(config, device, world, weights)
     if run.checkpoint is not None:
         before = run.checkpoint.state.get("trunk_dtype")
         if chooses_trunk(train_step) and before == "float16":  # chosen at an earlier stage
@@ -220,6 +252,8 @@ def _train_locked(
             monitor.warn(warning)
         where = str(device) if world.size == 1 else f"{device.type} in {world.size} processes"
         monitor.say(f"training {config.preset} in {out} on {where}; data: {reason}")
+        for line in begun:
+            monitor.say(line)
         if extended:
             monitor.say(describe_stages(config))
         if run.step:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import evidence
+import evidence  # noqa: E402
 
 
 def test_the_page_is_rendered_from_the_committed_results() -> None:

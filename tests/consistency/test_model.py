@@ -65,3 +65,41 @@ def test_the_seed_alone_decides_the_initial_weights(tiny: Config) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = build_seeded_network(replace(tiny, training=replace(tiny.training, seed=1))).state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_boundary_may_lie_at_0_as_in_edm(tiny: Config) -> None:
+    config = replace(tiny, method=replace(tiny.method, boundary_sigma=0.0))
+    model, shifted = (_awake(ConsistencyModel(which)) for which in (config, tiny))
+    x = torch.randn(4, 1, 8, 8)
+    output = model.network(x / math.sqrt(0.821**2 + 0.25), torch.full((4,), math.log(0.821) / 4))
+    skip, out = 0.25 / (0.821**2 + 0.25), 0.5 * 0.821 / math.sqrt(0.821**2 + 0.25)
+    torch.testing.assert_close(model(x, 0.821), skip * x + out * output, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(model(x, 0.821), shifted(x, 0.821))
+    assert not torch.equal(model(x, tiny.method.sigma_min), x)
+
+
+def test_training_and_sampling_have_the_same_boundary(tiny: Config) -> None:
+    """The loss, from raw outputs, against f itself at a boundary of 0."""
+    from ict_fast.consistency.objective import ConsistencyObjective
+    from ict_kernels import sample_noise_levels
+    from ict_kernels.philox import NOISE, normal
+
+    config = replace(tiny, method=replace(tiny.method, boundary_sigma=0.0, metric="l2"))
+    model = _awake(ConsistencyModel(config))
+    objective = ConsistencyObjective(
+        model.network, config.method, c_noise=config.network.c_noise, scales=[11]
+    )
+    images = torch.rand(6, 1, 8, 8) * 2 - 1
+    loss = objective(images, None, num_scales=11, seed=3)
+    levels = sample_noise_levels(6, 11, seed=3, scales=(11,))
+    noise = normal((6, 1, 8, 8), 3, 0, NOISE, device="cpu")
+    seed = {"dropout_seed": 3}
+
+    def f(sigma: torch.Tensor) -> torch.Tensor:
+        s = sigma.view(-1, 1, 1, 1)
+        x = images + s * noise
+        output = model.network(x / (s**2 + 0.25).sqrt(), sigma.log() / 4, None, **seed)
+        return 0.25 / (s**2 + 0.25) * x + 0.5 * s / (s**2 + 0.25).sqrt() * output
+
+    expected = levels.weight * (f(levels.sigma_next) - f(levels.sigma)).square().flatten(1).sum(1)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)

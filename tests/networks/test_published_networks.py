@@ -66,12 +66,13 @@ class Reference:
 
     def __init__(self, config: NetworkConfig, weights: Weights) -> None:
         self.config, self.weights = config, weights
-        self.is_ncsnpp = config.name == "ncsnpp"
+        self.is_ncsnpp = config.name != "adm"  # or its sister DDPM++
+        self.is_filtered = config.name == "ncsnpp"
         self.eps = 1e-6 if self.is_ncsnpp else 1e-5
         self.scale = math.sqrt(0.5) if self.is_ncsnpp else 1.0
 
     def block(self, name: str, x: Tensor, embedding: Tensor, direction: str, attends: bool) -> Tensor:
-        resample = fir if self.is_ncsnpp else box
+        resample = fir if self.is_filtered else box
         hidden = F.silu(norm(self.weights, f"{name}.norm0", x, self.eps))
         if direction:
             hidden, x = resample(hidden, direction), resample(x, direction)
@@ -133,7 +134,7 @@ class Reference:
             name = f"encoder.{level}"
             if level > 0:
                 x = self.block(f"{name}.down", x, embedding, "down", False)
-                if self.is_ncsnpp:
+                if self.is_filtered:
                     # Convolved on the zero-extended plane, then filtered; the border does not reach the crop.
                     wide = conv(self.weights, f"{name}.pyramid.conv", F.pad(pyramid, (4, 4, 4, 4)))
                     x = pyramid = (x + fir(wide, "down")[:, :, 2:-2, 2:-2]) / math.sqrt(2)
@@ -179,4 +180,19 @@ def test_network_equals_the_published_architecture(
     expected = Reference(config, weights)(images, noise, labels)
     assert expected.std() > 0.1
     # 1e-6: the positional frequencies are rounded to fp32 in the network.
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_ddpmpp_equals_the_published_architecture(
+    small_configs: dict[str, NetworkConfig], make_network: Callable, make_inputs: Callable
+) -> None:
+    """NCSN++ with averaged and repeated pixels in place of the filter, and without the pyramid."""
+    config = replace(small_configs["ncsnpp"], name="ddpmpp", embedding="positional", num_classes=4)
+    network = make_network(config).double()
+    images, noise, labels = make_inputs(config, 2)
+    output = network(images.double(), noise.double(), labels)
+    weights = {name: tensor.double() for name, tensor in network.state_dict().items()}
+    assert not any("pyramid" in name for name in weights)
+    expected = Reference(config, weights)(images.double(), noise.double(), labels)
+    assert expected.std() > 0.1
     torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)

@@ -20,7 +20,7 @@ SWITCHES: dict[str, tuple] = {
     "weighting": ("inverse-gap", "uniform"),
     "curriculum": ("doubling", "square-root", "fixed"),
     "dropout": (0.0, 0.3),
-    "network": ("ncsnpp", "adm"),
+    "network": ("ncsnpp", "ddpmpp", "adm"),
     "adaptive_norm": (False, True),
     "num_classes": (0, 10),
 }

@@ -1,0 +1,50 @@
+"""`ict-fast export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from ict_fast import errors, results
+from ict_fast.commands.arguments import Run
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a model for others: weights, their configuration and a model card."""
+
+    form: Positional[Literal["safetensors", "diffusers"]]
+    """safetensors: model.safetensors, config.json. diffusers: a folder that its from_pretrained loads."""
+    run: Positional[Run]
+    """Folder of a run, whose newest checkpoint is taken, or of one checkpoint."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Folder to write, new or empty."""
+    weights: Literal["ema", "weights"] = "ema"
+    """The averaged weights, which sample and evaluate use, or the trained ones themselves."""
+
+
+def run(options: ExportOptions) -> int:
+    """Runs the command; returns its exit code."""
+    results.require_run(options.run)
+    results.require_place(options.out, "--out")
+
+    from ict_fast.checkpoint import open_checkpoint
+    from ict_fast.interop.imported import require_new
+
+    require_new(options.out)
+    checkpoint = open_checkpoint(options.run)
+    if options.form == "safetensors":
+        from ict_fast.interop.export import export_safetensors
+
+        lines = [", ".join(export_safetensors(checkpoint, options.out, options.weights))]
+    else:
+        from ict_fast.interop.diffusers import export_diffusers
+
+        lines = export_diffusers(checkpoint, options.out, options.weights)
+    print(f"{options.run}, step {checkpoint.step:,}: {options.out}")
+    for line in lines:
+        print(f"  {line}")
+    return errors.EXIT_DONE

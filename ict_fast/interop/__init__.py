@@ -1,0 +1,1 @@
+"""Weights in and out: OpenAI's and EDM's files, safetensors with a card, diffusers."""

@@ -1,0 +1,153 @@
+"""The model card of an export: README.md, for people, with the front matter that model hubs read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ict_fast.checkpoint import Checkpoint
+from ict_fast.config import Config, to_dict
+from ict_fast.interop.imported import KINDS
+from ict_fast.version import __version__
+
+
+def model_card(
+    checkpoint: Checkpoint, config: Config, weights: str, form: str, usage: str | None = None
+) -> str:
+    """The text of the card.
+
+    Args:
+        checkpoint: what is exported.
+        config: its configuration.
+        weights: "ema" or "weights".
+        form: "safetensors" or "diffusers".
+        usage: how to sample from it, in Markdown; by default with ict-fast.
+    """
+    network, method = config.network, config.method
+    source = checkpoint.state.get("imported")
+    size = f"{network.resolution}x{network.resolution}"
+    colour = "grey" if network.image_channels == 1 else "RGB"
+    classes = f"conditional on {network.num_classes:,} classes" if network.num_classes else "unconditional"
+    lines = [
+        "---",
+        f"library_name: {'diffusers' if form == 'diffusers' else 'ict-fast'}",
+        "pipeline_tag: unconditional-image-generation",
+        "tags:",
+        "- consistency-model",
+        "- ict-fast",
+        "---",
+        "",
+        f"# A consistency model: {size} {colour}, {classes}",
+        "",
+    ]
+    if source is not None:
+        lines += [
+            f"Weights of `{source['file']}` (SHA-256 `{source['sha256']}`, layout {source['layout']}),"
+            f" imported and exported by ict-fast {__version__}: {KINDS[source['kind']]}. They are their"
+            " authors', whose license applies.",
+        ]
+    else:
+        average = "averaged (EMA)" if weights == "ema" else "trained, not averaged"
+        lines += [
+            f"Trained by ict-fast {__version__}, preset `{config.preset}`, {checkpoint.step:,} of"
+            f" {config.training.total_steps:,} steps of {config.training.batch_size:,} images; the {average}"
+            " weights, fp32.",
+        ]
+        if "init" in checkpoint.state:
+            lines += ["", f"Its training began with the weights of `{checkpoint.state['init']['path']}`."]
+    lines += [
+        "",
+        "## How to sample",
+        "",
+        usage or _usage(),
+        "",
+        "## Function",
+        "",
+        "f(x, s) = c_skip(s) x + c_out(s) F(c_in(s) x, c_noise(s)), images in [-1, 1].",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| F | {network.name}, {network.channels} channels x {network.channel_mult} |",
+        f"| sigma_data | {method.sigma_data} |",
+        f"| f(x, s) = x at s | {method.identity_sigma} |",
+        f"| sigma_min, sigma_max, rho | {method.sigma_min}, {method.sigma_max}, {method.rho} |",
+        f"| c_noise | {'ln(s) / 4' if network.c_noise == 'log' else '250 ln(s + 1e-44)'} |",
+        f"| second step at sigma | {method.second_sigma:.6g} |",
+    ]
+    if source is None:
+        lines += ["", "## Method", "", *_method(config)]
+    lines += ["", "## Data", "", *_data(config, checkpoint)]
+    lines += ["", "## Metrics", "", *_metrics(checkpoint)]
+    lines += ["", "## Configuration", "", "```json", json.dumps(to_dict(config), indent=1), "```", ""]
+    return "\n".join(lines)
+
+
+def _usage() -> str:
+    return "\n".join(
+        [
+            "```console",
+            "ict-fast import safetensors THIS_FOLDER --out imported",
+            "ict-fast sample imported --count 64 --out samples.png",
+            "ict-fast sample imported --count 64 --steps 2 --out two-steps.png",
+            "```",
+        ]
+    )
+
+
+def _method(config: Config) -> list[str]:
+    method, optimizer = config.method, config.optimizer
+    return [
+        "| | |",
+        "| --- | --- |",
+        f"| curriculum | {method.curriculum}, s0 = {method.s0}, s1 = {method.s1} |",
+        f"| noise levels | {method.indices}, mean {method.p_mean} and deviation {method.p_std} of ln sigma |",
+        f"| weighting | {method.weighting} |",
+        f"| metric | {method.metric} |",
+        f"| teacher | {method.teacher} |",
+        f"| optimizer | {optimizer.name}, learning rate {optimizer.lr}, EMA {optimizer.ema_decay} |",
+        f"| dropout | {config.network.dropout} |",
+        f"| seed | {config.training.seed} |",
+    ]
+
+
+def _data(config: Config, checkpoint: Checkpoint) -> list[str]:
+    """Source and crop recipe, from the store's own description where it can still be read."""
+    if checkpoint.state.get("imported") is not None:
+        return ["What these weights were trained on, their publisher says."]
+    store = Path(config.data.path)
+    fingerprint = checkpoint.state.get("data_fingerprint", "not recorded")
+    lines = [
+        f"Store `{store.name}`, fingerprint `{fingerprint}`, flips: {'yes' if config.data.flip else 'no'}."
+    ]
+    try:
+        meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
+        lines += [f"{name}: {meta[name]}" for name in ("source", "recipe") if isinstance(meta.get(name), str)]
+    except (OSError, ValueError, AttributeError):
+        lines += ["Its description (meta.json) was not there when this card was written."]
+    return ["  \n".join(lines)]
+
+
+def _metrics(checkpoint: Checkpoint) -> list[str]:
+    """The newest evaluation of exactly this checkpoint, if there is one."""
+    for folder in (checkpoint.path.parent, checkpoint.path.parent.parent):
+        result = _read(folder / "evaluation.json")
+        if result.get("step") == checkpoint.step and result.get("checkpoint") == checkpoint.path.name:
+            break
+    else:
+        return ["None were measured for this checkpoint (`ict-fast evaluate` does)."]
+    lines = ["| steps | Fréchet distance |", "| --- | --- |"]
+    for name, entry in result.items():
+        if name.endswith("_step") and isinstance(entry, dict) and "frechet_distance" in entry:
+            lines.append(f"| {name.removesuffix('_step')} | {entry['frechet_distance']:.4g} |")
+    features = result.get("features", {})
+    name = features.get("name", "not named") if isinstance(features, dict) else str(features)
+    return [*lines, "", f"{result.get('count')} samples, seed {result.get('seed')}, features: {name}."]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

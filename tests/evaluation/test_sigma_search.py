@@ -1,0 +1,128 @@
+"""The ternary search finds the valley, measures what `sample` makes, and says when there is no one valley."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ict_fast.cli import main
+from ict_fast.consistency import load_model, sample
+from ict_fast.data.pictures import to_uint8
+from ict_fast.errors import InputError
+from ict_fast.evaluation.sigma_search import SigmaSearch, evaluations, search_sampling_sigmas, search_sigma
+
+
+@pytest.mark.parametrize("valley", [0.06, 0.3, 0.821, 5.0, 19.0])
+def test_it_ends_within_the_tolerance_of_the_lowest_point(valley: float) -> None:
+    search = search_sigma(lambda sigma: abs(math.log(sigma / valley)) ** 1.5, 0.05, 20.0, tolerance=1.05)
+    assert search.low <= valley <= search.high
+    assert search.high / search.low <= 1.05
+    assert search.best[0] == pytest.approx(valley, rel=0.05)
+    assert len(search.tried) == evaluations(0.05, 20.0, 1.05)
+    assert search.is_single_valley()
+
+
+def test_the_interval_shrinks_by_a_third_with_every_pair() -> None:
+    for tolerance in (1.01, 1.1, 2.0, 10.0):
+        rounds = evaluations(0.05, 20.0, tolerance) // 2
+        width = math.log(20 / 0.05)
+        assert width * (2 / 3) ** rounds <= math.log(tolerance) < width * (2 / 3) ** (rounds - 1)
+
+
+def test_two_valleys_are_noticed() -> None:
+    assert not SigmaSearch(0.1, 10, [(0.2, 1.0), (1.0, 3.0), (2.0, 0.5)]).is_single_valley()
+    assert SigmaSearch(0.1, 10, [(2.0, 0.5), (0.2, 1.0), (3.0, 0.7)]).is_single_valley()
+    assert SigmaSearch(0.1, 10, [(2.0, 0.5), (0.2, 1.0)]).is_single_valley()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "tolerance"), [(2.0, 1.0, 1.1), (0.0, 1.0, 1.1), (1.0, 2.0, 1.0), (1.0, 2.0, 2.5)]
+)
+def test_senseless_intervals_are_refused(low: float, high: float, tolerance: float) -> None:
+    with pytest.raises(InputError, match="it must be"):
+        search_sigma(abs, low, high, tolerance=tolerance)
+
+
+def test_every_candidate_is_what_sample_makes_from_the_same_noise(trained: Path) -> None:
+    model = load_model(trained)
+    seen: list[np.ndarray] = []
+
+    def distance(images: np.ndarray) -> float:
+        seen.append(images)
+        return float(100 - len(seen))
+
+    [second, third] = search_sampling_sigmas(
+        model, distance, count=300, steps=3, interval=(0.2, 4.0), tolerance=3.0, seed=2
+    )
+    levels = [(sigma,) for sigma, _ in second.tried]
+    levels += [(second.best[0], sigma) for sigma, _ in third.tried]
+    assert len(levels) + 2 == len(seen) >= 8
+    assert (second.without, third.without) == (100.0 - len(second.tried) - 1, 100.0 - len(seen))
+    del seen[len(second.tried)], seen[-1]  # of one step, and of two
+    assert all(pair[0] > pair[1] for pair in levels if len(pair) == 2)
+    for sigmas, images in zip(levels, seen, strict=True):
+        expected = to_uint8(sample(model, 300, steps=len(sigmas) + 1, sigmas=sigmas, seed=2))
+        assert (np.abs(expected.astype(int) - images) <= 1).all()
+
+
+def test_the_interval_must_lie_within_the_models_levels(trained: Path) -> None:
+    with pytest.raises(InputError, match="between sigma_min"):
+        search_sampling_sigmas(load_model(trained), lambda images: 0.0, count=4, interval=(0.001, 2.0))
+    with pytest.raises(InputError, match="no sigma to search"):
+        search_sampling_sigmas(load_model(trained), lambda images: 0.0, count=4, steps=1)
+
+
+def test_the_command_writes_its_trace_and_says_what_to_type(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "search.json"
+    words = ["--count", "64", "--low", "0.2", "--high", "4", "--tolerance", "4", "--seed", "3"]
+    assert main(["search-sigma", str(trained), *words, "--out", str(out)]) == 0
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    [search] = result["searches"]
+    assert len(search["tried"]) == evaluations(0.2, 4.0, 4.0)
+    best = min(search["tried"], key=lambda pair: pair["distance"])
+    assert result["sigmas"] == [best["sigma"]] == [search["sigma"]]
+    assert f"--steps 2 --sigmas {best['sigma']:.4g}" in printed
+    assert f"--method.second-sigma {best['sigma']:.4g}" in printed
+    # The same distance as measured from scratch on `sample`'s images.
+    from ict_fast.data.store import open_store
+    from ict_fast.evaluation import FrechetDistance, digits_features
+
+    model = load_model(trained)
+    reference = FrechetDistance(digits_features(), open_store(Path(model.config.data.path)).images)
+    images = to_uint8(sample(model, 64, steps=2, sigmas=(best["sigma"],), seed=3))
+    assert reference.to(images) == pytest.approx(best["distance"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--steps 1", "--steps is 1"),
+        ("--low 3 --high 2", "positive, ascending"),
+        ("--tolerance 1", "--tolerance is 1"),
+        ("--high 100", "sigma_max"),
+        ("--count 1", "--count is 1"),
+        ("--reference nowhere", "nowhere"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: str, reason: str
+) -> None:
+    out = tmp_path / "search.json"
+    assert main(["search-sigma", str(trained), *words.split(), "--out", str(out)]) == 2
+    assert reason in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_models_mode_and_torchs_generator_stay(trained: Path) -> None:
+    model = load_model(trained).train()
+    state = torch.random.get_rng_state()
+    search_sampling_sigmas(model, lambda images: 1.0, count=4, interval=(0.2, 4.0), tolerance=4.0)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)

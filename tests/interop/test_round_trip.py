@@ -1,0 +1,159 @@
+"""Import, export, import again: the same tensors, the same function, the same configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from ict_fast.checkpoint import Checkpoint, open_checkpoint
+from ict_fast.cli import main
+from ict_fast.consistency import load_model
+from ict_fast.interop.diffusers import export_diffusers, import_diffusers
+from ict_fast.interop.export import export_safetensors, import_safetensors
+
+FORMS = {
+    "safetensors": (export_safetensors, import_safetensors),
+    "diffusers": (export_diffusers, import_diffusers),
+}
+
+
+def _assert_same(checkpoint: Checkpoint, folder: Path, form: str) -> None:
+    export, import_again = FORMS[form]
+    export(checkpoint, folder)
+    again, tensors = import_again(folder), checkpoint.tensors("ema")
+    assert again.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again.tensors[name].dtype == tensor.dtype
+        assert torch.equal(again.tensors[name], tensor), name
+    network = load_model(checkpoint.path).config.network
+    for field in (
+        "name",
+        "resolution",
+        "channels",
+        "channel_mult",
+        "num_classes",
+        "head_channels",
+        "c_noise",
+    ):
+        assert getattr(again.config.network, field) == getattr(network, field)
+    method = load_model(checkpoint.path).config.method
+    assert again.config.method.identity_sigma == method.identity_sigma
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["ncsnpp", "ddpmpp", "adm"])
+def test_edm_in_and_out_and_in(
+    published: ModuleType, edm_checkpoint: Callable, tmp_path: Path, kind: str, form: str
+) -> None:
+    shape = published.Shape(kind, head=4, adaptive=True) if kind == "adm" else published.Shape(kind)
+    for precond in ("EDMPrecond", "ECMPrecond"):
+        _assert_same(edm_checkpoint(shape, precond), tmp_path / precond, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_openai_in_and_out_and_in(
+    published: ModuleType, openai_checkpoint: Callable, tmp_path: Path, form: str, adaptive: bool
+) -> None:
+    shape = published.Shape("adm", channels=128, head=64, adaptive=adaptive)
+    _assert_same(openai_checkpoint(shape), tmp_path / "out", form)
+
+
+def test_the_commands_do_it_too(
+    published: ModuleType, snapshot: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shape = published.Shape("ncsnpp")
+    file = tmp_path / "snapshot.pkl"
+    file.write_bytes(snapshot(published.edm_weights(shape), shape))
+    first, again, folder = (str(tmp_path / name) for name in ("first", "again", "folder"))
+    assert main(["import", "edm", str(file), "--out", first]) == 0
+    printed = capsys.readouterr().out
+    assert "its source code was not executed" in printed
+    assert "sampled in one or two steps it gives blurred means" in printed
+    assert main(["export", "safetensors", first, "--out", folder]) == 0
+    assert main(["import", "safetensors", folder, "--out", again]) == 0
+    assert "blurred means" in capsys.readouterr().out, "what the weights are was lost on the way"
+    ours, theirs = (open_checkpoint(Path(path)) for path in (first, again))
+    name = "ema.safetensors"
+    assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
+    assert main(["sample", again, "--count", "4", "--steps", "2", "--out", str(tmp_path / "a.png")]) == 0
+    assert main(["sample", first, "--count", "4", "--steps", "2", "--out", str(tmp_path / "b.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is a ")[0] for line in warnings] == [f"warning: {again}", f"warning: {first}"]
+
+
+def test_the_card_says_what_the_weights_are(trained: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(trained)
+    evaluation = {
+        "checkpoint": checkpoint.path.name,
+        "step": checkpoint.step,
+        "one_step": {"frechet_distance": 12.5},
+        "count": 100,
+        "seed": 0,
+        "features": {"name": "some-features"},
+    }
+    (checkpoint.path.parent / "evaluation.json").write_text(json.dumps(evaluation))
+    try:
+        export_safetensors(checkpoint, tmp_path / "out")
+    finally:
+        (checkpoint.path.parent / "evaluation.json").unlink()
+    card = (tmp_path / "out/README.md").read_text()
+    for fact in (
+        "preset `digits`",
+        "24 of 24 steps of 16 images",
+        "| curriculum | doubling, s0 = 10, s1 = 1280 |",
+        "scikit-learn",  # the data's source, from the store
+        "| one | 12.5 |",
+        "some-features",
+        "| second step at sigma | 0.821 |",
+    ):
+        assert fact in card, fact
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["config"]["network"]["channels"] == 8
+
+
+def test_an_evaluation_of_another_step_is_not_on_the_card(trained: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(trained)
+    other = {"checkpoint": "step-00000001", "step": 1, "one_step": {"frechet_distance": 12.5}}
+    (checkpoint.path.parent / "evaluation.json").write_text(json.dumps(other))
+    try:
+        export_safetensors(checkpoint, tmp_path / "out")
+    finally:
+        (checkpoint.path.parent / "evaluation.json").unlink()
+    assert "None were measured" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_trained_weights_themselves_can_be_exported(trained: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(trained)
+    export_safetensors(checkpoint, tmp_path / "out", "weights")
+    again = import_safetensors(tmp_path / "out").tensors
+    assert all(torch.equal(again[name], tensor) for name, tensor in checkpoint.tensors("weights").items())
+
+
+def test_an_export_does_not_write_over_anything(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    assert main(["export", "safetensors", str(trained), "--out", str(tmp_path / "out")]) == 2
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_an_export_that_fails_leaves_nothing(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from ict_fast.interop import export
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "README.md":
+            raise OSError(28, "No space left on device")
+        path.write_bytes(content)
+
+    monkeypatch.setattr(export, "write_durably", full)
+    assert main(["export", "safetensors", str(trained), "--out", str(tmp_path / "out")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,103 @@
+"""`ict-fast edit`: from picture files to picture files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ict_fast.cli import main
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two grey pictures of 8x8, one of 4x4, a mask, and a text."""
+    random = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"in/{name}.png")
+    Image.fromarray(random.integers(0, 256, (4, 4), dtype=np.uint8)).save(tmp_path / "small.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 6:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    return tmp_path
+
+
+def _edit(trained: Path, folder: Path, words: str) -> int:
+    return main(
+        ["edit", *[word.replace("RUN", str(trained)).replace("IN", str(folder)) for word in words.split()]]
+    )
+
+
+def test_variants_of_every_picture_keep_what_the_mask_shows(trained: Path, pictures: Path) -> None:
+    words = "inpaint RUN --input IN/in --mask IN/mask.png --variants 2 --steps 3 --out IN/edited.npz"
+    assert _edit(trained, pictures, words) == 0
+    edited = np.load(pictures / "edited.npz")["arr_0"]
+    assert edited.shape == (4, 8, 8, 1)
+    for number, image in enumerate(edited):
+        given = np.asarray(Image.open(pictures / f"in/{'ab'[number % 2]}.png"))
+        np.testing.assert_array_equal(image[:, :6, 0], given[:, :6])
+    assert (edited[0] != edited[2]).any(), "the variants are the same"
+
+
+@pytest.mark.parametrize(
+    ("words", "columns", "rows"),
+    [
+        ("inpaint RUN --input IN/in/a.png IN/in/b.png --mask left --steps 2", 2, 2),
+        ("upscale RUN --input IN/small.png --steps 2 --variants 3", 1, 4),
+        ("stroke RUN --input IN/in --sigma 2", 2, 2),
+    ],
+)
+def test_a_grid_has_what_was_given_on_top(
+    trained: Path, pictures: Path, words: str, columns: int, rows: int
+) -> None:
+    assert _edit(trained, pictures, f"{words} --out IN/grid.png") == 0
+    grid = np.asarray(Image.open(pictures / "grid.png"))
+    tile = 9 * 6  # 8 pixels and a border of 1, six times enlarged
+    assert grid.shape == (rows * tile + 6, columns * tile + 6)
+    top = grid[6 : 6 + 48 : 6, 6 : 6 + 48 : 6]
+    name = "small.png" if "upscale" in words else "in/a.png"
+    given = np.asarray(Image.open(pictures / name))
+    if "upscale" in words:
+        given = given.repeat(2, 0).repeat(2, 1)
+    if "left" in words:
+        given = np.where(np.arange(8) < 4, 128, given)
+    np.testing.assert_array_equal(top, given)
+
+
+def test_a_folder_gets_a_picture_each(trained: Path, pictures: Path) -> None:
+    assert _edit(trained, pictures, "stroke RUN --input IN/in --out IN/out") == 0
+    assert sorted(path.name for path in (pictures / "out").iterdir()) == ["000000.png", "000001.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("inpaint RUN --input IN/in", "inpaint needs --mask"),
+        ("stroke RUN --input IN/in --mask left", "stroke takes no --mask"),
+        ("inpaint RUN --input IN/in --mask lft", 'did you mean "left"'),
+        ("inpaint RUN --input IN/in --mask IN/small.png", "4x4; the model makes 8x8"),
+        ("inpaint RUN --input IN/text.png --mask left", "not an image"),
+        ("inpaint RUN --input IN/nothing.png --mask left", "does not exist"),
+        ("stroke RUN --input IN/in/a.png IN/small.png", "images of one size"),
+        ("stroke RUN --input IN/small.png", "this model takes"),
+        ("upscale RUN --input IN/in", "a whole part"),
+        ("upscale RUN --input IN/small.png --sigma 3", "--sigma belongs to stroke"),
+        ("colorize RUN --input IN/in", "grey images"),
+        ("stroke RUN --input IN/in --labels 1", "unconditional"),
+        ("stroke RUN --input IN/in --variants 0", "--variants is 0"),
+        ("stroke IN/nowhere --input IN/in", "there is no run"),
+        ("paint RUN --input IN/in", 'did you mean "inpaint"'),
+    ],
+)
+def test_what_cannot_be_edited_is_one_line(
+    trained: Path, pictures: Path, capsys: pytest.CaptureFixture, words: str, reason: str
+) -> None:
+    assert _edit(trained, pictures, f"{words} --out IN/edited.png") == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+    assert not (pictures / "edited.png").exists()

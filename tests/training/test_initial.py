@@ -1,0 +1,227 @@
+"""`train --init`: a run begins with another model's averaged weights, once, and says what it took."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ict_fast.checkpoint import open_checkpoint, write_checkpoint
+from ict_fast.cli import main
+from ict_fast.config import Config, to_dict
+from ict_fast.errors import InputError
+from ict_fast.training.initial import find_initial, initial_weights
+from ict_fast.training.step import TrainStep
+from ict_fast.training.trainer import plan, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def short(tiny: Config) -> Config:
+    """Three steps of the network that the run `trained` has."""
+    return replace(
+        tiny,
+        data=replace(tiny.data, flip=False),
+        network=replace(tiny.network, dropout=0.0),
+        training=replace(tiny.training, total_steps=3),
+        logging=replace(tiny.logging, checkpoint_every=1),
+    )
+
+
+def _weights(trained: Path, config: Config) -> tuple[dict[str, torch.Tensor], list[str]]:
+    tensors, report = initial_weights(find_initial(trained), config)
+    return tensors, report.lines()
+
+
+@pytest.mark.parametrize("teacher", ["student", "ema"])
+def test_everything_that_averages_begins_with_the_averaged_weights(
+    trained: Path, short: Config, teacher: str
+) -> None:
+    config = replace(short, method=replace(short.method, teacher=teacher))
+    tensors, lines = _weights(trained, config)
+    step = TrainStep(config, CPU, initial=tensors)
+    expected = open_checkpoint(trained).tensors("ema")
+    groups = [dict(step.network.state_dict()), step.ema_weights()]
+    if step.teacher is not None:
+        groups.append(dict(step.teacher.state_dict()))
+    assert len(groups) == (3 if teacher == "ema" else 2)
+    for group in groups:
+        assert group.keys() == expected.keys()
+        assert all(torch.equal(group[name], tensor) for name, tensor in expected.items())
+    trained_ones = open_checkpoint(trained).tensors("weights")
+    assert any(not torch.equal(trained_ones[name], tensor) for name, tensor in expected.items())
+    count = len(expected)
+    assert f"{count} of {count} tensors, 100.00% of the numbers" in lines[0]
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("network", "reasons"),
+    [
+        ({"num_classes": 10}, ["drawn anew: embedding.label: there is none of that name there"]),
+        ({"channel_mult": (1, 3)}, ["shape (16,) there, (24,) here"]),
+        ({"channel_mult": (1, 2, 2), "attention_resolutions": (2,)}, ["there is none of that name here"]),
+        ({"adaptive_norm": True}, ["adaptive norm here, not there (--network.adaptive-norm)"]),
+        ({"image_channels": 3}, ["images of 1 channels there, 3 here"]),
+        ({"c_noise": "adm-openai"}, ["note: the weights were trained with --network.c-noise log"]),
+        (
+            {"name": "ddpmpp", "embedding": "positional"},
+            ["encoder.1.pyramid.conv: there is none", "--network.name"],
+        ),
+        ({"resolution": 16, "attention_resolutions": (8,)}, ["--network.resolution 8, this run has 16"]),
+    ],
+)
+def test_the_report_says_what_was_left_and_why(
+    trained: Path, short: Config, network: dict, reasons: list[str]
+) -> None:
+    config = replace(short, network=replace(short.network, **network))
+    tensors, lines = _weights(trained, config)
+    for reason in reasons:
+        assert any(reason in line for line in lines[1:]), "\n".join(lines)
+    step, fresh = TrainStep(config, CPU, initial=tensors), TrainStep(config, CPU)
+    theirs = open_checkpoint(trained).tensors("ema")
+    for name, tensor in step.network.state_dict().items():
+        same = name in theirs and theirs[name].shape == tensor.shape
+        expected = theirs[name] if same else fresh.network.state_dict()[name]
+        assert torch.equal(tensor, expected), name
+
+
+def test_labels_of_another_number_of_classes_are_drawn_anew(tmp_path: Path, short: Config) -> None:
+    source = replace(short, network=replace(short.network, num_classes=7))
+    tensors = {"ema": dict(TrainStep(source, CPU).network.state_dict())}
+    write_checkpoint(tmp_path / "a", 5, tensors, {"config": to_dict(source)}, keep=2)
+    lines = _weights(tmp_path / "a", replace(short, network=replace(short.network, num_classes=10)))[1]
+    # The bias does not depend on the number of classes.
+    assert "  drawn anew: embedding.label.weight: 7 classes there, 10 here" in lines
+    assert "  not used: embedding.label.weight: 7 classes there, 10 here" in lines
+
+
+def test_nothing_that_fits_is_refused(trained: Path, short: Config, tmp_path: Path) -> None:
+    config = replace(short, network=replace(short.network, name="adm", channels=12))
+    with pytest.raises(InputError, match=r"1 of its 145 tensors have the name and shape"):
+        train(config, out=tmp_path / "run", device="cpu", init=trained)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_run_begins_once(trained: Path, short: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(short, out=out, device="cpu", init=trained).step == 3
+    record = json.loads((out / "init.json").read_text())
+    newest = open_checkpoint(trained)
+    assert (record["path"], record["step"]) == (str(trained), newest.step)
+    assert record["loaded"] == sorted(newest.tensors("ema"))
+    assert open_checkpoint(out).state["init"]["sha256"] == record["sha256"]
+
+    # Stopped after one step and resumed, with and without --init: the same weights, bit for bit.
+    for number, init in enumerate((trained, None)):
+        again = tmp_path / f"again{number}"
+        (again / "checkpoints").mkdir(parents=True)
+        for name in ("config.json", "init.json"):
+            shutil.copy(out / name, again / name)
+        first = sorted((out / "checkpoints").glob("step-*"))[0]
+        shutil.copytree(first, again / "checkpoints" / first.name)
+        assert train(short, out=again, device="cpu", init=init).step == 3
+        for name in ("weights", "ema"):
+            ours, theirs = (open_checkpoint(path).path / f"{name}.safetensors" for path in (again, out))
+            assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_another_beginning_is_refused(trained: Path, short: Config, tmp_path: Path) -> None:
+    out, other, plain = tmp_path / "run", tmp_path / "other", tmp_path / "plain"
+    one = replace(short, training=replace(short.training, total_steps=2))
+    train(one, out=plain, device="cpu")
+    train(one, out=out, device="cpu", init=trained)
+    with pytest.raises(InputError, match="has others; another --out starts a new run"):
+        train(one, out=out, device="cpu", init=plain)
+    with pytest.raises(InputError, match="began at random, not with --init"):
+        train(one, out=plain, device="cpu", init=trained)
+    # The same weights from another place are the same beginning.
+    shutil.copytree(trained, other)
+    assert train(one, out=out, device="cpu", init=other).step == 2
+    # What is gone by then is not needed any more, under the name that it had.
+    shutil.rmtree(other)
+    with pytest.raises(InputError, match="does not exist"):
+        train(one, out=out, device="cpu", init=other)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same(
+    trained: Path, short: Config, tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    train(short, out=whole, device="cpu", init=trained)
+    for kept in (("init.json",), ("init.json", "config.json")):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        for name in kept:
+            shutil.copy(whole / name, out / name)
+        train(short, out=out, device="cpu")  # --init was forgotten, its record was not
+        ours, theirs = (open_checkpoint(path).path / "ema.safetensors" for path in (out, whole))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_plan_reports_it(trained: Path, short: Config, tmp_path: Path) -> None:
+    config = replace(short, network=replace(short.network, num_classes=10))
+    text = plan(config, out=tmp_path / "run", device="cpu", init=trained)
+    assert f"init: the averaged weights of {trained}" in text
+    assert "drawn anew: embedding.label" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_begin_with_the_same(
+    trained: Path, short: Config, tmp_path: Path, command: Callable
+) -> None:
+    process = command(short, tmp_path / "two", "--processes", "2", "--init", str(trained))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert output.count("init: the averaged weights of") == 1
+    train(short, out=tmp_path / "one", device="cpu", init=trained)
+    ours, theirs = (open_checkpoint(tmp_path / name).tensors("weights") for name in ("two", "one"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_networks_options_come_from_what_it_begins_with(
+    trained: Path, digits_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """`trained` has 8 channels and no classes; the preset 24 and 10."""
+    words = ["train", "--data", str(digits_store), "--device", "cpu", "--out", str(tmp_path / "run")]
+    short = ["--training.total-steps", "2", "--training.batch-size", "8", "--logging.grid-every", "0"]
+    assert main([*words, *short, "--init", str(trained), "--network.dropout", "0.25"]) == 0
+    network = json.loads((tmp_path / "run/config.json").read_text())["network"]
+    assert (network["channels"], network["num_classes"], network["dropout"]) == (8, 0, 0.25)
+    assert "100.00% of the numbers" in capsys.readouterr().err
+    # The same run goes on without the option, or after the other is gone.
+    assert main([*words, *short]) == 0
+    assert main([*words, *short, "--init", str(trained)]) == 0
+    assert main([*words, *short, "--init", str(tmp_path / "gone")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty"])
+def test_a_beginning_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, where: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    words = ["train", "--init", str(tmp_path / where), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "no run, checkpoint or imported model" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_imported_model_is_no_run_to_resume(
+    tmp_path: Path, short: Config, capsys: pytest.CaptureFixture
+) -> None:
+    tensors = {"ema": dict(TrainStep(short, CPU).network.state_dict())}
+    state = {"config": to_dict(short), "imported": {"kind": "denoiser"}}
+    write_checkpoint(tmp_path / "a", 0, tensors, state, keep=2)
+    with pytest.raises(InputError, match=r"is an imported model, not a run; `--init .*` begins a run"):
+        train(short, out=tmp_path / "a", device="cpu")
+    assert train(short, out=tmp_path / "b", device="cpu", init=tmp_path / "a").step == 3

@@ -17,10 +17,10 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-import torch
-from machine import ceilings, commit, copy_seconds, hardware, versions
+import torch  # noqa: E402
+from machine import ceilings, commit, copy_seconds, hardware, versions  # noqa: E402
 
-from ict_fast.training.launch import configure_torch
+from ict_fast.training.launch import configure_torch  # noqa: E402
 
 Record = Callable[..., None]
 
@@ -71,7 +71,8 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture
 def record(benchmark: Any) -> Record:
-    """Writes a figure's meaning beside it: what it is compared with, and its share of the machine's ceilings."""
+    """Writes a figure's meaning beside it: what it is compared with, and its share of the machine's
+    ceilings."""
 
     def write(
         *,

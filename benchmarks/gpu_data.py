@@ -1,8 +1,9 @@
 """Part `data` of run_gpu.py: the loaders beside torch's DataLoader, from the page cache to the device.
 
 Every contestant gathers the same images in the same order into batches of its own on the device, labels
-included; the three loaders bring flip bits as well. Rounds are interleaved. Floor on a GPU: the images' bytes over
-the rate of a pinned copy to the device, which the resident loader, that sends indices only, is not bound by.
+included; the three loaders bring flip bits as well. Rounds are interleaved. Floor on a GPU: the images' bytes
+over the rate of a pinned copy to the device, which the resident loader, that sends indices only, is not bound
+by.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ict_fast.data.loaders import LOADERS
 from ict_fast.data.order import batch_indices
 from ict_fast.data.store import Store, open_store, write_store
 
-# (resolution, batch): CIFAR-10's and ImageNet's share of one GPU, and a batch of which the host feels every one.
+# (resolution, batch): what one GPU takes of ImageNet, of CIFAR-10, and a batch that keeps the host busy.
 GPU_SIZES = ((64, 128), (64, 1024), (32, 512))
 CPU_SIZES = ((8, 32),)
 NUM_IMAGES = {"cuda": 20_480, "cpu": 512}
@@ -33,13 +34,11 @@ STEPS_PER_ROUND = {"cuda": 80, "cpu": 4}
 ROUNDS = 7
 
 
-def random_store(folder: Path, num_images: int, resolution: int) -> Store:
-    """A store of random RGB images of ten classes."""
-    random = np.random.default_rng(0)
-    blocks = (
-        random.integers(0, 256, (512, resolution, resolution, 3), np.uint8) for _ in range(num_images // 512)
-    )
-    labels = np.arange(num_images) % 10
+def random_store(folder: Path, num_images: int, resolution: int, channels: int = 3) -> Store:
+    """A store of random images of ten classes, a multiple of 512 of them."""
+    random, shape = np.random.default_rng(0), (512, resolution, resolution, channels)
+    blocks = (random.integers(0, 256, shape, np.uint8) for _ in range(num_images // 512))
+    labels = np.arange(num_images // 512 * 512) % 10
     classes = [str(number) for number in range(10)]
     return open_store(write_store(folder, blocks, labels, source="random", recipe="random", classes=classes))
 

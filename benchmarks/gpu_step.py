@@ -1,9 +1,9 @@
 """Part `step` of run_gpu.py: whole training steps of both networks, beside the same steps in plain torch.
 
-Variants follow one another, each in its own network, since compiled blocks of several would share one cache of
-torch's; then once more in reverse order while the budget lasts (A B C C B A), so that a drift of the clock shows
-and cancels. Beside them, timed alone: the step's convolutions and attention, which nothing here can make faster.
-The record is given anew after every variant.
+Variants follow one another, each in its own network, since compiled blocks of several would share one cache
+of torch's; then once more in reverse order while the budget lasts (A B C C B A), so that a drift of the clock
+shows and cancels. Beside them, timed alone: the step's convolutions and attention, which nothing here can
+make faster. The record is given anew after every variant.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def synthetic_batches(config: Config, device: torch.device) -> list[Any]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ the variants
+# ----------------------------------------------------------------------------------------------- the variants
 
 Variant = Callable[[Config, torch.device], TrainStep]
 
@@ -98,19 +98,19 @@ VARIANTS: dict[str, Variant] = {
 CPU_VARIANTS = ("ict-fast, uncompiled", PLAIN)
 
 
-# ------------------------------------------------------------------------------------------------ the measuring
+# ---------------------------------------------------------------------------------------------- the measuring
 
 
-def part_step(device: torch.device, share: Callable[[], float]) -> dict[str, Callable[[], Iterator[dict]]]:
+def part_step(device: torch.device, session: Any) -> dict[str, Callable[[], Iterator[dict]]]:
     """What to measure, by name; on a CPU the digits' small network.
 
     Args:
-        share: seconds that the measurement which asks may take.
+        session: whose `share()` is the seconds that the measurement which asks may take.
     """
     sizes = CPU_SIZES if device.type == "cpu" else GPU_SIZES
     return {
         f"step, {preset}": lambda preset=preset, images=images: measure_steps(  # type: ignore[misc]
-            preset, images, device, share()
+            preset, images, device, session.share()
         )
         for preset, images in sizes
     }

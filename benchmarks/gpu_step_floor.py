@@ -1,8 +1,8 @@
 """The time of a step's convolutions and attention alone: every distinct call of the step, repeated by itself.
 
-The calls are those that step_counts.py meets on fake tensors. Each is timed in a CUDA graph over buffers that L2
-does not hold, and counted as often as the step makes it. Depthwise convolutions, which only resample, are left
-out: a fused kernel could do their work elsewhere.
+The calls are those that step_counts.py meets on fake tensors. Each is timed in a CUDA graph over buffers that
+L2 does not hold, and counted as often as the step makes it. Depthwise convolutions, which only resample, are
+left out: a fused kernel could do their work elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def measure_floor(preset: str, images: int, device: torch.device) -> dict[str, A
     """Milliseconds of a step's convolutions and attention.
 
     Returns:
-        ms in all; ms by operation; one entry for each distinct call: operation, shapes, dtype, count, ms of one.
+        ms in all; ms by operation; one entry for each distinct call: operation, shapes, dtype, count, ms of
+        one.
     """
     found = []
     by_operation: dict[str, float] = {}

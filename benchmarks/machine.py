@@ -1,4 +1,5 @@
-"""The machine that is measured: what it is, what runs on it, and how fast it copies and multiplies at best."""
+"""The machine that is measured: what it is, what runs on it, and how fast it copies and multiplies at
+best."""
 
 from __future__ import annotations
 

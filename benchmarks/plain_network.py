@@ -1,4 +1,5 @@
-"""The same training step as a trainer without this package would write it: what whole steps are compared with.
+"""The same training step as a trainer without this package would write it: what whole steps are compared
+with.
 
 The network keeps its convolutions, attention and parameters; its norms, its dropout, the objective and the
 optimizer are torch's own. It is spared what makes the package's definitions exact and slow without a kernel:
@@ -84,8 +85,8 @@ class TorchObjective:
             x = torch.where(flip.bool()[:, None, None, None], x.flip(3), x)
         noise = torch.randn_like(x)
         with torch.no_grad():
-            teacher, teacher_input = self._denoised(x, noise, levels.sigma, labels, method, c_noise)
-        student, _ = self._denoised(x, noise, levels.sigma_next, labels, method, c_noise)
+            teacher = self._denoised(x, noise, levels.sigma, labels, method, c_noise)
+        student = self._denoised(x, noise, levels.sigma_next, labels, method, c_noise)
         elements = x[0].numel()
         c = 0.00054 * elements**0.5
         distance = ((student - teacher).flatten(1).square().sum(1) + c**2).sqrt() - c
@@ -93,7 +94,7 @@ class TorchObjective:
 
     def _denoised(
         self, x: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor | None, method: Any, c_noise: str
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         s = sigma[:, None, None, None]
         noisy = x + s * noise
         variance = s.square() + method.sigma_data**2
@@ -102,7 +103,7 @@ class TorchObjective:
         output = self.network(scaled, noise_condition(sigma, c_noise), labels, dropout_seed=0)
         skip = method.sigma_data**2 / ((s - method.sigma_min).square() + method.sigma_data**2)
         out = method.sigma_data * (s - method.sigma_min) * variance.rsqrt()
-        return skip * noisy + out * output.float(), scaled
+        return skip * noisy + out * output.float()
 
 
 class TorchOptimizer:

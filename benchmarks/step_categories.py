@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 CONVOLUTION, ATTENTION, NORM, ELEMENTWISE = "convolution", "attention", "norm", "elementwise"
-MATRIX, OPTIMIZER, OBJECTIVE, DATA, IDLE = "other matrix products", "optimizer", "loss and noise", "data", "idle"
+MATRIX, OPTIMIZER, OBJECTIVE, DATA, IDLE = (
+    "other matrix products",
+    "optimizer",
+    "loss and noise",
+    "data",
+    "idle",
+)
 CATEGORIES = (CONVOLUTION, ATTENTION, NORM, ELEMENTWISE, MATRIX, OPTIMIZER, OBJECTIVE, DATA, IDLE)
 
 # The first that fits counts, so what has a narrow name comes before what has a wide one.
@@ -28,7 +34,15 @@ _NAMES = (
     ),
     (
         OPTIMIZER,
-        ("radam", "_scalars_kernel", "_norm_kernel", "_update_kernel", "multi_tensor", "foreach", "fused_adam"),
+        (
+            "radam",
+            "_scalars_kernel",
+            "_norm_kernel",
+            "_update_kernel",
+            "multi_tensor",
+            "foreach",
+            "fused_adam",
+        ),
     ),
     (
         OBJECTIVE,
@@ -48,10 +62,21 @@ _NAMES = (
         ),
     ),
     (ATTENTION, ("attention", "flash", "fmha", "sdpa", "softmax")),
-    (DATA, ("memcpy", "index_select", "indexselect", "gather")),
+    (DATA, ("memcpy htod", "memcpy dtoh", "index_select", "indexselect")),
     (
         CONVOLUTION,
-        ("conv", "wgrad", "dgrad", "fprop", "implicit", "winograd", "cudnn", "nchwtonhwc", "nhwctonchw", "xmma"),
+        (
+            "conv",
+            "wgrad",
+            "dgrad",
+            "fprop",
+            "implicit",
+            "winograd",
+            "cudnn",
+            "nchwtonhwc",
+            "nhwctonchw",
+            "xmma",
+        ),
     ),
     (MATRIX, ("gemm", "addmm", "aten::mm", "aten::bmm", "aten.mm", "aten.bmm", "cublas", "nvjet", "cutlass")),
 )
@@ -60,6 +85,9 @@ _NAMES = (
 def category(name: str) -> str:
     """The category of an operation: what no rule names is elementwise (sums, casts, concatenations too)."""
     lowered = name.lower()
+    if lowered.startswith(("triton_poi", "triton_red", "triton_per")):
+        # Inductor names a fused kernel after all that it stands for, a convolution's bias among it.
+        return NORM if "group_norm" in lowered or "var_mean" in lowered else ELEMENTWISE
     for found, parts in _NAMES:
         if any(part in lowered for part in parts):
             return found

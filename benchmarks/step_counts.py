@@ -1,8 +1,9 @@
 """What a training step asks of a GPU, counted without one: `python benchmarks/step_counts.py`.
 
-One step of each preset runs on fake tensors, which have shapes and no memory: every operation that torch would
-dispatch is counted, and the package's own ops run their launchers, so that each Triton launch is. Written to
-step-counts.json, which the suite compares with what it counts: a change has to write it anew, on purpose.
+One step of each preset runs on fake tensors, which have shapes and no memory: every operation that torch
+would dispatch is counted, and the package's own ops run their launchers, so that each Triton launch is.
+Written to step-counts.json, which the suite compares with what it counts: a change has to write it anew, on
+purpose.
 
 Counted is the step as it stands in Python, not compiled: Inductor fuses the elementwise operations, and can
 neither remove a convolution nor a launch of ours. Dispatched as on a CPU, with the trunk in bf16: a GPU's
@@ -143,18 +144,22 @@ def _call(operation: str, arguments: tuple[Any, ...]) -> Call:
 
 
 def count_step(preset: str, batch_size: int) -> dict[str, Any]:
-    """FLOPs, bytes and launches of one training step of a preset.
+    """`count_config` of a preset."""
+    return {"preset": preset, **count_config(presets.get(preset), batch_size)}
+
+
+def count_config(config: Config, batch_size: int) -> dict[str, Any]:
+    """FLOPs, bytes and launches of one training step.
 
     Returns:
         flops: matrix FLOPs, 2 per multiply-add, as torch's counter has them; bytes by category; launches of
         our kernels by name, and of torch's operations by name.
     """
-    counting, flops, network = _run_step(preset, batch_size)
+    counting, flops, network = _run_step(config, batch_size)
     parameters = sum(p.numel() for p in network.parameters())
     counting.kernels.update(_optimizer_launches(network))
     counting.bytes_moved[OPTIMIZER] += 40 * parameters
     return {
-        "preset": preset,
         "batch_size": batch_size,
         "parameters": parameters,
         "flops": flops,
@@ -168,13 +173,12 @@ def count_step(preset: str, batch_size: int) -> dict[str, Any]:
 
 def heavy_calls(preset: str, batch_size: int) -> Counter[Call]:
     """The convolutions and attention of one step, each distinct one with its number of times."""
-    return _run_step(preset, batch_size)[0].heavy
+    return _run_step(presets.get(preset), batch_size)[0].heavy
 
 
-def _run_step(preset: str, batch_size: int) -> tuple[Counting, int, nn.Module]:
+def _run_step(config: Config, batch_size: int) -> tuple[Counting, int, nn.Module]:
     """A step but for the optimizer on fake tensors: what was counted, the FLOPs, and the network."""
-    config, counting = presets.get(preset), Counting()
-    counter = FlopCounterMode(display=False)
+    counting, counter = Counting(), FlopCounterMode(display=False)
     stages = consistency.stages(config.training.total_steps, config.method)
     scales = [stage.num_scales for stage in stages]
     with _on_triton():

@@ -1,7 +1,8 @@
 """How long a checkpoint holds the training up: `pytest benchmarks/ --benchmark-only`.
 
-The training waits for a copy of the state into host memory; a thread writes it. The baseline is to wait for the
-whole: serialise, hash, flush to the disk, rename. Bytes that the wait must move: the state read and written.
+The training waits for a copy of the state into host memory; a thread writes it. The baseline is to wait for
+the whole: serialise, hash, flush to the disk, rename. Bytes that the wait must move: the state read and
+written.
 """
 
 from __future__ import annotations
@@ -51,9 +52,7 @@ def test_checkpoint(
     config, train_step = trained
     run = open_run(config, tmp_path / "run", "never", None, lambda text: None)
     prepare_directory(run)
-    size = sum(
-        tensor.nbytes for group in train_step.tensors().values() for tensor in group.values()
-    )
+    size = sum(tensor.nbytes for group in train_step.tensors().values() for tensor in group.values())
     steps = iter(range(1, 10**9))
     with (
         Monitor(run.out, first_step=0, total_steps=10**9, batch_size=1, silent=True) as monitor,

@@ -2,7 +2,8 @@
 
 On a CPU, where no Triton kernel runs: the package's eager definitions beside plain torch, in fp32, a few
 images at a time. On a GPU: the cases of `run_gpu.py --part kernels`, whose records, with Inductor's two ways
-and apex beside them, go into the JSON; the time in pytest's own table includes the launches from Python there.
+and apex beside them, go into the JSON; the time in pytest's own table includes the launches from Python
+there.
 """
 
 from __future__ import annotations

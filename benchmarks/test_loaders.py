@@ -1,7 +1,7 @@
 """The loaders beside torch's DataLoader, 64x64 in batches of 256: `pytest benchmarks/ --benchmark-only`.
 
-The contestants are those of gpu_data.py. A round is a sixteenth of the store; bytes moved per image: 12,288 read
-and as many written. The store lies in the page cache: what is measured is the path, not the disk.
+The contestants are those of gpu_data.py. A round is a sixteenth of the store; bytes moved per image: 12,288
+read and as many written. The store lies in the page cache: what is measured is the path, not the disk.
 """
 
 from __future__ import annotations

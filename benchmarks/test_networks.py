@@ -1,7 +1,7 @@
 """The networks forward and backward: `pytest benchmarks/ --benchmark-only`.
 
 FLOPs are those of matrix products and convolutions, counted by torch (2 per multiply-add). The norms are the
-package's; "torch's norms" is the same network with plain torch in their place, see plain_network.py. Both large
+package's; "torch's norms" is the same network with torch's own in their place (plain_network.py). Both large
 networks run here for one image: the whole of CIFAR-10's takes a core 3 s, forward and backward.
 """
 
@@ -103,7 +103,14 @@ def test_network_forward(
 @pytest.mark.parametrize(("preset", "_", "images", "rounds"), SIZES[1:], ids=[each[0] for each in SIZES[1:]])
 @pytest.mark.benchmark(group="networks, GPU")
 def test_network_on_a_gpu(
-    benchmark: Any, record: Any, gpu: torch.device, preset: str, images: int, _: int, rounds: int, variant: str
+    benchmark: Any,
+    record: Any,
+    gpu: torch.device,
+    preset: str,
+    images: int,
+    _: int,
+    rounds: int,
+    variant: str,
 ) -> None:
     forward, backward, parameters = network_calls(preset, images, variant, gpu)
     flops = flops_of(lambda: backward(forward()))

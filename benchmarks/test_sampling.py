@@ -1,4 +1,5 @@
-"""Sampling: `pytest benchmarks/ --benchmark-only`. A step is one pass of the network, whose FLOPs are counted."""
+"""Sampling: `pytest benchmarks/ --benchmark-only`. A step is one pass of the network, whose FLOPs are
+counted."""
 
 from __future__ import annotations
 
@@ -13,10 +14,17 @@ from ict_fast.consistency import ConsistencyModel, sample
 
 # (preset, images, steps, rounds).
 ON_CPU = (("digits", 256, 1, 7), ("digits", 256, 2, 7), ("cifar10", 2, 1, 2))
-ON_GPU = (("cifar10", 256, 1, 5), ("cifar10", 256, 2, 5), ("imagenet64", 256, 1, 3), ("imagenet64", 256, 2, 3))
+ON_GPU = (
+    ("cifar10", 256, 1, 5),
+    ("cifar10", 256, 2, 5),
+    ("imagenet64", 256, 1, 3),
+    ("imagenet64", 256, 2, 3),
+)
 
 
-def _sample(benchmark: Any, record: Any, device: torch.device, preset: str, images: int, steps: int, rounds: int):
+def _sample(
+    benchmark: Any, record: Any, device: torch.device, preset: str, images: int, steps: int, rounds: int
+):
     config = presets.get(preset)
     model = ConsistencyModel(config).to(device).eval()
     classes = config.network.num_classes

@@ -1,8 +1,8 @@
 """What starting costs: `pytest benchmarks/ --benchmark-only`. Each round is a process of its own.
 
-Imports beside `import torch` alone, and beside Python that imports nothing; and the first training step of the
-digits' network in compiled blocks, with an empty compile cache (cold) and with the one that it left (warm), beside
-the uncompiled one.
+Imports beside `import torch` alone, and beside Python that imports nothing; and the first training step of
+the digits' network in compiled blocks, with an empty compile cache (cold) and with the one that it left
+(warm), beside the uncompiled one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whole training steps: `pytest benchmarks/ --benchmark-only`.
 
-Matrix FLOPs of a step, counted by torch's counter (2 per multiply-add), beside the time. The images are random
-and already on the device, so no loader is measured. The baseline is the same step in plain torch, see
+Matrix FLOPs of a step, counted by torch's counter (2 per multiply-add), beside the time. The images are
+random and already on the device, so no loader is measured. The baseline is the same step in plain torch, see
 plain_network.py; on a GPU the variants are those of `run_gpu.py --part step`.
 """
 

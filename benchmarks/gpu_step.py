@@ -186,7 +186,8 @@ def _measure_variant(name: str, config: Config, device: torch.device, record: di
                 return config
             config = replace(config, training=replace(config.training, batch_size=batch // 2))
         except Exception as error:
-            record["failed"][name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            lines = str(error).strip().splitlines() or [""]
+            record["failed"][name] = f"{type(error).__name__}: {lines[0]}"
             return config
         finally:
             torch.compiler.reset()

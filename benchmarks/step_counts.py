@@ -29,12 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from flops import flop_counter  # noqa: E402
 from step_categories import OPTIMIZER, category  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_flatten  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import ict_kernels  # noqa: E402
 from ict_fast import consistency, presets  # noqa: E402
@@ -178,7 +178,7 @@ def heavy_calls(preset: str, batch_size: int) -> Counter[Call]:
 
 def _run_step(config: Config, batch_size: int) -> tuple[Counting, int, nn.Module]:
     """A step but for the optimizer on fake tensors: what was counted, the FLOPs, and the network."""
-    counting, counter = Counting(), FlopCounterMode(display=False)
+    counting, counter = Counting(), flop_counter()
     stages = consistency.stages(config.training.total_steps, config.method)
     scales = [stage.num_scales for stage in stages]
     with _on_triton():

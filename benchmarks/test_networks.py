@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from flops import flops_of
 from plain_network import use_torchs_norms
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ict_fast import presets
 from ict_fast.networks import build_network
@@ -51,13 +51,6 @@ def network_calls(
         output.sum().backward()
 
     return forward, backward, sum(p.numel() for p in network.parameters())
-
-
-def flops_of(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    total: int = counter.get_total_flops()
-    return total
 
 
 @pytest.mark.parametrize("variant", [OURS, THEIRS])

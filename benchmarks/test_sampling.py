@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from flops import flops_of
 
 from ict_fast import presets
 from ict_fast.consistency import ConsistencyModel, sample
@@ -35,14 +35,13 @@ def _sample(
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    with FlopCounterMode(display=False) as counter:
-        run()
+    flops = flops_of(run)
     benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
     record(
         op=f"sampling, {preset}, steps: {steps}",
         variant="ict-fast",
         baseline="the network's FLOPs alone",
-        flops=counter.get_total_flops(),
+        flops=flops,
         images=images,
         device=device.type,
     )

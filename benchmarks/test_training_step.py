@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from flops import flops_of
 from gpu_step import CPU_VARIANTS, GPU_SIZES, VARIANTS, measure_steps, synthetic_batches
-from torch.utils.flop_counter import FlopCounterMode
 
 from ict_fast import presets
 from ict_fast.config import Config
@@ -39,15 +39,14 @@ def test_training_step(benchmark: Any, record: Any, name: str, variant: str) -> 
     config = CONFIGS[name]
     batches = synthetic_batches(config, torch.device("cpu"))
     train_step = VARIANTS[variant](config, torch.device("cpu"))
-    with FlopCounterMode(display=False) as counter:
-        train_step(0, batches)
+    flops = flops_of(lambda: train_step(0, batches))
     steps = iter(range(1, 10**9))
     benchmark.pedantic(lambda: train_step(next(steps), batches), rounds=20, warmup_rounds=3)
     record(
         op=f"training step, {name}",
         variant=variant,
         baseline=PLAIN,
-        flops=counter.get_total_flops(),
+        flops=flops,
         images=config.training.batch_size,
     )
 

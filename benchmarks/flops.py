@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def _product(query: Sequence[int], key: Sequence[int]) -> int:
-    """Queries times keys, (N, heads, pixels, head channels) each; the weights times the values are as many."""
+    """Queries times keys, (N, heads, pixels, head channels) each; weights times values are as many."""
     count, heads, queries, channels = query
     return 2 * count * heads * queries * key[2] * channels
 

@@ -24,7 +24,7 @@ from ict_fast.training.saving import Saver
 from ict_fast.training.step import TrainStep
 
 STALL, WHOLE = "the training waits", "until it is on the disk"
-NETWORKS = {"digits": 10, "cifar10": 3}
+NETWORKS = {"digits": 10, "cifar10": 2}  # and how many rounds
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,7 @@ def test_checkpoint(
 ) -> None:
     config, train_step = trained
     run = open_run(config, tmp_path / "run", "never", None, lambda text: None)
+    run.out.mkdir()
     prepare_directory(run)
     size = sum(tensor.nbytes for group in train_step.tensors().values() for tensor in group.values())
     steps = iter(range(1, 10**9))

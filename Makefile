@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test drills lint bench hub clean
+.PHONY: demo test drills lint bench bench-results counts results hub clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ict-fast prepare digits --out data/digits
@@ -26,6 +26,17 @@ drills: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# The committed results: the CPU's figures on a quiet machine, what the suite compares, and the page of all.
+bench-results: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json benchmarks/results/cpu-suite.json
+
+counts: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/step_counts.py
+	$(BIN)/python benchmarks/compiled_kernels.py --few
+
+results: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/render.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,19 @@ WIDE_STORES_ONLY = {"_noise_kernel"}
 UNALIGNED_SHAPES = ("6 x 105,", "6 x 5 x 7 x 3,")
 
 
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+COMMITTED = json.loads((RESULTS / "compiled-kernels-few.json").read_text())
+# What identifies a launch; all the rest is compared.
+KEY = ("op", "shape", "kernel", "architecture", "scalars")
+
+
+def committed_like(record: dict[str, Any]) -> dict[str, Any]:
+    """The committed record of the same launch; of several of one kernel the one that agrees, if any does."""
+    found = [each for each in COMMITTED["kernels"] if all(each[name] == record[name] for name in KEY)]
+    assert found, f"{[record[name] for name in KEY]} is not in compiled-kernels-few.json; run `make counts`"
+    return record if record in found else found[0]
+
+
 def check(record: dict[str, Any]) -> None:
     assert record["stack_bytes"] == 0, "spills"
     # The scalars of an optimizer step are fp64; elements never are.
@@ -55,6 +70,14 @@ def test_a_kernel_neither_spills_nor_computes_in_fp64_nor_loads_narrowly(
     scalars = ("fp32", "fp64") if architecture == 90 else ("fp32",)
     for record in compiled_kernels.measure(case, [architecture], scalars):
         check(record)
+        if metadata.version("triton") == COMMITTED["versions"]["triton"]:
+            stored = json.loads(json.dumps(record))  # its keys are text
+            assert stored == committed_like(stored), "if this is meant, `make counts` writes the table anew"
+
+
+def test_the_committed_few_are_those_that_are_compiled_here() -> None:
+    compiled = {(case.op, case.shape) for case in cases(full=False)}
+    assert {(each["op"], each["shape"]) for each in COMMITTED["kernels"]} == compiled
 
 
 @pytest.mark.drill

@@ -1,0 +1,265 @@
+"""What the measurements are held against, and whether they reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_timing import COPIES, OURS
+from results_index import Entry, Results
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A goal's figure: on which machine, its value, and the file that it is from."""
+
+    where: str
+    value: float
+    file: str
+    worst: str = ""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on a figure.
+
+    Attributes:
+        key: of its section in results/analysis.md, where a miss is analysed.
+        text: what is bounded.
+        limit, unit: at least this, or at most if `at_most`.
+        figures: what the results say; nothing where it was not measured.
+    """
+
+    key: str
+    text: str
+    limit: float
+    unit: str
+    figures: Callable[[Results], Iterator[Reached]]
+    at_most: bool = False
+
+    def is_met(self, reached: Reached) -> bool:
+        return reached.value <= self.limit if self.at_most else reached.value >= self.limit
+
+    @property
+    def bound(self) -> str:
+        return f"{'at most' if self.at_most else 'at least'} {self.limit:g}{self.unit}"
+
+
+Stage = tuple[str, str, dict[str, Any], Entry]
+
+
+def _stages(results: Results, op: str, dropout: bool | None = None) -> Iterator[Stage]:
+    """(GPU, name of case and stage, figures, entry) of the kernels' results of an op."""
+    for gpu, name, entry in results.of_part("kernels"):
+        if name.startswith(op) and (dropout is None or ("dropout" in name) == dropout):
+            for stage, figures in entry.record.get("stages", {}).items():
+                yield gpu, f"{name}, {stage}", figures, entry
+
+
+def _worst(stages: Iterator[Stage], value: Callable[[dict[str, Any]], float | None]) -> Iterator[Reached]:
+    """The smallest value on each GPU."""
+    by_gpu: dict[str, Reached] = {}
+    for gpu, name, figures, entry in stages:
+        found = value(figures)
+        if found is not None and (gpu not in by_gpu or found < by_gpu[gpu].value):
+            by_gpu[gpu] = Reached(gpu, found, entry.file, name)
+    yield from by_gpu.values()
+
+
+def _against_best(figures: dict[str, Any]) -> float | None:
+    others = [ms for name, ms in figures["ms"].items() if name not in (OURS, *COPIES)]
+    return min(others) / figures["ms"][OURS] if others else None
+
+
+def _against(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda figures: figures["times_faster_than"].get(name)
+
+
+def _optimizer(results: Results) -> Iterator[Stage]:
+    for gpu, name, entry in results.of_part("optimizer"):
+        for stage, figures in entry.record.get("stages", {}).items():
+            yield gpu, f"{name}, {stage}", figures, entry
+
+
+def _adm_step(value: Callable[[dict[str, Any]], float | None]) -> Callable[[Results], Iterator[Reached]]:
+    def figures(results: Results) -> Iterator[Reached]:
+        for gpu, name, entry in results.of_part("step"):
+            found = value(entry.record) if "imagenet64" in name and "variants" in entry.record else None
+            if found is not None:
+                yield Reached(gpu, found, entry.file)
+
+    return figures
+
+
+def _failed_tests(results: Results) -> Iterator[Reached]:
+    for gpu, _, entry in results.of_part("tests"):
+        counts = entry.record.get("counts", {})
+        if counts:
+            yield Reached(gpu, counts.get("failed", 0) + counts.get("error", 0), entry.file)
+
+
+def _learnt(results: Results) -> Iterator[Reached]:
+    demo = results.read("digits-demo.json")
+    for gpu, _, entry in results.of_part("train"):
+        if demo is not None and "one_step" in entry.record:
+            distance = entry.record["one_step"]["frechet_distance"]
+            yield Reached(gpu, distance / demo.record["reference"]["gaussian"], entry.file)
+
+
+def suite_ms(results: Results, op: str, variant: str) -> float | None:
+    """The suite's milliseconds of an op by a variant."""
+    for record in results.suite_records():
+        if record.get("op") == op and record.get("variant") == variant:
+            return float(record["ms"])
+    return None
+
+
+def _suite(value: Callable[[Results], float | None]) -> Callable[[Results], Iterator[Reached]]:
+    def figures(results: Results) -> Iterator[Reached]:
+        found = value(results)
+        if found is not None and results.suite is not None:
+            yield Reached("CPU", found, results.suite.file)
+
+    return figures
+
+
+def _rate(variant: str) -> Callable[[Results], float | None]:
+    def value(results: Results) -> float | None:
+        for record in results.suite_records("loaders"):
+            if record.get("variant") == variant:
+                return float(record["images_per_second"]) / 1000
+        return None
+
+    return value
+
+
+def _stall(results: Results) -> float | None:
+    stall = suite_ms(results, "checkpoint, digits", "the training waits")
+    step = suite_ms(results, "training step, digits", "ict-fast, uncompiled")
+    return None if stall is None or step is None else 100 * stall / (300 * step)
+
+
+def _warm_start(results: Results) -> float | None:
+    op = "process to the end of the first step, digits, cpu"
+    cold, warm = (suite_ms(results, op, state) for state in ("cold", "warm"))
+    return None if cold is None or warm is None else cold / warm
+
+
+def _overhead(results: Results) -> float | None:
+    for record in results.suite_records("trainer"):
+        return 100 * float(record["overhead"])
+    return None
+
+
+def _of_ours(key: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda record: record["variants"].get("ict-fast", {}).get(key)
+
+
+def _step_against(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda record: record.get("times_faster_than", {}).get(name)
+
+
+def _copy(figures: dict[str, Any]) -> float:
+    return float(figures["percent_of_copy"])
+
+
+NORM = "group_norm_silu"
+GOALS = (
+    Goal("gpu-tests", "tests/gpu that fail", 0, "", _failed_tests, at_most=True),
+    Goal(
+        "norm-baseline",
+        "group_norm_silu, both directions, every shape: the fastest baseline's time over ours",
+        1,
+        "x",
+        lambda results: _worst(_stages(results, NORM), _against_best),
+    ),
+    Goal(
+        "norm-copy",
+        "group_norm_silu without dropout, every shape: rate of a copy of its bytes",
+        85,
+        " %",
+        lambda results: _worst(_stages(results, NORM, dropout=False), _copy),
+    ),
+    Goal(
+        "norm-dropout-copy",
+        "group_norm_silu with dropout, every shape: rate of a copy of its bytes",
+        70,
+        " %",
+        lambda results: _worst(_stages(results, NORM, dropout=True), _copy),
+    ),
+    Goal(
+        "loss-eager",
+        "consistency_loss, both directions: faster than eager",
+        5,
+        "x",
+        lambda results: _worst(_stages(results, "consistency_loss"), _against("eager")),
+    ),
+    Goal(
+        "optimizer-copy",
+        "RAdamEMA: rate of a copy of its bytes",
+        85,
+        " %",
+        lambda results: _worst(_optimizer(results), _copy),
+    ),
+    Goal(
+        "optimizer-foreach",
+        "RAdamEMA: faster than torch's foreach RAdam with a foreach average",
+        3,
+        "x",
+        lambda results: _worst(_optimizer(results), _against("torch.optim.RAdam, foreach, + foreach EMA")),
+    ),
+    Goal(
+        "step-floor",
+        "ADM-64 step over its convolutions and attention alone",
+        1.25,
+        "x",
+        _adm_step(lambda record: record.get("times_the_floor")),
+        at_most=True,
+    ),
+    Goal(
+        "step-matrix-rate",
+        "ADM-64 step: share of the measured bf16 matrix rate",
+        45,
+        " %",
+        _adm_step(_of_ours("percent_of_matrix_rate")),
+    ),
+    Goal(
+        "step-inductor",
+        "ADM-64 step: faster than default Inductor",
+        1.12,
+        "x",
+        _adm_step(_step_against("inductor")),
+    ),
+    Goal(
+        "step-tuned",
+        "ADM-64 step: faster than Inductor with raised thresholds",
+        1.05,
+        "x",
+        _adm_step(_step_against("inductor, raised thresholds")),
+    ),
+    Goal(
+        "train-learns",
+        "the GPU's run: one-step distance, relative to a Gaussian fitted to the pixels",
+        1,
+        "x",
+        _learnt,
+        at_most=True,
+    ),
+    Goal(
+        "loader-memmap", "memmap loader, 64x64, two cores", 500, " thousand images/s", _suite(_rate("memmap"))
+    ),
+    Goal("loader-dali", "DALI loader, 64x64, two cores", 150, " thousand images/s", _suite(_rate("dali"))),
+    Goal(
+        "loop-overhead", "the loop's cost beside a step of 100 ms", 2, " %", _suite(_overhead), at_most=True
+    ),
+    Goal(
+        "checkpoint-stall",
+        "digits: wait for checkpoints, of the run's time",
+        1,
+        " %",
+        _suite(_stall),
+        at_most=True,
+    ),
+    Goal("warm-start", "compiled start, digits: cold over warm", 3, "x", _suite(_warm_start)),
+)

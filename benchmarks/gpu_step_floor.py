@@ -1,0 +1,92 @@
+"""The time of a step's convolutions and attention alone: every distinct call of the step, repeated by itself.
+
+The calls are those that step_counts.py meets on fake tensors. Each is timed in a CUDA graph over buffers that
+L2 does not hold, and counted as often as the step makes it. Depthwise convolutions, which only resample, are
+left out: a fused kernel could do their work elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_timing import OURS, Stage, buffer_sets, differentiable, time_variants
+from step_counts import Call, TensorOf, heavy_calls
+from torch import Tensor
+
+# Where an operation's schema has the number of groups.
+_GROUPS = {"convolution": 8, "convolution_backward": 9}
+
+
+def measure_floor(preset: str, images: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a step's convolutions and attention.
+
+    Returns:
+        ms in all; ms by operation; one entry for each distinct call: operation, shapes, dtype, count, ms of
+        one.
+    """
+    found = []
+    by_operation: dict[str, float] = {}
+    for call, count in floor_calls(heavy_calls(preset, images)).items():
+        milliseconds = time_call(call, device)
+        by_operation[call.operation] = by_operation.get(call.operation, 0.0) + count * milliseconds
+        tensors = [each for each in call.arguments if isinstance(each, TensorOf)]
+        found.append(
+            {
+                "operation": call.operation,
+                "shapes": [each.shape for each in tensors[:3]],
+                "dtype": str(tensors[0].dtype).removeprefix("torch."),
+                "count": count,
+                "ms": milliseconds,
+            }
+        )
+    return {"ms": sum(by_operation.values()), "ms_by_operation": by_operation, "calls": found}
+
+
+def floor_calls(calls: Counter[Call]) -> Counter[Call]:
+    """The dense convolutions and the attention among the calls."""
+    return Counter(
+        {
+            call: count
+            for call, count in calls.items()
+            if call.operation not in _GROUPS or call.arguments[_GROUPS[call.operation]] == 1
+        }
+    )
+
+
+def time_call(call: Call, device: torch.device) -> float:
+    """Milliseconds of one call on random tensors of its shapes, strides and dtypes."""
+    tensors = [each for each in call.arguments if isinstance(each, TensorOf)]
+    moved = sum(each.numel * each.dtype.itemsize for each in tensors)
+    sets = buffer_sets(moved, device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def made(each: Any) -> Any:
+        if not isinstance(each, TensorOf):
+            return each
+        values = torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device=device)
+        return values.normal_(generator=generator)
+
+    if call.operation.startswith("attention"):
+        stages = _attention_stages(call, [[made(each) for each in tensors] for _ in range(sets)])
+    else:
+        operation = getattr(torch.ops.aten, call.operation).default
+        arguments = [[made(each) for each in call.arguments] for _ in range(sets)]
+        stages = {"forward": lambda number, _: operation(*arguments[number])}
+    timings = time_variants({OURS: stages}, sets, device)
+    return timings.medians(list(stages)[-1])[OURS]
+
+
+def _attention_stages(call: Call, inputs: list[list[Tensor]]) -> dict[str, Stage]:
+    """Attention by whatever kernel this device chooses; the last stage is the one that is asked for."""
+    if call.operation == "attention":
+        return {"forward": lambda number, _: F.scaled_dot_product_attention(*inputs[number][:3])}
+    gradients = [each[0] for each in inputs]
+    leaves = [[tensor.requires_grad_() for tensor in each[1:4]] for each in inputs]
+    return differentiable(
+        lambda number: F.scaled_dot_product_attention(*leaves[number]),
+        leaves,
+        lambda number, output: gradients[number],
+    )

@@ -1,0 +1,133 @@
+"""The same training step as a trainer without this package would write it: what whole steps are compared
+with.
+
+The network keeps its convolutions, attention and parameters; its norms, its dropout, the objective and the
+optimizer are torch's own. It is spared what makes the package's definitions exact and slow without a kernel:
+its noise and dropout come from torch's generators, and student and teacher do not share a dropout mask, which
+costs nothing and would be wrong in a real run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ict_fast import consistency
+from ict_fast.config import Config
+from ict_fast.consistency.model import noise_condition
+from ict_fast.training.step import TrainStep
+from ict_kernels import GroupNormSiLU, NoiseLevels, noise_level_grid, noise_level_probabilities
+
+
+class TorchNorm(nn.Module):
+    """GroupNormSiLU by torch's functions, with the same parameters and arguments."""
+
+    def __init__(self, norm: GroupNormSiLU) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.num_groups, self.eps = norm.num_groups, norm.eps
+        self.silu, self.dropout = norm.activation == "silu", norm.dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        pre_bias: Tensor | None = None,
+        seed: Any = None,
+        offset: Any = 0,
+    ) -> Tensor:
+        def column(values: Tensor) -> Tensor:
+            return values.to(x.dtype)[..., None, None]
+
+        if pre_bias is not None:
+            x = x + column(pre_bias)
+        y = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        if scale is not None and shift is not None:
+            y = y * (1 + column(scale)) + column(shift)
+        if self.silu:
+            y = F.silu(y)
+        if self.dropout and seed is not None:
+            y = F.dropout(y, self.dropout)
+        return y.contiguous(memory_format=torch.channels_last)  # eager torch answers in NCHW
+
+
+def use_torchs_norms(network: nn.Module) -> None:
+    """Replaces every GroupNormSiLU of a network, in place; the parameters stay the same objects."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, GroupNormSiLU):
+                setattr(module, name, TorchNorm(child))
+
+
+class TorchObjective:
+    """Consistency training's loss of each image, (N,), by torch's functions; see ConsistencyObjective."""
+
+    def __init__(self, network: nn.Module, config: Config, device: torch.device) -> None:
+        self.network, self.config = network, config
+        scales = consistency.num_scales(0, config.training.total_steps, config.method)
+        # One N is enough: the time does not depend on it.
+        self.grid = noise_level_grid(scales).float().to(device)
+        self.cdf = noise_level_probabilities(scales).cumsum(0)[:-1].float().to(device)
+
+    def __call__(self, images: Tensor, labels: Tensor | None, **ignored: Any) -> Tensor:
+        method, c_noise = self.config.method, self.config.network.c_noise
+        index = torch.searchsorted(self.cdf, torch.rand(images.shape[0], device=images.device))
+        sigma, sigma_next = self.grid[index], self.grid[index + 1]
+        levels = NoiseLevels(index, sigma, sigma_next, 1 / (sigma_next - sigma))
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        flip = ignored.get("flip")
+        if flip is not None:
+            x = torch.where(flip.bool()[:, None, None, None], x.flip(3), x)
+        noise = torch.randn_like(x)
+        with torch.no_grad():
+            teacher = self._denoised(x, noise, levels.sigma, labels, method, c_noise)
+        student = self._denoised(x, noise, levels.sigma_next, labels, method, c_noise)
+        elements = x[0].numel()
+        c = 0.00054 * elements**0.5
+        distance = ((student - teacher).flatten(1).square().sum(1) + c**2).sqrt() - c
+        return levels.weight * distance
+
+    def _denoised(
+        self, x: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor | None, method: Any, c_noise: str
+    ) -> Tensor:
+        s = sigma[:, None, None, None]
+        noisy = x + s * noise
+        variance = s.square() + method.sigma_data**2
+        scaled = (noisy * variance.rsqrt()).contiguous(memory_format=torch.channels_last)
+        # A seed says that dropout happens; its value is not used.
+        output = self.network(scaled, noise_condition(sigma, c_noise), labels, dropout_seed=0)
+        skip = method.sigma_data**2 / ((s - method.sigma_min).square() + method.sigma_data**2)
+        out = method.sigma_data * (s - method.sigma_min) * variance.rsqrt()
+        return skip * noisy + out * output.float()
+
+
+class TorchOptimizer:
+    """torch's foreach RAdam and a foreach average of the weights, where a step expects RAdamEMA."""
+
+    def __init__(self, network: nn.Module, config: Config, device: torch.device) -> None:
+        parameters = list(network.parameters())
+        optimizer = config.optimizer
+        self._radam = torch.optim.RAdam(
+            parameters, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, foreach=True
+        )
+        self._values = [p.detach() for p in parameters]
+        self._averages = [p.clone(memory_format=torch.preserve_format) for p in self._values]
+        self._decay = optimizer.ema_decay
+        self.last_step_skipped = torch.zeros((), dtype=torch.bool, device=device)
+        self.zero_grad = self._radam.zero_grad
+
+    def step(self) -> None:
+        self._radam.step()
+        torch._foreach_lerp_(self._averages, self._values, 1 - self._decay)
+
+
+def make_plain(step: TrainStep) -> None:
+    """Turns a step of which nothing is compiled yet into torch's own, in place."""
+    use_torchs_norms(step.network)
+    step.objective = TorchObjective(step.network, step.config, step.device)  # type: ignore[assignment]
+    step.optimizer = TorchOptimizer(step.network, step.config, step.device)  # type: ignore[assignment]

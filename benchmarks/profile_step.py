@@ -1,0 +1,210 @@
+"""Where a training step's time goes, before the kernels and with them: `python benchmarks/profile_step.py`.
+
+"Before" is the same network in plain torch, as plain_network.py has it: on a GPU compiled by Inductor as ours
+is, on a CPU uncompiled. Each is profiled over a few steps fed by the resident loader. Written to --out: a
+Kineto trace of each (open it in Perfetto or chrome://tracing), and profile-*.json with the milliseconds of a
+step by category and its most expensive operations. Categories go by name, see step_categories.py: on a GPU by
+the kernel's, on a CPU by torch's operation (its own time, without what it calls). Idle: no kernel ran, or
+torch did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from gpu_data import random_store  # noqa: E402
+from gpu_step import CPU_VARIANTS, INDUCTOR, OURS, PLAIN, VARIANTS, step_config  # noqa: E402
+from step_categories import CATEGORIES, DATA, IDLE, category  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
+from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
+
+from ict_fast.data.resident_loader import ResidentLoader  # noqa: E402
+
+BEFORE_AND_AFTER = {"cuda": (INDUCTOR, OURS), "cpu": (PLAIN, CPU_VARIANTS[0])}
+SIZES = {"cuda": (("imagenet64", 128), ("cifar10", 512)), "cpu": (("digits", 96),)}
+WARM_UP_STEPS, PROFILED_STEPS = 4, 3
+_LOADER = "ict-fast: loader"
+_SHOWN = 25
+
+
+def part_profile(device: torch.device, session: Any) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
+    """What to measure, by name; the traces go into the session's folder."""
+    return {
+        f"profile, {preset}": lambda preset=preset, images=images: profile_preset(  # type: ignore[misc]
+            preset, images, device, session.out
+        )
+        for preset, images in SIZES[device.type]
+    }
+
+
+def profile_preset(
+    preset: str, images: int, device: torch.device, out: Path, variants: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """The profiles of a preset's step, before and after; yields the record after each.
+
+    Args:
+        preset, images: the network, and the images in a step.
+        out: folder for the traces, which exists.
+        variants: of gpu_step.VARIANTS, in place of before and after.
+    """
+    record: dict[str, Any] = {"preset": preset, "batch_size": images, "profiles": {}}
+    for name in variants or BEFORE_AND_AFTER[device.type]:
+        slug = "".join(letter if letter.isalnum() else "-" for letter in name)
+        trace = out / f"trace-{preset}-{slug}-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
+        record["profiles"][name] = profile_variant(name, preset, images, device, trace)
+        torch.compiler.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        record["summary"] = "; ".join(
+            f"{each}: {found['wall_ms']:.1f} ms" for each, found in record["profiles"].items()
+        )
+        yield record
+
+
+def profile_variant(name: str, preset: str, images: int, device: torch.device, trace: Path) -> dict[str, Any]:
+    """Profiles PROFILED_STEPS steps of a variant and writes the trace.
+
+    Returns:
+        Per step: wall_ms; ms by category; launches by category; the operations that take most, with ms, calls
+        and category; the trace's name.
+    """
+    config = step_config(preset, images)
+    network = config.network
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(
+            Path(folder) / "store", max(512, 2 * images), network.resolution, network.image_channels
+        )
+        step = VARIANTS[name](config, device)
+        loader = ResidentLoader(store, batch_size=images, seed=0, flip=config.data.flip, device=device)
+
+        def run(k: int) -> None:
+            with record_function(_LOADER):
+                batches = loader.micro_batches(k)
+            step(k, batches)
+
+        for k in range(WARM_UP_STEPS):
+            run(k)
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.synchronize()
+        with loader, profile(activities=activities) as profiler:
+            started = time.perf_counter()
+            for k in range(WARM_UP_STEPS, WARM_UP_STEPS + PROFILED_STEPS):
+                run(k)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            wall = 1e3 * (time.perf_counter() - started)
+    profiler.export_chrome_trace(str(trace))
+    if device.type == "cuda":
+        spans = [
+            (each.name, each.time_range.start, each.time_range.end)
+            for each in profiler.events()
+            if each.device_type == DeviceType.CUDA and not getattr(each, "is_user_annotation", False)
+        ]
+        table = by_category([(kernel, (end - start) / 1e3) for kernel, start, end in spans])
+        idle = wall - covered([(start / 1e3, end / 1e3) for _, start, end in spans])
+    else:
+        events = profiler.key_averages()
+        table = by_category(
+            [(each.key, each.self_cpu_time_total / 1e3, each.count) for each in events]  # type: ignore[misc]
+        )
+        idle = wall - sum(table["ms"].values())
+    table["ms"][IDLE] = max(0.0, idle)
+    per_step = {
+        key: {each: value / PROFILED_STEPS for each, value in table[key].items()}
+        for key in table
+        if key != "top"
+    }
+    top = [
+        {
+            "name": each,
+            "category": category_of(each),
+            "ms": ms / PROFILED_STEPS,
+            "calls": calls / PROFILED_STEPS,
+        }
+        for each, ms, calls in table["top"]
+    ]
+    return {"wall_ms": wall / PROFILED_STEPS, **per_step, "top": top, "trace": trace.name}
+
+
+def category_of(name: str) -> str:
+    """`category`, knowing what this file itself names."""
+    return DATA if name == _LOADER else category(name)
+
+
+def by_category(timed: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    """Sums (name, ms) or (name, ms, calls): ms and launches by category; the names that took most."""
+    milliseconds: dict[str, float] = defaultdict(float)
+    launches: Counter[str] = Counter()
+    names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, ms, *calls in timed:
+        count = calls[0] if calls else 1
+        found = category_of(name)
+        milliseconds[found] += ms
+        launches[found] += count
+        names[name][0] += ms
+        names[name][1] += count
+    most = sorted(names.items(), key=lambda item: -item[1][0])[:_SHOWN]
+    return {
+        "ms": {each: milliseconds[each] for each in CATEGORIES if each in milliseconds},
+        "launches": dict(launches),
+        "top": [(name[:160], ms, calls) for name, (ms, calls) in most],
+    }
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of intervals: kernels of two streams may run at once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def table_of(profiles: dict[str, dict[str, Any]]) -> str:
+    """Milliseconds of a step by category, a column for each profile, as Markdown."""
+    present = [each for each in CATEGORIES if any(each in found["ms"] for found in profiles.values())]
+    rows = [["of a step", *(f"{name}, ms" for name in profiles)], ["---", *("---:" for _ in profiles)]]
+    for each in present:
+        cells = (found["ms"].get(each) for found in profiles.values())
+        rows.append([each, *("-" if ms is None else f"{ms:.2f}" for ms in cells)])
+    rows.append(["**all**", *(f"**{found['wall_ms']:.2f}**" for found in profiles.values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    from run_gpu import header, write
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default=SIZES[device.type][0][0])
+    parser.add_argument("--images", type=int, default=0, help="in a step (default: as run_gpu.py)")
+    parser.add_argument(
+        "--variants", nargs="+", default=(), choices=VARIANTS, help="in place of before, after"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    options = parser.parse_args(argv)
+    images = options.images or dict(SIZES[device.type]).get(options.preset, 32)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report, path = header("profile", options.out)
+    for record in profile_preset(options.preset, images, device, options.out, options.variants):
+        report["results"] = [{"name": f"profile, {options.preset}", **record}]
+        write(report, path)
+    print(table_of(report["results"][0]["profiles"]), path, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

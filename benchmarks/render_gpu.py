@@ -1,0 +1,214 @@
+"""What RESULTS.md says of each GPU, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpu_timing import COPIES, OURS
+from page import NOT_YET, link, table
+from plots import machine_plots
+from profile_step import table_of
+from results_index import PARTS, Entry, Results
+
+PART_TITLES = {
+    "tests": "The tests that need a GPU",
+    "kernels": "Kernels",
+    "optimizer": "Optimizer",
+    "step": "Training step",
+    "data": "Loaders",
+    "train": "A run that learns",
+    "dropin": "In other code bases",
+    "profile": "Profiles",
+}
+
+
+def gpu_blocks(results: Results, plots: Path) -> Iterator[str]:
+    if not results.machines:
+        yield table(
+            ("part", "command", ""),
+            [(PART_TITLES[part], f"`python benchmarks/run_gpu.py --part {part}`", NOT_YET) for part in PARTS],
+        )
+        return
+    for machine in results.machines.values():
+        yield f"### {machine.name}"
+        for title, file in machine_plots(machine, plots):
+            yield f"![{title}](results/{plots.name}/{file})\n\n*{title}.*"
+        for part in PARTS:
+            yield f"#### {PART_TITLES[part]}"
+            if not machine.parts.get(part):
+                yield f"{NOT_YET}: `python benchmarks/run_gpu.py --part {part}`"
+                continue
+            yield about(machine.reports[part])
+            yield from PART_BLOCKS[part](machine.parts[part])
+            yield from left_out(machine.parts[part])
+
+
+def about(report: Entry) -> str:
+    """Where a part's figures are from."""
+    record = report.record
+    versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
+    ceilings = record.get("ceilings") or {}
+    roofs = ""
+    if ceilings:
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in ceilings["matrix_tflop_per_s"].items())
+        roofs = (
+            f" Measured roofs: a copy {ceilings['copy_gb_per_s']:.0f} GB/s; matrix products {rates} TFLOP/s."
+        )
+    return (
+        f"{link(report.file)}, {record['date'][:10]}, commit {record['commit']}, driver"
+        f" {record['hardware'].get('driver')}, {versions}.{roofs}"
+    )
+
+
+def left_out(found: dict[str, Entry]) -> Iterator[str]:
+    lines = [
+        f"* {name}: {entry.record.get('error') or entry.record.get('not_measured')} ({link(entry.file)})"
+        for name, entry in found.items()
+        if "error" in entry.record or entry.record.get("not_measured")
+    ]
+    if lines:
+        yield "Not measured, or in part:\n\n" + "\n".join(lines)
+
+
+def tests_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    for entry in found.values():
+        yield f"{entry.record.get('summary')} ({link(entry.file)})."
+        failed = [each for each in entry.record.get("tests", ()) if each["outcome"] in ("failed", "error")]
+        if failed:
+            yield "\n".join(f"* {each['name']}: {each['outcome']}" for each in failed)
+
+
+def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    rows = []
+    for name, entry in found.items():
+        for stage, figures in entry.record.get("stages", {}).items():
+            others = {k: v for k, v in figures["times_faster_than"].items() if k not in COPIES}
+            rows.append(
+                (
+                    name,
+                    stage,
+                    figures.get("algorithm") or "",
+                    f"{figures['ms'][OURS]:.4f}",
+                    f"{figures['gb_per_s']:.0f}",
+                    f"{figures['percent_of_copy']:.0f} %",
+                    ", ".join(f"{ratio:.2f}x {other}" for other, ratio in others.items()),
+                )
+            )
+    head = ("case", "direction", "algorithm", "ms", "GB/s", "of a copy", "faster than")
+    if rows:
+        yield table(head, rows, right=3)
+    errors = [
+        (name, f"{each['max_error']:.3g}", f"{each['torch_max_error']:.3g}")
+        for name, entry in found.items()
+        for each in [
+            max((entry.record.get("errors") or {}).values(), key=lambda e: e["ratio"] or 0, default=None)
+        ]
+        if each is not None
+    ]
+    if errors:
+        yield "Largest error against float64, of the tensor that compares worst:"
+        yield table(("case", "ours", "torch's"), errors, right=1)
+
+
+def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    for name, entry in found.items():
+        record = entry.record
+        if not record.get("variants"):
+            continue
+        flops = f"{record['flops'] / 1e12:.1f} TFLOP"
+        yield f"{name}: {record['batch_size']} images, {flops} ({link(entry.file)})."
+        rows = [
+            (
+                each,
+                f"{figures['ms_per_step']:.1f}",
+                f"{figures['images_per_second']:.0f}",
+                f"{figures['percent_of_matrix_rate']:.1f} %",
+                f"{(figures['peak_memory_bytes'] or 0) / 2**30:.1f}",
+                f"{figures['first_step_s']:.0f}",
+            )
+            for each, figures in record["variants"].items()
+        ]
+        yield table(("variant", "ms", "images/s", "MFU", "peak GiB", "first step, s"), rows, right=1)
+        if "floor" in record:
+            parts = ", ".join(f"{kind} {ms:.1f}" for kind, ms in record["floor"]["ms_by_operation"].items())
+            yield (
+                f"Convolutions and attention alone: {record['floor']['ms']:.1f} ms ({parts}); the step takes"
+                f" {record['times_the_floor']:.2f} times that."
+            )
+        for kind in ("failed", "not_measured"):
+            if record.get(kind):
+                yield "; ".join(f"{each}: {reason}" for each, reason in record[kind].items())
+
+
+def data_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    rows = [
+        (
+            name,
+            contestant,
+            f"{rate:,.0f}",
+            f"{entry.record.get('percent_of_link', {}).get(contestant, 0):.0f} %",
+        )
+        for name, entry in found.items()
+        for contestant, rate in entry.record.get("images_per_second_of", {}).items()
+    ]
+    if rows:
+        yield table(("store", "loader", "images/s", "of a pinned copy"), rows, right=2)
+    for name, entry in found.items():
+        if entry.record.get("left_out"):
+            yield f"{name}: " + "; ".join(f"{k}: {v}" for k, v in entry.record["left_out"].items())
+
+
+def train_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    for entry in found.values():
+        record = entry.record
+        if "one_step" not in record:
+            continue
+        yield (
+            f"{record['total_steps']:,} steps of {record['batch_size']} images in"
+            f" {record['training_seconds']:.0f} s, {record['images_per_second']:.0f} images/s,"
+            f" {record['percent_of_matrix_rate']:.1f} % of the matrix rate;"
+            f" {record['parameters'] / 1e6:.1f} M parameters, {record['precision']} trunk,"
+            f" {record['compiled_blocks']} compiled blocks,"
+            f" {record['loader']} ({link(entry.file)})."
+        )
+        rows = [
+            (
+                each.replace("_", " "),
+                f"{record[each]['frechet_distance']:.3f}",
+                f"{record[each]['deviation_within_blocks']:.4f}",
+            )
+            for each in ("one_step", "two_step")
+        ]
+        rows += [
+            (f"real, {each}" if each == "halves" else each, f"{value:.3f}", "")
+            for each, value in record["reference"].items()
+        ]
+        yield table(("images", "Fréchet distance", "deviation within blocks"), rows, right=1)
+
+
+def profile_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    for name, entry in found.items():
+        if entry.record.get("profiles"):
+            yield f"{name}, {entry.record['batch_size']} images ({link(entry.file)}):"
+            yield table_of(entry.record["profiles"]).strip()
+
+
+def other_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    yield "\n".join(
+        f"* {name}: {entry.record.get('summary', 'see the file')} ({link(entry.file)})"
+        for name, entry in found.items()
+        if not entry.record.get("not_measured")
+    )
+
+
+PART_BLOCKS = {
+    "tests": tests_blocks,
+    "kernels": kernel_blocks,
+    "optimizer": kernel_blocks,
+    "step": step_blocks,
+    "data": data_blocks,
+    "train": train_blocks,
+    "dropin": other_blocks,
+    "profile": profile_blocks,
+}

@@ -1,0 +1,96 @@
+"""The step that ours is compared with computes the same function, so that only the speed differs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ict_fast import presets
+from ict_fast.training.step import TrainStep
+from ict_kernels import RAdamEMA, consistency_loss, noise_images, sample_noise_levels
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+plain_network: Any = importlib.import_module("plain_network")
+gpu_step: Any = importlib.import_module("gpu_step")
+CPU = torch.device("cpu")
+
+
+def config(**network: object) -> Any:
+    preset = presets.get("digits")
+    return replace(
+        preset,
+        network=replace(preset.network, **network),
+        training=replace(preset.training, batch_size=8, compile="off"),
+    )
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_torchs_norms_give_the_networks_outputs_and_gradients(adaptive: bool) -> None:
+    step = TrainStep(config(adaptive_norm=adaptive), CPU)
+    generator = torch.Generator().manual_seed(0)
+    for p in step.network.parameters():  # gamma 1 and beta 0 hide what is forgotten
+        p.data.add_(0.1 * torch.randn(p.shape, generator=generator))
+    x, noise = torch.randn(8, 1, 8, 8, generator=generator), torch.randn(8, generator=generator)
+    labels = torch.arange(8)
+
+    def run() -> list[torch.Tensor]:
+        step.network.zero_grad()
+        output = step.network(x, noise, labels)
+        output.square().sum().backward()
+        return [output.detach(), *(p.grad.clone() for p in step.network.parameters() if p.grad is not None)]
+
+    ours = run()
+    plain_network.use_torchs_norms(step.network)
+    for a, b in zip(ours, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4 * float(a.abs().max()))
+
+
+def test_its_loss_is_the_same_function_of_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config()
+    step = TrainStep(settings, CPU)
+    (batch,) = gpu_step.synthetic_batches(settings, CPU)
+    objective = plain_network.TorchObjective(step.network, settings, CPU)
+    levels = sample_noise_levels(8, 11, seed=3)
+    student_input, teacher_input = noise_images(batch.images, levels, seed=3)
+    outputs = [
+        step.network(each, sigma.log() / 4, batch.labels)
+        for each, sigma in ((student_input, levels.sigma_next), (teacher_input, levels.sigma))
+    ]
+    ours = consistency_loss(*outputs, student_input, teacher_input, levels)
+
+    # Its own draws replaced by those: the middle of the step of the CDF, and the noise that was added.
+    cdf = torch.cat([torch.zeros(1), objective.cdf, torch.ones(1)])
+    uniform = (cdf[levels.index] + cdf[levels.index + 1]) / 2
+    sigma = levels.sigma[:, None, None, None]
+    x = batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    noise = (teacher_input * (sigma.square() + 0.25).sqrt() - x) / sigma
+    monkeypatch.setattr(plain_network.torch, "rand", lambda *size, device: uniform)
+    monkeypatch.setattr(plain_network.torch, "randn_like", lambda x: noise)
+    # At sigma = 0.002 the noise comes back with the rounding of x + 0.002 z.
+    torch.testing.assert_close(objective(batch.images, batch.labels), ours, rtol=1e-2, atol=1e-3)
+
+
+def test_its_optimizer_takes_the_same_steps() -> None:
+    settings = config()
+    networks = [TrainStep(settings, CPU).network for _ in range(2)]
+    theirs = plain_network.TorchOptimizer(networks[0], settings, CPU)
+    ours = RAdamEMA(
+        networks[1].parameters(), lr=settings.optimizer.lr, ema_decay=settings.optimizer.ema_decay
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        for p, q in zip(*(network.parameters() for network in networks), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        theirs.step()
+        ours.step()
+    for p, q in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    for a, b in zip(theirs._averages, ours.ema_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,69 @@
+"""Where a step's time goes: categories by name, and sums that add up."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+profile_step: Any = importlib.import_module("profile_step")
+categories: Any = importlib.import_module("step_categories")
+
+
+@pytest.mark.parametrize(
+    ("name", "category"),
+    [
+        (
+            "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64",
+            "convolution",
+        ),
+        ("void cudnn::cnn::conv2d_grouped_direct_kernel<false, true>", "convolution"),
+        ("pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("resident_forward", "norm"),
+        ("triton_red_fused_native_group_norm_convolution_silu_3", "norm"),
+        ("triton_poi_fused_add_convolution_7", "elementwise"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
+            "elementwise",
+        ),
+        ("void at::native::multi_tensor_apply_kernel<at::native::TensorListMetadata<3>>", "optimizer"),
+        ("_update_kernel", "optimizer"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "other matrix products"),
+        ("_noise_kernel", "loss and noise"),
+        ("Memcpy HtoD (Pinned -> Device)", "data"),
+        ("Memcpy DtoD (Device -> Device)", "elementwise"),
+        ("aten::mkldnn_convolution", "convolution"),
+        ("aten::native_group_norm_backward", "norm"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+    ],
+)
+def test_a_name_has_its_category(name: str, category: str) -> None:
+    assert categories.category(name) == category
+
+
+def test_overlapping_kernels_are_counted_once() -> None:
+    assert profile_step.covered([(0, 4), (1, 2), (3, 6), (10, 11)]) == 7
+    assert profile_step.covered([]) == 0
+
+
+def test_a_profile_adds_up_to_the_wall_time_and_leaves_a_trace(tmp_path: Path) -> None:
+    *_, record = profile_step.profile_preset(
+        "digits", 2, profile_step.torch.device("cpu"), tmp_path, ["ict-fast, uncompiled"]
+    )
+    (found,) = record["profiles"].values()
+    assert sum(found["ms"].values()) == pytest.approx(found["wall_ms"], rel=0.02)
+    assert {"convolution", "norm", "elementwise", "optimizer", "data", "idle"} <= found["ms"].keys()
+    for each in found["top"]:
+        assert 0 <= each["ms"] <= found["ms"][each["category"]] * 1.0001
+    with gzip.open(tmp_path / found["trace"]) as file:
+        events = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"aten::convolution_backward", "ict-fast: loader"} <= events
+    table = profile_step.table_of(record["profiles"])
+    assert f"**{found['wall_ms']:.2f}**" in table

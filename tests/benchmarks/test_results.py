@@ -1,0 +1,148 @@
+"""RESULTS.md says what the raw JSON says, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+sys.path[:0] = [str(ROOT / "benchmarks"), str(Path(__file__).parent)]
+
+goals: Any = importlib.import_module("goals")
+made_up: Any = importlib.import_module("made_up")
+render: Any = importlib.import_module("render")
+results_index: Any = importlib.import_module("results_index")
+
+
+def test_the_committed_page_is_what_the_json_says(tmp_path: Path) -> None:
+    text = render.render(results_index.Results(RESULTS), tmp_path / "plots")
+    committed = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    assert text == committed, "`make results` renders it anew"
+    drawn = {path.name for path in (tmp_path / "plots").glob("*.png")}
+    assert drawn == {path.name for path in (RESULTS / "plots").glob("*.png")}
+
+
+def test_every_file_that_the_page_cites_is_there() -> None:
+    page = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    cited = re.findall(r"\]\((results[^)]*)\)", page)
+    assert cited
+    for path in cited:
+        assert (ROOT / "benchmarks" / path).exists(), path
+
+
+def test_every_miss_of_the_committed_results_is_analysed() -> None:
+    results = results_index.Results(RESULTS)
+    written = render.analyses(RESULTS)
+    assert [goal.key for goal, _ in render.missed(results) if not written.get(goal.key)] == []
+    assert written.keys() <= {goal.key for goal in goals.GOALS}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A page of made-up results, and their folder."""
+    folder = tmp_path_factory.mktemp("made-up") / "results"
+    folder.mkdir()
+    made_up.write_results(folder)
+    (folder / "digits-demo.json").write_text((RESULTS / "digits-demo.json").read_text())
+    render.main(["--results", str(folder)])
+    return (folder.parent / "RESULTS.md").read_text(), folder
+
+
+def goal_row(text: str, key: str) -> str:
+    (goal,) = (each for each in goals.GOALS if each.key == key)
+    return next(line for line in text.splitlines() if line.startswith(f"| {goal.text} |"))
+
+
+@pytest.mark.parametrize(
+    ("key", "figure", "met"),
+    [
+        # 1 / 1.15 of a copy; the fastest baseline takes 1.3 / 1.15 of our time.
+        ("norm-copy", "87 %", "yes"),
+        ("norm-dropout-copy", "87 %", "yes"),
+        ("norm-baseline", "1.13x", "yes"),
+        ("loss-eager", "4x", "**no**"),
+        ("optimizer-foreach", "4.5x", "yes"),
+        ("step-floor", "1.25x", "yes"),
+        ("step-inductor", "1.15x", "yes"),
+        ("step-tuned", "1.04x", "**no**"),
+        ("step-matrix-rate", "36.6 %", "**no**"),
+        ("gpu-tests", "0 (", "yes"),
+    ],
+)
+def test_a_goal_is_judged_by_its_worst_figure(
+    page: tuple[str, Path], key: str, figure: str, met: str
+) -> None:
+    row = goal_row(page[0], key)
+    assert figure in row
+    assert f"| {met} |" in row
+
+
+def test_a_miss_has_a_place_for_its_analysis_until_somebody_writes_it(
+    page: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, folder = page
+    missed = text.split("### What falls short")[1].split("\n## ")[0]
+    assert missed.count("* **") == 3
+    assert missed.count(render.MISSING) == 3
+    (folder / "analysis.md").write_text("# Why\n\n## step-tuned\n\nIt is bound by convolutions.\n")
+    render.main(["--results", str(folder)])
+    again = (folder.parent / "RESULTS.md").read_text()
+    assert "1.04x on Made-up GPU. It is bound by convolutions." in again
+    assert again.count(render.MISSING) == 2
+    assert "step-tuned" not in capsys.readouterr().err
+
+
+def test_what_has_no_json_is_not_measured_yet(page: tuple[str, Path], tmp_path: Path) -> None:
+    empty = render.render(results_index.Results(tmp_path), tmp_path / "plots")
+    assert empty.count(render.NOT_YET) >= len(goals.GOALS) + len(results_index.PARTS)
+    assert not (tmp_path / "plots").exists()
+    text = page[0]
+    assert "#### In other code bases\n\nnot measured yet" in text
+    assert "noise_images, cifar10: the budget of 420 s was used up" in text
+
+
+def test_every_plot_is_drawn_and_shown(page: tuple[str, Path]) -> None:
+    text, folder = page
+    shown = set(re.findall(r"\(results/plots/([^)]+)\)", text))
+    assert {name.split("-")[0] for name in shown} == {"kernels", "steps", "profile", "train"}
+    for name in shown:
+        assert (folder / "plots" / name).stat().st_size > 10_000
+
+
+def test_a_later_run_replaces_what_it_measured_and_nothing_else(tmp_path: Path) -> None:
+    made_up.write_results(tmp_path)
+    (first,) = tmp_path.glob("optimizer-*.json")
+    report = json.loads(first.read_text())
+    report["date"] = "2020-02-02T00:00:00+00:00"
+    report["results"] = [
+        {"name": "RAdamEMA, cifar10", "not_measured": "the budget of 1 s was used up"},
+        {"name": "RAdamEMA, imagenet64", "stages": {}},
+    ]
+    (tmp_path / "optimizer-later.json").write_text(json.dumps(report))
+    (machine,) = results_index.Results(tmp_path).machines.values()
+    found = {name: entry.file for name, entry in machine.parts["optimizer"].items()}
+    assert found == {"RAdamEMA, cifar10": first.name, "RAdamEMA, imagenet64": "optimizer-later.json"}
+
+
+def test_the_readmes_figures_are_the_results() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    demo = json.loads((RESULTS / "digits-demo.json").read_text())
+    noise, one_step = demo["reference"]["noise"], demo["one_step"]["frechet_distance"]
+    precision = json.loads((RESULTS / "precision.json").read_text())["stages"][-1]
+    bf16, fp16 = (precision["precisions"][name] for name in ("bf16", "fp16"))
+    claims = (
+        f"is {100 * one_step / noise:.2f} % of that of noise",
+        f"is at {100 * demo['reference']['gaussian'] / noise:.1f} %",
+        f"is at {100 * demo['reference']['halves'] / noise:.2f} % of the other",
+        f"at N = {precision['num_scales']} it adds {100 * bf16['noise']:.0f} % of the sampling variance",
+        f"takes {100 * (1 - bf16['norm']):.0f} % of its length",
+        f"fp16 {100 * fp16['noise']:.1f} % and {100 * (1 - fp16['norm']):.1f} %",
+    )
+    assert [claim for claim in claims if claim not in readme] == []

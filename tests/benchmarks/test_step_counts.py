@@ -1,0 +1,79 @@
+"""What a training step asks of a GPU: the committed counts are this code's, and agree with independent
+ones."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+pytest.importorskip("triton")
+step_counts: Any = importlib.import_module("step_counts")
+gpu_step: Any = importlib.import_module("gpu_step")
+gpu_step_floor: Any = importlib.import_module("gpu_step_floor")
+COMMITTED = json.loads((ROOT / "benchmarks/results/step-counts.json").read_text())
+
+
+@pytest.mark.parametrize("step", COMMITTED["steps"], ids=[each["preset"] for each in COMMITTED["steps"]])
+def test_a_step_asks_what_was_committed(step: dict[str, Any]) -> None:
+    if COMMITTED["versions"]["torch"].split("+")[0] != torch.__version__.split("+")[0]:
+        pytest.skip(f"counted with torch {COMMITTED['versions']['torch']}; this is {torch.__version__}")
+    counted = step_counts.count_step(step["preset"], step["batch_size"])
+    assert counted == step, "if this is meant, `make counts` writes the counts anew"
+
+
+def test_the_presets_of_the_gpus_steps_are_counted() -> None:
+    assert {each["preset"] for each in COMMITTED["steps"]} >= {name for name, _ in gpu_step.GPU_SIZES}
+
+
+@pytest.mark.parametrize(
+    # GFLOP of one forward pass for one image, as published code has them (METHOD.md's table).
+    ("preset", "forward"),
+    [("cifar10", 42.8), ("imagenet64", 219)],
+)
+def test_a_step_is_two_forward_passes_and_a_backward_pass_of_two(preset: str, forward: float) -> None:
+    (step,) = (each for each in COMMITTED["steps"] if each["preset"] == preset)
+    assert step["flops"] / step["batch_size"] / 1e9 == pytest.approx(4 * forward, rel=0.02)
+
+
+def test_every_norm_is_launched_twice_forward_and_once_backward() -> None:
+    # NCSN++ has 73 norms: KERNELS.md counts them.
+    (step,) = (each for each in COMMITTED["steps"] if each["preset"] == "cifar10")
+    kernels = step["kernels"]
+    assert kernels["sum_samples"] == 73
+    split = kernels["resident_forward"] - 2 * kernels["resident_backward"]
+    assert split == 0
+    for kernel in (
+        "_forward_kernel",
+        "_backward_kernel",
+        "_noise_kernel",
+        "_levels_kernel",
+        "_update_kernel",
+    ):
+        assert kernels[kernel] == 1
+
+
+def test_the_floor_is_all_dense_convolutions_and_the_attention() -> None:
+    calls = step_counts.heavy_calls("digits", 4)
+    kept = gpu_step_floor.floor_calls(calls)
+    depthwise = {call for call in calls if call not in kept}
+    assert depthwise
+    assert all("convolution" in call.operation for call in depthwise)
+    assert all(call.arguments[1 + ("backward" in call.operation)].shape[1] == 1 for call in depthwise)
+    assert {call.operation for call in kept} == {
+        "convolution",
+        "convolution_backward",
+        "attention",
+        "attention backward",
+    }
+    for call, count in kept.items():
+        if call.operation == "convolution":
+            assert count % 2 == 0  # the teacher's, and the student's

@@ -49,8 +49,8 @@ def ablation_section(report: dict[str, Any]) -> str:
     lines = [
         f"Preset `{base['preset']}` with {steps:,} steps of {batch} images, {len(report['seeds'])} seeds of",
         f"each variant, {report['count']:,} samples per figure. Of {len(verdicts)} orderings {holds} hold",
-        f"here, {open_} are open and {reversed_} are the other way round. An ordering holds if the bars of one",
-        "standard error do not meet; the ratio is that of the mean one-step distances.",
+        f"here, {open_} are open and {reversed_} are the other way round. An ordering holds if the bars of",
+        "one standard error do not meet; the ratio is that of the mean one-step distances.",
         "",
         *_table(("the paper's finding", "section", "ratio", "here"), verdict_rows(report), "llrl"),
         "",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,3 +70,19 @@ def trained(digits_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         logging=replace(preset.logging, grid_every=0),
     )
     return train(config, out=tmp_path_factory.mktemp("trained") / "run", device="cpu").out
+
+
+@pytest.fixture(scope="session")
+def torchmetrics_distance() -> Callable[[np.ndarray, np.ndarray], float]:
+    """The Fréchet distance between sets of digits by torchmetrics: real and other uint8 (N, 8, 8, 1)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    from ict_fast.evaluation import digits_features
+
+    def distance(real: np.ndarray, images: np.ndarray) -> float:
+        metric = FrechetInceptionDistance(feature=digits_features(), normalize=False)
+        for is_real, pixels in ((True, real), (False, images)):
+            metric.update(torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2), real=is_real)
+        return float(metric.compute())
+
+    return distance

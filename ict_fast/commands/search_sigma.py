@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
@@ -13,15 +13,6 @@ from ict_fast import errors, results
 from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line, say
-
-if TYPE_CHECKING:
-    import torch
-
-    from ict_fast.consistency import ConsistencyModel
-    from ict_fast.data.store import Store
-
-# Labels of a class-conditional model follow the reference's, by this seed: the same for every sigma.
-_LABEL_SEED = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +24,15 @@ class SearchSigmaOptions:
     reference: Annotated[
         Path | None, arg(metavar="DATA", help_behavior_hint="(default: what the run was trained on)")
     ] = None
-    """Folder of a prepared store with the real images."""
+    """Folder of a prepared store, or an .npz with mu and sigma (OpenAI, EDM) or with arr_0 (samples)."""
+    features: Annotated[
+        Path | None, arg(metavar="FILE", help_behavior_hint="(default: those of the digits classifier)")
+    ] = None
+    """A TorchScript file, such as inception-2015-12-05.pt."""
+    features_sha256: Annotated[str | None, arg(metavar="HEX", help_behavior_hint="(default: any)")] = None
+    """What the SHA-256 of --features must be."""
+    allow_other_recipe: bool = False
+    """Compare with images of another crop recipe than that of the run's data."""
     steps: int = 2
     """Sampling steps: the level of the second is searched for, then that of the third, and so on."""
     low: float = 0.05
@@ -74,8 +73,8 @@ def run(options: SearchSigmaOptions) -> int:
 
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
-    from ict_fast.data.store import open_store
-    from ict_fast.evaluation import FrechetDistance, digits_features
+    from ict_fast.evaluation import DistanceToReference
+    from ict_fast.evaluation.reference import labels_as_in
     from ict_fast.evaluation.sigma_search import search_sampling_sigmas
     from ict_fast.training.launch import configure_torch, resolve_device
 
@@ -86,12 +85,17 @@ def run(options: SearchSigmaOptions) -> int:
     reference = options.reference or Path(model.config.data.path)
     if options.reference is None and not reference.exists():
         raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
-    store = open_store(reference)
-    labels = _labels(model, store, options.count)
 
     with live_line() as progress:
         progress(0.0, "measuring the real images")
-        distance = FrechetDistance(digits_features(), store.images)
+        distance = DistanceToReference(
+            model.config,
+            reference,
+            features=options.features,
+            features_sha256=options.features_sha256,
+            allow_other_recipe=options.allow_other_recipe,
+            device=device,
+        )
         searches = search_sampling_sigmas(
             model,
             distance.to,
@@ -99,10 +103,12 @@ def run(options: SearchSigmaOptions) -> int:
             steps=options.steps,
             interval=(options.low, options.high),
             tolerance=options.tolerance,
-            labels=labels,
+            labels=labels_as_in(distance.reference, model.config.network.num_classes, options.count),
             seed=options.seed,
             progress=progress,
         )
+    for warning in distance.warnings:
+        say(f"warning: {warning}")
     sigmas = [search.best[0] for search in searches]
     result = {
         "checkpoint": checkpoint.path.name,
@@ -112,7 +118,7 @@ def run(options: SearchSigmaOptions) -> int:
         "count": options.count,
         "seed": options.seed,
         "reference_path": str(reference),
-        "reference_fingerprint": store.fingerprint,
+        "reference_fingerprint": distance.reference.fingerprint,
     }
     results.write(out, (json.dumps(result, indent=2) + "\n").encode())
     for number, search in enumerate(searches, start=2):
@@ -135,24 +141,3 @@ def run(options: SearchSigmaOptions) -> int:
         print(f"make it the run's: --method.second-sigma {shown}")
     print(f"written: {out}")
     return errors.EXIT_DONE
-
-
-def _labels(model: ConsistencyModel, store: Store, count: int) -> torch.Tensor | None:
-    """(count,) labels drawn from the reference's, for a class-conditional model."""
-    import numpy as np
-    import torch
-
-    network = model.config.network
-    ours = (network.resolution, network.image_channels)
-    if ours != (store.resolution, store.image_channels):
-        raise InputError(
-            f"{store.path}: holds images of {store.resolution}x{store.resolution} with {store.image_channels}"
-            f" channels, the model makes {network.resolution}x{network.resolution} with"
-            f" {network.image_channels}; name the data that it was trained on as --reference"
-        )
-    if not network.num_classes:
-        return None
-    if store.num_classes != network.num_classes:
-        raise InputError(f"{store.path}: has {store.num_classes} classes, the model {network.num_classes}")
-    drawn = np.random.default_rng(_LABEL_SEED).integers(0, store.num_images, count)
-    return torch.from_numpy(store.labels[drawn])

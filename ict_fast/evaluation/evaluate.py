@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ict_fast.consistency import ConsistencyModel, sampling_sigmas
-from ict_fast.data.prepare import load_digits
 from ict_fast.errors import InputError
 from ict_fast.evaluation.chunks import (
     Chunk,
@@ -28,7 +27,7 @@ from ict_fast.evaluation.feature_networks import (
     DigitsNetwork,
     FeatureNetwork,
     TorchScriptNetwork,
-    require_inception_size,
+    choose_network,
 )
 from ict_fast.evaluation.manifold import NEIGHBOURS, precision_and_recall
 from ict_fast.evaluation.measured_reference import (
@@ -47,7 +46,7 @@ from ict_fast.evaluation.metrics import (
     noise_images,
 )
 from ict_fast.evaluation.processes import compute_chunks
-from ict_fast.evaluation.reference import Reference, check_reference, open_reference
+from ict_fast.evaluation.reference import Reference, check_reference, labels_as_in, open_reference
 from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums
 from ict_fast.evaluation.table import key
 from ict_fast.version import __version__
@@ -58,7 +57,6 @@ DEFAULT_COUNT = 50_000
 # Over three seeds of the samples the distance of two models ranged over 11 and 16 % at 5,000 samples, over
 # 3 and 6 % at 20,000.
 DEFAULT_DIGITS_COUNT = 10_000
-LABEL_SEED = 4
 
 
 def evaluate(
@@ -114,18 +112,13 @@ def evaluate(
             f"--count is {count}; a Fréchet distance needs at least 2 images, and better thousands"
         )
     warnings = check_reference(opened, model.config, allow_other_recipe=allow_other_recipe)
-    if features is None:
-        _require_digits(opened)
-        report(0.0, "training the digits classifier that gives the features")
-        network: FeatureNetwork = DigitsNetwork()
+    report(0.0, "training the digits classifier" if features is None else "opening the features")
+    network = choose_network(opened, model.config.network.resolution, features, features_sha256)
+    if isinstance(network, DigitsNetwork):
         assert opened.images is not None
         count = max(DEFAULT_DIGITS_COUNT, len(opened.images)) if count is None else count
     else:
-        report(0.0, "opening the features")
-        network = TorchScriptNetwork(features, features_sha256, model.config.network.resolution)
         count = DEFAULT_COUNT if count is None else count
-    if opened.statistics is not None:
-        require_inception_size(network, len(opened.statistics.mean), str(opened.path))
 
     cached_in = cache_file(opened, network)
     measured = read_cached(cached_in, network)
@@ -133,7 +126,7 @@ def evaluate(
     work = Work(
         model=model,
         network=network,
-        labels=_labels(model, opened, count),
+        labels=labels_as_in(opened, model.config.network.num_classes, count),
         seed=seed,
         images=opened.images,
         chosen=chosen_images(image_count),
@@ -264,30 +257,6 @@ def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
             f"--steps is {shown}; it must be numbers of sampling steps, each at least 1, like 1,2"
         )
     return tuple(dict.fromkeys(steps))
-
-
-def _require_digits(reference: Reference) -> None:
-    """Raises InputError unless the reference's images are digits, for which there are features here."""
-    known = {image.tobytes() for image in load_digits()[0]}
-    if reference.images is not None and all(image.tobytes() in known for image in reference.images.array):
-        return
-    held = "statistics" if reference.images is None else "other images"
-    raise InputError(
-        f"{reference.path}: holds {held}, and without --features there are features for scikit-learn's digits"
-        " only; --features takes Inception as TorchScript (docs/evaluation.md says where it is published),"
-        " `ict-fast prepare digits` makes a store of digits"
-    )
-
-
-def _labels(model: ConsistencyModel, reference: Reference, count: int) -> torch.Tensor | None:
-    """(count,) labels, drawn from the reference's where it has any, for a class-conditional model."""
-    num_classes = model.config.network.num_classes
-    if not num_classes:
-        return None
-    if reference.labels is None:
-        return torch.arange(count) % num_classes
-    drawn = np.random.default_rng(LABEL_SEED).integers(0, len(reference.labels), count)
-    return torch.from_numpy(reference.labels[drawn])
 
 
 def _keyed(folder: Path, work_key: str) -> Path:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ict_fast.data.prepare import load_digits
 from ict_fast.errors import InputError
 from ict_fast.evaluation.features import DigitsFeatures, digits_features
+from ict_fast.evaluation.reference import Reference
 from ict_fast.evaluation.torchscript import open_torchscript
 
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -181,7 +183,44 @@ class TorchScriptNetwork:
             )
 
 
-def require_inception_size(network: FeatureNetwork, num_features: int, name: str) -> None:
+def choose_network(
+    reference: Reference, resolution: int, features: Path | None, sha256: str | None
+) -> FeatureNetwork:
+    """The network that a reference is looked at with.
+
+    Args:
+        reference: what is compared with.
+        resolution: of the images.
+        features: a TorchScript file, see `TorchScriptNetwork`; None for the digits classifier.
+        sha256: what the file's SHA-256 must be; None to accept any.
+    Raises:
+        InputError: no file, and the reference does not hold digits; or statistics of another network.
+    """
+    network: FeatureNetwork
+    if features is None:
+        _require_digits(reference)
+        network = DigitsNetwork()
+    else:
+        network = TorchScriptNetwork(features, sha256, resolution)
+    if reference.statistics is not None:
+        _require_size(network, len(reference.statistics.mean), str(reference.path))
+    return network
+
+
+def _require_digits(reference: Reference) -> None:
+    """Raises InputError unless the reference's images are digits, for which there are features here."""
+    known = {image.tobytes() for image in load_digits()[0]}
+    if reference.images is not None and all(image.tobytes() in known for image in reference.images.array):
+        return
+    held = "statistics" if reference.images is None else "other images"
+    raise InputError(
+        f"{reference.path}: holds {held}, and without --features there are features for scikit-learn's digits"
+        " only; --features takes Inception as TorchScript (docs/evaluation.md says where it is published),"
+        " `ict-fast prepare digits` makes a store of digits"
+    )
+
+
+def _require_size(network: FeatureNetwork, num_features: int, name: str) -> None:
     """Raises InputError unless statistics of `num_features`, of the file `name`, fit the network."""
     if num_features != network.num_features:
         hint = "; published statistics need --features inception-2015-12-05.pt"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ict_fast.config import Config
 from ict_fast.data.store import image_shape_problem, open_store
@@ -15,6 +16,7 @@ from ict_fast.durable import sha256_file
 from ict_fast.errors import InputError
 from ict_fast.evaluation.statistics import Statistics
 
+_LABEL_SEED = 4
 _AS_STORED = "as stored"  # somebody else has cropped the images; the store does not know how
 # The published files, by their name: resolution, and words of the recipe; docs/data.md has the sources.
 _PUBLISHED: dict[str, tuple[int, str]] = {
@@ -139,6 +141,19 @@ def check_reference(reference: Reference, config: Config, *, allow_other_recipe:
         f"{name}: its images were made by the recipe {reference.recipe!r}, those that the model was trained"
         f" on by {trained!r}, which do not compare; --allow-other-recipe compares them all the same"
     )
+
+
+def labels_as_in(reference: Reference, num_classes: int, count: int) -> torch.Tensor | None:
+    """(count,) labels of a class-conditional model, drawn from the reference's where it has any.
+
+    Every class equally often where it has none; None for an unconditional model (num_classes = 0).
+    """
+    if not num_classes:
+        return None
+    if reference.labels is None:
+        return torch.arange(count) % num_classes
+    drawn = np.random.default_rng(_LABEL_SEED).integers(0, len(reference.labels), count)
+    return torch.from_numpy(reference.labels[drawn])
 
 
 def _recipe_of_data(path: Path) -> str | None:

@@ -138,7 +138,7 @@ def search_sampling_sigmas(
 
     Args:
         model: see `load_model`; evaluated without dropout.
-        distance: of uint8 (N, H, W, C) images to real ones, such as `FrechetDistance(...).to`.
+        distance: of uint8 (N, H, W, C) images to real ones, such as `DistanceToReference(...).to`.
         count: images per candidate.
         steps: sampling steps, at least 2; a search for each after the first.
         interval: of the second sigma; a later one lies below the one before.

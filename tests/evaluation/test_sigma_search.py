@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from ict_fast.cli import main
 from ict_fast.consistency import load_model, sample
 from ict_fast.data.pictures import to_uint8
+from ict_fast.data.store import open_store
 from ict_fast.errors import InputError
 from ict_fast.evaluation.sigma_search import SigmaSearch, evaluations, search_sampling_sigmas, search_sigma
 
@@ -78,7 +80,10 @@ def test_the_interval_must_lie_within_the_models_levels(trained: Path) -> None:
 
 
 def test_the_command_writes_its_trace_and_says_what_to_type(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    torchmetrics_distance: Callable[..., float],
 ) -> None:
     out = tmp_path / "search.json"
     words = ["--count", "64", "--low", "0.2", "--high", "4", "--tolerance", "4", "--seed", "3"]
@@ -91,13 +96,10 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     assert f"--steps 2 --sigmas {best['sigma']:.4g}" in printed
     assert f"--method.second-sigma {best['sigma']:.4g}" in printed
     # The same distance as measured from scratch on `sample`'s images.
-    from ict_fast.data.store import open_store
-    from ict_fast.evaluation import FrechetDistance, digits_features
-
     model = load_model(trained)
-    reference = FrechetDistance(digits_features(), open_store(Path(model.config.data.path)).images)
+    real = open_store(Path(model.config.data.path)).images
     images = to_uint8(sample(model, 64, steps=2, sigmas=(best["sigma"],), seed=3))
-    assert reference.to(images) == pytest.approx(best["distance"], rel=1e-3)
+    assert torchmetrics_distance(real, images) == pytest.approx(best["distance"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class DistanceToReference:
             self._statistics = self._of(self.reference.images.array)
 
     def to(self, images: np.ndarray) -> float:
-        """The distance from the reference to uint8 (N, H, W, C) images, at least 2; 0 for equal statistics."""
+        """The distance to at least 2 images, uint8 (N, H, W, C); 0 for equal statistics."""
         return frechet_distance(self._of(images), self._statistics)
 
     def _of(self, images: np.ndarray) -> Statistics:

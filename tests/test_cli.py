@@ -213,6 +213,8 @@ def test_train_alone_is_the_digits_preset_in_its_own_folder(trained, tmp_path, m
         "resume": "auto",
         "extend": None,
         "init": None,
+        "max_restarts": None,
+        "collective_timeout": 600.0,
     }
     assert trained == [(presets.get("digits"), expected)]
     assert "3 steps are done" in capsys.readouterr().out
@@ -220,7 +222,8 @@ def test_train_alone_is_the_digits_preset_in_its_own_folder(trained, tmp_path, m
 
 def test_train_hands_its_options_on(trained, tmp_path):
     out = tmp_path / "run"
-    words = "--gpus 2 --device cuda --resume must --extend 500 --preset imagenet64 --data /images --out"
+    words = "--gpus 2 --device cuda --resume must --extend 500 --preset imagenet64 --data /images"
+    words += " --max-restarts 0 --collective-timeout 90 --out"
     assert main(["train", *words.split(), str(out)]) == 0
     [(config, options)] = trained
     assert options == {
@@ -231,6 +234,8 @@ def test_train_hands_its_options_on(trained, tmp_path):
         "resume": "must",
         "extend": 500,
         "init": None,
+        "max_restarts": 0,
+        "collective_timeout": 90.0,
     }
     preset = presets.get("imagenet64")
     assert config == dataclasses.replace(preset, data=dataclasses.replace(preset.data, path="/images"))

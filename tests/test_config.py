@@ -22,6 +22,7 @@ EXECUTION = {
     "method.second_sigma",
     "training.micro_batch",
     "training.compile",
+    "training.cuda_graph",
     "training.deterministic",
     "logging.log_every",
     "logging.grid_every",

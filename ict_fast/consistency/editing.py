@@ -30,6 +30,7 @@ STROKE_SIGMA = 5.38
 
 Projection = Callable[[Tensor], Tensor]
 Progress = Callable[[int], None]
+Labels = Tensor | Sequence[int] | None
 
 
 def editing_sigmas(steps: int, method: MethodConfig, start: float | None = None) -> tuple[float, ...]:
@@ -60,7 +61,7 @@ def edit(
     images: Tensor,
     known: Projection,
     sigmas: Sequence[float],
-    labels: Tensor | Sequence[int] | None = None,
+    labels: Labels = None,
     seed: int = 0,
     *,
     keep: bool = True,
@@ -111,7 +112,14 @@ def edit(
 
 
 def inpaint(
-    model: ConsistencyModel, images: Tensor, hole: Tensor, steps: int = DEFAULT_STEPS, **options: object
+    model: ConsistencyModel,
+    images: Tensor,
+    hole: Tensor,
+    steps: int = DEFAULT_STEPS,
+    labels: Labels = None,
+    seed: int = 0,
+    *,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Fills a hole in images.
 
@@ -120,16 +128,27 @@ def inpaint(
         images: (N, C, H, W) in [-1, 1]; their pixels in the hole are not looked at.
         hole: (H, W) bool, True where a pixel is to be made.
         steps: see `editing_sigmas`.
-        options: of `edit`: labels, seed, progress.
+        labels, seed, progress: see `edit`.
     """
     height, width = images.shape[-2:]
     if hole.dtype != torch.bool or tuple(hole.shape) != (height, width):
         raise InputError(f"a hole of {hole.dtype} {tuple(hole.shape)}; it must be bool ({height}, {width})")
-    return _edited(model, images, lambda x: x.masked_fill(hole.to(x.device), 0.0), steps, options)
+    levels = editing_sigmas(steps, model.config.method)
+
+    def visible(x: Tensor) -> Tensor:
+        return x.masked_fill(hole.to(x.device), 0.0)
+
+    return edit(model, images, visible, levels, labels, seed, progress=progress)
 
 
 def colorize(
-    model: ConsistencyModel, images: Tensor, steps: int = DEFAULT_STEPS, **options: object
+    model: ConsistencyModel,
+    images: Tensor,
+    steps: int = DEFAULT_STEPS,
+    labels: Labels = None,
+    seed: int = 0,
+    *,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Colours of the model's making for grey images, whose luminance stays.
 
@@ -137,7 +156,7 @@ def colorize(
         model: of RGB images; see `load_model`.
         images: (N, 1, H, W) grey or (N, 3, H, W) in [-1, 1]; of the latter the luminance alone is used.
         steps: see `editing_sigmas`.
-        options: of `edit`: labels, seed, progress.
+        labels, seed, progress: see `edit`.
     Raises:
         InputError: also if the model makes grey images.
     """
@@ -145,17 +164,26 @@ def colorize(
         raise InputError("this model makes grey images; to colour one takes a model of RGB images")
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
-    return _edited(model, images, luminance, steps, options)
+    levels = editing_sigmas(steps, model.config.method)
+    return edit(model, images, luminance, levels, labels, seed, progress=progress)
 
 
-def upscale(model: ConsistencyModel, images: Tensor, steps: int = DEFAULT_STEPS, **options: object) -> Tensor:
+def upscale(
+    model: ConsistencyModel,
+    images: Tensor,
+    steps: int = DEFAULT_STEPS,
+    labels: Labels = None,
+    seed: int = 0,
+    *,
+    progress: Progress | None = None,
+) -> Tensor:
     """Details of the model's making for small images, whose pixels are the means of its patches.
 
     Args:
         model: see `load_model`.
         images: (N, C, h, w) in [-1, 1], h = w and a divisor of the model's resolution.
         steps: see `editing_sigmas`.
-        options: of `edit`: labels, seed, progress.
+        labels, seed, progress: see `edit`.
     """
     resolution, size = model.config.network.resolution, images.shape[-1]
     if images.shape[-2] != size or not 0 < size < resolution or resolution % size:
@@ -165,11 +193,19 @@ def upscale(model: ConsistencyModel, images: Tensor, steps: int = DEFAULT_STEPS,
         )
     factor = resolution // size
     large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return _edited(model, large, lambda x: patch_means(x, factor), steps, options)
+    levels = editing_sigmas(steps, model.config.method)
+    return edit(model, large, lambda x: patch_means(x, factor), levels, labels, seed, progress=progress)
 
 
 def stroke(
-    model: ConsistencyModel, images: Tensor, sigma: float = STROKE_SIGMA, steps: int = 2, **options: object
+    model: ConsistencyModel,
+    images: Tensor,
+    sigma: float = STROKE_SIGMA,
+    steps: int = 2,
+    labels: Labels = None,
+    seed: int = 0,
+    *,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Images of the model's making that follow rough ones: their composition stays, their details do not.
 
@@ -180,16 +216,10 @@ def stroke(
         images: (N, C, H, W) in [-1, 1].
         sigma: the noise level to begin at. The larger, the less of the images stays.
         steps: see `editing_sigmas`.
-        options: of `edit`: labels, seed, progress.
+        labels, seed, progress: see `edit`.
     """
-    return edit(
-        model,
-        images,
-        lambda x: x,
-        editing_sigmas(steps, model.config.method, sigma),
-        keep=False,
-        **options,  # type: ignore[arg-type]
-    )
+    levels = editing_sigmas(steps, model.config.method, sigma)
+    return edit(model, images, lambda x: x, levels, labels, seed, keep=False, progress=progress)
 
 
 def luminance(images: Tensor) -> Tensor:
@@ -204,16 +234,7 @@ def patch_means(images: Tensor, factor: int) -> Tensor:
     return means.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
-def _edited(
-    model: ConsistencyModel, images: Tensor, known: Projection, steps: int, options: dict[str, object]
-) -> Tensor:
-    levels = editing_sigmas(steps, model.config.method)
-    return edit(model, images, known, levels, **options)  # type: ignore[arg-type]
-
-
-def _checked_labels(
-    model: ConsistencyModel, images: Tensor, labels: Tensor | Sequence[int] | None
-) -> Tensor | None:
+def _checked_labels(model: ConsistencyModel, images: Tensor, labels: Labels) -> Tensor | None:
     network = model.config.network
     expected = (network.image_channels, network.resolution, network.resolution)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected or not len(images):

@@ -165,6 +165,7 @@ def import_diffusers(path: Path) -> Imported:
     method |= {name: unet[name] for name in ("boundary_sigma", "second_sigma") if unet.get(name) is not None}
     config = from_dict({"network": values, "method": method}, str(path))
     if names is diffusers_names:
+        diffusers_unet.check_groups(path, config.network, unet)
         tensors = diffusers_unet.join(config.network, tensors)
     return imported(
         file,

@@ -133,6 +133,14 @@ def network(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_groups(path: Path, network: NetworkConfig, values: Mapping[str, Any]) -> None:
+    """Raises InputError if the UNet2DModel normalises in other groups than this network does."""
+    groups, theirs = _group_counts(network), values.get("norm_num_groups", 32)
+    if type(theirs) is not int or groups != {theirs}:
+        here = " or ".join(map(str, sorted(groups)))
+        raise InputError(f"{path}: norm_num_groups is {theirs!r}; a network of these widths has {here} here")
+
+
 def split(network: NetworkConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors by diffusers' names: query, key and value apart, 1x1 convolutions as matrices."""
     theirs = {}

@@ -19,7 +19,7 @@ from ict_fast.durable import flush_directory, write_durably
 from ict_fast.errors import InputError
 from ict_fast.interop.card import model_card
 from ict_fast.interop.files import file_kind, read_state_dict
-from ict_fast.interop.imported import Imported, fingerprint, imported, require_new
+from ict_fast.interop.imported import KINDS, Imported, fingerprint, imported, require_new
 from ict_fast.interop.layouts import meta_network
 from ict_fast.version import __version__
 
@@ -70,13 +70,15 @@ def import_safetensors(path: Path) -> Imported:
     if file_kind(file) != "safetensors":
         raise InputError(f"{file}: truncated, or not safetensors; get it again")
     source = description.get("imported")
-    source = source if isinstance(source, dict) else {}
+    kind = source.get("kind") if isinstance(source, dict) else "consistency"
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{path / CONFIG_FILE}: altered, it says kind {kind!r}")
     return imported(
         file,
         read_state_dict(file),
         config.network,
         config.method,
-        kind=str(source.get("kind", "consistency")),
+        kind=kind,
         layout="ict-fast",
         names=lambda network: {name: name for name in meta_network(network).state_dict()},
         qkv_order="qkv-head-channel",

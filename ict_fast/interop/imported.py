@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def imported(
     Raises:
         InputError: naming the tensors that are missing, left over, of a wrong shape or type, or not finite.
     """
-    config = Config(preset="imported", data=DataConfig(path=NO_DATA), network=network, method=replace(method))
+    config = Config(preset="imported", data=DataConfig(path=NO_DATA), network=network, method=method)
     try:
         validate(config)
         expected = meta_network(network).state_dict()
@@ -99,10 +99,9 @@ def imported(
                 f"{path}: {theirs} holds {str(tensor.dtype).removeprefix('torch.')}, not weights"
             )
         if tensor.shape != expected[name].shape:
-            raise InputError(
-                f"{path}: {theirs} has the shape {tuple(tensors[theirs].shape)};"
-                f" {_needed(expected[name].shape, tensor.shape, tensors[theirs].shape)} is needed"
-            )
+            given = tuple(tensors[theirs].shape)
+            needed = tuple(expected[name].shape)
+            raise InputError(f"{path}: {theirs} has the shape {given}; as {name} it needs {needed}")
         tensor = tensor.float()
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path}: {theirs} is not finite")
@@ -170,12 +169,3 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more"
-
-
-def _needed(expected: torch.Size, adjusted: torch.Size, given: torch.Size) -> str:
-    """The shape that would have been right, in the file's own form where the two differ by more than size."""
-    if adjusted == given:
-        return str(tuple(expected))
-    if len(given) == 2 and tuple(adjusted) == tuple(reversed(given)):
-        return str(tuple(reversed(expected)))
-    return f"one that becomes {tuple(expected)}"

@@ -143,11 +143,11 @@ def settle_initial(out: Path, checkpoint: Checkpoint | None, asked: Path | None)
                 f"the run in {out} began at random, not with --init {asked}; another --out starts a new run"
             )
         return None if asked is None else find_initial(asked)
-    gone = asked is not None and str(asked) == recorded.path and not asked.exists()
-    if checkpoint is not None and (asked is None or gone):
+    # What was trained on, or deleted, since then is still what this run began with.
+    if checkpoint is not None and (asked is None or str(asked) == recorded.path):
         return recorded
     found = find_initial(Path(recorded.path) if asked is None else asked)
-    if found.sha256 != recorded.sha256:
+    if found.sha256 != recorded.sha256 and (checkpoint is not None or asked is None):
         raise InputError(
             f"the run in {out} began with the weights of {recorded.path}; --init {found.path} has others;"
             " another --out starts a new run"

@@ -150,6 +150,8 @@ def test_the_scheduler_reaches_any_second_sigma(sigma: float) -> None:
         ({"block_out_channels": [128, 200]}, "no multiples"),
         ({"layers_per_block": 2}, "lacks"),
         ({"norm_eps": 1e-6}, "norm_eps"),
+        ({"norm_num_groups": 16}, "norm_num_groups is 16; a network of these widths has 32 here"),
+        ({"norm_num_groups": [32]}, "norm_num_groups"),
         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
         ({"layers_per_block": "many"}, "network.num_blocks"),
     ],

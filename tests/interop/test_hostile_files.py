@@ -287,6 +287,8 @@ def test_a_network_too_large_to_be_built_is_refused_before_it_is(refused: Refuse
     [
         ({"format": "another"}, "not written by"),
         ({"config": 3}, "holds no configuration"),
+        ({"imported": {"kind": "magic"}}, "says kind 'magic'"),
+        ({"imported": {"kind": ["magic"]}}, "altered"),
         ({"config": {"network": {"channels": "many"}}}, "network.channels"),
         ({"config": {"network": {"channels": 64}}}, "has the shape"),
     ],

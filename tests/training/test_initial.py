@@ -144,10 +144,23 @@ def test_another_beginning_is_refused(trained: Path, short: Config, tmp_path: Pa
     # The same weights from another place are the same beginning.
     shutil.copytree(trained, other)
     assert train(one, out=out, device="cpu", init=other).step == 2
-    # What is gone by then is not needed any more, under the name that it had.
     shutil.rmtree(other)
     with pytest.raises(InputError, match="does not exist"):
         train(one, out=out, device="cpu", init=other)
+
+
+def test_the_same_command_resumes_when_what_it_began_with_was_trained_on_or_is_gone(
+    trained: Path, short: Config, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(trained, source)
+    one, two = (replace(short, training=replace(short.training, total_steps=steps)) for steps in (1, 2))
+    train(one, out=out, device="cpu", init=source)
+    newer = {"ema": {name: tensor + 1 for name, tensor in open_checkpoint(source).tensors("ema").items()}}
+    write_checkpoint(source, 30, newer, open_checkpoint(source).state, keep=2)
+    assert train(two, out=out, device="cpu", init=source, extend=2).step == 2
+    shutil.rmtree(source)
+    assert train(two, out=out, device="cpu", init=source, extend=3).step == 3
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same(

@@ -45,9 +45,8 @@ class SharedDropout:
         """The modules whose generators are rewound, and what to tell them."""
         generators: list[tuple[Any, tuple[torch.device, ...]]] = [(torch, ())]
         if self._device.type != "cpu":
-            told = (
-                () if self._device.type == "mps" else (self._device,)
-            )  # mps is one device, and is not asked
+            one = self._device.type == "mps"  # that is one device, and is not asked which
+            told = () if one else (self._device,)
             generators.append((torch.get_device_module(self._device), told))
         return generators
 

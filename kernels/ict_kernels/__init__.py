@@ -1,4 +1,8 @@
-"""ict_kernels: the hot operations of improved consistency training, each defined in plain PyTorch too."""
+"""ict_kernels: the hot operations of improved consistency training, each defined in plain PyTorch too.
+
+In other people's trainers: `adapters`, `GroupNormSiLU.replace_in`, `SharedDropout` and `seed_dropout`; the
+guide, with a diff for each code base, is kernels/README.md of ict-fast.
+"""
 
 from . import adapters, layers
 from .apex_backend import apex_report

@@ -41,6 +41,15 @@ class SharedDropout:
         self._network, self._device = network, torch.device(device)
         self._states: list[Tensor] | None = None
 
+    def _generators(self) -> list[tuple[Any, tuple[torch.device, ...]]]:
+        """The modules whose generators are rewound, and what to tell them."""
+        generators: list[tuple[Any, tuple[torch.device, ...]]] = [(torch, ())]
+        if self._device.type != "cpu":
+            one = self._device.type == "mps"  # that is one device, and is not asked which
+            told = () if one else (self._device,)
+            generators.append((torch.get_device_module(self._device), told))
+        return generators
+
     def __enter__(self) -> "SharedDropout":
         if torch.compiler.is_compiling():
             if isinstance(self._network, nn.Module) and any(
@@ -55,13 +64,10 @@ class SharedDropout:
                     " ict_kernels.seed_dropout(network) once, or compile the network instead of the step"
                 )
         elif self._states is None:
-            self._states = [torch.get_rng_state()]
-            if self._device.type == "cuda":
-                self._states.append(torch.cuda.get_rng_state(self._device))
+            self._states = [module.get_rng_state(*told) for module, told in self._generators()]
         else:
-            torch.set_rng_state(self._states[0])
-            if self._device.type == "cuda":
-                torch.cuda.set_rng_state(self._states[1], self._device)
+            for (module, told), state in zip(self._generators(), self._states, strict=True):
+                module.set_rng_state(state, *told)
         return self
 
     def __exit__(

@@ -54,6 +54,32 @@ def test_what_is_drawn_between_the_passes_does_not_matter(x):
         assert torch.equal(net(x), first)
 
 
+@pytest.mark.parametrize(("device", "told"), [("cuda:1", (torch.device("cuda:1"),)), ("mps", ())])
+def test_the_devices_generator_is_rewound_beside_the_cpus(device, told, monkeypatch):
+    """Which public trainers leave out; here with a generator that stands for the device's."""
+    generator, calls = torch.Generator(), []
+
+    class Device:
+        @staticmethod
+        def get_rng_state(*arguments):
+            calls.append(arguments)
+            return generator.get_state()
+
+        @staticmethod
+        def set_rng_state(state, *arguments):
+            calls.append(arguments)
+            generator.set_state(state)
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Device)
+    masks = SharedDropout(None, device)
+    drawn = []
+    for _ in range(3):
+        with masks:
+            drawn.append((torch.rand(4), torch.rand(4, generator=generator)))
+    assert all(torch.equal(a, b) for pair in drawn for a, b in zip(pair, drawn[0], strict=True))
+    assert calls == [told] * 3
+
+
 def test_around_makes_every_call_such_a_pass(x):
     net = network()
     shared = SharedDropout(net, CPU).around(net)

@@ -26,12 +26,13 @@ from step_counts import count_step
 from ict_fast import presets
 from ict_fast.config import Config
 from ict_fast.training.compilation import compile_blocks
-from ict_fast.training.step import TrainStep
+from ict_fast.training.step import TrainStep, trunk_dtype
 
 # (preset, images): the step with the goals goes first.
 GPU_SIZES = (("imagenet64", 128), ("cifar10", 512))
 CPU_SIZES = (("digits", 32),)
-WARM_UP_STEPS, TIMED_STEPS = 3, 10
+# A captured step runs three times before it is captured.
+WARM_UP_STEPS, TIMED_STEPS = 5, 10
 
 
 class SyntheticBatch(NamedTuple):
@@ -62,27 +63,40 @@ def synthetic_batches(config: Config, device: torch.device) -> list[Any]:
 
 # ----------------------------------------------------------------------------------------------- the variants
 
-Variant = Callable[[Config, torch.device], TrainStep]
+Advance = Callable[[int, Sequence[Any]], None]
+# -> what advances a run by a step, and the state that it advances.
+Variant = Callable[[Config, torch.device], tuple[Advance, TrainStep]]
 
 
-def _ours(compiled: str, config: Config, device: torch.device) -> TrainStep:
-    return TrainStep(replace(config, training=replace(config.training, compile=compiled)), device)
+def _ours(compiled: str, config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
+    step = TrainStep(replace(config, training=replace(config.training, compile=compiled)), device)
+    return step, step
 
 
-def _plain(config: Config, device: torch.device) -> TrainStep:
-    step = _ours("off", config, device)
+def _captured(config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
+    """`--training.cuda-graph`: the whole compiled step as one graph."""
+    from ict_fast.training.graph import CapturedStep
+
+    _, step = _ours("on", config, device)
+    return CapturedStep(step), step
+
+
+def _plain(config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
+    _, step = _ours("off", config, device)
     make_plain(step)
-    return step
+    return step, step
 
 
-def _inductor(options: dict[str, Any] | None, config: Config, device: torch.device) -> TrainStep:
+def _inductor(
+    options: dict[str, Any] | None, config: Config, device: torch.device
+) -> tuple[Advance, TrainStep]:
     """Plain torch in compiled blocks, as ours are."""
-    step = _plain(config, device)
+    _, step = _plain(config, device)
     compile_blocks(step.network)
     if options is not None:
         for block in step.network.blocks():  # type: ignore[operator]
             block.compile(fullgraph=True, dynamic=False, options=options)
-    return step
+    return step, step
 
 
 OURS, INDUCTOR, TUNED, PLAIN = "ict-fast", "inductor", "inductor, raised thresholds", "torch, uncompiled"
@@ -92,6 +106,7 @@ VARIANTS: dict[str, Variant] = {
     INDUCTOR: partial(_inductor, None),
     TUNED: partial(_inductor, RAISED_THRESHOLDS),
     PLAIN: _plain,
+    "ict-fast, CUDA graph": _captured,
     "ict-fast, uncompiled": partial(_ours, "off"),
     "ict-fast, max-autotune": partial(_ours, "max-autotune"),
 }
@@ -141,6 +156,7 @@ def measure_steps(
     record: dict[str, Any] = {
         "preset": preset,
         "batch_size": images,
+        "precision": "fp32" if trunk_dtype(config.training.precision, device) is None else "bf16",
         "matrix_tflop_per_s": peak,
         "variants": {},
         "not_measured": {},
@@ -205,7 +221,7 @@ def _measure_variant(name: str, config: Config, device: torch.device, record: di
 def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step = VARIANTS[name](config, device)
+    step, state = VARIANTS[name](config, device)
     batches = synthetic_batches(config, device)
     first = seconds_of(lambda: step(0, batches), device)
     for k in range(1, WARM_UP_STEPS):
@@ -222,7 +238,7 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
         times.append(1e3 * seconds_of(run, device))
     return {
         "first_step_s": round(first, 2),
-        "parameters": sum(p.numel() for p in step.network.parameters()),
+        "parameters": sum(p.numel() for p in state.network.parameters()),
         "ms_all": times,
         "host_ms": statistics.median(host),
         "matrix_tflop_per_s": rate,
@@ -256,6 +272,8 @@ def _summarise(record: dict[str, Any], config: Config) -> None:
         }
     ours = next((name for name in (OURS, CPU_VARIANTS[0]) if name in seconds), None)
     if ours is not None:
+        # What `ict-fast plan` reads: the rate of a run with its defaults.
+        record["images_per_second"] = images / seconds[ours]
         record["times_faster_than"] = {
             name: value / seconds[ours] for name, value in seconds.items() if name != ours
         }

@@ -85,7 +85,7 @@ def profile_variant(name: str, preset: str, images: int, device: torch.device, t
         store = random_store(
             Path(folder) / "store", max(512, 2 * images), network.resolution, network.image_channels
         )
-        step = VARIANTS[name](config, device)
+        step, _ = VARIANTS[name](config, device)
         loader = ResidentLoader(store, batch_size=images, seed=0, flip=config.data.flip, device=device)
 
         def run(k: int) -> None:

@@ -38,7 +38,7 @@ PLAIN = "torch, uncompiled"
 def test_training_step(benchmark: Any, record: Any, name: str, variant: str) -> None:
     config = CONFIGS[name]
     batches = synthetic_batches(config, torch.device("cpu"))
-    train_step = VARIANTS[variant](config, torch.device("cpu"))
+    train_step, _ = VARIANTS[variant](config, torch.device("cpu"))
     flops = flops_of(lambda: train_step(0, batches))
     steps = iter(range(1, 10**9))
     benchmark.pedantic(lambda: train_step(next(steps), batches), rounds=20, warmup_rounds=3)

@@ -72,8 +72,10 @@ TARGET_LEVELS = (0.05, 0.2, 0.8, 3.0, 12.0)
 DIMENSIONS = (1, 4, 16, 64, 256)
 QUICK_STEPS = 300
 GROUPS = ("fixed_points", "targets", "dimensions", "learned")  # the lists of records in a report
-# Equal shares of probability, by which positions are averaged.
+# Equal shares of probability, by which positions are averaged: of a trained network; and of a fixed point,
+# whose error can lie in a thousandth of them.
 SHARES = (np.arange(500) + 0.5) / 500
+FINE_SHARES = (np.arange(5000) + 0.5) / 5000
 
 
 def distances(difference: Array, problem: Problem) -> dict[str, float]:
@@ -94,25 +96,36 @@ def limits(name: str, metric: str, num_scales: int) -> tuple[FixedPoint, ...]:
 def fixed_point_errors(name: str, metric: str, num_scales: int) -> list[dict[str, Any]]:
     """Distances of the fixed point from the exact function, by level."""
     problem = PROBLEMS[name]
-    exact = problem.quantile(SHARES, MethodConfig().sigma_min)
+    exact = problem.quantile(FINE_SHARES, MethodConfig().sigma_min)
     return [
         {
             "sigma": point.sigma,
-            **distances((point(problem.quantile(SHARES, point.sigma)) - exact)[:, None], problem),
+            **distances((point(problem.quantile(FINE_SHARES, point.sigma)) - exact)[:, None], problem),
         }
         for point in limits(name, metric, num_scales)
     ]
 
 
+def clustered_shares(jump: float | None, count: int) -> tuple[Array, Array]:
+    """Shares of probability, dense where the exact function jumps, and weights that sum to 1."""
+    if jump is None:
+        return (np.arange(count) + 0.5) / count, np.full(count, 1 / count)
+    # The share is a cube's distance away from the jump; 0 <= jump < 1.
+    low, high = -np.cbrt(jump), np.cbrt(1 - jump)
+    root = low + (high - low) * (np.arange(count) + 0.5) / count
+    return jump + root**3, root**2 / (root**2).sum()
+
+
 def target_figures(name: str, num_scales: int) -> list[dict[str, Any]]:
     """Bias and standard deviation of the target, over positions, at a few levels."""
     problem, grid = PROBLEMS[name], noise_level_grid(num_scales).numpy()
+    share, weight = clustered_shares(problem.jump, 100)
     levels = []
     for near in TARGET_LEVELS:
         upper = max(1, int(np.abs(np.log(grid / near)).argmin()))
-        y = problem.quantile(SHARES[::5], grid[upper])
+        y = problem.quantile(share, grid[upper])
         bias, variance = target_statistics(problem, y, grid[upper], grid[upper - 1], float(grid[0]))
-        rms = {"bias": float(np.sqrt((bias**2).mean())), "std": float(np.sqrt(variance.mean()))}
+        rms = {"bias": float(np.sqrt(weight @ bias**2)), "std": float(np.sqrt(weight @ variance))}
         levels.append(
             {
                 "near": near,
@@ -196,10 +209,10 @@ def measure(report: dict[str, Any], quick: bool, seeds: Sequence[int], save: Cal
         started = time.monotonic()
         report[group].append({**key, **work()})
         save()
-        # The trainings, which come last, are the longest and all alike.
-        left = (time.monotonic() - started) * (len(missing) - measured)
-        what = ", ".join(map(str, key.values()))
-        say(f"{measured}/{len(missing)} {group}: {what}; about {duration(left)} left")
+        what = f"{measured}/{len(missing)} {group}: {', '.join(map(str, key.values()))}"
+        if group == "learned":  # the last and longest part, all alike
+            what += f"; about {duration((time.monotonic() - started) * (len(missing) - measured))} left"
+        say(what)
     # In the order of the work, whenever it was done; seeds that were not asked for are dropped.
     for group in GROUPS:
         keys = [key for other, key, _ in wanted if other == group]

@@ -31,6 +31,11 @@ class Mixture:
         second = sum(w * (m**2 + s**2) for w, m, s in zip(*self._components(), strict=True))
         return float((second - mean**2) ** 0.5)
 
+    @property
+    def jump(self) -> float | None:
+        """The share of probability at which the exact function jumps: between two points."""
+        return None if any(self.stds) else self.weights[0]
+
     def images(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """(count, 1, 1, 1) fp32 draws."""
         weights, means, stds = (torch.tensor(each) for each in self._components())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 Report = dict[str, Any]
@@ -49,17 +50,17 @@ def at(record: Record, near: float) -> Record:
     return next(level for level in record["levels"] if level["near"] == near)
 
 
-def slope(report: Report, problem: str, figure: str) -> float:
-    """d ln(error) / d ln N at sigma_max between the two largest N, squared norm."""
-    (n1, e1), (n2, e2) = (
-        (record["num_scales"], record["levels"][-1][figure]) for record in limits(report, problem, "l2")[-2:]
-    )
-    return math.log(e2 / e1) / math.log(n2 / n1)
+def slopes(report: Report, problem: str, figure: str) -> list[float]:
+    """d ln(error) / d ln N at sigma_max from each N to the next, squared norm."""
+    errors = [
+        (record["num_scales"], record["levels"][-1][figure]) for record in limits(report, problem, "l2")
+    ]
+    return [math.log(e2 / e1) / math.log(n2 / n1) for (n1, e1), (n2, e2) in pairwise(errors)]
 
 
 def holds(report: Report, problem: str) -> bool:
     """Whether the errors of the fixed point fall as theory says, each within TOLERANCE of its power."""
     return all(
-        power is None or abs(slope(report, problem, figure) - power) < TOLERANCE
+        power is None or abs(slopes(report, problem, figure)[-1] - power) < TOLERANCE
         for figure, power in EXPECTED[problem].items()
     )

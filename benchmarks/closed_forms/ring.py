@@ -22,6 +22,7 @@ class Ring:
 
     radius: float
     values = 2
+    jump = 0.0  # the share of probability at which the exact function jumps: the centre
 
     @property
     def std(self) -> float:

@@ -200,6 +200,24 @@ def test_the_targets_bias_and_variance_are_those_of_weighted_draws(name: str) ->
     assert found[0] == pytest.approx(variance, rel=2e-3)
 
 
+@pytest.mark.parametrize("jump", [None, 0.0, 0.3, 0.5])
+def test_clustered_shares_integrate_over_all_shares(jump: float | None) -> None:
+    share, weight = exactness.clustered_shares(jump, 100)
+    assert np.all((share > 0) & (share < 1))
+    for power in (0, 1, 2):
+        assert weight @ share**power == pytest.approx(1 / (power + 1), abs=2e-4)
+
+
+def test_between_two_points_the_targets_noise_falls_with_the_root_of_the_share_that_reaches_the_jump() -> (
+    None
+):
+    coarse, fine = (exactness.target_figures("two points", count)[2] for count in (81, 1281))
+    assert coarse["near"] == fine["near"] == 0.8
+    ratio = (coarse["sigma"] / fine["sigma"], coarse["std"] / fine["std"])
+    assert ratio[0] == pytest.approx(1, abs=0.1)
+    assert ratio[1] == pytest.approx(4, rel=0.15), "sixteen times the levels"
+
+
 def test_the_pseudo_huber_centre_is_the_minimum_that_scipy_finds() -> None:
     draw = np.random.default_rng(1)
     along, across, weight = draw.normal(size=(3, 20)) ** 2, draw.random((3, 20)), draw.dirichlet([1] * 20, 3)

@@ -16,7 +16,9 @@ demo: $(VENV)/.installed
 	$(BIN)/ict-fast sample runs/digits --count 100 --out runs/digits/one-step.png
 	$(BIN)/ict-fast sample runs/digits --count 100 --steps 2 --out runs/digits/two-steps.png
 	$(BIN)/ict-fast evaluate runs/digits
+	$(BIN)/ict-fast report runs/digits
 	@echo "The picture, one network evaluation per digit: runs/digits/one-step.png"
+	@echo "All about the run, in a browser: runs/digits/report.html"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -70,7 +70,7 @@ class DigitsNetwork:
             features = self._module(batch)
             return features, self._module.classify(features).softmax(1) if probabilities else None
 
-        return _in_batches(images, self.batch_size, compute)
+        return in_batches(images, self.batch_size, compute)
 
 
 class TorchScriptNetwork:
@@ -139,7 +139,7 @@ class TorchScriptNetwork:
                 return features, None
             return features, self._run(batch, self._probability_options())
 
-        features, classes = _in_batches(images, self.batch_size, compute)
+        features, classes = in_batches(images, self.batch_size, compute)
         for what, values in (("features", features), ("probabilities", classes)):
             broken = 0 if values is None else int((~np.isfinite(values)).any(1).sum())
             if broken:
@@ -230,7 +230,7 @@ def _require_size(network: FeatureNetwork, num_features: int, name: str) -> None
         )
 
 
-def _in_batches(
+def in_batches(
     images: np.ndarray, batch_size: int, compute: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Features and probabilities of uint8 (N, H, W, C), computed from uint8 (n, C, H, W) at a time."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 3
-_TILE = 4096  # rows and columns of distances held at a time: 134 MB
+_TILE = 2048  # rows and columns of distances held at a time: 34 MB
 _SAME = 1e-12  # squared distances below this, relative to the squared norms, are rounding: the same point
 
 
@@ -36,7 +36,7 @@ def precision_and_recall(
 
     Args:
         real, generated: (N, D) and (M, D) features of any float type, N and M above NEIGHBOURS.
-        device: where to compute. Holds both sets as they are, and a few tiles of 134 MB.
+        device: where to compute. Holds both sets as they are, and a few tiles of 34 MB.
         progress: called with the fraction done.
     """
     # A common shift changes no distance, and brings the norms, whose rounding counts, down.

@@ -11,10 +11,9 @@ from scipy.ndimage import gaussian_filter
 
 from ict_fast.data.prepare import load_digits
 from ict_fast.errors import InputError
-from ict_fast.evaluation.feature_networks import DigitsNetwork
 from ict_fast.evaluation.features import digits_features
+from ict_fast.evaluation.image_distance import FrechetDistance
 from ict_fast.evaluation.metrics import gaussian_images, halves, noise_images
-from ict_fast.evaluation.statistics import frechet_distance, statistics, sums
 
 _IN_A_FRESH_PROCESS = """
 import json, torch
@@ -38,13 +37,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def distance_to_the_digits():
-    real = _statistics(load_digits()[0])
-    return lambda images: frechet_distance(_statistics(images), real)
-
-
-def _statistics(images):
-    features, _ = DigitsNetwork()(images, torch.device("cpu"), probabilities=False)
-    return statistics([sums(features)])
+    return FrechetDistance(digits_features(), load_digits()[0]).to
 
 
 def _corrupted_by_noise(images, standard_deviation):
@@ -131,6 +124,6 @@ def test_real_halves_are_ten_times_nearer_than_a_gaussian_and_below_1_percent_of
 ):
     images = load_digits()[0]
     first, second = halves(images)
-    between_halves = frechet_distance(_statistics(first), _statistics(second))
+    between_halves = FrechetDistance(digits_features(), first).to(second)
     assert between_halves < 0.1 * distance_to_the_digits(gaussian_images(images, 5000))
     assert between_halves < 0.01 * distance_to_the_digits(noise_images(images, 5000))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ict_fast.report import page, read_run
 
@@ -73,8 +74,11 @@ def test_it_is_shown_without_a_word_on_the_console(run: Path, tmp_path: Path) ->
     text = page(read_run(run))
     report = tmp_path / "report.html"
     report.write_text(text)
-    logged = chromium(tmp_path, report, "--enable-logging=stderr", "--screenshot").stderr
+    picture = tmp_path / "shown.png"
+    logged = chromium(tmp_path, report, "--enable-logging=stderr", f"--screenshot={picture}").stderr
     assert "CONSOLE" not in logged
+    with Image.open(picture) as shown:
+        assert len(shown.convert("L").getcolors()) > 50  # a page, not a blank
     # What would be said is heard: the page's own rules forbid this script.
     report.write_text(text.replace("</body>", "<script>1</script></body>"))
     assert "CONSOLE" in chromium(tmp_path, report, "--enable-logging=stderr", "--dump-dom").stderr

@@ -19,7 +19,7 @@ from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
 
-COMMANDS = ("train", "sample", "evaluate", "prepare", "doctor")
+COMMANDS = ("train", "sample", "evaluate", "ema", "prepare", "doctor")
 REPOSITORY = Path(ict_fast.__file__).parent.parent
 
 
@@ -77,7 +77,7 @@ def model(monkeypatch):
     def open_checkpoint(path):
         return SimpleNamespace(path=path / "checkpoints" / "step-00000003", step=3)
 
-    stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path: fake, sample=sample)
+    stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path, weights: fake, sample=sample)
     stand_in(monkeypatch, "ict_fast.checkpoint", open_checkpoint=open_checkpoint)
     stand_in(monkeypatch, "ict_fast.evaluation", evaluate=evaluate, table=lambda result: "the table")
     stand_in(

@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
+from ict_fast.commands.arguments import Device, Ema, Run, at_least, group_of, valid_seed
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line, print_table
 
@@ -35,6 +35,8 @@ class EvaluateOptions:
     """Number of images to generate."""
     seed: int = 0
     """Seed of the noise."""
+    ema: Ema = None
+    """A further average of the weights, by its decay (0.9999) or its width (power-0.05)."""
     device: Device = "auto"
     """auto: the GPU if the machine has one."""
 
@@ -59,7 +61,7 @@ def run(options: EvaluateOptions) -> int:
     device = resolve_device(options.device, None)
     configure_torch(device, deterministic=False)
     checkpoint = open_checkpoint(options.run)
-    model = load_model(checkpoint.path).to(device)
+    model = load_model(checkpoint.path, weights=group_of(options.ema)).to(device)
     reference = options.reference or Path(model.config.data.path)
     if options.reference is None and not reference.exists():
         raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
@@ -71,7 +73,7 @@ def run(options: EvaluateOptions) -> int:
         result = evaluate(
             model, reference, steps=steps, count=options.count, seed=options.seed, progress=progress
         )
-    result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **result}
+    result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, "ema": options.ema, **result}
     results.write(out, (json.dumps(result, indent=2) + "\n").encode())
     print_table(table(result))
     print(f"written: {out}")

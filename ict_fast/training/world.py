@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,7 @@ T = TypeVar("T")
 
 # A process may wait this long for the slowest: the first one reads the data and writes the checkpoints.
 _PATIENCE = timedelta(minutes=30)
+_SIGN_OF_LIFE_SECONDS = 5.0
 
 
 class World:
@@ -45,6 +47,40 @@ class World:
         chosen: list[Any] = [choose() if self.is_first else None]
         dist.broadcast_object_list(chosen, src=0, group=self._hosts)
         return chosen[0]
+
+    def while_first(self, work: Callable[[], T]) -> T:
+        """What process 0 works out, in every process, however long it takes.
+
+        The others are given a sign of life every few seconds, so that none of them waits in vain for longer
+        than a collective may take. `work` itself must not communicate.
+        """
+        if self.size == 1:
+            return work()
+        if not self.is_first:
+            while self._sign_of_life(True):
+                pass
+            return self.decide(work)
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(_SIGN_OF_LIFE_SECONDS):
+                self._sign_of_life(True)
+
+        thread = threading.Thread(target=beat, name="ict-fast-sign-of-life")
+        thread.start()
+        try:
+            result = work()
+        finally:
+            ended.set()
+            thread.join()
+            self._sign_of_life(False)
+        return self.decide(lambda: result)
+
+    def _sign_of_life(self, alive: bool) -> bool:
+        """Whether process 0 is still at work, as it says."""
+        said = torch.tensor(alive, dtype=torch.int64)
+        dist.broadcast(said, src=0, group=self._hosts)
+        return bool(said)
 
     def add(self, value: torch.Tensor) -> torch.Tensor:
         """Replaces a tensor on the run's device by its sum over the processes; the host does not wait."""

@@ -18,7 +18,7 @@ Ema = Annotated[
 
 def group_of(ema: str | None) -> str:
     """The group of tensors in a checkpoint that --ema means."""
-    return "ema" if ema is None else f"ema-{ema}"
+    return "ema" if ema is None else f"ema-{ema.removeprefix('ema-')}"
 
 
 def at_least(least: int, name: str, value: int) -> None:

@@ -52,8 +52,8 @@ def run(options: EmaOptions) -> int:
             progress=progress,
         )
     print(
-        f"step {made.step:,}: {asked} from {made.snapshots} averages, its profile met to {made.profile_error:.2%},"
-        f" largest coefficient {made.largest_coefficient:.2g}: {out}"
+        f"step {made.step:,}: {asked} from {made.snapshots} averages, its profile met to"
+        f" {made.profile_error:.2%}, largest coefficient {made.largest_coefficient:.2g}: {out}"
     )
     if made.profile_error > _POOR:
         say(

@@ -73,7 +73,8 @@ def run(options: EvaluateOptions) -> int:
         result = evaluate(
             model, reference, steps=steps, count=options.count, seed=options.seed, progress=progress
         )
-    result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, "ema": options.ema, **result}
+    average = {} if options.ema is None else {"ema": options.ema}
+    result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **average, **result}
     results.write(out, (json.dumps(result, indent=2) + "\n").encode())
     print_table(table(result))
     print(f"written: {out}")

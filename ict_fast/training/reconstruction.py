@@ -1,4 +1,4 @@
-"""An average of any length, made from a run's snapshots when the training is done (Karras et al. 2024, 3.2)."""
+"""An average of any length from a run's snapshots, made afterwards (Karras et al. 2024, section 3.2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reconstruction:
         step: the run's step that the average belongs to, the newest snapshot's.
         sigma_rel, decay: what was asked for; the other one is None.
         snapshots: how many averages it is a combination of.
-        profile_error: distance of its profile from the one that was asked for, relative to the latter's length.
+        profile_error: distance of its profile from the one that was asked for, relative to that one's length.
         largest_coefficient: by how much an error of a snapshot may count.
     """
 
@@ -67,7 +67,7 @@ def reconstruct(
     snapshots = _snapshots(run, warn)
     if not snapshots:
         raise InputError(
-            f"{run} has no {SNAPSHOTS}; a run keeps them with --optimizer.power-ema 0.05 0.1, from its start on"
+            f"{run} has no {SNAPSHOTS}; a run that starts with --optimizer.power-ema 0.05 0.1 keeps them"
         )
     newest = snapshots[-1]
     config = from_dict(newest.state["config"], str(newest.path / "state.json"))

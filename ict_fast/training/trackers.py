@@ -124,8 +124,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases, in <run>/wandb, whose curves are drawn over our own step.
 
-    Its own counter never goes back, so that it would drop steps that are done again after a cut. Where the run
-    belongs and whether a network is used is for wandb's variables: WANDB_PROJECT, WANDB_MODE, ...
+    Its own counter never goes back, so that it would drop steps that are done again after a cut. Where the
+    run belongs, and whether a network is used, is for wandb's variables: WANDB_PROJECT, WANDB_MODE, ...
     """
 
     def __init__(self, run: Run) -> None:

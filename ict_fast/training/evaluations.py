@@ -66,7 +66,8 @@ class Evaluations:
             self._monitor.note("")
         best = self.best_step()
         self._values[step] = value
-        found = f"step {step:,}: {METRIC.replace('_', ' ')} {value:.4g}"
+        steps = self._run.config.logging.evaluate_steps[0]
+        found = f"step {step:,}: Fréchet distance {value:.4g} in {steps} step{'s' if steps > 1 else ''}"
         if is_best := best is None or value < self._values[best]:
             found += ", the best so far"
         else:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rich.box import ROUNDED
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.control import Control
 from rich.live import Live
 from rich.panel import Panel as Frame
 from rich.progress_bar import ProgressBar
@@ -18,6 +20,8 @@ from ict_fast.consistency.curriculum import Stage
 
 _FRAMED_FROM = 50  # columns; narrower terminals have no room for a frame and labels
 _WIDEST = 110
+_SHORTEST_BAR = 8
+_CTRL_C = 4  # columns for the ^C^C that a terminal echoes behind the panel; on a line of its own it would stay
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _REDRAWN_PER_SECOND = 4
 
@@ -29,6 +33,7 @@ class Panel:
         step: steps done.
         losses: of the log's lines, for the curve.
         eta, speed, gradient, grid, measured, note: texts, empty while there is nothing to say.
+        drawn_width: columns of the last drawing, 0 before the first.
     """
 
     def __init__(self, title: str, *, step: int, total_steps: int, stages: Sequence[Stage]) -> None:
@@ -36,9 +41,10 @@ class Panel:
         self.losses: list[float] = []
         self.eta = self.speed = self.gradient = self.grid = self.measured = self.note = ""
         self._title, self._total, self._stages = title, total_steps, stages
+        self.drawn_width = 0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = min(options.max_width, _WIDEST)
+        width = self.drawn_width = min(options.max_width - _CTRL_C, _WIDEST)
         framed = width >= _FRAMED_FROM
         label_width = 9 if framed else 0
         room = width - 4 - label_width - 1 if framed else width
@@ -71,15 +77,14 @@ class Panel:
         title.truncate(width - 6, overflow="ellipsis")
         yield Frame(table, title=title, title_align="left", box=ROUNDED, width=width, border_style="dim")
 
-    def _progress(self, room: int) -> Table:
+    def _progress(self, room: int) -> ConsoleRenderable:
         text = f"{self.step:,}/{self._total:,} {100 * self.step // self._total} %"
         text += f"  ETA {self.eta}" if self.eta else ""
-        row = Table.grid(padding=(0, 1, 0, 0))
-        bar_room = room - len(text) - 2
-        if bar_room < 8:
-            row.add_row(Text(text))
-        else:
-            row.add_row(ProgressBar(self._total, self.step, width=bar_room), Text(text))
+        bar_room = room - len(text) - 1
+        if bar_room < _SHORTEST_BAR:
+            return Text(text)
+        row = Table.grid(padding=(0, 1, 0, 0), collapse_padding=True, pad_edge=False)
+        row.add_row(ProgressBar(self._total, self.step, width=bar_room), Text(text))
         return row
 
     def _stage(self) -> str:
@@ -117,4 +122,20 @@ def live_panel(panel: Panel) -> Live | None:
     console = Console(stderr=True)
     if not console.is_terminal or console.is_dumb_terminal:
         return None
-    return Live(panel, console=console, refresh_per_second=_REDRAWN_PER_SECOND, transient=True)
+    return _ResizableLive(panel, console=console, refresh_per_second=_REDRAWN_PER_SECOND, transient=True)
+
+
+class _ResizableLive(Live):
+    """Clears a terminal that was made narrower: it has wrapped the panel into rows that nobody can count.
+
+    Terminals differ in which lines they wrap, and where that leaves the cursor.
+    """
+
+    def __init__(self, panel: Panel, **options: Any) -> None:
+        super().__init__(panel, **options)
+        self._of = panel
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        is_narrower = self.console.width < self._of.drawn_width
+        back, *others = super().process_renderables(renderables)
+        return [Control.clear(), Control.home(), *others] if is_narrower else [back, *others]

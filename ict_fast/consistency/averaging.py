@@ -82,11 +82,12 @@ def combine(snapshots: Sequence[Cumulative], target: Cumulative, steps: int) -> 
         steps: T, of the newest snapshot.
     """
     edges = np.unique(np.linspace(0, steps, min(steps, _MOST_BINS) + 1).round().astype(np.int64))
-    widths = np.diff(edges, prepend=-1)  # the initial weights, tau = 0, are a bin of their own
 
     def density(profile: Cumulative) -> np.ndarray:
         """The profile's mass in each bin, so scaled that squares add up to the integral's."""
-        return np.diff(profile(edges), prepend=0.0) / np.sqrt(widths)
+        masses = np.diff(profile(edges))
+        masses[0] += profile(edges[:1])[0]  # the initial weights count with the first steps'
+        return masses / np.sqrt(np.diff(edges))
 
     columns = np.stack([density(profile) for profile in snapshots], axis=1)
     wanted = density(target)

@@ -42,15 +42,19 @@ class Evaluations:
         every, last = self._run.config.logging.evaluate_every, self._run.config.training.total_steps
         return bool(every) and step > 0 and (step % every == 0 or step == last)
 
-    def measure(self, step: int, model: Callable[[], ConsistencyModel]) -> bool:
-        """Measures and writes down, unless that is done already; returns whether the step is the best so far.
+    def measure(self, step: int, model: Callable[[], ConsistencyModel]) -> tuple[bool, int | None]:
+        """Measures and writes down, unless that is done already.
 
         Args:
             step: steps done.
             model: gives the model to measure.
+        Returns:
+            Whether the step is the best so far, and the exit code if the run was asked to stop meanwhile: a
+            measurement is then abandoned, as it can be made when the run goes on.
         """
-        if step in self._values:
-            return False
+        return step not in self._values and self._measure(step, model), self._stop.exit_code
+
+    def _measure(self, step: int, model: Callable[[], ConsistencyModel]) -> bool:
         started = time.monotonic()
         try:
             result = self._evaluate(model())
@@ -107,7 +111,7 @@ class Evaluations:
 
 
 class _Stopped(Exception):
-    """The run is to be saved and stopped: a measurement can be made again."""
+    """The run is to be saved and stopped."""
 
 
 def _first_value(result: dict[str, Any]) -> float:

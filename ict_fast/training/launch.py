@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 import torch
 
 from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError
 from ict_fast.hardware import nvidia_device
+from ict_fast.training.interrupts import SAME_INTERRUPT_SECONDS
 
 
 def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.device:
@@ -97,6 +99,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
+        self._asked_at = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -114,6 +117,10 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if number == signal.SIGINT and self.exit_code is not None:
-            raise KeyboardInterrupt
+            if now - self._asked_at > SAME_INTERRUPT_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self._asked_at = now
         self.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT

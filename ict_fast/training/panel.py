@@ -21,7 +21,7 @@ from ict_fast.consistency.curriculum import Stage
 _FRAMED_FROM = 50  # columns; narrower terminals have no room for a frame and labels
 _WIDEST = 110
 _SHORTEST_BAR = 8
-_CTRL_C = 4  # columns for the ^C^C that a terminal echoes behind the panel; on a line of its own it would stay
+_CTRL_C = 4  # columns for the ^C^C that a terminal echoes behind the panel, to be overwritten with it
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _REDRAWN_PER_SECOND = 4
 

@@ -23,6 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ict_fast.checkpoint import checkpoint_steps
 from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError, TrainingError
+from ict_fast.training.interrupts import SecondInterrupt
 from ict_fast.training.run_directory import RunResult
 
 # A run that loses processes again and again without getting any further is given up.
@@ -93,7 +94,8 @@ def _attempt(
         signals_to_handle="SIGTERM,SIGINT",
     )
     try:
-        elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
+        with SecondInterrupt():
+            elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
     except SignalException as asked:
         # After a second signal, while the agent waited for the processes to save, nobody waits any more.
         for process in multiprocessing.active_children():

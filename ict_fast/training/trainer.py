@@ -227,9 +227,9 @@ def _loop(
                     _save_grid(train_step, step, out / "grids" / f"step-{step:08d}.png", monitor)
         if evaluations.is_due(step) and stop_code is None:  # a run that goes on makes up for a missed one
             saver.wait()
+            measure = partial(evaluations.measure, step, partial(_averaged_model, train_step))
             with monitor.paused():
-                model = partial(_averaged_model, train_step)
-                is_best = world.while_first(partial(evaluations.measure, step, model))
+                is_best, stop_code = world.while_first(measure)
         if step > run.step and config.optimizer.power_ema and (done or step % _snapshot_every(config) == 0):
             saver.save_snapshot(step)
         is_saved = step > run.step and (done or stop_code is not None or _is_saved(step, logging))

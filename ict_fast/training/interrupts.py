@@ -1,38 +1,37 @@
-"""A second Ctrl-C ends the processes of a run at once."""
+"""A second Ctrl-C, seen when it arrives: Python's own handlers see two as one while a long operation runs."""
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 # What arrives so soon after the first is the same key: a terminal interrupts a launcher and its processes,
 # and the launcher passes it on.
-SAME_INTERRUPT_SECONDS = 0.3
+_SAME_KEY_SECONDS = 0.3
 
 
 class SecondInterrupt:
-    """While open, a second Ctrl-C kills the processes that this one has started.
+    """While open, calls a function, in a thread of its own, at every Ctrl-C after the first.
 
-    torch's agent waits as long after a second signal as after the first one, and its handlers are its own; so
-    signals are read where Python itself notes their arrival. A context manager; it does nothing outside the main
-    thread, where no signal arrives.
+    A context manager; it does nothing outside the main thread, where no signal arrives. SIGINT needs a
+    handler in Python, or its arrival is not noted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
         self._arrivals, self._noted = socket.socketpair()
         self._noted.setblocking(False)
         self._thread = threading.Thread(target=self._watch, name="ict-fast-interrupts", daemon=True)
+        self._before: int | None = None
 
     def __enter__(self) -> SecondInterrupt:
         self._thread.start()
-        try:
-            self._before: int | None = signal.set_wakeup_fd(self._noted.fileno(), warn_on_full_buffer=False)
-        except ValueError:
-            self._before = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.set_wakeup_fd(self._noted.fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(
@@ -51,6 +50,5 @@ class SecondInterrupt:
                 now = time.monotonic()
                 if first is None:
                     first = now
-                elif now - first > SAME_INTERRUPT_SECONDS:
-                    for process in multiprocessing.active_children():
-                        process.kill()
+                elif now - first > _SAME_KEY_SECONDS:
+                    self._then()

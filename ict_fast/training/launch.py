@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
-import time
 from types import FrameType, TracebackType
 
 import torch
 
 from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError
 from ict_fast.hardware import nvidia_device
-from ict_fast.training.interrupts import SAME_INTERRUPT_SECONDS
+from ict_fast.training.interrupts import SecondInterrupt
 
 
 def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.device:
@@ -99,7 +99,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
-        self._asked_at = 0.0
+        self._is_urgent = False
+        self._second = SecondInterrupt(self._interrupt)
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -108,19 +109,24 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._handle)
         except ValueError:
             pass  # not in the main thread: whoever started us owns the signals
+        self._second.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._second.__exit__(kind, error, trace)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def _interrupt(self) -> None:
+        """The handler may have seen only one of two signals; it is called again for the second."""
+        self._is_urgent = True
+        _thread.interrupt_main(signal.SIGINT)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and self.exit_code is not None:
-            if now - self._asked_at > SAME_INTERRUPT_SECONDS:
-                raise KeyboardInterrupt
-            return
-        self._asked_at = now
-        self.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
+        if number == signal.SIGINT and self._is_urgent:
+            self._is_urgent = False  # once: another would meet the clearing up
+            raise KeyboardInterrupt
+        if self.exit_code is None:
+            self.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT

@@ -94,7 +94,7 @@ def _attempt(
         signals_to_handle="SIGTERM,SIGINT",
     )
     try:
-        with SecondInterrupt():
+        with SecondInterrupt(_kill_all):  # torch's agent would wait for them as long as after the first
             elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
     except SignalException as asked:
         # After a second signal, while the agent waited for the processes to save, nobody waits any more.
@@ -112,6 +112,11 @@ def _attempt(
             traceback.write_text(str(failure.message["extraInfo"]["py_callstack"]))
         return f"process {rank} failed: {text} (traceback: {traceback})", None
     return "the processes ended without a result", None
+
+
+def _kill_all() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @record

@@ -29,6 +29,7 @@ EXTRAS = {
         "scipy>=1.11",
         "setuptools>=68",
         "tensorboard>=2.16",
+        "wandb>=0.17",
         "wheel",
     ],
 }

@@ -4,7 +4,10 @@
     <name>.safetensors   one per group of tensors: weights, ema, optimizer, ...
     state.json           the rest of the training state
     MANIFEST.json        size and SHA-256 of each file; written last
-<run>/checkpoints/latest the newest one's name, for people and scripts. Nothing here reads it.
+<run>/checkpoints/latest the newest one's name, for people and scripts
+<run>/checkpoints/best   that of the one with the best measurement so far, which is never deleted
+
+A folder of the same files elsewhere, such as a snapshot of averages alone, is written and read alike.
 
 Equal states give byte-identical files.
 """
@@ -38,6 +41,7 @@ _STEP_NAME = re.compile(r"step-(\d+)")
 _FILE_NAME = re.compile(
     r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 )  # no separator, no leading dot: it stays in its folder
+_POINTERS = ("latest", "best")
 _UNFINISHED = ".tmp-"
 _HEADERS = 1 << 16  # bytes of JSON beside the tensors, generously, for the free-space check
 
@@ -79,6 +83,7 @@ def write_checkpoint(
     *,
     keep: int,
     snapshot_every: int = 0,
+    best: bool = False,
 ) -> Path:
     """Writes the checkpoint of one step and deletes the oldest ones.
 
@@ -92,6 +97,7 @@ def write_checkpoint(
         state: everything else, as JSON values.
         keep: how many of the newest checkpoints to keep, at least 2.
         snapshot_every: keep those of the multiples of this step too, for ever; 0 for none.
+        best: from now on this is the best one, which is kept until there is a better one.
     Returns:
         The checkpoint's directory.
     Raises:
@@ -99,12 +105,33 @@ def write_checkpoint(
         TrainingError: a tensor or a number of the state is not finite; nothing is written.
     """
     assert keep >= 2, keep
+    folder = run / "checkpoints"
+    if folder.exists():
+        _delete_unfinished(folder)  # what a killed process left may be what fills the disk
+    final = write_whole(folder / f"step-{step:08d}", step, tensors, state)
+    # The checkpoint is safe: what fails from here on costs a stale pointer, or space until the next one.
+    with contextlib.suppress(OSError):
+        if best:  # before the one that was the best may be deleted
+            replace_durably(folder / "best", f"{final.name}\n".encode())
+        _delete_old(folder, step, keep, snapshot_every)
+    with contextlib.suppress(OSError):
+        replace_durably(folder / "latest", f"{final.name}\n".encode())
+    return final
+
+
+def write_whole(
+    final: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """Writes one folder of tensors and state, in place of what is there; its parents are created.
+
+    Args, Raises: see `write_checkpoint`.
+    """
     state_content = _encode_state(state)
     _refuse_non_finite(tensors)
-
-    folder = run / "checkpoints"
+    folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
-    _delete_unfinished(folder)  # first: what a killed process left may be what fills the disk
+    partial = folder / f"{_UNFINISHED}{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     free = shutil.disk_usage(folder).free
     if free < size + _HEADERS:
@@ -114,8 +141,6 @@ def write_checkpoint(
             str(folder),
         )
 
-    final = folder / f"step-{step:08d}"
-    partial = folder / f"{_UNFINISHED}{final.name}"
     try:
         partial.mkdir()
         files = {}
@@ -130,15 +155,10 @@ def write_checkpoint(
         flush_directory(partial)
         _put_in_place(partial, final)
         flush_directory(folder)
-        flush_directory(run)
+        flush_directory(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    # The checkpoint is safe: what fails from here on costs a stale pointer, or space until the next one.
-    with contextlib.suppress(OSError):
-        _delete_old(folder, step, keep, snapshot_every)
-    with contextlib.suppress(OSError):
-        replace_durably(folder / "latest", f"{final.name}\n".encode())
     return final
 
 
@@ -146,13 +166,16 @@ def open_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Ch
     """Opens and verifies a checkpoint for reading.
 
     Args:
-        path: a checkpoint's directory, or a run's, which means its newest whole checkpoint.
+        path: a checkpoint's directory; a run's, which means its newest whole checkpoint; or the file `best`
+            or `latest` in a run's checkpoints, which means the one that it names.
         warn: told of each broken checkpoint that is passed over; by default a line on standard error.
     Raises:
         InputError: naming the file that is missing, truncated, altered, unreadable or hostile.
     """
     if not path.exists():
         raise InputError(f"{path}: does not exist; name a run or a checkpoint")
+    if path.name in _POINTERS and path.is_file():
+        path = path.parent / pointed_name(path)
     if not path.is_dir():
         raise InputError(f"{path}: is a file; name the directory of a run or of a checkpoint")
     if path.name == "checkpoints" and not (path / "checkpoints").exists():
@@ -163,6 +186,21 @@ def open_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Ch
     if newest is None:
         raise InputError(f"{path}: has no checkpoint; is it the directory of a run that has saved one?")
     return newest
+
+
+def pointed_name(pointer: Path) -> str:
+    """The name of the checkpoint that `best` or `latest` names.
+
+    Raises:
+        InputError: if it names something else, or cannot be read.
+    """
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{pointer}: cannot be read: {error}") from None
+    if not _STEP_NAME.fullmatch(name):
+        raise InputError(f"{pointer}: altered, it names no checkpoint: {name[:80]!r}")
+    return name
 
 
 def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -176,7 +214,7 @@ def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
     Raises:
         InputError: if it has, and none is whole.
     """
-    steps = _steps(run / "checkpoints")
+    steps = step_folders(run / "checkpoints")
     reason = ""
     for step in sorted(steps, reverse=True):
         try:
@@ -194,7 +232,7 @@ def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
 
 def checkpoint_steps(run: Path) -> frozenset[int]:
     """The steps of a run's checkpoints, whole or not."""
-    return frozenset(_steps(run / "checkpoints"))
+    return frozenset(step_folders(run / "checkpoints"))
 
 
 def _open_whole(path: Path) -> Checkpoint:
@@ -250,8 +288,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _steps(folder: Path) -> dict[int, Path]:
-    """The checkpoint directories by step, whole or not."""
+def step_folders(folder: Path) -> dict[int, Path]:
+    """The directories of a folder that are named by a step, whole or not; none if it is not there."""
     try:
         entries = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -308,9 +346,12 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 def _delete_old(folder: Path, step: int, keep: int, snapshot_every: int) -> None:
     """Keeps the newest `keep` up to `step`. Later ones are another history's: not counted, not deleted."""
-    past = {number: path for number, path in _steps(folder).items() if number <= step}
+    past = {number: path for number, path in step_folders(folder).items() if number <= step}
+    best = ""
+    with contextlib.suppress(InputError):
+        best = pointed_name(folder / "best")
     for number in sorted(past, reverse=True)[keep:]:
-        if snapshot_every and number % snapshot_every == 0:
+        if past[number].name == best or (snapshot_every and number % snapshot_every == 0):
             continue
         # Renamed first, so that a kill halfway leaves no checkpoint that looks broken.
         os.replace(past[number], folder / f"{_UNFINISHED}{past[number].name}-old")

@@ -34,7 +34,14 @@ EXECUTION_FIELDS = frozenset(
         f"logging.{name}"
         for name in ("log_every", "grid_every", "checkpoint_every", "keep_checkpoints", "snapshot_every")
     }
+    | {
+        f"logging.{name}"
+        for name in ("tracker", "evaluate_every", "evaluate_count", "evaluate_steps", "power_ema_every")
+    }
 )
+
+WIDTHS = "numbers from 0.01 to 0.288"
+"""The relative widths that a power-function average may have, in words."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,11 @@ class OptimizerConfig:
     """Decay of the average of the weights that is sampled and evaluated."""
     ema_warmup: bool = True
     """Use min(ema_decay, (k+1)/(k+10)): a short run would else evaluate its initialisation."""
+    ema_decays: tuple[float, ...] = ()
+    """Decays of further averages, kept beside the first: `--ema NAME` samples and evaluates them."""
+    power_ema: tuple[float, ...] = ()
+    """Relative widths of power-function averages, such as 0.05 0.10 (EDM2): snapshots of two of them let
+    `ict-fast ema` make the average of any width when the training is done."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +205,17 @@ class LoggingConfig:
     """The newest checkpoints to keep."""
     snapshot_every: int = 0
     """A checkpoint that is never deleted; 0 for none."""
+    tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
+    """Where figures and grids go besides log.jsonl: TensorBoard's files in <run>/tensorboard, or Weights &
+    Biases (WANDB_MODE=offline needs no network). auto: TensorBoard where it is installed."""
+    evaluate_every: int = 0
+    """Measure the averaged weights as `ict-fast evaluate` does, and keep the best; 0 for never."""
+    evaluate_count: int = 5000
+    """Images of such a measurement. Distances compare only with those of the same number."""
+    evaluate_steps: tuple[int, ...] = (1,)
+    """Numbers of sampling steps to measure; the first decides which checkpoint is the best."""
+    power_ema_every: int = 0
+    """Snapshots of the power-function averages; 0 for 64 in a run."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +293,8 @@ def validate(config: Config) -> None:
         ("training.seed", training.seed),
         ("logging.grid-every", logging.grid_every),
         ("logging.snapshot-every", logging.snapshot_every),
+        ("logging.evaluate-every", logging.evaluate_every),
+        ("logging.power-ema-every", logging.power_ema_every),
         ("optimizer.weight-decay", optimizer.weight_decay),
     ):
         _require(number >= 0, name, number, "0 or more")
@@ -363,6 +388,8 @@ def validate(config: Config) -> None:
     _require(0 < method.teacher_ema < 1, "method.teacher-ema", method.teacher_ema, "in (0, 1)")
     _require(all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas", optimizer.betas, "in [0, 1)")
     _require(0 <= optimizer.ema_decay < 1, "optimizer.ema-decay", optimizer.ema_decay, "in [0, 1)")
+    _validate_averages(optimizer)
+    _validate_evaluation(logging)
 
     _validate_levels(method)
 
@@ -373,6 +400,30 @@ def validate(config: Config) -> None:
         micro_batch,
         f"a divisor of training.batch-size = {training.batch_size}",
     )
+
+
+def valid_width(sigma_rel: float) -> bool:
+    """Whether a power-function average can have this relative width.
+
+    1/sqrt(12) is that of the plain mean of all steps; beyond it the first steps would count most.
+    """
+    return 0.01 <= sigma_rel < 12**-0.5
+
+
+def _validate_averages(optimizer: OptimizerConfig) -> None:
+    for name, values, is_right, right in (
+        ("optimizer.ema-decays", optimizer.ema_decays, lambda decay: 0 <= decay < 1, "numbers in [0, 1)"),
+        ("optimizer.power-ema", optimizer.power_ema, valid_width, WIDTHS),
+    ):
+        _require(all(map(is_right, values)), name, values, right)
+        _require(len(set(values)) == len(values), name, values, "a list without repetitions")
+
+
+def _validate_evaluation(logging: LoggingConfig) -> None:
+    steps, count = logging.evaluate_steps, logging.evaluate_count
+    _require(len(steps) >= 1, "logging.evaluate-steps", steps, "at least one number of steps")
+    _require(min(steps) >= 1, "logging.evaluate-steps", steps, "numbers of at least 1")
+    _require(count >= 2, "logging.evaluate-count", count, "at least 2")
 
 
 def _validate_levels(method: MethodConfig) -> None:

@@ -22,3 +22,32 @@ def nvidia_device() -> str | None:
         if listed.returncode == 0 and "GPU" in listed.stdout:
             return "nvidia-smi -L"
     return None
+
+
+# Dense tensor-core rate of bf16 and fp16 with fp32 sums, and fp32 rate without tensor cores, in TFLOP/s, from
+# NVIDIA's data sheets; the first entry that a GPU's name contains counts.
+_PEAKS = {
+    "GB200": (2500.0, 80.0),
+    "B200": (2250.0, 75.0),
+    "H200 NVL": (835.0, 60.0),
+    "H200": (989.0, 67.0),
+    "H100 PCIe": (756.0, 51.0),
+    "H100 NVL": (835.0, 60.0),
+    "H100": (989.0, 67.0),
+    "A100": (312.0, 19.5),
+    "L40S": (362.0, 91.6),
+}
+
+
+def peak_flops(name: str) -> tuple[float, float] | None:
+    """The rates of a GPU in FLOP/s.
+
+    Args:
+        name: as torch.cuda.get_device_name gives it.
+    Returns:
+        (half precision, fp32), or None for a device that is not in the table.
+    """
+    for known, (half, single) in _PEAKS.items():
+        if known in name:
+            return half * 1e12, single * 1e12
+    return None

@@ -71,3 +71,16 @@ def print_table(table: Table) -> None:
     with console.capture() as captured:  # rich exits on a broken pipe; print leaves that to main
         console.print(table)
     print(captured.get(), end="")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42s, 3m05s, 7h12m or 3d04h."""
+    seconds = round(seconds)
+    for unit, next_unit, size, next_size in (
+        ("d", "h", 86400, 3600),
+        ("h", "m", 3600, 60),
+        ("m", "s", 60, 1),
+    ):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // next_size:02d}{next_unit}"
+    return f"{seconds}s"

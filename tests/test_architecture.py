@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Arrows run down only; a folder may import from folders of a higher number, never its own level's siblings.
-FLOORS = {
+FLOORS: dict[str, float] = {
     "ict_fast.__main__": 0,
     "ict_fast.cli": 0,
     "ict_fast.commands": 0,
@@ -19,8 +19,8 @@ FLOORS = {
     "ict_fast.doctor": 0,
     "ict_fast.results": 0,
     "ict_fast.training": 1,
+    "ict_fast.evaluation": 1.5,  # the training measures its model with it
     "ict_fast.planning": 1,
-    "ict_fast.evaluation": 1,
     "ict_fast.report": 1,
     "ict_fast.interop": 1,
     "ict_fast.consistency": 2,

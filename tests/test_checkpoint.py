@@ -18,7 +18,13 @@ import pytest
 import torch
 
 from ict_fast import checkpoint as checkpoint_module
-from ict_fast.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, write_checkpoint
+from ict_fast.checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    latest_checkpoint,
+    open_checkpoint,
+    write_checkpoint,
+)
 from ict_fast.errors import InputError, TrainingError
 
 GROUPS = ("weights", "ema", "optimizer")
@@ -559,3 +565,28 @@ def test_loaded_tensors_outlive_the_files(tmp_path: Path) -> None:
     shutil.rmtree(checkpoint.path)
     assert torch.equal(tensors["a"], torch.full((100,), 1.0))
     tensors["a"].add_(1)
+
+
+def test_the_best_one_is_kept_until_there_is_a_better_one_and_is_found_by_its_pointer(tmp_path: Path) -> None:
+    for step, best in ((1, False), (2, True), (3, False), (4, False), (5, True), (6, False), (7, False)):
+        write_checkpoint(tmp_path, step, tensors_of(step), {"step": step}, keep=2, best=best)
+        found = open_checkpoint(tmp_path / "checkpoints" / "latest")
+        assert found.step == step
+        if step == 4:
+            assert sorted(checkpoint_steps(tmp_path)) == [2, 3, 4]
+            assert open_checkpoint(tmp_path / "checkpoints" / "best").step == 2
+    assert sorted(checkpoint_steps(tmp_path)) == [5, 6, 7]
+
+
+@pytest.mark.parametrize("content", [b"../../elsewhere", b"", b"step-1/../..", b"\xff\xfe"])
+def test_a_pointer_that_was_altered_is_refused_and_keeps_nothing_from_working(
+    tmp_path: Path, content: bytes
+) -> None:
+    write(tmp_path, 1)
+    pointer = tmp_path / "checkpoints" / "best"
+    pointer.write_bytes(content)
+    with pytest.raises(InputError, match=r"checkpoints/best: (altered|cannot be read)"):
+        open_checkpoint(pointer)
+    for step in (2, 3):
+        write(tmp_path, step)
+    assert open_checkpoint(tmp_path).step == 3

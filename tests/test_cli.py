@@ -75,7 +75,7 @@ def model(monkeypatch):
     def open_checkpoint(path):
         return SimpleNamespace(path=path / "checkpoints" / "step-00000003", step=3)
 
-    stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path: fake, sample_pixels=sample)
+    stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path, weights: fake, sample_pixels=sample)
     stand_in(monkeypatch, "ict_fast.checkpoint", open_checkpoint=open_checkpoint)
     stand_in(monkeypatch, "ict_fast.evaluation", evaluate=evaluate, table=lambda result: "the table")
     stand_in(

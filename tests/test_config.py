@@ -29,6 +29,11 @@ EXECUTION = {
     "logging.checkpoint_every",
     "logging.keep_checkpoints",
     "logging.snapshot_every",
+    "logging.tracker",
+    "logging.evaluate_every",
+    "logging.evaluate_count",
+    "logging.evaluate_steps",
+    "logging.power_ema_every",
 }
 
 
@@ -65,6 +70,9 @@ def another(name, value):
         "optimizer.name": "adam",
         "training.precision": "fp32",
         "training.compile": "off",
+        "optimizer.ema_decays": (0.9, 0.99),
+        "optimizer.power_ema": (0.05, 0.1),
+        "logging.tracker": "none",
     }
     if name in choices:
         return choices[name]
@@ -127,6 +135,16 @@ def another(name, value):
         ("optimizer.betas", (float("nan"), 0.999)),
         ("optimizer.weight_decay", -1.0),
         ("optimizer.ema_decay", 1.0),
+        ("optimizer.ema_decays", (0.9, 1.0)),
+        ("optimizer.ema_decays", (0.9, 0.9)),
+        ("optimizer.power_ema", (0.05, 0.29)),
+        ("optimizer.power_ema", (0.001,)),
+        ("optimizer.power_ema", (0.05, 0.05)),
+        ("logging.evaluate_every", -1),
+        ("logging.evaluate_count", 1),
+        ("logging.evaluate_steps", ()),
+        ("logging.evaluate_steps", (1, 0)),
+        ("logging.power_ema_every", -1),
         ("training.total_steps", 0),
         ("training.total_steps", 2**32),
         ("training.batch_size", 0),

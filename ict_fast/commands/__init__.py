@@ -10,6 +10,7 @@ from ict_fast.commands import (
     ablate,
     doctor,
     edit,
+    ema,
     evaluate,
     export,
     import_weights,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "export": (export.ExportOptions, export.run),
     "edit": (edit.EditOptions, edit.run),
     "search-sigma": (search_sigma.SearchSigmaOptions, search_sigma.run),
+    "ema": (ema.EmaOptions, ema.run),
     "plan": (plan.PlanOptions, plan.run),
     "doctor": (doctor.DoctorOptions, doctor.run),
 }

@@ -11,6 +11,14 @@ from ict_fast.errors import InputError
 
 Device = Literal["auto", "cuda", "cpu"]
 Run = Annotated[Path, arg(metavar="RUN|CHECKPOINT")]
+Ema = Annotated[
+    str | None, arg(metavar="NAME", help_behavior_hint="(default: the run's --optimizer.ema-decay)")
+]
+
+
+def group_of(ema: str | None) -> str:
+    """The group of tensors in a checkpoint that --ema means."""
+    return "ema" if ema is None else f"ema-{ema.removeprefix('ema-')}"
 
 
 def at_least(least: int, name: str, value: int) -> None:

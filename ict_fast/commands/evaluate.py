@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
+from ict_fast.commands.arguments import Device, Ema, Run, at_least, group_of, valid_seed
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line, print_table, say
 
@@ -54,6 +54,8 @@ class EvaluateOptions:
     """Number of images to generate."""
     seed: int = 0
     """Seed of the noise."""
+    ema: Ema = None
+    """A further average of the weights, by its decay (0.9999) or its width (power-0.05)."""
     device: Device = "auto"
     """auto: the GPUs if the machine has any."""
     gpus: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, or the CPU)")] = None
@@ -87,7 +89,7 @@ def run(options: EvaluateOptions) -> int:
     device, count = resolve_processes(options.device, options.gpus, options.processes)
     configure_torch(device, deterministic=False)
     checkpoint = open_checkpoint(options.run)
-    model = load_model(checkpoint.path).to(device)
+    model = load_model(checkpoint.path, weights=group_of(options.ema)).to(device)
     reference = options.reference or Path(model.config.data.path)
     if options.reference is None and not reference.exists():
         raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
@@ -112,7 +114,8 @@ def run(options: EvaluateOptions) -> int:
                 devices=_devices(device, count),
                 work_folder=folder,
             )
-            result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **result}
+            average = {} if options.ema is None else {"ema": options.ema}
+            result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **average, **result}
             results.write(out, (json.dumps(result, indent=2) + "\n").encode())
     except KeyboardInterrupt:
         print("ict-fast: interrupted; the same command continues", file=sys.stderr)

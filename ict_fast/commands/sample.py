@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
+from ict_fast.commands.arguments import Device, Ema, Run, at_least, group_of, valid_seed
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line
 
@@ -37,6 +37,8 @@ class SampleOptions:
     """Classes of a class-conditional model; repeated until there is one per image."""
     seed: int = 0
     """Seed of the noise."""
+    ema: Ema = None
+    """A further average of the weights, by its decay (0.9999) or its width (power-0.05)."""
     device: Device = "auto"
     """auto: the GPU if the machine has one."""
 
@@ -63,7 +65,7 @@ def run(options: SampleOptions) -> int:
 
     device = resolve_device(options.device, None)
     configure_torch(device, deterministic=False)
-    model = load_model(options.run).to(device)
+    model = load_model(options.run, weights=group_of(options.ema)).to(device)
     num_classes = model.config.network.num_classes
     labels: list[int] | None = None
     if num_classes or options.labels:

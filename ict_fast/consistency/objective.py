@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import noise_condition
-from ict_kernels import consistency_loss, noise_images, sample_noise_levels
+from ict_kernels import NoiseLevels, consistency_loss, noise_images, sample_noise_levels
 
 
 class ConsistencyObjective:
@@ -44,29 +44,13 @@ class ConsistencyObjective:
         self.scales = tuple(sorted(set(scales)))
         self._offsets: dict[int, Tensor] = {}
 
-    def __call__(
-        self,
-        images: Tensor,
-        labels: Tensor | None,
-        *,
-        num_scales: Tensor | int,
-        seed: Tensor | int,
-        offset: int = 0,
-        flip: Tensor | None = None,
-    ) -> Tensor:
-        """Weighted loss of each image, (N,) fp32.
-
-        Args:
-            images: (N, H, W, C) uint8, or (N, C, H, W) float in [-1, 1].
-            labels: (N,) int64 or None.
-            num_scales: N(k), a number or an int64 device tensor holding one of `scales`.
-            seed: run seed, or int64 (2,) tensor (run seed, step).
-            offset: number of the first image in the global batch.
-            flip: (N,) uint8, 1 where the image is mirrored.
-        """
+    def levels(
+        self, count: int, *, num_scales: Tensor | int, seed: Tensor | int, offset: int, device: torch.device
+    ) -> NoiseLevels:
+        """The noise levels that so many images are trained at; arguments as for the loss."""
         method = self.method
-        levels = sample_noise_levels(
-            images.shape[0],
+        return sample_noise_levels(
+            count,
             num_scales,
             p_mean=method.p_mean,
             p_std=method.p_std,
@@ -78,8 +62,36 @@ class ConsistencyObjective:
             scales=self.scales,
             seed=seed,
             offset=offset,
-            device=images.device,
+            device=device,
         )
+
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        *,
+        num_scales: Tensor | int,
+        seed: Tensor | int,
+        offset: int = 0,
+        flip: Tensor | None = None,
+        levels: NoiseLevels | None = None,
+    ) -> Tensor:
+        """Weighted loss of each image, (N,) fp32.
+
+        Args:
+            images: (N, H, W, C) uint8, or (N, C, H, W) float in [-1, 1].
+            labels: (N,) int64 or None.
+            num_scales: N(k), a number or an int64 device tensor holding one of `scales`.
+            seed: run seed, or int64 (2,) tensor (run seed, step).
+            offset: number of the first image in the global batch.
+            flip: (N,) uint8, 1 where the image is mirrored.
+            levels: what `levels` gives for the same arguments, if the caller has drawn them already.
+        """
+        method = self.method
+        if levels is None:
+            levels = self.levels(
+                images.shape[0], num_scales=num_scales, seed=seed, offset=offset, device=images.device
+            )
         student_input, teacher_input = noise_images(
             images, levels, seed=seed, offset=offset, flip=flip, sigma_data=method.sigma_data
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 from types import FrameType, TracebackType
@@ -10,6 +11,7 @@ import torch
 
 from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError
 from ict_fast.hardware import nvidia_device
+from ict_fast.training.interrupts import SecondInterrupt
 
 
 def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.device:
@@ -97,6 +99,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
+        self._is_urgent = False
+        self._second = SecondInterrupt(self._interrupt)
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -105,15 +109,24 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._handle)
         except ValueError:
             pass  # not in the main thread: whoever started us owns the signals
+        self._second.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._second.__exit__(kind, error, trace)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def _interrupt(self) -> None:
+        """The handler may have seen only one of two signals; it is called again for the second."""
+        self._is_urgent = True
+        _thread.interrupt_main(signal.SIGINT)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.exit_code is not None:
+        if number == signal.SIGINT and self._is_urgent:
+            self._is_urgent = False  # once: another would meet the clearing up
             raise KeyboardInterrupt
-        self.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
+        if self.exit_code is None:
+            self.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT

@@ -1,40 +1,60 @@
-"""What a run tells the outside: the log file and the progress on the screen."""
+"""What a run tells the outside: the log file, the tracker, and the progress on the screen."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ict_fast.screen import LINE_INTERVAL, live_bar, say
-from ict_fast.training.run_directory import LOG_NAME
+from ict_fast.consistency.curriculum import stages
+from ict_fast.screen import LINE_INTERVAL, duration, say
+from ict_fast.training.panel import Panel, live_panel
+from ict_fast.training.run_directory import LOG_NAME, Run
+from ict_fast.training.trackers import Tracker, tagged, tagged_evaluation
+from ict_fast.training.utilisation import Utilisation
 
 
 class Monitor:
-    """Appends to log.jsonl and shows progress: one live line on a terminal, plain lines elsewhere.
+    """Appends to log.jsonl and shows progress: a live panel on a terminal, plain lines elsewhere.
 
-    A log that cannot be written (a full disk) is reported once and does not stop the run. A silent one, for
-    all processes of a run but one, does nothing.
+    A log or a tracker that cannot be written (a full disk, no network) is reported once and does not stop the
+    run. A silent one, for all processes of a run but one, does nothing.
     """
 
     def __init__(
-        self, out: Path, *, first_step: int, total_steps: int, batch_size: int, silent: bool = False
+        self,
+        run: Run,
+        utilisation: Utilisation | None = None,
+        tracker: Tracker | None = None,
+        *,
+        silent: bool = False,
     ) -> None:
+        """
+        Args:
+            run: where to write, and what the run is.
+            utilisation: what a rate means for the hardware; None leaves MFU and memory unsaid.
+            tracker: told of every figure and grid besides; closed at the end.
+        """
         self._silent = silent
-        self._path = out / LOG_NAME
-        self._total = total_steps
-        self._batch_size = batch_size
-        self._first = first_step
-        self._started = self._window_started = time.monotonic()
-        self._window_step = first_step
+        self._config, self._utilisation, self._tracker = run.config, utilisation, tracker
+        self._path = run.out / LOG_NAME
+        self._total = run.config.training.total_steps
         self._last_line = 0.0
         self._log_failed = False
-        self._live = None if silent else live_bar("training")
+        self.restart_clock(run.step)
+        self._panel = Panel(
+            f"training {run.config.preset} in {run.out}",
+            step=run.step,
+            total_steps=self._total,
+            stages=stages(self._total, run.config.method),
+        )
+        self._live = None if silent else live_panel(self._panel)
         if self._live is not None:
-            self._task = self._live.add_task("", total=total_steps, completed=first_step, status="starting")
+            self._panel.losses = _logged_losses(self._path)
 
     def __enter__(self) -> Monitor:
         if self._live is not None:
@@ -45,7 +65,9 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
+        self._track(lambda tracker: tracker.close())
 
     def say(self, text: str) -> None:
         """A line for the person, on standard error; one that cannot be written never ends a run."""
@@ -60,25 +82,60 @@ class Monitor:
     def warn(self, text: str) -> None:
         self.say(f"ict-fast: warning: {text}")
 
+    def note(self, text: str) -> None:
+        """What the run is doing besides training, for the panel; empty when it is training again."""
+        self._panel.note = text
+
+    # ---- the clock ----
+
+    def restart_clock(self, step: int) -> None:
+        """What came before this step (loading, compiling) says nothing of the rate."""
+        self._first = self._window_step = step
+        self._started = self._window_started = time.monotonic()
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside (a grid, a measurement) counts for the time that remains, not for the rate."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._window_started += time.monotonic() - started
+
+    def waited_for_data(self, seconds: float) -> None:
+        """The loop has waited so long for its loader."""
+        self._waited += seconds
+
     def advance(self, step: int) -> None:
-        """Moves the bar; costs microseconds, waits for nothing."""
-        if self._live is not None:
-            self._live.update(self._task, completed=step)
+        """Moves the bar; costs a microsecond, waits for nothing."""
+        self._panel.step = step
+
+    # ---- what there is to tell ----
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """One line of the log, with the rate since the previous one, and the status line.
+        """One line of the log, with rates since the previous one, and the status line.
 
         Args:
             step: steps done.
-            values: "loss", "num_scales" and whatever else is worth keeping; JSON values.
+            values: see `figures`.
         """
         if self._silent:
             return
         now = time.monotonic()
         elapsed = max(now - self._window_started, 1e-9)
-        rate = (step - self._window_step) * self._batch_size / elapsed
-        self._window_started, self._window_step = now, step
-        line = {"step": step, **values, "images_per_second": round(rate, 1), "time": round(time.time(), 3)}
+        rate = (step - self._window_step) * self._config.training.batch_size / elapsed
+        use = self._utilisation
+        line = {
+            "step": step,
+            **values,
+            "images_per_second": round(rate, 1),
+            "mfu": None if use is None else use.mfu(rate, values["precision"]),
+            "memory_gb": None if use is None else use.memory_gb(),
+            "data_wait": round(min(self._waited / elapsed, 1.0), 4),
+            "time": round(time.time(), 3),
+        }
+        self._window_started, self._window_step, self._waited = now, step, 0.0
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 # A line that a full disk cut short must not swallow this one.
@@ -87,34 +144,70 @@ class Monitor:
             if not self._log_failed:
                 self.warn(f"{self._path} cannot be written ({error.strerror}); training goes on")
             self._log_failed = True
-        self._show(step, values, rate, now)
+        self._track(lambda tracker: tracker.figures(step, tagged(line, self._config)))
+        self._show(step, line, now)
 
-    def _show(self, step: int, values: dict[str, Any], rate: float, now: float) -> None:
+    def drew_grid(self, step: int, path: Path) -> None:
+        """A grid of samples is there."""
+        self._panel.grid = str(path)
+        self._track(lambda tracker: tracker.picture(step, path))
+
+    def measured(self, step: int, result: dict[str, Any], found: str, how: str) -> None:
+        """The averages have been measured.
+
+        Args:
+            step: steps done.
+            result: what `evaluate` returned.
+            found, how: the same in words; `found` alone stays on the panel.
+        """
+        self._panel.measured = found
+        self._track(lambda tracker: tracker.figures(step, tagged_evaluation(result)))
+        self.say(f"{found} ({how})")
+
+    def _track(self, what: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            what(self._tracker)
+        except Exception as error:  # of a foreign package, about its own files or network
+            self._tracker = None
+            self.warn(f"--logging.tracker failed ({reason(error)}); {LOG_NAME} and the training go on")
+
+    def _show(self, step: int, line: dict[str, Any], now: float) -> None:
         per_step = (now - self._started) / max(step - self._first, 1)
         remaining = duration((self._total - step) * per_step)
-        loss = "none finite" if values["loss"] is None else f"{values['loss']:.4g}"
-        skipped = f", {values['skipped']} skipped" if values["skipped"] else ""
-        status = f"loss {loss}, N {values['num_scales']}, {rate:,.0f} images/s, ETA {remaining}{skipped}"
+        loss, gradient, mfu = line["loss"], line.get("gradient_norm"), line["mfu"]
+        skipped = f", {line['skipped']} skipped" if line["skipped"] else ""
+        speed = f"{line['images_per_second']:,.0f} images/s"
         if self._live is not None:
-            self._live.update(self._task, completed=step, status=status)
+            panel = self._panel
+            if loss is not None:
+                panel.losses.append(loss)
+            panel.eta = remaining
+            panel.speed = speed + (f", MFU {mfu:.1%}" if mfu is not None else "")
+            panel.speed += f", {line['data_wait']:.1%} waiting for data"
+            if line["memory_gb"] is not None:
+                panel.speed += f", {line['memory_gb']:.3g} GB"
+            norm = "not finite" if gradient is None else f"norm {gradient:.3g}"
+            panel.gradient = f"{norm}, trunk in {line['precision']}{skipped}"
         elif now - self._last_line >= LINE_INTERVAL or step == self._total:
             self._last_line = now
+            shown = "none finite" if loss is None else f"{loss:.4g}"
+            status = f"loss {shown}, N {line['num_scales']}, {speed}, ETA {remaining}{skipped}"
             self.say(f"step {step:,}/{self._total:,} ({100 * step // self._total} %): {status}")
 
 
 def reason(error: Exception) -> str:
     """What went wrong, in one line."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 42s, 3m05s, 7h12m or 3d04h."""
-    seconds = round(seconds)
-    for unit, next_unit, size, next_size in (
-        ("d", "h", 86400, 3600),
-        ("h", "m", 3600, 60),
-        ("m", "s", 60, 1),
-    ):
-        if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // next_size:02d}{next_unit}"
-    return f"{seconds}s"
+def _logged_losses(log: Path) -> list[float]:
+    """The curve so far of a run that goes on."""
+    losses = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        for line in log.read_text(encoding="utf-8").splitlines():
+            loss = json.loads(line)["loss"]
+            if loss is not None:
+                losses.append(loss)
+    return losses

@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from ict_fast.checkpoint import checkpoint_steps
 from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, HungError, InputError, TrainingError
 from ict_fast.training import outcome
+from ict_fast.training.interrupts import SecondInterrupt
 from ict_fast.training.run_directory import RunResult
 
 MAX_RESTARTS = 3
@@ -102,7 +103,8 @@ def _attempt(
         signals_to_handle="SIGTERM,SIGINT",
     )
     try:
-        with _ending_who_hangs(folder):
+        # torch's agent would wait for them as long after a second Ctrl-C as after the first.
+        with _ending_who_hangs(folder), SecondInterrupt(_kill_all):
             elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
     except SignalException as asked:
         # After a second signal, while the agent waited for the processes to save, nobody waits any more.
@@ -146,6 +148,11 @@ def _ending_who_hangs(folder: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _kill_all() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @record

@@ -5,18 +5,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ict_fast.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint
+from ict_fast.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, step_folders
 from ict_fast.config import Config, differences, from_dict, to_dict
 from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
 from ict_fast.training.initial import RECORD_NAME, Initial, settle_initial
 
 LOG_NAME = "log.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SNAPSHOTS = "ema-snapshots"
 _LOCK_NAME = ".lock"
 
 
@@ -128,6 +131,8 @@ def open_run(
     if different:
         fields = ", ".join(f"{name} (there {ours!r}, asked {theirs!r})" for name, ours, theirs in different)
         hint = "another --out starts a new run"
+        if {name for name, _, _ in different} <= {"optimizer.ema_decays", "optimizer.power_ema"}:
+            hint = "an average begins with its run: another --out starts one with these"
         if [name for name, _, _ in different] == ["training.total_steps"]:
             longer = config.training.total_steps > stored.training.total_steps
             option = "--extend" if longer else "--training.total-steps"
@@ -197,17 +202,22 @@ def read_config(path: Path) -> Config:
 
 
 def prepare_directory(run: Run) -> None:
-    """Writes config.json, and cuts the log back to the checkpoint's step; the directory is there and locked.
+    """Writes config.json, and cuts back to the checkpoint's step whatever grows with the run.
+
+    The directory is there and locked.
 
     Raises:
         InputError: if the directory cannot be written.
     """
-    log = run.out / LOG_NAME
     try:
         replace_durably(run.out / "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode())
-        if log.exists():
-            kept = [line for line in log.read_bytes().splitlines() if _step_of(line) <= run.step]
-            replace_durably(log, b"".join(line + b"\n" for line in kept))
+        for log in (run.out / LOG_NAME, run.out / EVALUATIONS):
+            if log.exists():
+                kept = [line for line in log.read_bytes().splitlines() if _step_of(line) <= run.step]
+                replace_durably(log, b"".join(line + b"\n" for line in kept))
+        for step, snapshot in step_folders(run.out / SNAPSHOTS).items():
+            if step > run.step:  # another history's
+                shutil.rmtree(snapshot)
     except OSError as error:
         raise InputError(f"{run.out} cannot be written ({error.strerror}); choose another --out") from None
 

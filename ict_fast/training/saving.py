@@ -1,19 +1,22 @@
-"""A run's checkpoints, written while the training goes on."""
+"""A run's checkpoints, and snapshots of its power-function averages, written while the training goes on."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
-from ict_fast.checkpoint import write_checkpoint
+from ict_fast.checkpoint import write_checkpoint, write_whole
 from ict_fast.config import to_dict
 from ict_fast.data.store import Store
+from ict_fast.errors import TrainingError
 from ict_fast.training.monitor import Monitor, reason
-from ict_fast.training.run_directory import Run
+from ict_fast.training.run_directory import SNAPSHOTS, Run
 from ict_fast.training.step import TrainStep
 from ict_fast.version import __version__
 
@@ -36,9 +39,10 @@ class Saver:
         self._run, self._store, self._train_step, self._monitor = run, store, train_step, monitor
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ict-fast-saver")
         self._writing: tuple[int, Future[Path]] | None = None
+        self._writing_snapshot: tuple[int, Future[Path]] | None = None
 
-    def save(self, step: int) -> None:
-        """Begins to write the checkpoint of a step.
+    def save(self, step: int, *, best: bool = False) -> None:
+        """Begins to write the checkpoint of a step; `best` as for `write_checkpoint`.
 
         Raises:
             TrainingError: if the processes do not agree on the state, or the one before was not finite.
@@ -49,10 +53,7 @@ class Saver:
             self.step = step
             return
         self.wait()
-        copies = {
-            file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()}
-            for file, group in tensors.items()
-        }
+        copies = _on_host(tensors)
         state = {
             "step": step,
             "config": to_dict(self._run.config),
@@ -75,8 +76,24 @@ class Saver:
             state,
             keep=logging.keep_checkpoints,
             snapshot_every=logging.snapshot_every,
+            best=best,
         )
         self._writing = (step, future)
+
+    def save_snapshot(self, step: int) -> None:
+        """Begins to write the power-function averages of a step, in process 0."""
+        if not self._train_step.world.is_first:
+            return
+        self.wait()
+        names = self._train_step.averages.power_names
+        copies = _on_host({f"ema-{name}": self._train_step.ema_weights(name) for name in names})
+        state = {
+            "step": step,
+            "updates": int(self._train_step.updates()),
+            "config": to_dict(self._run.config),
+        }
+        path = self._run.out / SNAPSHOTS / f"step-{step:08d}"
+        self._writing_snapshot = (step, self._thread.submit(write_whole, path, step, copies, state))
 
     def wait(self) -> None:
         """Waits until nothing is being written any more.
@@ -84,6 +101,15 @@ class Saver:
         Raises:
             TrainingError: if the state was not finite; nothing was written.
         """
+        if self._writing_snapshot is not None:
+            (step, future), self._writing_snapshot = self._writing_snapshot, None
+            try:
+                future.result()
+            except (OSError, TrainingError) as error:
+                self._monitor.warn(
+                    f"the averages of step {step:,} could not be kept ({reason(error)}); `ict-fast ema` will"
+                    " do with the others, training goes on"
+                )
         if self._writing is None:
             return
         (step, future), self._writing = self._writing, None
@@ -104,6 +130,13 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown(wait=True)
+
+
+def _on_host(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {
+        file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()}
+        for file, group in tensors.items()
+    }
 
 
 def trunk_name(train_step: TrainStep) -> str:

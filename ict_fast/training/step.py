@@ -19,7 +19,9 @@ from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
 from ict_fast.networks.tf32 import set_tf32
 from ict_fast.training.adam_ema import AdamEMA
+from ict_fast.training.averages import Averages, ema_decay
 from ict_fast.training.compilation import compile_blocks, compiles
+from ict_fast.training.loss_by_sigma import BUCKETS, LossBySigma
 from ict_fast.training.loss_scale import LossScale
 from ict_fast.training.world import World
 from ict_kernels import RAdamEMA
@@ -40,9 +42,11 @@ class TrainStep:
     Attributes:
         network: the student, on the device, channels_last.
         optimizer: RAdam with the average of the weights.
+        averages: the further averages.
         compiled_blocks: how many residual blocks are compiled when they are first called.
         loss_scale: of an fp16 trunk, else None.
         loss_sum, loss_count: sum and number of the finite step losses since `reset_loss`; fp64 scalars.
+        by_sigma: sums and numbers of the images' losses by noise level since then; see `LossBySigma`, fp64.
         skipped_in_a_row: the longest run of skipped steps since `reset_loss`; int64 scalar.
     """
 
@@ -102,10 +106,13 @@ class TrainStep:
             weight_decay=optimizer.weight_decay,
             ema_decay=self.ema_decay,
         )
+        self.averages = Averages(optimizer, list(self.network.parameters()))
         self.loss_scale: LossScale | None = None
         self.set_trunk(trunk_dtype(config.training.precision, device))
         self.loss_sum = scalar(0.0, torch.float64)
         self.loss_count = scalar(0, torch.int64)
+        self._loss_by_sigma = LossBySigma(config.method, device)
+        self.by_sigma = torch.zeros(2 * BUCKETS, dtype=torch.float64, device=device)
         self.skipped_in_a_row = scalar(0, torch.int64)
         self._skipping_since = scalar(0, torch.int64)
 
@@ -128,21 +135,23 @@ class TrainStep:
         self.seed_and_step[1].fill_(step)
         self.num_scales.fill_(scales)
         self.learning_rate.fill_(learning_rate(step, config))
-        self.ema_decay.fill_(ema_decay(step, config))
+        self.ema_decay.fill_(ema_decay(config.optimizer.ema_decay, step, warmup=config.optimizer.ema_warmup))
+        self.averages.begin(step)
         if self.teacher is not None:
             self.teacher_decay.fill_(consistency.teacher_ema_decay(scales, config.method))
 
     def advance(self, micro_batches: Sequence[Batch]) -> None:
         """The step that has begun: the same operations, with the same numbers, in every step."""
         self.optimizer.zero_grad()
-        loss = torch.zeros((), device=self.device)
+        figures = torch.zeros(1 + 2 * BUCKETS, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             with self._gathering_only() if number < len(micro_batches) else nullcontext():
-                loss += self.backward(batch)
-        self.world.add(loss)
+                figures += self.backward(batch)
+        self.world.add(figures)
         self.optimizer.step()
 
-        skipped = self.optimizer.last_step_skipped
+        loss, skipped = figures[0], self.optimizer.last_step_skipped
+        self.averages.advance(skipped, self.updates())
         if self.loss_scale is not None:
             self.loss_scale.advance(skipped)
         if self.teacher is not None:
@@ -152,13 +161,22 @@ class TrainStep:
         finite = torch.isfinite(loss)
         self.loss_sum += torch.where(finite, loss, 0.0)
         self.loss_count += finite
+        self.by_sigma += figures[1:]
+
+    def updates(self) -> Tensor:
+        """Steps that have changed the weights, the last one included: 0-dim int64 on the device."""
+        return self.seed_and_step[1] + 1 - self.optimizer.skipped
 
     def _gathering_only(self) -> AbstractContextManager[None]:
         """While open, gradients stay in this process: they are reduced with the last micro-batch's."""
         return nullcontext() if self._parallel is None else self._parallel.no_sync()
 
     def backward(self, batch: Batch) -> Tensor:
-        """Adds the gradient of the micro-batch's share of the global mean loss; returns that share."""
+        """Adds the gradient of the micro-batch's share of the global mean loss.
+
+        Returns:
+            (1 + 2 BUCKETS,) fp32: that share, then sums and numbers by noise level.
+        """
         # No cache of cast weights: the teacher would fill it without gradients, for the student to find.
         with torch.autocast(
             self.device.type,
@@ -166,6 +184,13 @@ class TrainStep:
             enabled=self.autocast_dtype is not None,
             cache_enabled=False,
         ):
+            levels = self.objective.levels(
+                len(batch.images),
+                num_scales=self.num_scales,
+                seed=self.seed_and_step,
+                offset=batch.offset,
+                device=self.device,
+            )
             loss_n = self.objective(
                 batch.images,
                 batch.labels if self.config.network.num_classes else None,
@@ -173,12 +198,14 @@ class TrainStep:
                 seed=self.seed_and_step,
                 offset=batch.offset,
                 flip=batch.flip,
+                levels=levels,
             )
         loss = loss_n.sum() / self.config.training.batch_size
         # The processes' gradients are averaged, but their shares of the mean loss add up.
         scale = self.world.size if self.loss_scale is None else self.world.size * self.loss_scale.value
         (loss * scale).backward()
-        return loss.detach()
+        by_sigma = self._loss_by_sigma(loss_n.detach(), levels.sigma)
+        return torch.cat([loss.detach().reshape(1), by_sigma])
 
     @torch.no_grad()
     def _advance_teacher(self, skipped: Tensor) -> None:
@@ -194,6 +221,7 @@ class TrainStep:
         """Starts a new window of the mean loss."""
         self.loss_sum.zero_()
         self.loss_count.zero_()
+        self.by_sigma.zero_()
         self.skipped_in_a_row.zero_()
 
     # ---- what a checkpoint holds ----
@@ -203,6 +231,7 @@ class TrainStep:
         names = [name for name, _ in self.network.named_parameters()]
         weights = dict(self.network.state_dict())
         files = {"weights": weights, "ema": self.ema_weights()}
+        files |= {f"ema-{name}": self.ema_weights(name) for name in self.averages.names}
         state = [self.optimizer.state[parameter] for parameter in self.network.parameters()]
         files["optimizer"] = {
             f"{name}.{moment}": entry[moment]
@@ -214,17 +243,23 @@ class TrainStep:
         files["optimizer"]["skipped_in_a_row"] = self.skipped_in_a_row
         files["optimizer"]["loss_sum"] = self.loss_sum
         files["optimizer"]["loss_count"] = self.loss_count
+        files["optimizer"]["loss_by_sigma"] = self.by_sigma
         if self.loss_scale is not None:
             files["optimizer"] |= self.loss_scale.tensors()
         if self.teacher is not None:
             files["teacher"] = dict(self.teacher.state_dict())
         return files
 
-    def ema_weights(self) -> dict[str, Tensor]:
-        """The averaged weights as a network's state dict: buffers, such as Fourier frequencies, included."""
+    def ema_weights(self, average: str | None = None) -> dict[str, Tensor]:
+        """The averaged weights as a network's state dict: buffers, such as Fourier frequencies, included.
+
+        Args:
+            average: name of a further average; None for the first one.
+        """
         weights = dict(self.network.state_dict())
         names = [name for name, _ in self.network.named_parameters()]
-        weights.update(zip(names, self.optimizer.ema_parameters(), strict=True))
+        averaged = self.optimizer.ema_parameters() if average is None else self.averages.parameters(average)
+        weights.update(zip(names, averaged, strict=True))
         return weights
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -237,14 +272,19 @@ class TrainStep:
         if self.teacher is not None:
             _load(self.teacher, checkpoint, "teacher")
         ema, saved = checkpoint.tensors("ema"), checkpoint.tensors("optimizer")
+        further = {name: checkpoint.tensors(f"ema-{name}") for name in self.averages.names}
+        names = [name for name, _ in self.network.named_parameters()]
         with torch.no_grad():
             try:
+                for name, tensors in further.items():
+                    self.averages.restore(name, tensors, names)
                 self.optimizer.load_state_dict(self._optimizer_state(ema, saved))
                 self.optimizer.skipped.copy_(saved["skipped"])
                 self._skipping_since.copy_(saved["skipping_since"])
                 self.skipped_in_a_row.copy_(saved["skipped_in_a_row"])
                 self.loss_sum.copy_(saved["loss_sum"])
                 self.loss_count.copy_(saved["loss_count"])
+                self.by_sigma.copy_(saved["loss_by_sigma"])
                 if self.loss_scale is not None and "loss_scale" in saved:  # else it was not fp16 so far
                     for name, tensor in self.loss_scale.tensors().items():
                         tensor.copy_(saved[name])
@@ -278,12 +318,6 @@ def learning_rate(step: int, config: Config) -> float:
         if optimizer.lr_decay
         else optimizer.lr
     )
-
-
-def ema_decay(step: int, config: Config) -> float:
-    """Decay of the evaluated average at step k; with warm-up min(decay, (k+1)/(k+10))."""
-    decay = config.optimizer.ema_decay
-    return min(decay, (step + 1) / (step + 10)) if config.optimizer.ema_warmup else decay
 
 
 def trunk_dtype(precision: str, device: torch.device) -> torch.dtype | None:

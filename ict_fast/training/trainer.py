@@ -1,4 +1,4 @@
-"""The training loop, in one fixed order: log, grid, checkpoint, done?, batch, step."""
+"""The training loop, in one fixed order: log, grid, measurement, snapshot, checkpoint, done?, batch, step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ict_fast.config import Config, LoggingConfig, validate
-from ict_fast.consistency.curriculum import num_scales, stages
+from ict_fast.consistency.curriculum import stages
 from ict_fast.consistency.model import ConsistencyModel, build_seeded_network
 from ict_fast.consistency.sampling import sample
 from ict_fast.data.loaders import Loader, make_loader
@@ -20,18 +19,22 @@ from ict_fast.data.order import micro_batch_size
 from ict_fast.data.pictures import image_grid, save_png, to_uint8
 from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
-from ict_fast.screen import say
+from ict_fast.screen import duration, say
 from ict_fast.training.describe import describe, describe_stages
+from ict_fast.training.evaluations import Evaluations
+from ict_fast.training.figures import figures
 from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.initial import initial_weights, write_record
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
-from ict_fast.training.monitor import Monitor, duration, reason
+from ict_fast.training.monitor import Monitor, reason
 from ict_fast.training.precision import choose_trunk, chooses_trunk
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled, will_prepare
 from ict_fast.training.run_directory import Run, RunResult, lock, open_run, prepare_directory
 from ict_fast.training.saving import Saver, trunk_name
 from ict_fast.training.step import TrainStep
+from ict_fast.training.trackers import chosen_tracker, open_tracker
+from ict_fast.training.utilisation import Utilisation, describe_run
 from ict_fast.training.world import (
     COLLECTIVE_TIMEOUT,
     World,
@@ -43,6 +46,7 @@ from ict_fast.training.world import (
 )
 
 _GRID_IMAGES = 64
+_POWER_SNAPSHOTS = 64  # in a run, where --logging.power-ema-every does not say otherwise
 
 
 def train(
@@ -79,6 +83,7 @@ def train(
             processes were lost again and again, or one waited for another in vain.
     """
     validate(config)
+    chosen_tracker(config)
     out = Path("runs") / config.preset if out is None else Path(out)
     init = None if init is None else Path(init)
     found, count = resolve_processes(device, gpus, processes)
@@ -237,16 +242,14 @@ def _train_locked(
         warnings.append(
             "a CPU has no TF32: its rounding is emulated, which is slower than --training.precision fp32"
         )
+    loader, reason = make_loader(config, store, device, rank=world.rank, world_size=world.size)
     if world.is_first:
         prepare_directory(run)
-    monitor = Monitor(
-        out,
-        first_step=run.step,
-        total_steps=config.training.total_steps,
-        batch_size=config.training.batch_size,
-        silent=not world.is_first,
-    )
-    loader, reason = make_loader(config, store, device, rank=world.rank, world_size=world.size)
+        utilisation = Utilisation(config, device, world.size)
+        describe_run(run, utilisation, world.size)
+        monitor = Monitor(run, utilisation, open_tracker(run))
+    else:
+        monitor = Monitor(run, silent=True)
     with StopRequest() as stop, monitor, loader, Saver(run, store, train_step, monitor) as saver:
         for warning in warnings:
             monitor.warn(warning)
@@ -258,11 +261,18 @@ def _train_locked(
             monitor.say(describe_stages(config))
         if run.step:
             monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
-        return _loop(run, train_step, loader, monitor, saver, stop)
+        evaluations = Evaluations(run, monitor, stop)
+        return _loop(run, train_step, loader, monitor, saver, evaluations, stop)
 
 
 def _loop(
-    run: Run, train_step: TrainStep, loader: Loader, monitor: Monitor, saver: Saver, stop: StopRequest
+    run: Run,
+    train_step: TrainStep,
+    loader: Loader,
+    monitor: Monitor,
+    saver: Saver,
+    evaluations: Evaluations,
+    stop: StopRequest,
 ) -> RunResult:
     config, out, step, world = run.config, run.out, run.step, train_step.world
     total, logging = config.training.total_steps, config.logging
@@ -271,14 +281,26 @@ def _loop(
     while True:
         world.reached(step)
         done, stop_code = step == total, world.stop_code(stop.exit_code)
+        is_best = False
         if step > run.step:
             if done or step % logging.log_every == 0:
-                monitor.record(step, _metrics(train_step, step, config))
+                monitor.record(step, figures(train_step, step))
                 _check_progress(train_step, step, config)
             if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
-                _save_grid(train_step, out / "grids" / f"step-{step:08d}.png", monitor)
-            if done or stop_code is not None or _is_saved(step, logging):
-                saver.save(step)
+                with monitor.paused():
+                    _save_grid(train_step, step, out / "grids" / f"step-{step:08d}.png", monitor)
+        if evaluations.is_due(step) and stop_code is None:  # a run that goes on makes up for a missed one
+            saver.wait()
+            measure = partial(evaluations.measure, step, partial(_averaged_model, train_step))
+            with monitor.paused():
+                is_best, stop_code = world.while_first(measure)
+        if step > run.step and config.optimizer.power_ema and (done or step % _snapshot_every(config) == 0):
+            saver.save_snapshot(step)
+        is_saved = step > run.step and (done or stop_code is not None or _is_saved(step, logging))
+        if stop_code is not None and is_saved and not done:
+            monitor.say(f"stopping at step {step:,}, saving it; Ctrl-C again quits without")
+        if is_saved or is_best:
+            saver.save(step, best=is_best)
         if done or stop_code is not None:
             break
         if step in borders and chooses_trunk(train_step):
@@ -287,10 +309,13 @@ def _loop(
         started = time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
-        advance(step, loader.micro_batches(step))
+        batches = loader.micro_batches(step)
+        monitor.waited_for_data(time.monotonic() - started)
+        advance(step, batches)
+        step += 1
         if compiling:
             monitor.say(f"compiled in {duration(time.monotonic() - started)}")
-        step += 1
+            monitor.restart_clock(step)
         monitor.advance(step)
     saver.wait()
     saved_step = world.decide(lambda: saver.step)  # nobody ends before the checkpoint is written
@@ -309,6 +334,10 @@ def _is_saved(step: int, logging: LoggingConfig) -> bool:
     return any(every and step % every == 0 for every in (logging.checkpoint_every, logging.snapshot_every))
 
 
+def _snapshot_every(config: Config) -> int:
+    return config.logging.power_ema_every or max(1, config.training.total_steps // _POWER_SNAPSHOTS)
+
+
 def _already_finished(run: Run) -> RunResult:
     return RunResult(run.out, run.step, EXIT_DONE, f"{run.out} is finished: {run.step:,} steps are done")
 
@@ -317,21 +346,6 @@ def _check_shares(config: Config, processes: int) -> None:
     """Raises InputError if the batch cannot be shared among the processes of this node."""
     training = config.training
     micro_batch_size(training.batch_size, processes, training.micro_batch)
-
-
-def _metrics(train_step: TrainStep, step: int, config: Config) -> dict[str, Any]:
-    """The values of a log line: here the loop waits for the device."""
-    count = int(train_step.loss_count)
-    values = {
-        "loss": float(train_step.loss_sum) / count if count else None,
-        "num_scales": num_scales(step - 1, config.training.total_steps, config.method),
-        "skipped": int(train_step.optimizer.skipped),
-    }
-    if train_step.loss_scale is not None:
-        values["loss_scale"] = float(train_step.loss_scale.value)
-    gradient_norm = float(train_step.optimizer.grad_norm)
-    values["gradient_norm"] = gradient_norm if gradient_norm < float("inf") else None
-    return values
 
 
 def _check_progress(train_step: TrainStep, step: int, config: Config) -> None:
@@ -349,13 +363,19 @@ def _check_progress(train_step: TrainStep, step: int, config: Config) -> None:
         )
 
 
-def _save_grid(train_step: TrainStep, path: Path, monitor: Monitor) -> None:
-    """One-step samples of the averaged weights, from the same noise every time."""
+def _averaged_model(train_step: TrainStep) -> ConsistencyModel:
+    """The averaged weights, in a model of their own."""
     network = build_seeded_network(train_step.config).to(train_step.device)
     network.load_state_dict(train_step.ema_weights())
-    model = ConsistencyModel(train_step.config, network).eval()
+    return ConsistencyModel(train_step.config, network).eval().requires_grad_(False)
+
+
+def _save_grid(train_step: TrainStep, step: int, path: Path, monitor: Monitor) -> None:
+    """One-step samples of the averaged weights, from the same noise every time."""
     try:
         path.parent.mkdir(exist_ok=True)
-        save_png(image_grid(to_uint8(sample(model, _GRID_IMAGES))), path)
+        save_png(image_grid(to_uint8(sample(_averaged_model(train_step), _GRID_IMAGES))), path)
     except (OSError, torch.OutOfMemoryError) as error:
         monitor.warn(f"{path} cannot be written ({reason(error)}); training goes on")
+        return
+    monitor.drew_grid(step, path)

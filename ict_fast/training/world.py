@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -21,6 +22,8 @@ COLLECTIVE_TIMEOUT = 600.0
 
 # Later, NCCL aborts the process by itself, without a word on which other one did not come.
 _NCCL_LATER = 60.0
+
+_SIGN_OF_LIFE_SECONDS = 5.0
 
 
 class World:
@@ -61,6 +64,41 @@ class World:
         with self.waiting("a decision of process 0"):
             dist.broadcast_object_list(chosen, src=0, group=self._hosts)
         return chosen[0]
+
+    def while_first(self, work: Callable[[], T]) -> T:
+        """What process 0 works out, in every process, however long it takes.
+
+        The others are given a sign of life every few seconds, so that none of them waits in vain for longer
+        than a collective may take. `work` itself must not communicate.
+        """
+        if self.size == 1:
+            return work()
+        if not self.is_first:
+            while self._sign_of_life(True):
+                pass
+            return self.decide(work)
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(_SIGN_OF_LIFE_SECONDS):
+                self._sign_of_life(True)
+
+        thread = threading.Thread(target=beat, name="ict-fast-sign-of-life")
+        thread.start()
+        try:
+            result = work()
+        finally:
+            ended.set()
+            thread.join()
+            self._sign_of_life(False)
+        return self.decide(lambda: result)
+
+    def _sign_of_life(self, alive: bool) -> bool:
+        """Whether process 0 is still at work, as it says."""
+        said = torch.tensor(alive, dtype=torch.int64)
+        with self.waiting("a sign of life of process 0"):  # each one counts as progress
+            dist.broadcast(said, src=0, group=self._hosts)
+        return bool(said)
 
     def add(self, value: torch.Tensor) -> torch.Tensor:
         """Replaces a tensor on the run's device by its sum over the processes; the host does not wait."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from ict_fast.config import from_dict
 from ict_fast.data.loaders import make_loader
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError, TrainingError
+from ict_fast.training import world as world_module
 from ict_fast.training.run_directory import RunResult
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import World
@@ -36,6 +39,17 @@ def train(world: World, folder: Path, dtype: str) -> None:
     assert int(step.optimizer.skipped) == 0
     if world.is_first:
         torch.save(step.network.state_dict(), folder / "weights.pt")
+
+
+def wait(world: World, folder: Path) -> None:
+    """Process 0 works for longer than a collective may take; see the main program for how long that is."""
+
+    def work() -> tuple[int, str]:
+        time.sleep(6)
+        return world.rank, "done"
+
+    assert world.while_first(work) == (0, "done")
+    assert world.decide(lambda: 3) == 3, "and they go on together"
 
 
 def disagree(world: World, folder: Path) -> None:
@@ -70,8 +84,10 @@ def crash(first: bool) -> RunResult:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "wait":
+        world_module._PATIENCE, world_module._SIGN_OF_LIFE_SECONDS = timedelta(seconds=3), 0.5
     task, size, folder, *arguments, rank = sys.argv[1:]
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=int(size))
-    {"train": train, "disagree": disagree}[task](World(), Path(folder), *arguments)
+    {"train": train, "disagree": disagree, "wait": wait}[task](World(), Path(folder), *arguments)
     dist.destroy_process_group()

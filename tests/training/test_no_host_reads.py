@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ict_fast.config import Config
+from ict_fast.training.figures import figures
 from ict_fast.training.step import TrainStep
+from ict_fast.training.trainer import train
 from ict_kernels import radam_ema
 
 # Operators whose result the host must wait for: a value, a shape that depends on values, a comparison.
@@ -59,6 +62,7 @@ def test_a_step_never_waits_for_the_device(
         tiny,
         network=replace(tiny.network, num_classes=num_classes),
         method=replace(tiny.method, teacher=teacher),
+        optimizer=replace(tiny.optimizer, ema_decays=(0.9, 0.99), power_ema=(0.05, 0.1)),
         training=replace(tiny.training, precision=precision),
     )
     train_step = TrainStep(config, torch.device("cpu"))
@@ -69,3 +73,26 @@ def test_a_step_never_waits_for_the_device(
         for step, batch in enumerate(ready, start=2):
             train_step(step, batch)
     assert watch.seen == []
+    with HostReads() as watch:
+        assert figures(train_step, 6)["loss"] > 0
+    assert watch.seen, "the figures of a log line are what waits"
+
+
+def test_the_loop_reads_on_log_steps_alone(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole loop, TensorBoard included, from one log line to before the next one."""
+    monkeypatch.setattr(radam_ema, "_may_look", lambda device: False)
+    read_at: dict[int, list[str]] = {}
+    original, watch = TrainStep.__call__, HostReads()
+
+    def watched(self: TrainStep, step: int, micro_batches: list) -> None:
+        read_at[step] = list(watch.seen)  # since the step before
+        original(self, step, micro_batches)
+        watch.seen.clear()
+
+    monkeypatch.setattr(TrainStep, "__call__", watched)
+    logging = replace(tiny.logging, log_every=4, checkpoint_every=24, tracker="tensorboard")
+    with watch:
+        train(replace(tiny, logging=logging), out=tmp_path / "run", device="cpu")
+    assert [step for step, seen in read_at.items() if seen and step > 0] == [4, 8, 12, 16, 20]

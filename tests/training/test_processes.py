@@ -67,7 +67,10 @@ def test_any_number_of_processes_trains_the_same_weights(
 ) -> None:
     """With dropout, flips and classes, in two to eight micro-batches; relative differences after 50 steps."""
     training = replace(tiny.training, total_steps=50, batch_size=16)
-    config = replace(tiny, network=replace(tiny.network, num_classes=10), training=training)
+    averages = replace(tiny.optimizer, ema_decays=(0.9,), power_ema=(0.1,))
+    config = replace(
+        tiny, network=replace(tiny.network, num_classes=10), training=training, optimizer=averages
+    )
     one = _weights(config, 1, tmp_path / "1", dtype)
     config = replace(config, training=replace(training, micro_batch=2))
     for size in sizes:
@@ -84,6 +87,10 @@ def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 def test_processes_that_differ_are_named_and_decisions_are_shared(tmp_path: Path) -> None:
     _together("disagree", 3, tmp_path)
+
+
+def test_the_others_wait_for_process_0_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+    _together("wait", 2, tmp_path)
 
 
 # ---- the command ----

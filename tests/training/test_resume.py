@@ -19,10 +19,11 @@ from ict_fast.config import Config
 from ict_fast.training.trainer import train
 
 
-def _log(out: Path) -> dict[int, float]:
+def _log(out: Path) -> dict[int, list]:
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert len({record["step"] for record in records}) == len(records), "a step was logged twice"
-    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records}
+    names = ("loss", "gradient_norm", "loss_by_sigma", "skipped")
+    return {record["step"]: [record[name] for name in names] for record in records}
 
 
 def _assert_same_run(ours: Path, theirs: Path, step: int) -> None:
@@ -33,6 +34,9 @@ def _assert_same_run(ours: Path, theirs: Path, step: int) -> None:
     for name in checkpoint.names:
         file = f"checkpoints/step-{step:08d}/{name}.safetensors"
         assert (ours / file).read_bytes() == (theirs / file).read_bytes(), f"{name} differ"
+    snapshots = [path.relative_to(theirs) for path in theirs.glob("ema-snapshots/*/*")]
+    assert sorted(path.relative_to(ours) for path in ours.glob("ema-snapshots/*/*")) == sorted(snapshots)
+    assert all((ours / path).read_bytes() == (theirs / path).read_bytes() for path in snapshots)
     assert _log(ours) == _log(theirs)
     assert max(_log(ours)) == step
 
@@ -41,6 +45,11 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "dropout": lambda config: config,
     "accumulated": lambda config: replace(config, training=replace(config.training, micro_batch=4)),
     "ema-teacher": lambda config: replace(config, method=replace(config.method, teacher="ema")),
+    "averages": lambda config: replace(
+        config,
+        optimizer=replace(config.optimizer, ema_decays=(0.9, 0.99), power_ema=(0.05, 0.1)),
+        logging=replace(config.logging, power_ema_every=4),
+    ),
     "conditional": lambda config: replace(config, network=replace(config.network, num_classes=10)),
     "fp16": lambda config: replace(config, training=replace(config.training, precision="fp16")),
     "adm-bf16": lambda config: replace(

@@ -414,11 +414,11 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(
 
 
 def test_a_log_that_cannot_be_written_is_reported_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monitor = Monitor(tmp_path / "gone", first_step=0, total_steps=10, batch_size=1)
+    monitor = Monitor(Run(tmp_path / "gone", tiny, None))
     for step in (1, 2):
-        monitor.record(step, {"loss": 1.0, "num_scales": 11, "skipped": 0})
+        monitor.record(step, {"loss": 1.0, "num_scales": 11, "skipped": 0, "loss_by_sigma": []})
     assert capsys.readouterr().err.count("cannot be written (No such file or directory)") == 1
 
 

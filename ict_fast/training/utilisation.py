@@ -1,0 +1,89 @@
+"""How much of the hardware a run uses: FLOPs per image, model FLOP utilisation, memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ict_fast.config import Config, NetworkConfig
+from ict_fast.durable import replace_durably
+from ict_fast.errors import InputError
+from ict_fast.hardware import peak_flops
+from ict_fast.networks import build_network
+from ict_fast.training.loss_by_sigma import sigma_edges
+from ict_fast.training.run_directory import Run
+
+# Student: forward, and twice that backward. Teacher: forward.
+_FORWARD_PASSES = 4
+
+
+def forward_flops(network: NetworkConfig) -> int:
+    """Floating-point operations of one forward pass of one image, a multiply-add as two.
+
+    Counted by torch on a network without memory: convolutions, matrix products and attention.
+    """
+    with torch.device("meta"):
+        counted = build_network(network)
+        image = torch.empty(1, network.image_channels, network.resolution, network.resolution)
+        labels = torch.zeros(1, dtype=torch.int64) if network.num_classes else None
+        level = torch.empty(1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        counted(image, level, labels)
+    return counter.get_total_flops()
+
+
+class Utilisation:
+    """What a rate of images means for this run's devices.
+
+    Attributes:
+        flops_per_image: of a training step.
+        device: the name of the GPU, or "cpu".
+        peak: dense FLOP/s of all devices in half precision and in fp32; None where they are not known.
+    """
+
+    def __init__(self, config: Config, device: torch.device, processes: int) -> None:
+        self.flops_per_image = _FORWARD_PASSES * forward_flops(config.network)
+        self._device = device
+        self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        rates = peak_flops(self.device)
+        self.peak = None if rates is None else tuple(processes * rate for rate in rates)
+
+    def mfu(self, images_per_second: float, precision: str) -> float | None:
+        """Share of the devices' peak that the model's FLOPs are, at the peak of the trunk's arithmetic."""
+        if self.peak is None:
+            return None
+        half, single = self.peak
+        return images_per_second * self.flops_per_image / (single if precision == "fp32" else half)
+
+    def memory_gb(self) -> float | None:
+        """Most memory used so far, in 10^9 bytes: allocated by torch on this GPU, or resident on the host."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 1e9
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
+        return None
+
+
+def describe_run(run: Run, utilisation: Utilisation, processes: int) -> None:
+    """Writes run.json: what the figures of log.jsonl refer to, as of the run's last start.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    peak = utilisation.peak
+    values = {
+        "sigma_edges": sigma_edges(run.config.method),
+        "device": utilisation.device,
+        "processes": processes,
+        "flops_per_image": utilisation.flops_per_image,
+        "peak_flops": None if peak is None else {"half": peak[0], "fp32": peak[1]},
+    }
+    path = run.out / "run.json"
+    try:
+        replace_durably(path, (json.dumps(values, indent=1) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out") from None

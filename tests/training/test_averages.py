@@ -1,0 +1,268 @@
+"""The further averages: their recurrences, their files, and lengths that are chosen afterwards."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ict_fast.checkpoint import open_checkpoint
+from ict_fast.cli import main
+from ict_fast.config import Config
+from ict_fast.consistency import load_model
+from ict_fast.consistency.averaging import power_exponent
+from ict_fast.errors import InputError
+from ict_fast.training import saving
+from ict_fast.training.step import TrainStep
+from ict_fast.training.trainer import train
+
+CPU = torch.device("cpu")
+Batches = Callable[..., list]
+
+
+def _averaged(config: Config, **optimizer: object) -> Config:
+    return replace(config, optimizer=replace(config.optimizer, **optimizer))  # type: ignore[arg-type]
+
+
+def _vector(tensors: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in names]).double()
+
+
+def test_each_average_follows_its_recurrence_and_a_skipped_step_advances_none(
+    tiny: Config, batches: Batches
+) -> None:
+    config = _averaged(tiny, ema_decays=(0.5, 0.999), power_ema=(0.1, 0.25), ema_warmup=False)
+    train_step = TrainStep(config, CPU)
+    names = [name for name, _ in train_step.network.named_parameters()]
+    assert train_step.averages.names == ("0.5", "0.999", "power-0.1", "power-0.25")
+    expected = {name: _vector(train_step.ema_weights(name), names) for name in train_step.averages.names}
+    updates, parameter = 0, next(train_step.network.parameters())
+    for step in range(7):
+        broken = step in (0, 3)  # the very first as well: no update has been made yet
+        hook = parameter.register_hook(lambda gradient: gradient * torch.inf) if broken else None
+        train_step(step, batches(config, step))
+        if hook is not None:
+            hook.remove()
+        else:
+            updates += 1
+            weights = _vector(train_step.network.state_dict(), names)
+            for name, average in expected.items():
+                width = name.removeprefix("power-")
+                power = power_exponent(float(width)) + 1
+                decay = (1 - 1 / updates) ** power if width != name else float(name)
+                expected[name] = decay * average + (1 - decay) * weights
+        for name, average in expected.items():
+            ours = _vector(train_step.ema_weights(name), names)
+            torch.testing.assert_close(ours, average, rtol=1e-5, atol=1e-7)
+    assert int(train_step.updates()) == updates == 5
+
+
+def test_a_further_average_of_the_first_ones_decay_is_the_first_one(tiny: Config, batches: Batches) -> None:
+    config = _averaged(tiny, ema_decays=(tiny.optimizer.ema_decay,))
+    train_step = TrainStep(config, CPU)
+    for step in range(5):
+        train_step(step, batches(config, step))
+    first, further = train_step.ema_weights(), train_step.ema_weights("0.999")
+    for name, tensor in first.items():
+        torch.testing.assert_close(further[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, digits_store: Path) -> tuple[Config, Path]:
+    """A run of 64 steps with averages of every kind, and snapshots."""
+    from ict_fast import presets
+
+    digits = presets.get("digits")
+    config = replace(
+        digits,
+        data=replace(digits.data, path=str(digits_store)),
+        network=replace(digits.network, channels=8, num_classes=0),
+        optimizer=replace(digits.optimizer, ema_warmup=False, ema_decays=(0.8, 0.9), power_ema=(0.05, 0.1)),
+        training=replace(digits.training, total_steps=64, batch_size=16),
+        logging=replace(digits.logging, grid_every=0, checkpoint_every=64, power_ema_every=2, tracker="none"),
+    )
+    out = tmp_path_factory.mktemp("runs") / "averages"
+    assert train(config, out=out, device="cpu").exit_code == 0
+    return config, out
+
+
+def _distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    squares = sum(float(((ours[name].double() - theirs[name].double()) ** 2).sum()) for name in theirs)
+    return float((squares / sum(float((t.double() ** 2).sum()) for t in theirs.values())) ** 0.5)
+
+
+@pytest.mark.parametrize("decay", ["0.8", "0.9"])
+def test_a_reconstructed_decay_is_the_one_that_was_tracked(
+    run: tuple[Config, Path], tmp_path: Path, decay: str
+) -> None:
+    """To 1e-3 of the weights, and to 1e-3 of the way from the last weights to the average."""
+    _, out = run
+    assert main(["ema", str(out), "--decay", decay, "--out", str(tmp_path / "made")]) == 0
+    checkpoint = open_checkpoint(out)
+    made = open_checkpoint(tmp_path / "made").tensors("ema")
+    tracked, last = checkpoint.tensors(f"ema-{decay}"), checkpoint.tensors("weights")
+    assert made.keys() == tracked.keys()
+    assert _distance(made, tracked) < 1e-3
+    assert _distance(made, tracked) < 1e-3 * _distance(last, tracked)
+    assert _distance(last, tracked) > 1e-3
+
+
+def test_a_reconstructed_width_is_the_one_that_another_run_tracked(
+    run: tuple[Config, Path], tmp_path: Path
+) -> None:
+    config, out = run
+    other = _averaged(config, ema_decays=(), power_ema=(0.15,))
+    train(other, out=tmp_path / "other", device="cpu")
+    assert main(["ema", str(out), "--sigma-rel", "0.15"]) == 0
+    tracked = open_checkpoint(tmp_path / "other").tensors("ema-power-0.15")
+    made = open_checkpoint(out / "ema/sigma-rel-0.15").tensors("ema")
+    assert _distance(made, tracked) < 1e-5
+    assert _distance(open_checkpoint(out).tensors("ema-power-0.1"), tracked) > 1e-3
+
+
+def test_a_reconstruction_is_sampled_and_says_what_it_is(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = run
+    made = tmp_path / "made"
+    for _ in range(2):  # an older one is replaced
+        assert main(["ema", str(out), "--sigma-rel", "0.07", "--out", str(made)]) == 0
+    assert "from 64 averages, its profile met to 0." in capsys.readouterr().out
+    state = open_checkpoint(made).state
+    assert state["reconstruction"]["sigma_rel"] == 0.07
+    assert main(["sample", str(made), "--count", "2", "--out", str(tmp_path / "a.png")]) == 0
+
+
+def test_too_few_snapshots_are_said(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run[1], tmp_path / "run")
+    for step in range(2, 62, 2):
+        shutil.rmtree(tmp_path / f"run/ema-snapshots/step-{step:08d}")
+    assert main(["ema", str(tmp_path / "run"), "--decay", "0.5"]) == 0
+    told = capsys.readouterr()
+    assert "from 4 averages" in told.out
+    assert "is not the one that was asked for: the snapshots are too few" in told.err
+
+
+def test_sample_and_evaluate_take_an_average_by_its_name(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = run
+    names = ("0.9", "power-0.05", "ema-power-0.05")
+    for name in names:
+        words = ["sample", str(out), "--count", "2", "--ema", name, "--out", str(tmp_path / f"{name}.npz")]
+        assert main(words) == 0
+    pictures = [
+        np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("0.9", "power-0.05", "ema-power-0.05")
+    ]
+    assert np.array_equal(pictures[1], pictures[2])
+    assert not np.array_equal(pictures[0], pictures[1])
+    with torch.no_grad():
+        ours = next(load_model(out, weights="ema-0.9").parameters())
+    theirs = open_checkpoint(out).tensors("ema-0.9")
+    assert any(torch.equal(ours, tensor) for tensor in theirs.values() if tensor.shape == ours.shape)
+    capsys.readouterr()
+    for command in ("sample", "evaluate"):
+        assert main([command, str(out), "--ema", "0.95"]) == 2
+        assert 'has no ema-0.95.safetensors; did you mean "ema-0.9"?' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give --sigma-rel or --decay, and not both"),
+        (["--sigma-rel", "0.1", "--decay", "0.9"], "give --sigma-rel or --decay, and not both"),
+        (["--sigma-rel", "0.3"], "--sigma-rel is 0.3; it must be one of the numbers from 0.01 to 0.288"),
+        (["--decay", "1"], "--decay is 1.0; it must be in [0, 1)"),
+        (["--decay", "0.9", "--out", "{run}"], "which holds something else"),
+        (["--decay", "0.9", "--out", "{run}/config.json"], "is not a folder"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_in_one_line(
+    run: tuple[Config, Path], capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    _, out = run
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert main(["ema", str(out), *(word.format(run=out) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_run_without_snapshots_says_how_to_get_them(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run[1], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/ema-snapshots")
+    assert main(["ema", str(tmp_path / "run"), "--decay", "0.9"]) == 2
+    assert "has no ema-snapshots; a run that starts with --optimizer.power-ema" in capsys.readouterr().err
+
+
+def test_a_broken_snapshot_is_passed_over_and_said(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run[1], tmp_path / "run")
+    file = tmp_path / "run/ema-snapshots/step-00000040/ema-power-0.1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(["ema", str(tmp_path / "run"), "--decay", "0.9", "--out", str(tmp_path / "made")]) == 0
+    told = capsys.readouterr()
+    assert "ema-power-0.1.safetensors: truncated" in told.err
+    assert "from 62 averages" in told.out
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("ema_decays", ()), ("ema_decays", (0.8, 0.9, 0.99)), ("power_ema", (0.05,))]
+)
+def test_other_averages_are_refused_on_resume(
+    run: tuple[Config, Path], field: str, value: tuple[float, ...]
+) -> None:
+    config, out = run
+    with pytest.raises(InputError, match=rf"differs in optimizer\.{field} .*an average begins with its run"):
+        train(_averaged(config, **{field: value}), out=out, device="cpu")
+
+
+def test_a_full_disk_costs_a_snapshot_and_not_the_run(
+    run: tuple[Config, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, whole = run
+    original, out = saving.write_whole, tmp_path / "run"
+
+    def full(path: Path, *arguments: object) -> Path:
+        if path.name == "step-00000030":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving, "write_whole", full)
+    assert train(config, out=out, device="cpu").exit_code == 0
+    assert "the averages of step 30 could not be kept (No space left on device)" in capsys.readouterr().err
+    names = {path.name for path in (out / "ema-snapshots").iterdir()}
+    assert {path.name for path in (whole / "ema-snapshots").iterdir()} - names == {"step-00000030"}
+    assert main(["ema", str(out), "--decay", "0.9"]) == 0
+    tracked = open_checkpoint(out).tensors("ema-0.9")
+    assert _distance(open_checkpoint(out / "ema/decay-0.9").tensors("ema"), tracked) < 1e-3
+
+
+def test_snapshots_past_the_checkpoint_are_cut_back(tiny: Config, tmp_path: Path) -> None:
+    """A run that goes on from an earlier checkpoint makes its own: at other steps, if it is asked to."""
+    config, out = _averaged(tiny, power_ema=(0.1,)), tmp_path / "run"
+    config = replace(config, logging=replace(config.logging, power_ema_every=2, checkpoint_every=8))
+    train(config, out=out, device="cpu")
+    shutil.rmtree(out / "checkpoints/step-00000024")
+    train(replace(config, logging=replace(config.logging, power_ema_every=5)), out=out, device="cpu")
+    steps = sorted(int(path.name[5:]) for path in (out / "ema-snapshots").iterdir())
+    assert steps == [*range(2, 17, 2), 20, 24]
+    states = [json.loads((out / f"ema-snapshots/step-{step:08d}/state.json").read_text()) for step in steps]
+    assert [state["updates"] for state in states] == steps

@@ -1,0 +1,193 @@
+"""Measuring while training: it changes no bit of the run, the best is kept, and no failure ends a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ict_fast.evaluation
+from ict_fast.checkpoint import open_checkpoint
+from ict_fast.config import Config
+from ict_fast.consistency import load_model
+from ict_fast.errors import EXIT_SIGINT, InputError
+from ict_fast.training import evaluations as evaluations_module
+from ict_fast.training.trainer import train
+
+
+def _measured(config: Config, **logging: Any) -> Config:
+    logging = {"evaluate_every": 4, "evaluate_count": 64, "checkpoint_every": 4, "tracker": "none"} | logging
+    return replace(config, logging=replace(config.logging, **logging))
+
+
+def _lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+
+
+def _kept(out: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (out / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture
+def distances(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Stands in for the measurement: each gives, or raises, the next of some values."""
+
+    def script(*values: float | Exception) -> None:
+        left = list(values)
+
+        def evaluate(model: object, reference: Path, **options: Any) -> dict[str, Any]:
+            options["progress"](0.5, "half way")
+            value = left.pop(0)
+            if isinstance(value, Exception):
+                raise value
+            return {"one_step": {"frechet_distance": value}, "count": options["count"]}
+
+        monkeypatch.setattr(ict_fast.evaluation, "evaluate", evaluate)
+
+    return script
+
+
+def test_measuring_changes_no_bit_of_the_run_and_writes_what_evaluate_says(
+    tiny: Config, tmp_path: Path
+) -> None:
+    config = replace(tiny, training=replace(tiny.training, total_steps=8))
+    with_it, without = tmp_path / "with", tmp_path / "without"
+    train(_measured(config, evaluate_steps=(1, 2)), out=with_it, device="cpu")
+    train(_measured(config, evaluate_every=0), out=without, device="cpu")
+    for name in ("weights", "ema", "optimizer"):
+        file = f"checkpoints/step-00000008/{name}.safetensors"
+        assert (with_it / file).read_bytes() == (without / file).read_bytes()
+    logs = [[json.loads(line) for line in (out / "log.jsonl").open()] for out in (with_it, without)]
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+    assert not (without / "evaluations.jsonl").exists()
+    assert [line["step"] for line in _lines(with_it)] == [4, 8]
+    model = load_model(with_it)
+    expected = ict_fast.evaluation.evaluate(model, Path(config.data.path), steps=(1, 2), count=64)
+    for steps in ("one_step", "two_step"):
+        assert _lines(with_it)[-1][steps] == expected[steps], "of the averaged weights of the last step"
+
+
+def test_the_best_checkpoint_outlives_the_rotation_and_is_found_by_its_name(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    distances(9.0, 3.0, 7.0, 5.0, 4.0, 8.0)
+    train(_measured(tiny, checkpoint_every=2), out=out, device="cpu")
+    assert [line["one_step"]["frechet_distance"] for line in _lines(out)] == [9, 3, 7, 5, 4, 8]
+    assert (out / "checkpoints/best").read_text() == "step-00000008\n"
+    assert _kept(out) == [8, 22, 24], "the best, and the newest two"
+    assert open_checkpoint(out / "checkpoints/best").step == 8
+    assert open_checkpoint(out).step == 24
+    shown = capsys.readouterr().err
+    assert "step 8: Fréchet distance 3 in 1 step, the best so far" in shown
+    assert "step 24: Fréchet distance 8 in 1 step, best 3 at step 8" in shown
+
+
+def test_a_measured_step_is_saved_only_if_it_is_the_best(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+) -> None:
+    distances(9.0, 3.0, 7.0, 5.0, 4.0, 8.0)
+    train(_measured(tiny, checkpoint_every=24, keep_checkpoints=9), out=tmp_path / "run", device="cpu")
+    assert _kept(tmp_path / "run") == [4, 8, 24]
+
+
+def test_a_run_that_goes_on_cuts_its_measurements_back_and_knows_its_best(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+) -> None:
+    out, config = tmp_path / "run", _measured(tiny, keep_checkpoints=3)
+    distances(9.0, 3.0, 7.0, 5.0, 4.0, 2.0)
+    train(config, out=out, device="cpu")
+    assert _kept(out) == [16, 20, 24]
+    for step in (20, 24):
+        shutil.rmtree(out / f"checkpoints/step-{step:08d}")
+    distances(6.0, 7.0)
+    train(config, out=out, device="cpu")
+    assert [(line["step"], line["one_step"]["frechet_distance"]) for line in _lines(out)] == [
+        *((4, 9), (8, 3), (12, 7), (16, 5)),
+        *((20, 6), (24, 7)),
+    ]
+    assert (out / "checkpoints/best").read_text() == "step-00000020\n", "the old best one is lost"
+    distances(6.5, 5.5)
+    train(config, out=out, device="cpu", extend=32)
+    assert (out / "checkpoints/best").read_text() == "step-00000032\n"
+    assert _kept(out) == [24, 28, 32], "the one before is no longer the best"
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("data/x: is not there"), RuntimeError("CUDA out of memory"), KeyError("one_step")]
+)
+def test_a_measurement_that_fails_warns_and_the_training_goes_on(
+    tiny: Config,
+    tmp_path: Path,
+    distances: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    distances(9.0, error, 7.0, float("nan"), 4.0, 8.0)
+    assert train(_measured(tiny), out=tmp_path / "run", device="cpu").exit_code == 0
+    assert [line["step"] for line in _lines(tmp_path / "run")] == [4, 12, 20, 24]
+    shown = capsys.readouterr().err
+    assert shown.count("could not be measured") == 2
+    assert f"step 8 could not be measured ({error!s}" in shown
+
+
+def test_data_that_move_away_while_the_run_goes_on_cost_a_warning(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loader has its images open; the measurement looks for them anew."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny.data.path, data)
+    config = replace(tiny, data=replace(tiny.data, path=str(data)))
+    config = replace(config, training=replace(config.training, total_steps=8))
+    original = evaluations_module.Evaluations.is_due
+
+    def moved(self: Any, step: int) -> bool:
+        if step == 4:
+            data.rename(tmp_path / "elsewhere")
+        return original(self, step)
+
+    monkeypatch.setattr(evaluations_module.Evaluations, "is_due", moved)
+    assert train(_measured(config, evaluate_every=8), out=tmp_path / "run", device="cpu").exit_code == 0
+    assert "step 8 could not be measured" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_measurement_which_is_made_up_for_when_the_run_goes_on(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = tmp_path / "run", _measured(tiny)
+    original = evaluations_module.Evaluations._evaluate
+
+    def interrupted(self: Any, model: object) -> dict[str, Any]:
+        if (out / "checkpoints/step-00000004").exists():
+            self._stop.exit_code = EXIT_SIGINT  # as the signal's handler does
+        return original(self, model)
+
+    distances(9.0, 3.0, 7.0, 5.0, 4.0, 8.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluations_module.Evaluations, "_evaluate", interrupted)
+        result = train(config, out=out, device="cpu")
+    assert result.exit_code == EXIT_SIGINT
+    assert result.step == 8
+    assert [line["step"] for line in _lines(out)] == [4]
+    train(config, out=out, device="cpu")
+    assert [line["step"] for line in _lines(out)] == [4, 8, 12, 16, 20, 24]
+    assert (out / "checkpoints/best").read_text() == "step-00000008\n"
+
+
+def test_the_measured_model_leaves_the_training_network_alone(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(model: torch.nn.Module, reference: Path, **options: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        return {"one_step": {"frechet_distance": 1.0}}
+
+    monkeypatch.setattr(ict_fast.evaluation, "evaluate", evaluate)
+    assert train(_measured(tiny), out=tmp_path / "run", device="cpu").exit_code == 0

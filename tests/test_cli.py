@@ -321,7 +321,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     ("words", "said"),
     [
         ("trian", 'unknown command "trian"; did you mean "train"?'),
-        ("zzz", 'unknown command "zzz"; choose one of: doctor, evaluate, prepare, sample, train'),
+        (
+            "zzz",
+            'unknown command "zzz"; choose one of: doctor, edit, evaluate, export, import, prepare, sample, search-sigma, train',
+        ),
         ("--versoin", 'unknown option --versoin before a command; did you mean "--version"?'),
         ("train --preset cifr10", 'there is no preset "cifr10"; did you mean "cifar10"?'),
         ("train --preset=cifr10 --help", 'there is no preset "cifr10"; did you mean "cifar10"?'),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 
 def nvidia_device() -> str | None:
@@ -24,8 +25,20 @@ def nvidia_device() -> str | None:
     return None
 
 
-# Dense tensor-core rate of bf16 and fp16 with fp32 sums, and fp32 rate without tensor cores, in TFLOP/s, from
-# NVIDIA's data sheets; the first entry that a GPU's name contains counts.
+class PeakFlops(NamedTuple):
+    """Rates of dense matrix products in FLOP/s: in bf16 or fp16 with fp32 sums, in TF32, and in fp32."""
+
+    half: float
+    tf32: float
+    fp32: float
+
+    def of(self, precision: str) -> float:
+        """The rate of a trunk in this arithmetic; "auto" is bf16 or fp16."""
+        return {"tf32": self.tf32, "fp32": self.fp32}.get(precision, self.half)
+
+
+# Half precision and fp32 without tensor cores, in TFLOP/s, from NVIDIA's data sheets, on all of which TF32 has
+# half the rate of bf16; the first entry that a GPU's name contains counts.
 _PEAKS = {
     "GB200": (2500.0, 80.0),
     "B200": (2250.0, 75.0),
@@ -39,15 +52,15 @@ _PEAKS = {
 }
 
 
-def peak_flops(name: str) -> tuple[float, float] | None:
+def peak_flops(name: str) -> PeakFlops | None:
     """The rates of a GPU in FLOP/s.
 
     Args:
         name: as torch.cuda.get_device_name gives it.
     Returns:
-        (half precision, fp32), or None for a device that is not in the table.
+        None for a device that is not in the table.
     """
     for known, (half, single) in _PEAKS.items():
         if known in name:
-            return half * 1e12, single * 1e12
+            return PeakFlops(half * 1e12, half * 1e12 / 2, single * 1e12)
     return None

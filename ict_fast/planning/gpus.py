@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ict_fast.errors import InputError, did_you_mean
+from ict_fast.hardware import peak_flops
 
 
 @dataclass(frozen=True)
@@ -14,26 +15,24 @@ class Gpu:
     Attributes:
         name: as people say it.
         memory: bytes.
-        half, tf32, fp32: peak FLOP/s of matrix products in bf16 or fp16, in TF32, and in fp32.
-        nvlink: bytes/s to the other GPUs of a node, in one direction.
+       nvlink: bytes/s to the other GPUs of a node, in one direction.
     """
 
     name: str
     memory: float
-    half: float
-    tf32: float
-    fp32: float
-    nvlink: float
+   nvlink: float
 
     def peak(self, precision: str) -> float:
         """FLOP/s of a trunk in this arithmetic ("auto" is bf16 or fp16)."""
-        return {"tf32": self.tf32, "fp32": self.fp32}.get(precision, self.half)
+        rates = peak_flops(self.name)
+        assert rates is not None, self.name
+        return rates.of(precision)
 
 
 GPUS = {
-    "a100": Gpu("A100 80 GB", 80e9, half=312e12, tf32=156e12, fp32=19.5e12, nvlink=300e9),
-    "h100": Gpu("H100 80 GB", 80e9, half=989e12, tf32=494e12, fp32=67e12, nvlink=450e9),
-    "h200": Gpu("H200 141 GB", 141e9, half=989e12, tf32=494e12, fp32=67e12, nvlink=450e9),
+    "a100": Gpu("A100 80 GB", 80e9, nvlink=300e9),
+    "h100": Gpu("H100 80 GB", 80e9, nvlink=450e9),
+    "h200": Gpu("H200 141 GB", 141e9, nvlink=450e9),
 }
 
 GPUS_PER_NODE = 8

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ict_fast.config import Config, NetworkConfig
 from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
-from ict_fast.hardware import peak_flops
+from ict_fast.hardware import PeakFlops, peak_flops
 from ict_fast.networks import build_network
 from ict_fast.training.loss_by_sigma import sigma_edges
 from ict_fast.training.run_directory import Run
@@ -41,7 +41,7 @@ class Utilisation:
     Attributes:
         flops_per_image: of a training step.
         device: the name of the GPU, or "cpu".
-        peak: dense FLOP/s of all devices in half precision and in fp32; None where they are not known.
+        peak: of all devices; None where it is not known.
     """
 
     def __init__(self, config: Config, device: torch.device, processes: int) -> None:
@@ -49,14 +49,13 @@ class Utilisation:
         self._device = device
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         rates = peak_flops(self.device)
-        self.peak = None if rates is None else tuple(processes * rate for rate in rates)
+        self.peak = None if rates is None else PeakFlops(*(processes * rate for rate in rates))
 
     def mfu(self, images_per_second: float, precision: str) -> float | None:
         """Share of the devices' peak that the model's FLOPs are, at the peak of the trunk's arithmetic."""
         if self.peak is None:
             return None
-        half, single = self.peak
-        return images_per_second * self.flops_per_image / (single if precision == "fp32" else half)
+        return images_per_second * self.flops_per_image / self.peak.of(precision)
 
     def memory_gb(self) -> float | None:
         """Most memory used so far, in 10^9 bytes: allocated by torch on this GPU, or resident on the host."""
@@ -80,7 +79,7 @@ def describe_run(run: Run, utilisation: Utilisation, processes: int) -> None:
         "device": utilisation.device,
         "processes": processes,
         "flops_per_image": utilisation.flops_per_image,
-        "peak_flops": None if peak is None else {"half": peak[0], "fp32": peak[1]},
+        "peak_flops": None if peak is None else peak._asdict(),
     }
     path = run.out / "run.json"
     try:

@@ -122,7 +122,7 @@ def test_four_forward_passes_are_a_training_step(tiny: Config, batches: Callable
 )
 def test_a_gpu_is_known_by_its_name(name: str, half: float | None) -> None:
     rates = peak_flops(name)
-    assert (rates and rates[0]) == half
+    assert (rates and rates.half) == half
 
 
 def test_mfu_is_the_models_flops_over_the_peak_of_all_devices(
@@ -132,6 +132,7 @@ def test_mfu_is_the_models_flops_over_the_peak_of_all_devices(
     config = presets.get("cifar10")
     use = Utilisation(config, torch.device("cuda"), 8)
     assert use.mfu(5000, "bf16") == pytest.approx(5000 * 4 * 42.79e9 / (8 * 312e12), rel=1e-3)
+    assert use.mfu(5000, "tf32") == pytest.approx(5000 * 4 * 42.79e9 / (8 * 156e12), rel=1e-3)
     assert use.mfu(5000, "fp32") == pytest.approx(5000 * 4 * 42.79e9 / (8 * 19.5e12), rel=1e-3)
 
 

@@ -159,7 +159,7 @@ def measure_steps(
         "precision": "fp32" if trunk_dtype(config.training.precision, device) is None else "bf16",
         "matrix_tflop_per_s": peak,
         "variants": {},
-        "not_measured": {},
+        "left_out": {},
         "failed": {},
     }
     longest = 0.0
@@ -169,7 +169,7 @@ def measure_steps(
 
     for name in names:
         if record["variants"] and time_is_up():
-            record["not_measured"][name] = f"the {budget_seconds:.0f} s of this network were used up"
+            record["left_out"][name] = f"the {budget_seconds:.0f} s of this network were used up"
             continue
         begun = time.monotonic()
         config = _measure_variant(name, config, device, record)

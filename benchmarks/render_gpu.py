@@ -136,7 +136,7 @@ def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
                 f"Convolutions and attention alone: {record['floor']['ms']:.1f} ms ({parts}); the step takes"
                 f" {record['times_the_floor']:.2f} times that."
             )
-        for kind in ("failed", "not_measured"):
+        for kind in ("failed", "left_out"):
             if record.get(kind):
                 yield "; ".join(f"{each}: {reason}" for each, reason in record[kind].items())
 

@@ -89,8 +89,7 @@ def _machines(folder: Path) -> dict[str, Machine]:
         machine.reports[report["part"]] = Entry(report, file)
         results = machine.parts[report["part"]]
         for each in report["results"]:
-            measured = "not_measured" not in each or "variants" in each
-            if measured or each["name"] not in results:
+            if "not_measured" not in each or each["name"] not in results:
                 results[each["name"]] = Entry(each, file)
     return found
 

@@ -65,7 +65,7 @@ def test_part_step_needs_torch_alone_and_writes_raw_json(tmp_path: Path) -> None
     assert report["versions"]["torch"].startswith("2.")
     (result, *_) = report["results"]
     assert {"ict-fast, uncompiled", "torch, uncompiled"} == result["variants"].keys() | result[
-        "not_measured"
+        "left_out"
     ].keys()
     for figures in result["variants"].values():
         rate = result["batch_size"] / (figures["ms_per_step"] / 1e3)

@@ -150,8 +150,9 @@ def _target_words(report: Report) -> str:
         Along the grid the N biases add up to O(1/N). For the mixture at sigma near 0.8 the bias at N =
         {last["num_scales"]} is {bias:.1e} of that at N = {first["num_scales"]}, the standard deviation
         {std:.1e} of it: a finer grid has less bias and, relative to it, more noise, which is why a
-        curriculum begins coarse. For the two points both
-        are that of the few positions from which the jump can be reached, a share of O(1/N): O(N^-1/2).
+        curriculum begins coarse. For the two points both are that of the few positions from which the jump
+        can be reached, a share of O(1/N): O(N^-1/2). To the circle's centre it is O(1/N^2), and the bias
+        O(1/N).
         """
     )
 

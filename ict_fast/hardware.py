@@ -37,8 +37,8 @@ class PeakFlops(NamedTuple):
         return {"tf32": self.tf32, "fp32": self.fp32}.get(precision, self.half)
 
 
-# Half precision and fp32 without tensor cores, in TFLOP/s, from NVIDIA's data sheets, on all of which TF32 has
-# half the rate of bf16; the first entry that a GPU's name contains counts.
+# Half precision and fp32 without tensor cores, in TFLOP/s, from NVIDIA's data sheets; TF32 has half the rate
+# of bf16; the first entry that a GPU's name contains counts.
 _PEAKS = {
     "GB200": (2500.0, 80.0),
     "B200": (2250.0, 75.0),

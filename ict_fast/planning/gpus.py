@@ -20,7 +20,7 @@ class Gpu:
 
     name: str
     memory: float
-   nvlink: float
+    nvlink: float
 
     def peak(self, precision: str) -> float:
         """FLOP/s of a trunk in this arithmetic ("auto" is bf16 or fp16)."""

@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ict_fast.networks.layers import ResidualBlock
 from ict_fast.version import __version__
@@ -61,7 +62,9 @@ def _configure() -> None:
     triton = torch._inductor.config.triton
     if hasattr(triton, "mix_order_reduction"):
         triton.mix_order_reduction = False
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    # Importing Inductor has set the name to a folder in /tmp unless the user had: that is not kept for long.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
 
 
 def cache_folder() -> Path:

@@ -244,6 +244,7 @@ def test_copies_stay_replaced_and_pickles_hold_the_original(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["sequential", "guided, scale and shift", "edm, adaptive"])
 def test_it_compiles_whole(name):
+    torch._dynamo.reset()
     network, inputs, _ = CASES[name]()
     GroupNormSiLU.replace_in(network.eval())
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)

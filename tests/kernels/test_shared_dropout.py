@@ -88,6 +88,7 @@ def test_around_makes_every_call_such_a_pass(x):
 
 def test_a_compiled_network_shares_its_masks(x):
     """One graph with gradients and one without; Inductor draws its seeds from the generator at run time."""
+    torch._dynamo.reset()
     net = network()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     masks = SharedDropout(net, CPU)
@@ -101,6 +102,7 @@ def test_a_compiled_network_shares_its_masks(x):
 
 @pytest.mark.drill
 def test_a_network_compiled_by_inductor_shares_its_masks(x):
+    torch._dynamo.reset()
     net = network()
     compiled = torch.compile(net, fullgraph=True)
     masks = SharedDropout(net, CPU)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+TRAINERS = Path(__file__).parents[3] / "benchmarks/other_trainers.py"
 
 
 @pytest.fixture
 def theirs() -> Any:
     """benchmarks/other_trainers.py; what a test patches in it is its own."""
-    sys.modules.pop("other_trainers", None)
-    return importlib.import_module("other_trainers")
+    spec = importlib.util.spec_from_file_location("other_trainers", TRAINERS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # and not into sys.modules, where other tests' copy may be
+    return module
 
 
 @pytest.fixture

@@ -323,7 +323,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("trian", 'unknown command "trian"; did you mean "train"?'),
         (
             "zzz",
-            'unknown command "zzz"; choose one of: doctor, edit, evaluate, export, import, prepare, sample, search-sigma, train',
+            'unknown command "zzz"; choose one of: doctor, edit, evaluate, export, import, prepare,'
+            " sample, search-sigma, train",
         ),
         ("--versoin", 'unknown option --versoin before a command; did you mean "--version"?'),
         ("train --preset cifr10", 'there is no preset "cifr10"; did you mean "cifar10"?'),

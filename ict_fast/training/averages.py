@@ -46,17 +46,21 @@ class Averages:
         device = self._parameters[0].device
         self._decay = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._decays}
 
+    def set_step(self, step: int) -> None:
+        """Writes the decays of a step, numbered from 0, into device tensors."""
+        for name, decay in self._decays.items():
+            self._decay[name].fill_(ema_decay(decay, step, warmup=self._warmup))
+
     @torch.no_grad()
-    def advance(self, step: int, skipped: Tensor, updates: Tensor) -> None:
-        """Follows a step; never waits for the device.
+    def advance(self, skipped: Tensor, updates: Tensor) -> None:
+        """Follows a step on the device, with no value of the host's.
 
         Args:
-            step: its number, from 0.
             skipped: 0-dim bool, whether it changed no weight; then it changes no average either.
             updates: 0-dim integer, the steps that have changed the weights, this one included.
         """
-        for name, decay in self._decays.items():
-            self._follow(name, self._decay[name].fill_(ema_decay(decay, step, warmup=self._warmup)), skipped)
+        for name, decay in self._decay.items():
+            self._follow(name, decay, skipped)
         if self._exponents:
             base = 1.0 - 1.0 / updates.double()
             for name, exponent in self._exponents.items():

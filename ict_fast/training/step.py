@@ -117,6 +117,7 @@ class TrainStep:
         self.num_scales.fill_(scales)
         self.learning_rate.fill_(learning_rate(step, config))
         self.ema_decay.fill_(ema_decay(config.optimizer.ema_decay, step, warmup=config.optimizer.ema_warmup))
+        self.averages.set_step(step)
 
         self.optimizer.zero_grad()
         figures = torch.zeros(1 + 2 * BUCKETS, device=self.device)
@@ -127,7 +128,7 @@ class TrainStep:
         self.optimizer.step()
 
         loss, skipped = figures[0], self.optimizer.last_step_skipped
-        self.averages.advance(step, skipped, self.updates())
+        self.averages.advance(skipped, self.updates())
         if self.loss_scale is not None:
             self.loss_scale.advance(skipped)
         if self.teacher is not None:

@@ -46,8 +46,8 @@ class Averages:
         device = self._parameters[0].device
         self._decay = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._decays}
 
-    def begin(self, step: int) -> None:
-        """Writes the decays of step k into device tensors: `advance` is the same operations in every step."""
+    def set_step(self, step: int) -> None:
+        """Writes the decays of a step, numbered from 0, into device tensors."""
         for name, decay in self._decays.items():
             self._decay[name].fill_(ema_decay(decay, step, warmup=self._warmup))
 

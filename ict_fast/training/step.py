@@ -136,7 +136,7 @@ class TrainStep:
         self.num_scales.fill_(scales)
         self.learning_rate.fill_(learning_rate(step, config))
         self.ema_decay.fill_(ema_decay(config.optimizer.ema_decay, step, warmup=config.optimizer.ema_warmup))
-        self.averages.begin(step)
+        self.averages.set_step(step)
         if self.teacher is not None:
             self.teacher_decay.fill_(consistency.teacher_ema_decay(scales, config.method))
 

@@ -20,7 +20,7 @@ from ict_fast.training.run_directory import Run
 TENSORBOARD = "tensorboard"
 _WANDB_ID = "wandb-id"
 # A trunk's arithmetic as a curve: its number of significant bits.
-_SIGNIFICANT_BITS = {"fp32": 24, "fp16": 11, "bf16": 8}
+_SIGNIFICANT_BITS = {"fp32": 24, "tf32": 11, "fp16": 11, "bf16": 8}
 
 
 class Tracker(Protocol):

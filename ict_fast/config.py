@@ -36,7 +36,15 @@ EXECUTION_FIELDS = frozenset(
     }
     | {
         f"logging.{name}"
-        for name in ("tracker", "evaluate_every", "evaluate_count", "evaluate_steps", "power_ema_every")
+        for name in (
+            "tracker",
+            "evaluate_every",
+            "evaluate_count",
+            "evaluate_steps",
+            "evaluate_reference",
+            "evaluate_features",
+            "power_ema_every",
+        )
     }
 )
 
@@ -214,6 +222,10 @@ class LoggingConfig:
     """Images of such a measurement. Distances compare only with those of the same number."""
     evaluate_steps: tuple[int, ...] = (1,)
     """Numbers of sampling steps to measure; the first decides which checkpoint is the best."""
+    evaluate_reference: str | None = None
+    """What such a measurement compares with, as `evaluate --reference`; by default the run's data."""
+    evaluate_features: str | None = None
+    """TorchScript file of its features, as `evaluate --features`; by default those of the digits."""
     power_ema_every: int = 0
     """Snapshots of the power-function averages; 0 for 64 in a run."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ict_fast.checkpoint import pointed_name
+from ict_fast.config import Config
 from ict_fast.consistency.model import ConsistencyModel
 from ict_fast.errors import InputError
 from ict_fast.screen import duration
@@ -19,6 +20,24 @@ from ict_fast.training.run_directory import EVALUATIONS, Run
 
 METRIC = "frechet_distance"
 """Of the first number of steps in --logging.evaluate-steps; the lowest is the best."""
+
+
+def require_measurable(config: Config) -> None:
+    """Raises InputError if no measurement of such a run can succeed."""
+    logging, network = config.logging, config.network
+    if not logging.evaluate_every:
+        return
+    for option, name in (
+        ("evaluate-reference", logging.evaluate_reference),
+        ("evaluate-features", logging.evaluate_features),
+    ):
+        if name is not None and not Path(name).exists():
+            raise InputError(f"--logging.{option} is {name}, which is not there")
+    if logging.evaluate_features is None and (network.resolution, network.image_channels) != (8, 1):
+        raise InputError(
+            "--logging.evaluate-every needs --logging.evaluate-features FILE (inception-2015-12-05.pt):"
+            " without it there are features for scikit-learn's digits only"
+        )
 
 
 class Evaluations:
@@ -103,9 +122,10 @@ class Evaluations:
 
         return evaluate(
             model,
-            Path(self._run.config.data.path),
+            Path(logging.evaluate_reference or self._run.config.data.path),
             steps=logging.evaluate_steps,
             count=logging.evaluate_count,
+            features=None if logging.evaluate_features is None else Path(logging.evaluate_features),
             progress=progress,
         )
 

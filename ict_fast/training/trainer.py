@@ -21,7 +21,7 @@ from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
 from ict_fast.screen import duration, say
 from ict_fast.training.describe import describe, describe_stages
-from ict_fast.training.evaluations import Evaluations
+from ict_fast.training.evaluations import Evaluations, require_measurable
 from ict_fast.training.figures import figures
 from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.initial import initial_weights, write_record
@@ -84,6 +84,7 @@ def train(
     """
     validate(config)
     chosen_tracker(config)
+    require_measurable(config)
     out = Path("runs") / config.preset if out is None else Path(out)
     init = None if init is None else Path(init)
     found, count = resolve_processes(device, gpus, processes)

@@ -37,6 +37,7 @@ class World:
     def __init__(self, lookout: Lookout | None = None, timeout: float = COLLECTIVE_TIMEOUT) -> None:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._lookout = lookout
+        self._between_signs = min(_SIGN_OF_LIFE_SECONDS, timeout / 5)
         patience = timedelta(seconds=timeout)
         # Over gloo whatever the device: reading the flag waits for the other hosts, never for a GPU.
         self._hosts = dist.new_group(backend="gloo", timeout=patience) if self.size > 1 else None
@@ -80,7 +81,7 @@ class World:
         ended = threading.Event()
 
         def beat() -> None:
-            while not ended.wait(_SIGN_OF_LIFE_SECONDS):
+            while not ended.wait(self._between_signs):
                 self._sign_of_life(True)
 
         thread = threading.Thread(target=beat, name="ict-fast-sign-of-life")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from ict_fast.config import from_dict
 from ict_fast.data.loaders import make_loader
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.training import world as world_module
 from ict_fast.training.run_directory import RunResult
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import World
@@ -84,10 +82,9 @@ def crash(first: bool) -> RunResult:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "wait":
-        world_module._PATIENCE, world_module._SIGN_OF_LIFE_SECONDS = timedelta(seconds=3), 0.5
     task, size, folder, *arguments, rank = sys.argv[1:]
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=int(size))
-    {"train": train, "disagree": disagree, "wait": wait}[task](World(), Path(folder), *arguments)
+    world = World(timeout=3.0) if task == "wait" else World()
+    {"train": train, "disagree": disagree, "wait": wait}[task](world, Path(folder), *arguments)
     dist.destroy_process_group()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ict_fast.evaluation
+from ict_fast import presets
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
 from ict_fast.consistency import load_model
@@ -135,6 +136,23 @@ def test_a_measurement_that_fails_warns_and_the_training_goes_on(
     shown = capsys.readouterr().err
     assert shown.count("could not be measured") == 2
     assert f"step 8 could not be measured ({error!s}" in shown
+
+
+@pytest.mark.parametrize(
+    ("logging", "complaint"),
+    [
+        ({"evaluate_every": 8}, "evaluate-features FILE"),
+        ({"evaluate_every": 8, "evaluate_features": "nowhere.pt"}, "evaluate-features is nowhere.pt"),
+        ({"evaluate_every": 8, "evaluate_reference": "nowhere.npz"}, "evaluate-reference is nowhere.npz"),
+    ],
+)
+def test_what_can_never_be_measured_is_refused_at_the_start(
+    tmp_path: Path, logging: dict[str, Any], complaint: str
+) -> None:
+    config = presets.get("cifar10")
+    with pytest.raises(InputError, match=complaint):
+        train(replace(config, logging=replace(config.logging, **logging)), out=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_that_move_away_while_the_run_goes_on_cost_a_warning(

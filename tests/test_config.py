@@ -33,6 +33,8 @@ EXECUTION = {
     "logging.evaluate_every",
     "logging.evaluate_count",
     "logging.evaluate_steps",
+    "logging.evaluate_reference",
+    "logging.evaluate_features",
     "logging.power_ema_every",
 }
 
@@ -73,6 +75,8 @@ def another(name, value):
         "optimizer.ema_decays": (0.9, 0.99),
         "optimizer.power_ema": (0.05, 0.1),
         "logging.tracker": "none",
+        "logging.evaluate_reference": "other.npz",
+        "logging.evaluate_features": "other.pt",
     }
     if name in choices:
         return choices[name]

@@ -21,6 +21,7 @@ def site(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def package(name, *files):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # a real one that another test has imported
         for file in ("__init__.py", *files):
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)

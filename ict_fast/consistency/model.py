@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ict_fast.config import Config, from_dict
 from ict_fast.errors import InputError
 from ict_fast.networks import build_network
-from ict_fast.screen import say
 from ict_kernels import c_in, c_out, c_skip
 
 
@@ -88,6 +87,8 @@ def load_model(
         raise InputError(f"{state_file} holds no configuration; it was not written by ict-fast")
     imported = checkpoint.state.get("imported")
     if isinstance(imported, dict) and imported.get("caution"):
+        from ict_fast.screen import say  # needs rich, which training on its own does not
+
         say(f"warning: {path} is {imported['caution']}")
     model = ConsistencyModel(from_dict(checkpoint.state["config"], str(state_file)))
     try:

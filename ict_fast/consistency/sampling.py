@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import ConsistencyModel
-from ict_fast.data.pictures import to_uint8
 from ict_fast.errors import InputError, TrainingError
 from ict_kernels.philox import INITIAL, normal
 
@@ -144,6 +143,8 @@ def sample_pixels(
         InputError: see `check_sampling`.
         TrainingError: images that are not finite; the model's training has diverged.
     """
+    from ict_fast.data.pictures import to_uint8  # needs Pillow, which sampling on its own does not
+
     network = model.config.network
     pixels = np.empty((count, network.resolution, network.resolution, network.image_channels), np.uint8)
     done = broken = 0

@@ -1,4 +1,4 @@
-"""How each process of several tells their parent in which way it ended: by a small file."""
+"""How a run ended, and how each process of several tells their parent: by a small file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,30 @@ import json
 import os
 import threading
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.training.run_directory import RunResult
 
 _FOLDER = "ICT_FAST_OUTCOMES"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of `train` ended.
+
+    Attributes:
+        out: the run's directory.
+        step: steps done.
+        exit_code: 0 finished, 130 or 143 saved and stopped by a signal.
+        message: one line for the person.
+    """
+
+    out: Path
+    step: int
+    exit_code: int
+    message: str
 
 
 def report_to(folder: Path) -> None:

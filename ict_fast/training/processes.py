@@ -23,7 +23,7 @@ from ict_fast.checkpoint import checkpoint_steps
 from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, HungError, InputError, TrainingError
 from ict_fast.training import outcome
 from ict_fast.training.interrupts import SecondInterrupt
-from ict_fast.training.run_directory import RunResult
+from ict_fast.training.outcome import RunResult
 
 MAX_RESTARTS = 3
 """A run that loses processes so often without getting any further in between is given up."""

@@ -24,23 +24,6 @@ _LOCK_NAME = ".lock"
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """How a call of `train` ended.
-
-    Attributes:
-        out: the run's directory.
-        step: steps done.
-        exit_code: 0 finished, 130 or 143 saved and stopped by a signal.
-        message: one line for the person.
-    """
-
-    out: Path
-    step: int
-    exit_code: int
-    message: str
-
-
-@dataclass(frozen=True)
 class Run:
     """A directory that is ready to be trained in."""
 

@@ -27,10 +27,11 @@ from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.initial import initial_weights, write_record
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor, reason
+from ict_fast.training.outcome import RunResult
 from ict_fast.training.precision import choose_trunk, chooses_trunk
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled, will_prepare
-from ict_fast.training.run_directory import Run, RunResult, lock, open_run, prepare_directory
+from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
 from ict_fast.training.saving import Saver, trunk_name
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trackers import chosen_tracker, open_tracker

@@ -15,7 +15,7 @@ from ict_fast.config import from_dict
 from ict_fast.data.loaders import make_loader
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.training.run_directory import RunResult
+from ict_fast.training.outcome import RunResult
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import World
 

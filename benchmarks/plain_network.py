@@ -74,11 +74,14 @@ class TorchObjective:
         self.grid = noise_level_grid(scales).float().to(device)
         self.cdf = noise_level_probabilities(scales).cumsum(0)[:-1].float().to(device)
 
-    def __call__(self, images: Tensor, labels: Tensor | None, **ignored: Any) -> Tensor:
-        method, c_noise = self.config.method, self.config.network.c_noise
-        index = torch.searchsorted(self.cdf, torch.rand(images.shape[0], device=images.device))
+    def levels(self, batch_size: int, **ignored: Any) -> NoiseLevels:
+        """Noise levels of a batch, drawn from torch's generator."""
+        index = torch.searchsorted(self.cdf, torch.rand(batch_size, device=self.cdf.device))
         sigma, sigma_next = self.grid[index], self.grid[index + 1]
-        levels = NoiseLevels(index, sigma, sigma_next, 1 / (sigma_next - sigma))
+        return NoiseLevels(index, sigma, sigma_next, 1 / (sigma_next - sigma))
+
+    def __call__(self, images: Tensor, labels: Tensor | None, levels: NoiseLevels, **ignored: Any) -> Tensor:
+        method, c_noise = self.config.method, self.config.network.c_noise
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         flip = ignored.get("flip")
         if flip is not None:
@@ -119,6 +122,7 @@ class TorchOptimizer:
         self._averages = [p.clone(memory_format=torch.preserve_format) for p in self._values]
         self._decay = optimizer.ema_decay
         self.last_step_skipped = torch.zeros((), dtype=torch.bool, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.zero_grad = self._radam.zero_grad
 
     def step(self) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import ConsistencyModel
 from ict_fast.errors import InputError, TrainingError
 from ict_kernels.philox import INITIAL, normal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Images per forward pass.
 BATCH_SIZE = 256
@@ -143,7 +146,10 @@ def sample_pixels(
         InputError: see `check_sampling`.
         TrainingError: images that are not finite; the model's training has diverged.
     """
-    from ict_fast.data.pictures import to_uint8  # needs Pillow, which sampling on its own does not
+    # What tensors of samples, and a training step, do without.
+    import numpy as np
+
+    from ict_fast.data.pictures import to_uint8
 
     network = model.config.network
     pixels = np.empty((count, network.resolution, network.resolution, network.image_channels), np.uint8)

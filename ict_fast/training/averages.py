@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ict_fast.config import OptimizerConfig
-from ict_fast.consistency.averaging import power_exponent
 
 
 def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
@@ -39,7 +38,11 @@ class Averages:
         self._warmup = config.ema_warmup
         self._parameters = [parameter.detach() for parameter in parameters]
         self._decays = {repr(decay): decay for decay in config.ema_decays}
-        self._exponents = {power_name(width): power_exponent(width) + 1 for width in config.power_ema}
+        self._exponents: dict[str, float] = {}
+        if config.power_ema:
+            from ict_fast.consistency.averaging import power_exponent  # numpy, which a step does without
+
+            self._exponents = {power_name(width): power_exponent(width) + 1 for width in config.power_ema}
         self.power_names = tuple(self._exponents)
         self.names = (*self._decays, *self.power_names)
         self._values = {name: [p.clone() for p in self._parameters] for name in self.names}

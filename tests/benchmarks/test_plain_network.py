@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,24 @@ def test_its_loss_is_the_same_function_of_the_same_draws(monkeypatch: pytest.Mon
     monkeypatch.setattr(plain_network.torch, "rand", lambda *size, device: uniform)
     monkeypatch.setattr(plain_network.torch, "randn_like", lambda x: noise)
     # At sigma = 0.002 the noise comes back with the rounding of x + 0.002 z.
-    torch.testing.assert_close(objective(batch.images, batch.labels), ours, rtol=1e-2, atol=1e-3)
+    theirs = objective(batch.images, batch.labels, objective.levels(8))
+    torch.testing.assert_close(theirs, ours, rtol=1e-2, atol=1e-3)
+
+
+def test_a_plain_step_trains_step_after_step() -> None:
+    settings = config()
+    step = TrainStep(settings, CPU)
+    plain_network.make_plain(step)
+    batches = gpu_step.synthetic_batches(settings, CPU)
+    seen = [[p.detach().clone() for p in step.network.parameters()]]
+    for k in range(2):
+        step(k, batches)
+        seen.append([p.detach().clone() for p in step.network.parameters()])
+    for before, after in itertools.pairwise(seen):
+        assert all(torch.isfinite(p).all() for p in after)
+        assert any(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    assert int(step.loss_count) == int(step.updates()) == 2
+    assert int(step.by_sigma[len(step.by_sigma) // 2 :].sum()) == 16, "every image's loss is counted"
 
 
 def test_its_optimizer_takes_the_same_steps() -> None:

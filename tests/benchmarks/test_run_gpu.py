@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,17 +27,23 @@ gpu_timing: Any = importlib.import_module("gpu_timing")
 run_gpu: Any = importlib.import_module("run_gpu")
 
 CPU = torch.device("cpu")
+ABSENT = (
+    *("tyro", "safetensors", "PIL", "rich", "sklearn", "scipy", "torchmetrics", "matplotlib", "tensorboard"),
+    *("yaml", "pytest", "nvidia.dali"),
+)
 BARE = """
 import runpy, sys
-for name in ("tyro", "safetensors", "PIL", "rich", "sklearn", "torchmetrics", "matplotlib", "nvidia.dali"):
+for name in {absent!r}:
     sys.modules[name] = None  # importing it now fails
 sys.argv = ["run_gpu.py", *sys.argv[1:]]
 runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-def run_bare(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    script = BARE.format(script=str(ROOT / "benchmarks/run_gpu.py"))
+def run_bare(
+    *arguments: str, absent: Sequence[str] = ABSENT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    script = BARE.format(absent=absent, script=str(ROOT / "benchmarks/run_gpu.py"))
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env=os.environ | environment,
@@ -57,7 +63,8 @@ def report_in(folder: Path, part: str) -> dict[str, Any]:
 
 
 def test_part_step_needs_torch_alone_and_writes_raw_json(tmp_path: Path) -> None:
-    finished = run_bare("--part", "step", "--out", str(tmp_path), "--budget-seconds", "40")
+    arguments = ("--part", "step", "--out", str(tmp_path), "--budget-seconds", "40")
+    finished = run_bare(*arguments, absent=(*ABSENT, "numpy"))
     assert finished.returncode == 0, finished.stderr
     report = report_in(tmp_path, "step")
     assert report["part"] == "step"
@@ -75,6 +82,30 @@ def test_part_step_needs_torch_alone_and_writes_raw_json(tmp_path: Path) -> None
         assert min(times) <= figures["ms_per_step"] <= max(times)
         # 2 FLOPs per multiply-add: forward twice, backward twice as much, of the network's 20 MFLOP.
         assert result["flops"] == pytest.approx(4 * result["batch_size"] * 21e6, rel=0.1)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("part", ["train", "profile"])
+def test_parts_train_and_profile_need_numpy_beside_torch(part: str, tmp_path: Path) -> None:
+    finished = run_bare("--part", part, "--out", str(tmp_path), "--budget-seconds", "20")
+    assert finished.returncode == 0, finished.stderr
+    (result,) = report_in(tmp_path, part)["results"]
+    assert result.get("one_step" if part == "train" else "profiles")
+
+
+def test_what_the_parts_import_is_on_a_bare_machine() -> None:
+    listed = """
+import sys
+sys.path.insert(0, {folder!r})
+sys.modules |= dict.fromkeys({absent!r})
+import run_gpu
+for part in run_gpu.PARTS:
+    print(part, list(run_gpu.PARTS[part](run_gpu.torch.device("cpu"), run_gpu.Session(None, 1.0))))
+"""
+    script = listed.format(folder=str(ROOT / "benchmarks"), absent=ABSENT)
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert [line.split()[0] for line in finished.stdout.splitlines()] == list(run_gpu.PARTS)
 
 
 def test_part_kernels_runs_the_kernels_themselves_in_the_interpreter(tmp_path: Path) -> None:

@@ -129,4 +129,4 @@ def test_chunks_hold_every_image_once(count: int) -> None:
         ]
         assert found[0].first == 0
         assert found[-1].first + found[-1].count == count
-    assert len(reference_chunks(count)) <= 65
+    assert len(reference_chunks(count)) <= 16

@@ -83,8 +83,8 @@ class Work:
     """Sorted numbers of the reference images whose features are kept."""
 
     def compute(self, chunk: Chunk, device: torch.device, advance: Advance) -> Arrays:
-        """A reference chunk: mean, products (see `Sums`), and the features of chosen images. A generated one: features,
-        and probabilities if the network gives them.
+        """A reference chunk: mean and products (see `Sums`), and the features of chosen images. A generated
+        one: features, and probabilities if the network gives them.
 
         Args:
             device: where the model is.

@@ -53,7 +53,7 @@ def test_the_command_of_a_run_that_began_with_another_means_its_configuration(
     run: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the other's network, whose options `--init` makes the defaults, one field is as the run's is not."""
-    other = replace(config, network=replace(config.network, channels=16))
+    other = replace(config, network=replace(config.network, num_classes=0))
     weights = build_seeded_network(other).state_dict()
     source = tmp_path / "the other"
     checkpoint = write_checkpoint(source, 7, {"ema": weights}, {"config": to_dict(other)}, keep=2)

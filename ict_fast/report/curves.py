@@ -219,7 +219,7 @@ def _svg(figure: Figure, name: str) -> str:
     """The figure as an element of an HTML page: no prolog, no metadata, no fixed size, no shared ids."""
     written = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):  # the rest of the ids: the same for equal runs
-        figure.savefig(written, format="svg", metadata={"Date": None})
+        figure.savefig(written, format="svg", dpi=200, metadata={"Date": None})  # dpi: of what is rasterized
     text = written.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel
@@ -121,6 +122,21 @@ def test_a_killed_process_ends_the_evaluation_which_then_continues(
     assert multiprocessing.active_children() == []
     assert len(list(tmp_path.glob("*/1-steps*.npz"))) >= 1
     assert measure(work_folder=tmp_path) == measure()
+
+
+def test_chunks_of_other_code_or_other_numbers_of_threads_are_not_taken(
+    model: ConsistencyModel, digits_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept() -> int:
+        evaluate(model, digits_store, steps=(1,), count=8, work_folder=tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert (kept(), kept()) == (1, 1)
+    for module, name in ((chunks, "_VERSION"), (chunks, "BATCH_SIZE")):
+        monkeypatch.setattr(module, name, getattr(module, name) + 1)
+    assert kept() == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert kept() == 3
 
 
 @pytest.mark.parametrize("kind", ["samples", "a store that cannot be written"])

@@ -73,7 +73,9 @@ def model(monkeypatch):
         return {"one_step": {"frechet_distance": 1.5}, "reference": {"noise": 100.0}}
 
     def open_checkpoint(path):
-        return SimpleNamespace(path=path / "checkpoints" / "step-00000003", step=3)
+        made = {"reconstruction": {}} if path.name == "sigma-rel-0.15" else {}
+        folder = path if made else path / "checkpoints" / "step-00000003"
+        return SimpleNamespace(path=folder, step=3, state=made)
 
     stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path, weights: fake, sample_pixels=sample)
     stand_in(monkeypatch, "ict_fast.checkpoint", open_checkpoint=open_checkpoint)
@@ -573,6 +575,20 @@ def test_evaluate_writes_where_it_is_told(model, run_folder, capsys, tmp_path):
     assert main(["evaluate", str(run_folder), "--reference", "real", "--out", str(out)]) == 0
     assert json.loads(out.read_text())["step"] == 3
     assert not (run_folder / "checkpoints/evaluation.json").exists()
+
+
+def test_evaluate_of_another_average_leaves_the_runs_own_result_alone(model, run_folder, tmp_path):
+    folder = run_folder / "checkpoints"
+    (folder / "evaluation.json").write_text("the run's own")
+    made = run_folder / "ema" / "sigma-rel-0.15"
+    made.mkdir(parents=True)
+    for name in ("power-0.05", "ema-power-0.05"):
+        assert main(["evaluate", str(run_folder), "--reference", "real", "--ema", name]) == 0
+    assert main(["evaluate", str(made), "--reference", "real"]) == 0
+    assert (folder / "evaluation.json").read_text() == "the run's own"
+    assert json.loads((folder / "evaluation-power-0.05.json").read_text())["ema"] == "power-0.05"
+    assert json.loads((made / "evaluation.json").read_text())["checkpoint"] == made.name
+    assert len(list(run_folder.rglob("*.json"))) == 3
 
 
 @pytest.mark.parametrize("words", [["--steps", "1,4"], ["--steps", "1", "4"]])

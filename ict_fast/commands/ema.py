@@ -57,13 +57,19 @@ def run(options: EmaOptions) -> int:
     )
     if made.profile_error > _POOR:
         say(
-            f"ict-fast: warning: a profile met to {made.profile_error:.0%} is not the one that was asked for:"
+            f"ict-fast: warning: a profile met to {made.profile_error:.1%} is not the one that was asked for:"
             " the snapshots are too few, or too far apart, for an average this short, or it is too long"
+        )
+    if made.largest_coefficient > _LARGE:
+        say(
+            f"ict-fast: warning: a coefficient of {made.largest_coefficient:.2g} magnifies the rounding of"
+            " the snapshots, which are fp32, as much: they are too far apart for this average"
         )
     return errors.EXIT_DONE
 
 
-_POOR = 0.05
+_POOR = 0.02
+_LARGE = 100  # 2^-24 times that is 6e-6 of a weight; averages differ from the weights by some 1e-3
 
 
 def _is_reconstruction(folder: Path) -> bool:

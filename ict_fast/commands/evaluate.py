@@ -18,6 +18,8 @@ from ict_fast.screen import live_line, print_table, say
 if TYPE_CHECKING:
     import torch
 
+    from ict_fast.checkpoint import Checkpoint
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -43,7 +45,11 @@ class EvaluateOptions:
     allow_other_recipe: bool = False
     """Compare with a reference whose images were cropped in another way than the training data."""
     out: Annotated[
-        Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: evaluation.json beside it)")
+        Path | None,
+        arg(
+            metavar="FILE.json",
+            help_behavior_hint="(default: evaluation.json beside it; evaluation-NAME.json with --ema NAME)",
+        ),
     ] = None
     """Where the result is written; the default is overwritten by the next evaluation in the same run."""
     steps: Annotated[tuple[str, ...], arg(metavar="1,2")] = ("1,2",)
@@ -89,12 +95,12 @@ def run(options: EvaluateOptions) -> int:
     device, count = resolve_processes(options.device, options.gpus, options.processes)
     configure_torch(device, deterministic=False)
     checkpoint = open_checkpoint(options.run)
-    model = load_model(checkpoint.path, weights=group_of(options.ema)).to(device)
+    group = group_of(options.ema)
+    model = load_model(checkpoint.path, weights=group).to(device)
     reference = options.reference or Path(model.config.data.path)
     if options.reference is None and not reference.exists():
         raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
-    beside = Path(checkpoint.path).parent / "evaluation.json"
-    out = beside if options.out is None else options.out
+    out = _default_out(checkpoint, group) if options.out is None else options.out
     if out.is_dir():
         raise InputError(f"--out is {out}, a folder; name a file to write, such as {out / 'evaluation.json'}")
     results.require_place(out.parent, "the run" if options.out is None else "--out")
@@ -114,7 +120,7 @@ def run(options: EvaluateOptions) -> int:
                 devices=_devices(device, count),
                 work_folder=folder,
             )
-            average = {} if options.ema is None else {"ema": options.ema}
+            average = {} if options.ema is None else {"ema": group.removeprefix("ema-")}
             result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **average, **result}
             results.write(out, (json.dumps(result, indent=2) + "\n").encode())
     except KeyboardInterrupt:
@@ -125,6 +131,14 @@ def run(options: EvaluateOptions) -> int:
     print_table(table(result))
     print(f"written: {out}")
     return errors.EXIT_DONE
+
+
+def _default_out(checkpoint: Checkpoint, group: str) -> Path:
+    """evaluation.json is about a run's own average; others, and what is made of a run, have theirs."""
+    folder = Path(checkpoint.path)
+    if "reconstruction" in checkpoint.state:
+        return folder / "evaluation.json"
+    return folder.parent / f"evaluation{group.removeprefix('ema')}.json"
 
 
 def _devices(first: torch.device, count: int) -> list[torch.device]:

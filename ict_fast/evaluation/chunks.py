@@ -27,11 +27,12 @@ from ict_fast.durable import replacing
 from ict_fast.errors import InputError
 from ict_fast.evaluation.feature_networks import FeatureNetwork
 from ict_fast.evaluation.reference import Images
-from ict_fast.evaluation.statistics import sums
+from ict_fast.evaluation.statistics import sums, union
 from ict_fast.version import __version__
 
 GENERATED = 4 * BATCH_SIZE  # whole sampling batches, so that a chunk's images are those of one call
-_REFERENCE_CHUNKS = 64  # at most about: each keeps a matrix of features by features
+_REFERENCE_CHUNKS = 16  # at most: each keeps a matrix of features by features, 34 MB for Inception
+_VERSION = 2  # of what a chunk's numbers mean
 
 _NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 
@@ -82,8 +83,8 @@ class Work:
     """Sorted numbers of the reference images whose features are kept."""
 
     def compute(self, chunk: Chunk, device: torch.device, advance: Advance) -> Arrays:
-        """A reference chunk: sums, products, and the features of chosen images. A generated one: features,
-        and probabilities if the network gives them.
+        """A reference chunk: mean and products (see `Sums`), and the features of chosen images. A generated
+        one: features, and probabilities if the network gives them.
 
         Args:
             device: where the model is.
@@ -124,24 +125,25 @@ class Work:
 
     def _reference(self, chunk: Chunk, device: torch.device, advance: Advance) -> Arrays:
         assert self.images is not None
-        total = products = np.zeros(())
+        whole = sums(np.zeros((0, self.network.num_features)))
         kept = []
         for first in range(chunk.first, chunk.first + chunk.count, GENERATED):
             last = min(first + GENERATED, chunk.first + chunk.count)
             features, _ = self.network(self.images.array[first:last], device, probabilities=False)
-            part = sums(features)
-            total, products = total + part.total, products + part.products
+            whole = union(whole, sums(features))
             inside = self.chosen[(self.chosen >= first) & (self.chosen < last)]
             kept.append(features[inside - first])
             advance(last - first)
-        return {"total": total, "products": products, "features": np.concatenate(kept)}
+        return {"mean": whole.mean, "products": whole.products, "features": np.concatenate(kept)}
 
-    def key(self, reference: str) -> str:
+    def key(self, reference: str, threads: int) -> str:
         """SHA-256 over everything that the chunks depend on.
 
         Args:
             reference: fingerprint of the reference.
+            threads: of each process; on a CPU the last bits depend on them.
         """
+        device = next(self.model.parameters()).device.type
         config = to_dict(self.model.config)
         about = {
             "model": weights_sha256(self.model),
@@ -151,8 +153,9 @@ class Work:
             "seed": self.seed,
             "reference": reference,
             "chosen": _sha256(self.chosen),
-            "device": next(self.model.parameters()).device.type,
-            "versions": [__version__, torch.__version__],
+            "device": [device, threads if device == "cpu" else None],
+            "sampling batch": BATCH_SIZE,
+            "versions": [_VERSION, __version__, torch.__version__],
         }
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 

@@ -9,7 +9,7 @@ import torch
 
 from ict_fast.config import Config
 from ict_fast.evaluation.feature_networks import choose_network
-from ict_fast.evaluation.measured_reference import cache_file, read_cached
+from ict_fast.evaluation.measured_reference import cache_files, read_cached
 from ict_fast.evaluation.reference import check_reference, open_reference
 from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums
 
@@ -47,7 +47,7 @@ class DistanceToReference:
         self._device = torch.device(device)
         resolution = config.network.resolution
         self._network = choose_network(self.reference, resolution, features, features_sha256)
-        measured = read_cached(cache_file(self.reference, self._network), self._network)
+        measured = read_cached(cache_files(self.reference, self._network), self._network)
         if self.reference.statistics is not None:
             self._statistics = self.reference.statistics
         elif measured is not None:

@@ -32,7 +32,7 @@ from ict_fast.evaluation.feature_networks import (
 from ict_fast.evaluation.manifold import NEIGHBOURS, precision_and_recall
 from ict_fast.evaluation.measured_reference import (
     MeasuredReference,
-    cache_file,
+    cache_files,
     chosen_images,
     keep,
     put_together,
@@ -45,7 +45,7 @@ from ict_fast.evaluation.metrics import (
     kernel_distance,
     noise_images,
 )
-from ict_fast.evaluation.processes import compute_chunks
+from ict_fast.evaluation.processes import compute_chunks, threads_each
 from ict_fast.evaluation.reference import Reference, check_reference, labels_as_in, open_reference
 from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums
 from ict_fast.evaluation.table import key
@@ -72,6 +72,7 @@ def evaluate(
     allow_other_recipe: bool = False,
     devices: Sequence[torch.device | str] = (),
     work_folder: Path | None = None,
+    reference_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Fréchet and kernel distance, Inception score, precision and recall of a model's samples.
 
@@ -95,6 +96,8 @@ def evaluate(
             processes import the caller's main module, so a script must guard its call by
             `if __name__ == "__main__"`.
         work_folder: an existing folder, in which the same call finds what an earlier one has finished.
+        reference_cache: a folder to keep what is computed of a reference that is no store, or one that
+            cannot be written; created if need be. None to compute it again each time.
     Returns:
         JSON-able: one_step, two_step, ..., 9_step, each with frechet_distance, kernel_distance and
         inception_score (with their _std), precision, recall, relative_to_noise, relative_to_gaussian, sigmas
@@ -120,7 +123,7 @@ def evaluate(
     else:
         count = DEFAULT_COUNT if count is None else count
 
-    cached_in = cache_file(opened, network)
+    cached_in = cache_files(opened, network, reference_cache)
     measured = read_cached(cached_in, network)
     image_count = 0 if opened.images is None or measured is not None else len(opened.images)
     work = Work(
@@ -140,7 +143,9 @@ def evaluate(
         if work_folder is None and len(places) > 1:
             work_folder = Path(stack.enter_context(TemporaryDirectory(prefix="ict-fast-")))
         finished = Finished(
-            None if work_folder is None else _keyed(work_folder, work.key(opened.fingerprint))
+            None
+            if work_folder is None
+            else _keyed(work_folder, work.key(opened.fingerprint, threads_each(len(places))))
         )
         model.eval()
         try:
@@ -152,8 +157,7 @@ def evaluate(
             model.train(training)
         if measured is None:
             measured = put_together(opened, finished, of_reference)
-            if opened.images is not None:
-                keep(cached_in, measured)
+            keep(cached_in, measured)
 
         report(0.92, "comparing the sets")
         comparison = _comparison(network, opened, measured, count)

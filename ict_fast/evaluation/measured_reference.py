@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import zipfile
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from ict_fast.evaluation.statistics import Statistics, Sums, statistics
 MOST_FEATURES = 50_000
 """Reference images whose features are kept, for the metrics that need more than statistics."""
 _CHOICE_SEED = 6
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,31 @@ def put_together(reference: Reference, finished: Finished, chunks: Sequence[Chun
 
 
 def _sums(finished: Finished, chunk: Chunk) -> Sums:
-    total, products = finished.get(chunk, "total"), finished.get(chunk, "products")
-    assert total is not None
+    mean, products = finished.get(chunk, "mean"), finished.get(chunk, "products")
+    assert mean is not None
     assert products is not None
-    return Sums(chunk.count, total, products)
+    return Sums(chunk.count, mean, products)
 
 
-def cache_file(reference: Reference, network: FeatureNetwork) -> Path | None:
-    """Where the measured reference is kept; None if it is not worth keeping, or has no place."""
-    if reference.cache is None or not hasattr(network, "path"):
-        return None  # the digits classifier takes a tenth of a second
+def cache_files(reference: Reference, network: FeatureNetwork, folder: Path | None = None) -> list[Path]:
+    """Where the measured reference may be kept, the best place first; none if it is not worth keeping.
+
+    Args:
+        folder: for a reference that has no place of its own, or one that cannot be written.
+    """
+    if reference.images is None or not hasattr(network, "path"):
+        return []  # the digits classifier takes a tenth of a second
     about = f"{_VERSION} {reference.fingerprint} {network.sha256} {network.batch_size} {MOST_FEATURES}"
-    return reference.cache / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.npz"
+    name = f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.npz"
+    return [place / name for place in (reference.cache, folder) if place is not None]
 
 
-def read_cached(file: Path | None, network: FeatureNetwork) -> MeasuredReference | None:
+def read_cached(files: Sequence[Path], network: FeatureNetwork) -> MeasuredReference | None:
     """What an earlier evaluation has kept; None if there is nothing whole."""
-    if file is None:
-        return None
+    return next((found for file in files if (found := _read(file, network)) is not None), None)
+
+
+def _read(file: Path, network: FeatureNetwork) -> MeasuredReference | None:
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             mean, covariance = archive["mean"], archive["covariance"]
@@ -84,20 +90,22 @@ def read_cached(file: Path | None, network: FeatureNetwork) -> MeasuredReference
     size = network.num_features
     if (mean.shape, covariance.shape, features.shape[1:]) != ((size,), (size, size), (size,)):
         return None
-    return MeasuredReference(Statistics(mean, covariance), count, features)
+    return MeasuredReference(Statistics(mean, covariance), count or None, features)
 
 
-def keep(file: Path | None, measured: MeasuredReference) -> None:
-    """Keeps it for the next evaluation; where nothing can be written, nothing is kept."""
-    if file is None:
+def keep(files: Sequence[Path], measured: MeasuredReference) -> None:
+    """Keeps it in the first place that can be written, for the next evaluation; nothing if there is none."""
+    for file in files:
+        try:
+            file.parent.mkdir(exist_ok=True)
+            with replacing(file) as opened:
+                np.savez(
+                    opened,
+                    mean=measured.statistics.mean,
+                    covariance=measured.statistics.covariance,
+                    count=np.asarray(measured.count or 0),
+                    features=np.asarray(measured.features),
+                )
+        except OSError:
+            continue
         return
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(exist_ok=True)
-        with replacing(file) as opened:
-            np.savez(
-                opened,
-                mean=measured.statistics.mean,
-                covariance=measured.statistics.covariance,
-                count=np.asarray(measured.count),
-                features=np.asarray(measured.features),
-            )

@@ -13,6 +13,7 @@ import torch
 
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.evaluation.chunks import Chunk, Finished, Work, in_words
+from ict_fast.networks.switches import configure_torch
 
 Report = Callable[[int, str], None]
 
@@ -47,6 +48,13 @@ def compute_chunks(
         finished.keep(chunk, arrays)
 
 
+def threads_each(processes: int) -> int:
+    """The threads of torch in each of the processes of `compute_chunks`; a single one is this process."""
+    if processes == 1:
+        return torch.get_num_threads()
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes))
+
+
 def _doing(chunk: Chunk, chunks: Sequence[Chunk]) -> str:
     images = sum(other.count for other in chunks if other.steps == chunk.steps)
     if chunk.steps == 0:
@@ -63,7 +71,7 @@ def _in_processes(
 ) -> None:
     assert finished.folder is not None
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA cannot use it
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // len(devices)))
+    threads = threads_each(len(devices))
     device = next(work.model.parameters()).device
     work.model.to("cpu")
     processes, pipes = [], []
@@ -118,8 +126,7 @@ def _serve(
     """Runs in each process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C of the terminal is for the parent, which ends us
     torch.set_num_threads(threads)
-    # As `training.launch.configure_torch`: the network's ends must be IEEE fp32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    configure_torch(device, deterministic=False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:

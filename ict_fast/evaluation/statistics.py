@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,13 +14,13 @@ from ict_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Sums:
-    """What statistics are computed from; sums of parts add up. float64."""
+    """What statistics are computed from; those of parts give those of their union, see `union`. float64."""
 
     count: int
-    total: np.ndarray
-    """(D,): the sum of the features."""
+    mean: np.ndarray
+    """(D,)."""
     products: np.ndarray
-    """(D, D): the sum of their outer products."""
+    """(D, D): the sum of the outer products of the features less their mean."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,41 @@ class Statistics:
 
 def sums(features: np.ndarray) -> Sums:
     """The sums over (N, D) features, in float64 whatever their type."""
-    values = torch.from_numpy(np.asarray(features)).double()
-    return Sums(len(values), values.sum(0).numpy(), (values.T @ values).numpy())
+    values = torch.from_numpy(np.array(features, np.float64))  # a copy, which is centred in place
+    if not len(values):
+        return Sums(0, np.zeros(()), np.zeros(()))
+    mean = values.mean(0)
+    values -= mean
+    return Sums(len(values), mean.numpy(), (values.T @ values).numpy())
+
+
+def union(first: Sums, second: Sums) -> Sums:
+    """The sums over both sets (Chan, Golub and LeVeque 1983).
+
+    Plain sums of products would lose the covariance of features whose mean is large beside their spread.
+    """
+    count = first.count + second.count
+    if not count:
+        return first
+    apart = second.mean - first.mean
+    products = first.products + second.products
+    products = products + np.outer(apart, apart) * (first.count * second.count / count)
+    return Sums(count, first.mean + apart * (second.count / count), products)
 
 
 def statistics(parts: Iterable[Sums]) -> Statistics:
-    """The statistics of the union of the parts, which are added in their order.
+    """The statistics of the union of the parts, which are put together in their order.
 
     Raises:
         InputError: of fewer than 2 images.
     """
-    count, total, products = 0, np.zeros(()), np.zeros(())
-    for part in parts:
-        count, total, products = count + part.count, total + part.total, products + part.products
-    if count < 2:
+    whole = functools.reduce(union, parts, Sums(0, np.zeros(()), np.zeros(())))
+    if whole.count < 2:
         raise InputError(
-            f"{count} image{'s' if count != 1 else ''}; a Fréchet distance needs at least 2, and better"
-            " thousands"
+            f"{whole.count} image{'s' if whole.count != 1 else ''}; a Fréchet distance needs at least 2, and"
+            " better thousands"
         )
-    mean = total / count
-    return Statistics(mean, (products - count * np.outer(mean, mean)) / (count - 1))
+    return Statistics(whole.mean, whole.products / (whole.count - 1))
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:

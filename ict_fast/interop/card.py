@@ -130,8 +130,10 @@ def _data(config: Config, checkpoint: Checkpoint) -> list[str]:
 
 def _metrics(checkpoint: Checkpoint) -> list[str]:
     """The newest evaluation of exactly this checkpoint, if there is one."""
-    for folder in (checkpoint.path.parent, checkpoint.path.parent.parent):
+    for folder in (checkpoint.path, checkpoint.path.parent, checkpoint.path.parent.parent):
         result = _read(folder / "evaluation.json")
+        if result.get("ema"):
+            continue  # of other weights
         if result.get("step") == checkpoint.step and result.get("checkpoint") == checkpoint.path.name:
             break
     else:

@@ -4,7 +4,7 @@ Which arithmetic runs where (METHOD.md, trap 6): the trunk follows autocast, the
 of noise levels differs by less than bf16 can express, so the path of the noise embedding (to its projection
 in every block), the convolutions that read the image, and the output norm and convolution leave autocast and
 compute in the dtype of their parameters. TF32 is a global switch of torch, not a layer's: the caller turns it
-off (`ict_fast.training.launch.configure_torch`), and tf32.py on again inside single operations of the trunk.
+off (`switches.configure_torch`), and tf32.py on again inside single operations of the trunk.
 
 Randomness is an argument: dropout happens if and only if a seed is passed, whatever train() and eval() say.
 """

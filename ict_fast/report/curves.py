@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +64,7 @@ def curve(
     stages: Sequence[Stage] = (),
     logarithmic: bool | None = None,
     form: str = "",
+    top: float | None = None,
 ) -> str:
     """Curves over the training steps, with a border at the beginning of each stage of the curriculum.
 
@@ -74,6 +74,7 @@ def curve(
         stages: none to draw no borders.
         logarithmic: the scale of the values; None: if they are positive and range over a factor of 10.
         form: "percent", "si" for thousands as k, else plain.
+        top: of the axis, which then begins at 0; None: as the values are.
     Returns:
         An <svg> element.
     """
@@ -88,12 +89,12 @@ def curve(
             [drawn] = axes.plot(steps, values, color=colour, linewidth=1.6, label=line.label)
             drawn.set(marker=marker, markersize=4, clip_on=not line.marked)
         values = np.concatenate([np.asarray(line.values, float) for line in lines])
-        if logarithmic is None:
+        if logarithmic is None and top is None:
             logarithmic = values.min() > 0 and values.max() > 10 * values.min()
         if logarithmic and values.min() > 0:
             _logarithmic(axes, values)
         elif values.min() >= 0:
-            axes.set_ylim(0, max(values.max() * 1.12, 1e-9))
+            axes.set_ylim(0, top or values.max() * 1.12 or 1.0)
         if form == "percent":
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g} %")
         elif form == "si":
@@ -114,26 +115,27 @@ def heat_map(
     """Values by step and noise level, on a logarithmic scale of colours.
 
     Args:
-        steps: of the lines of the log.
+        steps: of the lines of the log, rising.
         rows: for each of them one value per bucket of noise level, None for an empty bucket.
         edges: the buckets' borders, one more than buckets, rising.
     """
     values = np.array([[np.nan if v is None or v <= 0 else v for v in row] for row in rows], float).T
+    ends = np.asarray(steps, float)  # a line of the log is about the steps since the one before
     if values.shape[1] > _MOST_POINTS // 3:
         parts = np.array_split(np.arange(values.shape[1]), _MOST_POINTS // 3)
         with np.errstate(all="ignore"):
             values = np.stack([np.exp(_mean(np.log(values[:, part]))) for part in parts], 1)
+        ends = ends[[part[-1] for part in parts]]
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes()
-        # A picture, not a polygon for each value: one row per bucket, in equal steps of ln sigma.
-        image = axes.imshow(
+        # Rasterized: a picture, not a polygon for each value.
+        image = axes.pcolormesh(
+            np.append(0.0, ends),
+            np.log10(edges),
             np.ma.masked_invalid(values),
             norm=LogNorm(),
-            origin="lower",
-            aspect="auto",
-            interpolation="nearest",
             cmap="viridis",
-            extent=(0, steps[-1], math.log10(edges[0]), math.log10(edges[-1])),
+            rasterized=True,
         )
         axes.grid(visible=False)
         axes.set_ylabel("noise level σ")
@@ -217,7 +219,7 @@ def _svg(figure: Figure, name: str) -> str:
     """The figure as an element of an HTML page: no prolog, no metadata, no fixed size, no shared ids."""
     written = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):  # the rest of the ids: the same for equal runs
-        figure.savefig(written, format="svg", metadata={"Date": None})
+        figure.savefig(written, format="svg", dpi=200, metadata={"Date": None})  # dpi: of what is rasterized
     text = written.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -22,7 +22,7 @@ _COMPARED = (("halves", "real, half to half"), ("gaussian", "Gaussian of pixels"
 def measures(record: RunRecord) -> str:
     """Table and curves as HTML; empty if the run was not measured."""
     parts = []
-    result = record.evaluation or (record.evaluations[-1] if record.evaluations else None)
+    result = record.measured
     if result is not None:
         parts.append(_table(result))
     if len(record.evaluations) > 1:
@@ -32,7 +32,7 @@ def measures(record: RunRecord) -> str:
 
 def _table(result: dict[str, Any]) -> str:
     rows: list[tuple[str, dict[str, Any], bool]] = [
-        (_in_words(key), value, True)
+        (in_words(key), value, True)
         for key, value in result.items()
         if key.endswith("_step") and isinstance(value, dict)
     ]
@@ -53,7 +53,7 @@ def _table(result: dict[str, Any]) -> str:
     )
 
 
-def _in_words(key: str) -> str:
+def in_words(key: str) -> str:
     """ "one step", "two steps", of a key like one_step."""
     return key.replace("_", " ") + ("" if key == "one_step" else "s")
 
@@ -75,6 +75,8 @@ def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
     features = result.get("features")
     features = features if isinstance(features, dict) else {}
     about = [f"Step {result['step']:,}" if isinstance(result.get("step"), int) else ""]
+    if result.get("ema"):
+        about.append(f"average {result['ema']} of the weights")
     if isinstance(result.get("count"), int):
         about.append(f"{result['count']:,} samples, seed {result.get('seed', 0)}")
     if features.get("name"):
@@ -110,8 +112,9 @@ def _curves(record: RunRecord) -> str:
             ]
             if points:
                 steps, values = zip(*points, strict=True)
-                lines.append(Line(steps, values, _in_words(key), marked=True))
+                lines.append(Line(steps, values, in_words(key), marked=True))
         if lines and (field == "frechet_distance" or len(lines[0].steps) > 1):
-            svg = curve(title, lines, total_steps=total, stages=stages(total, method))
+            top = 1.0 if field in ("precision", "recall") else None
+            svg = curve(title, lines, total_steps=total, stages=stages(total, method), top=top)
             cards.append(f"<figure class='card'><h3>{escape(title)} while training</h3>{svg}</figure>\n")
     return f"<div class='charts'>{''.join(cards)}</div>"

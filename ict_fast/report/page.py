@@ -12,7 +12,7 @@ from typing import Any
 
 from ict_fast.consistency.curriculum import stages
 from ict_fast.report.charts import charts
-from ict_fast.report.measures import measures
+from ict_fast.report.measures import in_words, measures
 from ict_fast.report.run_record import Field, RunRecord
 from ict_fast.report.style import STYLE
 from ict_fast.version import __version__
@@ -66,12 +66,17 @@ def _head(record: RunRecord, name: str) -> str:
 def _facts(record: RunRecord) -> str:
     """The few numbers that one looks for first."""
     facts: list[tuple[str, str]] = []
-    measured = record.evaluation or (record.evaluations[-1] if record.evaluations else {})
-    for key, words in (("one_step", "one step"), ("two_step", "two steps")):
-        found = measured.get(key)
-        value = found.get("frechet_distance") if isinstance(found, dict) else None
-        if isinstance(value, int | float):
-            facts.append((f"{value:.4g}", f"Fréchet, {words}"))
+    newest, best = record.measured or {}, record.best_measured or {}
+    first = next((key for key in best if key.endswith("_step")), "")  # which it is the best in
+    for words, measured, keys in (("", newest, ("one_step", "two_step")), ("best ", best, (first,))):
+        step, ema = measured.get("step"), measured.get("ema")
+        where = f", at step {step:,}" if isinstance(step, int) else ""
+        where += f", average {ema}" if ema else ""
+        for key in keys:
+            found = measured.get(key)
+            value = found.get("frechet_distance") if isinstance(found, dict) else None
+            if isinstance(value, int | float):
+                facts.append((f"{value:.4g}", f"{words}Fréchet, {in_words(key)}{where}"))
     batch = record.config.training.batch_size
     facts.append((f"{record.step:,}", f"steps of {batch:,} images"))
     rates = record.series("images_per_second")[1]
@@ -178,10 +183,11 @@ def _repeat(record: RunRecord) -> str:
     data = (
         f"<p class='note'>Data fingerprint <code>{escape(str(fingerprint))}</code></p>" if fingerprint else ""
     )
+    begun = " and the weights that it began with" if record.initial else ""
     return (
         f"<pre>{escape(record.command())}</pre>\n<p class='note'>On a CPU with the same number of threads and"
         " processes, and on a GPU with <code class='option'>--training.deterministic</code>, the same"
-        f" versions give the same weights.</p>\n{data}"
+        f" versions{begun} give the same weights.</p>\n{data}"
     )
 
 
@@ -192,6 +198,10 @@ def _versions(record: RunRecord) -> str:
         rows.append(("device", str(about["device"])))
     if about.get("processes"):
         rows.append(("processes", str(about["processes"])))
+    if initial := record.initial:
+        step = initial.get("step")
+        at = f"step {step:,}" if isinstance(step, int) else f"step {step}"
+        rows.append(("began with", f"{initial.get('path')}, {at}, sha256 {initial.get('sha256')}"))
     if state.get("trunk_dtype"):
         rows.append(("arithmetic of the trunk, at the end", str(state["trunk_dtype"])))
     if isinstance(about.get("flops_per_image"), int | float):

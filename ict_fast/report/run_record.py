@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ict_fast import presets
-from ict_fast.checkpoint import checkpoint_steps
+from ict_fast.checkpoint import checkpoint_steps, pointed_name
 from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.errors import InputError
 
@@ -46,6 +46,10 @@ class RunRecord:
     """Steps and pictures, by rising step."""
     state: dict[str, Any] = field(default_factory=dict)
     """state.json of the newest checkpoint: versions, fingerprint of the data."""
+    initial: dict[str, Any] = field(default_factory=dict)
+    """init.json: what the weights began with, if not at random; path, step, sha256."""
+    best: str = ""
+    """Name of the best checkpoint of those that were measured while training."""
     about: dict[str, Any] = field(default_factory=dict)
     """run.json: devices, borders of the noise-level buckets."""
     missing: list[str] = field(default_factory=list)
@@ -57,6 +61,21 @@ class RunRecord:
         logged = self.log[-1]["step"] if self.log else 0
         return max(logged, int(self.state.get("step", 0)))
 
+    @property
+    def measured(self) -> dict[str, Any] | None:
+        """The newest measurement; of two of one step that of `ict-fast evaluate`."""
+        last = self.evaluations[-1] if self.evaluations else None
+        if last is None or self.evaluation is None:
+            return self.evaluation or last
+        step = self.evaluation.get("step")
+        return self.evaluation if not isinstance(step, int) or step >= last["step"] else last
+
+    @property
+    def best_measured(self) -> dict[str, Any] | None:
+        """The measurement of the best checkpoint."""
+        names = {f"step-{line['step']:08d}": line for line in self.evaluations}
+        return names.get(self.best)
+
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one figure of the log, where it has one."""
         found = [(line["step"], line[name]) for line in self.log if isinstance(line.get(name), int | float)]
@@ -65,8 +84,12 @@ class RunRecord:
     def command(self) -> str:
         """The command that repeats the run."""
         words = ["ict-fast", "train", "--preset", self.config.preset]
+        begun = self.initial.get("path")
+        if begun is not None:
+            words += ["--init", str(begun)]
         for each in self.fields:
-            if each.is_changed:
+            # With --init the defaults of the network are those of another one, not the preset's.
+            if each.is_changed or (begun is not None and each.section == "network"):
                 option = f"--{each.section}.{each.name}".replace("_", "-")
                 words += _flag(option, each.value)
         processes = self.about.get("processes")
@@ -103,12 +126,27 @@ def read_run(path: Path) -> RunRecord:
         evaluation=_json(evaluation, None, "metrics"),
         grids=_grids(path / "grids", missing),
         state=state,
+        initial=_json(path / "init.json", None, "what it began with") or _initial(state),
+        best=_pointed(path / "checkpoints" / "best"),
         about=_json(path / "run.json", None, "the devices") or {},
         missing=missing,
     )
     if record.evaluation is None and not record.evaluations:
         missing.append(f"metrics: the run was not measured; `ict-fast evaluate {path}` does it")
     return record
+
+
+def _initial(state: dict[str, Any]) -> dict[str, Any]:
+    """What the newest checkpoint says that the run began with."""
+    initial = state.get("init")
+    return initial if isinstance(initial, dict) else {}
+
+
+def _pointed(file: Path) -> str:
+    try:
+        return pointed_name(file)
+    except InputError:
+        return ""
 
 
 def _fields(config: Config, missing: list[str]) -> list[Field]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ict_fast.checkpoint import pointed_name
 from ict_fast.config import Config
@@ -16,15 +17,26 @@ from ict_fast.errors import InputError
 from ict_fast.screen import duration
 from ict_fast.training.launch import StopRequest
 from ict_fast.training.monitor import Monitor, reason
-from ict_fast.training.run_directory import EVALUATIONS, Run
+from ict_fast.training.run_directory import EVALUATIONS, REFERENCES, Run
 
 METRIC = "frechet_distance"
 """Of the first number of steps in --logging.evaluate-steps; the lowest is the best."""
 
 
-def require_measurable(config: Config) -> None:
-    """Raises InputError if no measurement of such a run can succeed."""
+def require_features(config: Config) -> None:
+    """Raises InputError if the run is to be measured, and names no features that know its images."""
     logging, network = config.logging, config.network
+    digits = (network.resolution, network.image_channels) == (8, 1)
+    if logging.evaluate_every and logging.evaluate_features is None and not digits:
+        raise InputError(
+            "--logging.evaluate-every needs --logging.evaluate-features FILE (inception-2015-12-05.pt):"
+            " without it there are features for scikit-learn's digits only"
+        )
+
+
+def require_measurable(config: Config) -> None:
+    """Raises InputError if the run is to be measured with nothing, or with files that are not there."""
+    logging = config.logging
     if not logging.evaluate_every:
         return
     for option, name in (
@@ -33,11 +45,59 @@ def require_measurable(config: Config) -> None:
     ):
         if name is not None and not Path(name).exists():
             raise InputError(f"--logging.{option} is {name}, which is not there")
-    if logging.evaluate_features is None and (network.resolution, network.image_channels) != (8, 1):
+    require_features(config)
+
+
+def require_measurement(config: Config) -> None:
+    """Opens what the run will be measured with, as every measurement does; the run's data are there.
+
+    Raises:
+        InputError: see `require_measurable`; or a reference or features that cannot work, or do not fit the
+            run or each other.
+    """
+    require_measurable(config)
+    if not config.logging.evaluate_every:
+        return
+    from ict_fast.evaluation.feature_networks import choose_network
+    from ict_fast.evaluation.reference import check_reference, open_reference
+
+    path, features = _reference(config), _features(config)
+    try:
+        reference = open_reference(path)
+        check_reference(reference, config, allow_other_recipe=False)
+        choose_network(reference, config.network.resolution, features, None)
+    except InputError as error:
         raise InputError(
-            "--logging.evaluate-every needs --logging.evaluate-features FILE (inception-2015-12-05.pt):"
-            " without it there are features for scikit-learn's digits only"
-        )
+            f"--logging.evaluate-every: no measurement with --logging.evaluate-reference {path} and"
+            f" --logging.evaluate-features {features or 'none'} could succeed: {error}"
+        ) from error
+
+
+def evaluate_command(out: Path, config: Config) -> str:
+    """The command that measures the run's newest checkpoint as the run does."""
+    logging = config.logging
+    words = ["ict-fast", "evaluate", str(out)]
+    words += [] if logging.evaluate_reference is None else ["--reference", logging.evaluate_reference]
+    words += [] if logging.evaluate_features is None else ["--features", logging.evaluate_features]
+    return shlex.join(words)
+
+
+def _reference(config: Config) -> Path:
+    return Path(config.logging.evaluate_reference or config.data.path)
+
+
+def _features(config: Config) -> Path | None:
+    name = config.logging.evaluate_features
+    return None if name is None else Path(name)
+
+
+class _Measured(NamedTuple):
+    """A measurement that is written down."""
+
+    value: float
+    """METRIC of the first number of steps."""
+    kind: tuple[Any, ...]
+    """What it was measured with; values compare with those of an equal one only."""
 
 
 class Evaluations:
@@ -50,16 +110,20 @@ class Evaluations:
     def __init__(self, run: Run, monitor: Monitor, stop: StopRequest) -> None:
         self._run, self._monitor, self._stop = run, monitor, stop
         self._path = run.out / EVALUATIONS
-        self._values: dict[int, float] = {}
-        with suppress(OSError, ValueError, KeyError):
+        self._done: dict[int, _Measured] = {}
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 values = json.loads(line)
-                self._values[values["step"]] = _first_value(values)
+                self._done[values["step"]] = _measured(values)
 
     def is_due(self, step: int) -> bool:
         """Whether the averages are to be measured after so many steps."""
         every, last = self._run.config.logging.evaluate_every, self._run.config.training.total_steps
         return bool(every) and step > 0 and (step % every == 0 or step == last)
+
+    def is_missing(self, step: int) -> bool:
+        """Whether the averages were to be measured after so many steps, and are not."""
+        return self.is_due(step) and step not in self._done
 
     def measure(self, step: int, model: Callable[[], ConsistencyModel]) -> tuple[bool, int | None]:
         """Measures and writes down, unless that is done already.
@@ -71,13 +135,13 @@ class Evaluations:
             Whether the step is the best so far, and the exit code if the run was asked to stop meanwhile: a
             measurement is then abandoned, as it can be made when the run goes on.
         """
-        return step not in self._values and self._measure(step, model), self._stop.exit_code
+        return step not in self._done and self._measure(step, model), self._stop.exit_code
 
     def _measure(self, step: int, model: Callable[[], ConsistencyModel]) -> bool:
         started = time.monotonic()
         try:
             result = self._evaluate(model())
-            value = _first_value(result)
+            measured = _measured(result)
             seconds = time.monotonic() - started
             line = json.dumps({"step": step, **result, "seconds": round(seconds, 1)}, allow_nan=False)
         except _Stopped:
@@ -88,13 +152,19 @@ class Evaluations:
         finally:
             self._monitor.note("")
         best = self.best_step()
-        self._values[step] = value
+        self._done[step] = measured
         steps = self._run.config.logging.evaluate_steps[0]
-        found = f"step {step:,}: Fréchet distance {value:.4g} in {steps} step{'s' if steps > 1 else ''}"
-        if is_best := best is None or value < self._values[best]:
+        found = f"step {step:,}: Fréchet distance {measured.value:.4g} in {steps} step"
+        found += "s" if steps > 1 else ""
+        before = None if best is None else self._done[best]
+        if before is not None and before.kind != measured.kind:
+            found += f", the first of its kind: that of step {best:,}, the best before, does not compare"
+            before = None  # the best starts anew
+        elif before is None or measured.value < before.value:
             found += ", the best so far"
         else:
-            found += f", best {self._values[best]:.4g} at step {best:,}"
+            found += f", best {before.value:.4g} at step {best:,}"
+        is_best = before is None or measured.value < before.value
         self._monitor.measured(step, result, found, f"measured in {duration(seconds)}")
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -107,13 +177,13 @@ class Evaluations:
         """Step of the checkpoint that is kept as the best one, if its measurement is known."""
         with suppress(InputError):
             step = int(pointed_name(self._run.out / "checkpoints" / "best").removeprefix("step-"))
-            return step if step in self._values else None
+            return step if step in self._done else None
         return None
 
     def _evaluate(self, model: ConsistencyModel) -> dict[str, Any]:
         from ict_fast.evaluation import evaluate  # a second of imports, for runs that measure
 
-        logging = self._run.config.logging
+        config = self._run.config
 
         def progress(done: float, doing: str) -> None:
             if self._stop.exit_code is not None:
@@ -122,11 +192,12 @@ class Evaluations:
 
         return evaluate(
             model,
-            Path(logging.evaluate_reference or self._run.config.data.path),
-            steps=logging.evaluate_steps,
-            count=logging.evaluate_count,
-            features=None if logging.evaluate_features is None else Path(logging.evaluate_features),
+            _reference(config),
+            steps=config.logging.evaluate_steps,
+            count=config.logging.evaluate_count,
+            features=_features(config),
             progress=progress,
+            reference_cache=self._run.out / REFERENCES,
         )
 
 
@@ -134,6 +205,14 @@ class _Stopped(Exception):
     """The run is to be saved and stopped."""
 
 
-def _first_value(result: dict[str, Any]) -> float:
-    """METRIC of the first number of steps that was measured."""
-    return float(next(result[key] for key in result if key.endswith("_step"))[METRIC])
+def _measured(result: dict[str, Any]) -> _Measured:
+    """
+    Raises:
+        KeyError, TypeError, ValueError: of what is no measurement.
+    """
+    first = [key for key in result if key.endswith("_step")][:1]
+    if not first:
+        raise KeyError("a number of steps")
+    features = result.get("features", {}).get("sha256")
+    kind = (first[0], result.get("count"), features, result.get("reference_fingerprint"))
+    return _Measured(float(result[first[0]][METRIC]), kind)

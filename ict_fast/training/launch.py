@@ -11,6 +11,7 @@ import torch
 
 from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError
 from ict_fast.hardware import nvidia_device
+from ict_fast.networks.switches import configure_torch as configure_torch
 from ict_fast.training.interrupts import SecondInterrupt
 
 
@@ -74,18 +75,6 @@ def resolve_processes(
     if processes is not None and processes < 1:
         raise InputError(f"--processes is {processes}; it must be at least 1")
     return found, processes or 1
-
-
-def configure_torch(device: torch.device, *, deterministic: bool) -> None:
-    """Sets the process-wide switches of torch that a run relies on."""
-    # The network's ends must be IEEE fp32: TF32 rounding makes neighbouring noise levels identical.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 class StopRequest:

@@ -19,6 +19,7 @@ from ict_fast.training.initial import RECORD_NAME, Initial, settle_initial
 
 LOG_NAME = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+REFERENCES = "evaluation"  # what was computed of a reference that has no folder of its own
 SNAPSHOTS = "ema-snapshots"
 _LOCK_NAME = ".lock"
 

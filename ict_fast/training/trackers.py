@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,16 +56,29 @@ def chosen_tracker(config: Config) -> str | None:
     return asked
 
 
-def open_tracker(run: Run) -> Tracker | None:
+def open_tracker(run: Run, warn: Callable[[str], None]) -> Tracker | None:
     """The run's tracker, going on from the run's step.
 
+    Args:
+        warn: told why there is none although --logging.tracker auto has found one.
     Raises:
-        InputError: if Weights & Biases was asked for and cannot be started.
+        InputError: if one that was asked for by name cannot be started.
     """
     chosen = chosen_tracker(run.config)
     if chosen is None:
         return None
-    return TensorBoard(run) if chosen == "tensorboard" else WeightsAndBiases(run)
+    try:
+        return TensorBoard(run) if chosen == "tensorboard" else WeightsAndBiases(run)
+    except InputError:
+        raise
+    except Exception as error:  # a package that is half installed may raise anything
+        why = " ".join(str(error).split()) or type(error).__name__
+        if run.config.logging.tracker == "auto":
+            warn(f"TensorBoard cannot be started ({why}); the run goes on without it")
+            return None
+        raise InputError(
+            f"--logging.tracker {chosen} cannot be started ({why}); --logging.tracker none does without"
+        ) from error
 
 
 def tagged(values: dict[str, Any], config: Config) -> dict[str, float]:

@@ -21,7 +21,13 @@ from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, InputError, TrainingError
 from ict_fast.screen import duration, say
 from ict_fast.training.describe import describe, describe_stages
-from ict_fast.training.evaluations import Evaluations, require_measurable
+from ict_fast.training.evaluations import (
+    Evaluations,
+    evaluate_command,
+    require_features,
+    require_measurable,
+    require_measurement,
+)
 from ict_fast.training.figures import figures
 from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.initial import initial_weights, write_record
@@ -109,6 +115,7 @@ def train(
     _check_shares(run.config, count)
     prepare_if_bundled(run.config)
     open_data(run)
+    require_measurement(run.config)
     with lock(run, lambda text: None):
         pass  # process 0 takes it again, and keeps it
     work = partial(_train_launched, config, out, found.type, resume, extend, init, collective_timeout)
@@ -151,12 +158,14 @@ def plan(
 ) -> str:
     """What `train` would do with the same arguments, in words; writes nothing.
 
-    Data or a device that are missing on this machine are said so, not raised: a plan may be made elsewhere.
+    What is missing on this machine (data, a device, features, a tracker) is said so, not raised: a plan may
+    be made elsewhere.
 
     Raises:
         InputError: if the input cannot work, or the run that is there is another one.
     """
     validate(config)
+    require_features(config)
     out = Path("runs") / config.preset if out is None else Path(out)
     lines: list[str] = []
     init = None if init is None else Path(init)
@@ -178,14 +187,24 @@ def plan(
         _check_shares(config, count)
     except InputError as error:
         lines.append(f"device: not here: {error}")
+    check = require_measurable
     try:
         if will_prepare(config):
             lines.append(f"data: {config.data.path} would be prepared")
         else:
             store = open_data(run)
             lines.append(f"data: {store.path}, {store.num_images:,} images")
+            check = require_measurement
     except InputError as error:
         lines.append(f"data: not ready: {error}")
+    try:
+        check(config)
+    except InputError as error:
+        lines.append(f"measurements: not here: {error}")
+    try:
+        chosen_tracker(config)
+    except InputError as error:
+        lines.append(f"tracker: not here: {error}")
     return "\n".join([describe(config), *lines])
 
 
@@ -205,6 +224,7 @@ def _train(
         return _already_finished(run)
     world.decide(lambda: prepare_if_bundled(run.config))
     store = open_data(run)
+    world.decide(lambda: require_measurement(run.config))
     world.require_equal(store.fingerprint, f"the images of {store.path}")
     with lock(run, warnings.append) if world.is_first else nullcontext():
         try:
@@ -249,7 +269,7 @@ def _train_locked(
         prepare_directory(run)
         utilisation = Utilisation(config, device, world.size)
         describe_run(run, utilisation, world.size)
-        monitor = Monitor(run, utilisation, open_tracker(run))
+        monitor = Monitor(run, utilisation, open_tracker(run, warnings.append))
     else:
         monitor = Monitor(run, silent=True)
     with StopRequest() as stop, monitor, loader, Saver(run, store, train_step, monitor) as saver:
@@ -326,7 +346,11 @@ def _loop(
     if done:
         skipped = int(train_step.optimizer.skipped)
         skips = f", {skipped:,} of them skipped for a gradient that was not finite" if skipped else ""
-        return RunResult(out, step, EXIT_DONE, f"{out}: {total:,} steps are done{skips}")
+        code, measured = EXIT_DONE, ""
+        if world.decide(lambda: evaluations.is_missing(step)):
+            code = EXIT_DONE if stop_code is None else stop_code
+            measured = f"; their last measurement is missing: `{evaluate_command(out, config)}` makes it"
+        return RunResult(out, step, code, f"{out}: {total:,} steps are done{skips}{measured}")
     assert stop_code is not None
     saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
     return RunResult(out, step, stop_code, f"{out}: {saved}; the same command resumes")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel
@@ -121,6 +124,58 @@ def test_a_killed_process_ends_the_evaluation_which_then_continues(
     assert measure(work_folder=tmp_path) == measure()
 
 
+def test_chunks_of_other_code_or_other_numbers_of_threads_are_not_taken(
+    model: ConsistencyModel, digits_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept() -> int:
+        evaluate(model, digits_store, steps=(1,), count=8, work_folder=tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert (kept(), kept()) == (1, 1)
+    for module, name in ((chunks, "_VERSION"), (chunks, "BATCH_SIZE")):
+        monkeypatch.setattr(module, name, getattr(module, name) + 1)
+    assert kept() == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert kept() == 3
+
+
+@pytest.mark.parametrize("kind", ["samples", "a store that cannot be written"])
+def test_a_reference_is_computed_once_where_there_is_a_folder_for_it(
+    model: ConsistencyModel,
+    digits_store: Path,
+    inception: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    reference = tmp_path / "samples.npz"
+    if kind == "samples":
+        np.savez(reference, arr_0=np.load(digits_store / "images.npy")[:300])
+    else:
+        reference = tmp_path / "store"
+        shutil.copytree(digits_store, reference, ignore=shutil.ignore_patterns("evaluation"))
+        (reference / "evaluation").write_text("no folder")
+    computed = []
+    compute = Work.compute
+
+    def counted(self: Work, chunk: Chunk, *rest: Any) -> Any:
+        computed.append(chunk.name.partition("-")[0])
+        return compute(self, chunk, *rest)
+
+    monkeypatch.setattr(Work, "compute", counted)
+    cache = tmp_path / "cache"
+    results = [
+        evaluate(model, reference, steps=(1,), count=64, features=inception, reference_cache=folder)
+        for folder in (cache, cache, None)
+    ]
+    assert results[0] == results[1] == results[2]
+    chunks_of_it = computed.index("1")
+    measured = ["reference"] * chunks_of_it
+    assert chunks_of_it > 0
+    assert computed == [*measured, "1", "1", *measured, "1"]
+    assert len(list(cache.iterdir())) == 1
+
+
 @pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 50_000, 1_281_167])
 def test_chunks_hold_every_image_once(count: int) -> None:
     for found in (generated_chunks(2, count), reference_chunks(count)):
@@ -129,4 +184,4 @@ def test_chunks_hold_every_image_once(count: int) -> None:
         ]
         assert found[0].first == 0
         assert found[-1].first + found[-1].count == count
-    assert len(reference_chunks(count)) <= 65
+    assert len(reference_chunks(count)) <= 16

@@ -9,10 +9,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from ict_fast.report import page, read_run
+from ict_fast.report.curves import Line, curve, heat_map
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -109,6 +111,27 @@ def test_every_stage_has_its_border_and_its_number_of_levels(run: Path) -> None:
     assert loss is not None
     labels = re.findall(r">([\d,]+)</text>", loss[0])
     assert [n for n in ("11", "21", "41", "81", "161", "321", "641", "1,281") if n not in labels] == []
+
+
+def test_the_loss_by_noise_level_is_drawn_at_its_true_steps() -> None:
+    """Ten lines to step 100 and three to step 400: their border is at a quarter of the axis."""
+    steps = [*range(10, 101, 10), 200, 300, 400]
+    rows = [[1.0 if step <= 100 else 100.0] * 2 for step in steps]
+    [content] = checked(heat_map("Loss", steps, rows, [0.01, 1.0, 100.0], 400)).pictures[:1]
+    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+    middle = pixels[pixels.shape[0] // 2]
+    borders = np.flatnonzero(np.abs(np.diff(middle, axis=0)).sum(1) > 100)
+    assert borders.mean() / len(middle) == pytest.approx(0.25, abs=0.02)
+
+
+def test_curves_of_zeros_and_shares_have_axes_to_one() -> None:
+    def labels(**options: float) -> list[str]:
+        svg = curve("name", [Line([1, 2], values)], total_steps=2, **options)
+        return re.findall(r">([\d.]+)</text>", svg)
+
+    for values in ([0.0, 0.0], [0.2, 0.02]):
+        options = {} if max(values) == 0 else {"top": 1.0}
+        assert "1.0" in labels(**options), values
 
 
 def test_everything_that_a_file_says_is_escaped(run: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ict_fast.checkpoint import write_checkpoint
 from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
+from ict_fast.consistency.model import build_seeded_network
+from ict_fast.durable import sha256_file
 from ict_fast.errors import InputError
-from ict_fast.report import read_run
+from ict_fast.report import page, read_run
 
 
 def test_a_whole_run_misses_nothing(run: Path) -> None:
@@ -43,6 +47,52 @@ def test_the_command_means_the_runs_configuration(
     assert main([*without_gpus, "--device", "cpu", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed[: printed.index("\nparameters")]) == to_dict(config)
+
+
+def test_the_command_of_a_run_that_began_with_another_means_its_configuration(
+    run: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the other's network, whose options `--init` makes the defaults, one field is as the run's is not."""
+    other = replace(config, network=replace(config.network, num_classes=0))
+    weights = build_seeded_network(other).state_dict()
+    source = tmp_path / "the other"
+    checkpoint = write_checkpoint(source, 7, {"ema": weights}, {"config": to_dict(other)}, keep=2)
+    sha256 = sha256_file(checkpoint / "ema.safetensors")
+    begun = {"path": str(source), "step": 7, "sha256": sha256}
+    (run / "init.json").write_text(json.dumps(begun | {"loaded": []}))
+    record = read_run(run)
+    words = shlex.split(record.command())
+    assert words[words.index("--init") + 1] == str(source)
+    without_gpus = words[1 : words.index("--gpus")] + words[words.index("--gpus") + 2 :]
+    assert main([*without_gpus, "--device", "cpu", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed[: printed.index("\nparameters")]) == to_dict(config)
+    assert f"init: the averaged weights of {source}, step 7" in printed
+    text = page(record)
+    assert f"{source}, step 7, sha256 {sha256}" in text
+    assert "and the weights that it began with give the same weights" in text
+
+
+def test_the_newest_measurement_is_the_runs(run: Path) -> None:
+    """evaluation.json of step 400 before the line of step 400, and behind one of step 600."""
+    assert read_run(run).measured == read_run(run).evaluation
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 600, "two_step": {"frechet_distance": 0.75}}) + "\n")
+    (run / "checkpoints/best").write_text("step-00000200\n")
+    record = read_run(run)
+    assert record.measured == record.evaluations[-1]
+    text = page(record)
+    assert "<b>0.75</b><span>Fréchet, two steps, at step 600</span>" in text
+    assert "<b>1.609</b><span>best Fréchet, one step, at step 200</span>" in text
+    assert "best Fréchet, two steps" not in text
+
+
+def test_a_result_of_another_average_is_named(run: Path) -> None:
+    file = run / "checkpoints/evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ema": "power-0.05"}))
+    text = page(read_run(run))
+    assert "<span>Fréchet, one step, at step 400, average power-0.05</span>" in text
+    assert "Step 400; average power-0.05 of the weights; 10,000 samples" in text
 
 
 def test_the_command_of_a_run_on_cpus_says_so(run: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from ict_fast.config import Config
 from ict_fast.consistency import load_model
 from ict_fast.errors import EXIT_SIGINT, InputError
 from ict_fast.training import evaluations as evaluations_module
-from ict_fast.training.trainer import train
+from ict_fast.training.trainer import plan, train
 
 
 def _measured(config: Config, **logging: Any) -> Config:
@@ -196,6 +197,108 @@ def test_ctrl_c_ends_a_measurement_which_is_made_up_for_when_the_run_goes_on(
     train(config, out=out, device="cpu")
     assert [line["step"] for line in _lines(out)] == [4, 8, 12, 16, 20, 24]
     assert (out / "checkpoints/best").read_text() == "step-00000008\n"
+
+
+def test_ctrl_c_in_the_last_measurement_says_that_it_is_missing_and_how_to_make_it(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    original = evaluations_module.Evaluations._evaluate
+
+    def interrupted(self: Any, model: object) -> dict[str, Any]:
+        if (out / "checkpoints/step-00000020").exists():
+            self._stop.exit_code = EXIT_SIGINT
+        return original(self, model)
+
+    distances(9.0, 3.0, 7.0, 5.0, 4.0, 8.0)
+    monkeypatch.setattr(evaluations_module.Evaluations, "_evaluate", interrupted)
+    config = _measured(tiny, evaluate_reference=tiny.data.path)
+    result = train(config, out=out, device="cpu")
+    assert (result.exit_code, result.step) == (EXIT_SIGINT, 24)
+    command = f"`ict-fast evaluate {out} --reference {tiny.data.path}`"
+    assert result.message.endswith(
+        f"24 steps are done; their last measurement is missing: {command} makes it"
+    )
+    assert _kept(out)[-1] == 24
+    assert [line["step"] for line in _lines(out)] == [4, 8, 12, 16, 20]
+
+
+def test_a_last_measurement_that_was_made_is_not_missing(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+) -> None:
+    distances(9.0, 3.0, 7.0, 5.0, 4.0, 8.0)
+    result = train(_measured(tiny), out=tmp_path / "run", device="cpu")
+    assert (result.exit_code, result.message) == (0, f"{tmp_path / 'run'}: 24 steps are done")
+
+
+def test_the_best_is_sought_anew_among_measurements_of_another_kind(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of twice as many images: the best before, 3 of step 8, says nothing about them."""
+    out, config = tmp_path / "run", _measured(tiny, keep_checkpoints=3)
+    distances(9.0, 3.0, 7.0, 5.0, 4.0, 2.0)
+    train(config, out=out, device="cpu")
+    for step in (20, 24):
+        shutil.rmtree(out / f"checkpoints/step-{step:08d}")
+    (out / "checkpoints/best").write_text("step-00000008\n")
+    distances(6.0, 7.0)
+    train(_measured(tiny, keep_checkpoints=3, evaluate_count=128), out=out, device="cpu")
+    assert [(line["step"], line["count"]) for line in _lines(out)] == [
+        *((step, 64) for step in (4, 8, 12, 16)),
+        *((step, 128) for step in (20, 24)),
+    ]
+    assert (out / "checkpoints/best").read_text() == "step-00000020\n"
+    shown = capsys.readouterr().err
+    assert shown.count("the first of its kind: that of step 8, the best before, does not compare") == 1
+    assert "step 24: Fréchet distance 7 in 1 step, best 6 at step 20" in shown
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("option", ["evaluate_features", "evaluate_reference"])
+def test_files_that_can_never_measure_are_refused_before_the_first_step(
+    tiny: Config, tmp_path: Path, option: str, processes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Features that are a pickle; a reference of images of another size."""
+    file = tmp_path / ("features.pt" if option == "evaluate_features" else "reference.npz")
+    if option == "evaluate_features":
+        torch.save({"a": torch.ones(2)}, file)
+    else:
+        np.savez(file, arr_0=np.zeros((8, 16, 16, 1), np.uint8))
+    config, out = _measured(tiny, **{option: str(file)}), tmp_path / "run"
+    said = "refused, it is a pickle" if option == "evaluate_features" else "holds images of 16x16"
+    with pytest.raises(InputError, match=said) as refused:
+        train(config, out=out, device="cpu", processes=processes)
+    assert "\n" not in str(refused.value)
+    assert not out.exists()
+    assert f"measurements: not here: {refused.value}" in plan(config, out=out, device="cpu")
+
+
+def test_a_plan_refuses_what_no_machine_can_measure_and_says_what_is_missing_on_this_one(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cifar10 = presets.get("cifar10")
+    with pytest.raises(InputError, match="evaluate-features FILE"):
+        plan(_measured(cifar10), out=tmp_path / "run", device="cpu")
+    said = plan(_measured(cifar10, evaluate_features="nowhere.pt"), out=tmp_path / "run", device="cpu")
+    assert "measurements: not here: --logging.evaluate-features is nowhere.pt, which is not there" in said
+    monkeypatch.setattr("ict_fast.training.trackers._is_installed", lambda package: False)
+    said = plan(_measured(tiny, tracker="wandb"), out=tmp_path / "run", device="cpu")
+    assert "tracker: not here: --logging.tracker is wandb, which is not installed" in said
+    assert "measurements" not in said
+
+
+def test_the_run_keeps_what_is_computed_of_a_reference(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def evaluate(model: object, reference: Path, **options: Any) -> dict[str, Any]:
+        given.append(options["reference_cache"])
+        return {"one_step": {"frechet_distance": 1.0}}
+
+    monkeypatch.setattr(ict_fast.evaluation, "evaluate", evaluate)
+    train(_measured(tiny, evaluate_every=12), out=tmp_path / "run", device="cpu")
+    assert given == [tmp_path / "run" / "evaluation"] * 2
 
 
 def test_the_measured_model_leaves_the_training_network_alone(

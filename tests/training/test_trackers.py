@@ -130,7 +130,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorder = _Recorder(good_calls=2)
-    monkeypatch.setattr("ict_fast.training.trainer.open_tracker", lambda run: recorder)
+    monkeypatch.setattr("ict_fast.training.trainer.open_tracker", lambda run, warn: recorder)
     assert train(_tracked(tiny, "none"), out=tmp_path / "run", device="cpu").exit_code == 0
     assert [call[:2] for call in recorder.calls] == [("figures", 4), ("figures", 8)]
     assert capsys.readouterr().err.count("--logging.tracker failed (No space left on device)") == 1
@@ -176,7 +176,22 @@ def test_weights_and_biases_that_cannot_start_is_bad_input(
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(InputError, match=r"cannot be started \(api_key not configured .*WANDB_MODE=offline"):
-        trackers.open_tracker(Run(tmp_path, _tracked(tiny, "wandb"), None))
+        trackers.open_tracker(Run(tmp_path, _tracked(tiny, "wandb"), None), pytest.fail)
+
+
+def test_a_tensorboard_that_cannot_be_opened_costs_a_warning_unless_it_was_asked_for(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file is where its folder would be."""
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("")
+    warnings: list[str] = []
+    assert trackers.open_tracker(Run(tmp_path, _tracked(tiny, "auto"), None), warnings.append) is None
+    [said] = warnings
+    assert said.startswith("TensorBoard cannot be started (")
+    assert said.endswith("the run goes on without it")
+    with pytest.raises(InputError, match=r"--logging.tracker tensorboard cannot be started .* none does"):
+        trackers.open_tracker(Run(tmp_path, _tracked(tiny, "tensorboard"), None), pytest.fail)
 
 
 def test_curves_are_numbers_by_tag(tiny: Config) -> None:

@@ -1,0 +1,19 @@
+"""The process-wide switches of torch that every computation of a network relies on."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def configure_torch(device: torch.device, *, deterministic: bool) -> None:
+    """Sets the process-wide switches of torch that a run relies on."""
+    # The network's ends must be IEEE fp32: TF32 rounding makes neighbouring noise levels identical.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

@@ -67,7 +67,8 @@ def ablation_section(report: dict[str, Any]) -> str:
 def exactness_section(report: dict[str, Any]) -> str:
     import exactness
 
-    return exactness.section(report)
+    picture = "![Errors against sigma and N](../benchmarks/results/exactness.png)"
+    return f"{exactness.section(report).rstrip()}\n\n{picture}\n"
 
 
 def honesty_section(report: dict[str, Any]) -> str:

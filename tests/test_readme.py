@@ -51,6 +51,8 @@ def test_the_readmes_ict_fast_commands_run_in_their_order(workshop: Path) -> Non
             command[1] == "train" and "--gpus" in command
         ):  # what its options mean is shown; that it trains is for tests/gpu
             command = [*command, "--dry-run"]
+        elif command[1] == "ablate":
+            command = [*command, *shlex.split("--only ict --seeds 1 --total-steps 8 --count 64 --device cpu")]
         elif command[1] == "train" and "--dry-run" not in command:
             command = [*shlex.split(re.sub(r"--training.total-steps \d+", "", shlex.join(command))), *SHORT]
         run = subprocess.run(

@@ -113,6 +113,7 @@ def test_a_reconstructed_decay_is_the_one_that_was_tracked(
     assert average.keys() == tracked.keys()
     assert said["snapshots"] == 16
     assert 1e-4 < said["profile_error"] < poor
+    assert _distance(average, tracked) < 1e-3
     assert _distance(average, tracked) < said["profile_error"] * _distance(last, tracked)
     assert _distance(last, tracked) > 1e-3
 

@@ -144,6 +144,7 @@ def run_part(part: str, out: Path, budget_seconds: float, only: str = "") -> int
     report, path = header(part, out)
     report |= {"budget_seconds": budget_seconds, "only": only}
     offered = PARTS[part](device, session)
+    report["offered"] = list(offered)
     measurements = {each: measure for each, measure in offered.items() if only in each}
     if not measurements:
         _say(f"--only {only}: no name of part {part} has it; there are: {'; '.join(offered)}")

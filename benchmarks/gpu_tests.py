@@ -24,7 +24,7 @@ FOLDER = "tests/gpu"
 # How the plugin in the child process learns where to write and when to stop.
 _OUTCOMES, _DEADLINE = "ICT_FAST_GPU_TESTS_OUTCOMES", "ICT_FAST_GPU_TESTS_DEADLINE"
 # For the test that runs when the budget ends.
-GRACE_SECONDS = 60
+GRACE_SECONDS = 40
 _LATE = "the budget was used up"
 _PROJECT = ("ict_fast", "ict_kernels", "kernel_cases")
 

@@ -151,9 +151,16 @@ def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
                 f"Convolutions and attention alone: {record['floor']['ms']:.1f} ms ({parts}); the step takes"
                 f" {record['times_the_floor']:.2f} times that."
             )
-        for kind in ("failed", "left_out"):
-            if record.get(kind):
-                yield "; ".join(f"{each}: {reason}" for each, reason in record[kind].items())
+        for batch, variants in record.get("larger_batches", {}).items():
+            times = ", ".join(f"{each} {figures['ms_per_step']:.1f} ms" for each, figures in variants.items())
+            yield f"At {batch} images, for which not every variant has the memory: {times}."
+        yield from _without_figures(record)
+
+
+def _without_figures(record: dict[str, Any]) -> Iterator[str]:
+    for kind in ("failed", "left_out"):
+        if record.get(kind):
+            yield "; ".join(f"{each}: {reason}" for each, reason in record[kind].items())
 
 
 def data_blocks(found: dict[str, Entry]) -> Iterator[str]:
@@ -216,6 +223,7 @@ def profile_blocks(found: dict[str, Entry]) -> Iterator[str]:
         if entry.record.get("profiles"):
             yield f"{name}, {entry.record['batch_size']} images ({link(entry.file)}):"
             yield table_of(entry.record["profiles"]).strip()
+            yield from _without_figures(entry.record)
 
 
 def other_blocks(found: dict[str, Entry]) -> Iterator[str]:

@@ -124,12 +124,9 @@ def profile_result() -> dict[str, Any]:
 
 def write_results(folder: Path) -> None:
     """One report of every part, of a made-up GPU."""
-    variants = {
-        "ict-fast": 200.0,
-        "inductor": 230.0,
-        "inductor, raised thresholds": 208.0,
-        "torch, uncompiled": 400.0,
-    }
+    from gpu_step import INDUCTOR, TUNED
+
+    variants = {"ict-fast": 200.0, INDUCTOR: 230.0, TUNED: 208.0, "torch, uncompiled": 400.0}
     copy = comparison(2.0, 1.9, 8.6e9, **{"torch.optim.RAdam, foreach, + foreach EMA": 9.0})
     parts: dict[str, list[dict[str, Any]]] = {
         "tests": [

@@ -202,7 +202,11 @@ def measure_steps(
         yield record
         return
     if device.type == "cuda" and not time_is_up():
-        record["floor"] = measure_floor(preset, record["batch_size"], device)
+        try:
+            record["floor"] = measure_floor(preset, record["batch_size"], device)
+        except Exception as error:
+            record["failed"]["convolutions and attention alone"] = _in_a_line(error)
+        clean_up(device)
         _summarise(record, config)
         yield record
     for name in reversed(list(record["variants"])):
@@ -230,7 +234,7 @@ def _measure_variant(
             config = replace(config, training=replace(config.training, batch_size=batch // 2))
         problem = f"out of memory at {batch} images"
     except Exception as error:
-        problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        problem = _in_a_line(error)
     clean_up(device)  # now that no error's traceback holds tensors
     if problem:
         if config.training.batch_size == batch:
@@ -242,6 +246,10 @@ def _measure_variant(
     entry["passes"].append({key: figures[key] for key in ("ms_all", "host_ms", "matrix_tflop_per_s")})
     entry["peak_memory_bytes"] = figures["peak_memory_bytes"]
     return config
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def clean_up(device: torch.device) -> None:

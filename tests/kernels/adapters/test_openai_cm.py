@@ -23,7 +23,7 @@ def call(theirs, network, images, **options):
 
 
 def test_under_autocast_every_weight_has_its_gradient(theirs, network, images, monkeypatch):
-    """Torch before 2.13 gives the student the casts that the teacher made without gradients."""
+    """Older torch gives the student the casts that the teacher made without gradients; 2.13 does not."""
     calls = []
     clear = torch.clear_autocast_cache
     monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (calls.append("forget"), clear()))

@@ -9,7 +9,9 @@ What differs between their losses by the paper differs here too: times are compa
 from __future__ import annotations
 
 import copy
+import math
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ import other_trainers as theirs
 import torch
 from gpu_baselines import COMPILED_ON
 from gpu_timing import time_in_turn
+from machine import seconds_of
 from torch import Tensor, nn
 
 from ict_kernels import GroupNormSiLU, SharedDropout
@@ -29,20 +32,42 @@ WARM_UP_ROUNDS, ROUNDS = 3, 7
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
-def part_dropin(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What to measure, by name; on a CPU a network and a batch that say nothing about speed."""
+def part_dropin(device: torch.device, session: Any) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What to measure, by name, what has to be compiled last; on a CPU a network and a batch that say nothing
+    about speed.
+
+    Args:
+        session: whose `left()` is the seconds that are left.
+    """
     modes = (False, True) if device.type in COMPILED_ON else (False,)
+    # Of those so far, the longest first call, which compiles: what the next one may take too.
+    longest = dict.fromkeys(modes, 0.0)
+
+    def measure(name: str, compiled: bool) -> dict[str, Any]:
+        if session.left() < longest[compiled]:
+            return {"not_measured": f"a first call takes {longest[compiled]:.0f} s, more than were left"}
+        record = measure_dropin(name, compiled, device, session.left())
+        longest[compiled] = max(longest[compiled], *record["first_call_s"].values())
+        return record
+
     return {
-        f"drop-in, {name}{', compiled network' if compiled else ''}": partial(
-            measure_dropin, name, compiled, device
-        )
-        for name in LOSSES
+        f"drop-in, {name}{', compiled network' if compiled else ''}": partial(measure, name, compiled)
         for compiled in modes
+        for name in LOSSES
     }
 
 
-def measure_dropin(name: str, compiled: bool, device: torch.device) -> dict[str, Any]:
-    """Milliseconds and peak memory of a step by each variant."""
+def measure_dropin(
+    name: str, compiled: bool, device: torch.device, seconds: float = math.inf
+) -> dict[str, Any]:
+    """Milliseconds and peak memory of a step by each variant.
+
+    Args:
+        name: of LOSSES.
+        compiled: whether the networks are.
+        device: where the steps run.
+        seconds: a variant whose first call would not end within them is left out, and named.
+    """
     on_gpu = device.type == "cuda"
     channels, blocks, groups, batch = (128, 4, 32, 256) if on_gpu else (16, 1, 4, 2)
     own, ours = LOSSES[name]
@@ -59,10 +84,15 @@ def measure_dropin(name: str, compiled: bool, device: torch.device) -> dict[str,
         "drop-in loss, group norms replaced": (ours, replaced),
     }
     torch.compiler.reset()
+    started, first_calls, left_out = time.monotonic(), dict[str, float](), dict[str, str]()
     steps = {}
     for variant, (loss, of) in variants.items():
+        if first_calls and time.monotonic() - started + max(first_calls.values()) > seconds:
+            left_out[variant] = "the part's time was used up"
+            continue
         module = torch.compile(of) if compiled else of
         steps[variant] = partial(_step, loss, module, of, images)
+        first_calls[variant] = seconds_of(steps[variant], device)
     warm_up, timed = (WARM_UP_ROUNDS, ROUNDS) if on_gpu else (0, 1)
     rounds = [time_in_turn(list(steps.values()), device) for _ in range(warm_up + timed)]
     milliseconds = {
@@ -78,6 +108,8 @@ def measure_dropin(name: str, compiled: bool, device: torch.device) -> dict[str,
         "parameters": sum(p.numel() for p in network.parameters()),
         "blocks_replaced": len(replacement.changed),
         "norms_left": len(replacement.left),
+        "first_call_s": first_calls,
+        "left_out": left_out,
         "ms": medians,
         "ms_all": milliseconds,
         "times_faster": {variant: medians["own loss"] / ms for variant, ms in medians.items()},

@@ -99,7 +99,10 @@ def _inductor(
     return step, step
 
 
-OURS, INDUCTOR, TUNED, PLAIN = "ict-fast", "inductor", "inductor, raised thresholds", "torch, uncompiled"
+OURS, PLAIN, AUTOTUNED = "ict-fast", "torch, uncompiled", "ict-fast, max-autotune"
+# Like ours, without the reductions that give wrong gradients in torch 2.13 (see compilation.py).
+INDUCTOR = "inductor, mix_order_reduction off"
+TUNED = "inductor, raised thresholds, mix_order_reduction off"
 # In the order of measuring; one more variant is one more line.
 VARIANTS: dict[str, Variant] = {
     OURS: partial(_ours, "on"),
@@ -108,8 +111,10 @@ VARIANTS: dict[str, Variant] = {
     PLAIN: _plain,
     "ict-fast, CUDA graph": _captured,
     "ict-fast, uncompiled": partial(_ours, "off"),
-    "ict-fast, max-autotune": partial(_ours, "max-autotune"),
+    AUTOTUNED: partial(_ours, "max-autotune"),
 }
+# Tries many kernels for each convolution: by itself it can use up a part's time, so it has to be asked for.
+_ON_REQUEST = (AUTOTUNED,)
 CPU_VARIANTS = ("ict-fast, uncompiled", PLAIN)
 
 
@@ -120,13 +125,18 @@ def part_step(device: torch.device, session: Any) -> dict[str, Callable[[], Iter
     """What to measure, by name; on a CPU the digits' small network.
 
     Args:
-        session: whose `share()` is the seconds that the measurement which asks may take.
+        session: whose `share()` is the seconds that the measurement which asks may take; max-autotune is
+            offered to `--only max-autotune`.
     """
     sizes = CPU_SIZES if device.type == "cpu" else GPU_SIZES
+    kinds: dict[str, Sequence[str]] = {"": ()}
+    if "max-autotune" in session.only:
+        kinds[", max-autotune"] = (OURS, AUTOTUNED)
     return {
-        f"step, {preset}": lambda preset=preset, images=images: measure_steps(  # type: ignore[misc]
-            preset, images, device, session.share()
+        f"step, {preset}{suffix}": lambda preset=preset, images=images, names=names: measure_steps(  # type: ignore[misc]
+            preset, images, device, session.share(), names
         )
+        for suffix, names in kinds.items()
         for preset, images in sizes
     }
 
@@ -144,14 +154,17 @@ def measure_steps(
 
     Args:
         preset: whose network and method.
-        images: in a step; halved until it fits into the device's memory.
+        images: in a step; halved until every variant fits into the device's memory. What was measured of a
+            larger batch stays in the record, under `larger_batches`.
         budget_seconds: no variant is begun after this time; what is left out is named.
         names: the variants to measure; by default all that make sense on the device.
     Yields:
         The record so far, after every variant.
     """
     started, config = time.monotonic(), step_config(preset, images)
-    names = list(names) or list(VARIANTS if device.type == "cuda" else CPU_VARIANTS)
+    names = list(names) or [name for name in VARIANTS if name not in _ON_REQUEST]
+    if device.type == "cpu":
+        names = [name for name in CPU_VARIANTS if name in names] or names
     peak = ceilings(device.type)["matrix_tflop_per_s"]["bf16" if device.type == "cuda" else "fp32"]
     record: dict[str, Any] = {
         "preset": preset,
@@ -167,55 +180,84 @@ def measure_steps(
     def time_is_up() -> bool:
         return time.monotonic() - started + longest > budget_seconds
 
-    for name in names:
+    to_come = list(names)
+    while to_come:
+        name = to_come.pop(0)
         if record["variants"] and time_is_up():
             record["left_out"][name] = f"the {budget_seconds:.0f} s of this network were used up"
             continue
         begun = time.monotonic()
-        config = _measure_variant(name, config, device, record)
+        fits = _measure_variant(name, config, device, record, halve=not time_is_up())
         longest = max(longest, (time.monotonic() - begun) / 2)  # later ones find most of the code compiled
-        record["batch_size"] = config.training.batch_size
+        if fits is not config:  # all variants take the same batch, so they begin anew
+            if record["variants"]:
+                record.setdefault("larger_batches", {})[str(config.training.batch_size)] = record["variants"]
+            config, to_come = fits, list(names)
+            record |= {"batch_size": config.training.batch_size, "variants": {}, "failed": {}}
+            continue
         _summarise(record, config)
         yield record
+    if not record["variants"] or names[0] in record["failed"]:
+        record["error"] = "; ".join(f"{name}: {reason}" for name, reason in record["failed"].items())
+        yield record
+        return
     if device.type == "cuda" and not time_is_up():
-        record["floor"] = measure_floor(preset, record["batch_size"], device)
+        try:
+            record["floor"] = measure_floor(preset, record["batch_size"], device)
+        except Exception as error:
+            record["failed"]["convolutions and attention alone"] = _in_a_line(error)
+        clean_up(device)
         _summarise(record, config)
         yield record
     for name in reversed(list(record["variants"])):
         if time_is_up():
             break
-        config = _measure_variant(name, config, device, record)
+        _measure_variant(name, config, device, record, halve=False)
         _summarise(record, config)
         yield record
 
 
-def _measure_variant(name: str, config: Config, device: torch.device, record: dict[str, Any]) -> Config:
-    """Adds a pass of a variant to the record; returns the configuration that fitted into memory."""
-    while True:
-        try:
-            figures = _time_variant(name, config, device)
-            break
-        except torch.OutOfMemoryError:
-            batch = config.training.batch_size
-            if record["variants"] or batch < 16:  # all variants take the same batch
-                record["failed"][name] = f"out of memory at {batch} images"
-                return config
+def _measure_variant(
+    name: str, config: Config, device: torch.device, record: dict[str, Any], *, halve: bool
+) -> Config:
+    """Adds a pass of a variant to the record, or why there is none.
+
+    Args:
+        halve: if it does not fit into memory, leave the record as it is and return the configuration with
+            half the batch. Otherwise the one given is returned.
+    """
+    batch, problem, figures = config.training.batch_size, "", {}
+    try:
+        figures = _time_variant(name, config, device)
+    except torch.OutOfMemoryError:
+        if halve and batch >= 16:
             config = replace(config, training=replace(config.training, batch_size=batch // 2))
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            record["failed"][name] = f"{type(error).__name__}: {lines[0]}"
-            return config
-        finally:
-            torch.compiler.reset()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        problem = f"out of memory at {batch} images"
+    except Exception as error:
+        problem = _in_a_line(error)
+    clean_up(device)  # now that no error's traceback holds tensors
+    if problem:
+        if config.training.batch_size == batch:
+            record["failed"][name] = problem
+        return config
     entry = record["variants"].setdefault(
         name, {"passes": [], "first_step_s": figures["first_step_s"], "parameters": figures["parameters"]}
     )
     entry["passes"].append({key: figures[key] for key in ("ms_all", "host_ms", "matrix_tflop_per_s")})
     entry["peak_memory_bytes"] = figures["peak_memory_bytes"]
     return config
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def clean_up(device: torch.device) -> None:
+    """Frees compiled code and memory; captured graphs stand in cycles with their tensors."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, Any]:

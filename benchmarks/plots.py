@@ -62,7 +62,7 @@ def _kernels(machine: Machine, path: Path) -> str | None:
         axis.plot(*zip(*values, strict=True), "o", ms=5, alpha=0.8, color=colour, label=label)
     copied = list(zip(*copy, strict=True))
     axis.plot(*copied, "_", color="black", ms=9, label="a copy of as many bytes")
-    report = machine.reports["kernels" if "kernels" in machine.reports else "optimizer"].record
+    report = machine.reports[entry.file].record
     if report.get("ceilings"):
         axis.axhline(report["ceilings"]["copy_gb_per_s"], color="black", ls=":", label="a copy of 4 GB")
     axis.set(xscale="log", xlabel="bytes that the algorithm moves", ylabel="GB/s", title=machine.name)

@@ -1,21 +1,23 @@
 """Where a training step's time goes, before the kernels and with them: `python benchmarks/profile_step.py`.
 
 "Before" is the same network in plain torch, as plain_network.py has it: on a GPU compiled by Inductor as ours
-is, on a CPU uncompiled. Each is profiled over a few steps fed by the resident loader. Written to --out: a
-Kineto trace of each (open it in Perfetto or chrome://tracing), and profile-*.json with the milliseconds of a
-step by category and its most expensive operations. Categories go by name, see step_categories.py: on a GPU by
-the kernel's, on a CPU by torch's operation (its own time, without what it calls). Idle: no kernel ran, or
-torch did not.
+is, on a CPU uncompiled. Each is profiled over a few steps fed by the resident loader, or by the same batch
+again where numpy is absent. Written to --out: a Kineto trace of each (open it in Perfetto or
+chrome://tracing), and profile-*.json with the milliseconds of a step by category and its most expensive
+operations. Categories go by name, see step_categories.py: on a GPU by the kernel's, on a CPU by torch's
+operation (its own time, without what it calls). Idle: no kernel ran, or torch did not.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from gpu_data import random_store  # noqa: E402
-from gpu_step import CPU_VARIANTS, INDUCTOR, OURS, PLAIN, VARIANTS, step_config  # noqa: E402
+from gpu_step import (  # noqa: E402
+    CPU_VARIANTS,
+    INDUCTOR,
+    OURS,
+    PLAIN,
+    VARIANTS,
+    clean_up,
+    step_config,
+    synthetic_batches,
+)
+from machine import absent  # noqa: E402
 from step_categories import CATEGORIES, DATA, IDLE, category  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
-from ict_fast.data.resident_loader import ResidentLoader  # noqa: E402
+from ict_fast.config import Config  # noqa: E402
 
 BEFORE_AND_AFTER = {"cuda": (INDUCTOR, OURS), "cpu": (PLAIN, CPU_VARIANTS[0])}
 SIZES = {"cuda": (("imagenet64", 128), ("cifar10", 512)), "cpu": (("digits", 96),)}
@@ -42,34 +53,81 @@ def part_profile(device: torch.device, session: Any) -> dict[str, Callable[[], I
     """What to measure, by name; the traces go into the session's folder."""
     return {
         f"profile, {preset}": lambda preset=preset, images=images: profile_preset(  # type: ignore[misc]
-            preset, images, device, session.out
+            preset, images, device, session.out, seconds=session.share()
         )
         for preset, images in SIZES[device.type]
     }
 
 
 def profile_preset(
-    preset: str, images: int, device: torch.device, out: Path, variants: Sequence[str] = ()
+    preset: str,
+    images: int,
+    device: torch.device,
+    out: Path,
+    variants: Sequence[str] = (),
+    seconds: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
     """The profiles of a preset's step, before and after; yields the record after each.
 
     Args:
-        preset, images: the network, and the images in a step.
+        preset, images: the network, and the images in a step, halved until all fit into the device's memory.
         out: folder for the traces, which exists.
         variants: of gpu_step.VARIANTS, in place of before and after.
+        seconds: no variant is begun that would not end within them; what is left out is named.
     """
-    record: dict[str, Any] = {"preset": preset, "batch_size": images, "profiles": {}}
-    for name in variants or BEFORE_AND_AFTER[device.type]:
+    started, longest = time.monotonic(), 0.0
+    names = list(variants or BEFORE_AND_AFTER[device.type])
+    record: dict[str, Any] = {"preset": preset, "batch_size": images, "profiles": {}, "failed": {}}
+    to_come = list(names)
+    while to_come:
+        name = to_come.pop(0)
+        begun = time.monotonic()
+        if record["profiles"] and begun - started + longest > seconds:
+            record.setdefault("left_out", {})[name] = f"the {seconds:.0f} s of this network were used up"
+            continue
         slug = "".join(letter if letter.isalnum() else "-" for letter in name)
         trace = out / f"trace-{preset}-{slug}-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
-        record["profiles"][name] = profile_variant(name, preset, images, device, trace)
-        torch.compiler.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        batch = record["batch_size"]
+        try:
+            record["profiles"][name] = profile_variant(name, preset, batch, device, trace)
+        except torch.OutOfMemoryError:
+            if batch < 16:
+                record["failed"][name] = f"out of memory at {batch} images"
+            else:  # what is compared has one batch
+                record |= {"batch_size": batch // 2, "profiles": {}, "failed": {}}
+                to_come = list(names)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            record["failed"][name] = f"{type(error).__name__}: {lines[0]}"
+        clean_up(device)
+        longest = max(longest, time.monotonic() - begun)
         record["summary"] = "; ".join(
             f"{each}: {found['wall_ms']:.1f} ms" for each, found in record["profiles"].items()
         )
         yield record
+    if not record["profiles"]:
+        record["error"] = "; ".join(f"{name}: {reason}" for name, reason in record["failed"].items())
+        yield record
+
+
+@contextmanager
+def _batches(config: Config, device: torch.device) -> Iterator[Callable[[int], Any]]:
+    """What gives the batches of a step: the resident loader, or without numpy the same ones again."""
+    if absent("numpy"):
+        batches = synthetic_batches(config, device)
+        yield lambda k: batches
+        return
+    from gpu_data import random_store
+
+    from ict_fast.data.resident_loader import ResidentLoader
+
+    network, images = config.network, config.training.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(
+            Path(folder) / "store", max(512, 2 * images), network.resolution, network.image_channels
+        )
+        with ResidentLoader(store, batch_size=images, seed=0, flip=config.data.flip, device=device) as loader:
+            yield loader.micro_batches
 
 
 def profile_variant(name: str, preset: str, images: int, device: torch.device, trace: Path) -> dict[str, Any]:
@@ -80,17 +138,12 @@ def profile_variant(name: str, preset: str, images: int, device: torch.device, t
         and category; the trace's name.
     """
     config = step_config(preset, images)
-    network = config.network
-    with tempfile.TemporaryDirectory() as folder:
-        store = random_store(
-            Path(folder) / "store", max(512, 2 * images), network.resolution, network.image_channels
-        )
+    with _batches(config, device) as batches_of:
         step, _ = VARIANTS[name](config, device)
-        loader = ResidentLoader(store, batch_size=images, seed=0, flip=config.data.flip, device=device)
 
         def run(k: int) -> None:
             with record_function(_LOADER):
-                batches = loader.micro_batches(k)
+                batches = batches_of(k)
             step(k, batches)
 
         for k in range(WARM_UP_STEPS):
@@ -99,7 +152,7 @@ def profile_variant(name: str, preset: str, images: int, device: torch.device, t
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize()
-        with loader, profile(activities=activities) as profiler:
+        with profile(activities=activities) as profiler:
             started = time.perf_counter()
             for k in range(WARM_UP_STEPS, WARM_UP_STEPS + PROFILED_STEPS):
                 run(k)

@@ -63,9 +63,7 @@ def goals_table(results: Results) -> str:
             rows.append((goal.text, goal.bound, NOT_YET, "", ""))
         for each in reached:
             value = f"{each.value:.3g}{goal.unit} ({each.where}{'; ' + each.worst if each.worst else ''})"
-            rows.append(
-                (goal.text, goal.bound, value, "yes" if goal.is_met(each) else "**no**", link(each.file))
-            )
+            rows.append((goal.text, goal.bound, value, goal.verdict(each), link(each.file)))
     return table(("goal", "bound", "measured", "met", "file"), rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gpu_timing import COPIES, OURS
 from page import NOT_YET, link, table
@@ -39,13 +40,14 @@ def gpu_blocks(results: Results, plots: Path) -> Iterator[str]:
             if not machine.parts.get(part):
                 yield f"{NOT_YET}: `python benchmarks/run_gpu.py --part {part}`"
                 continue
-            yield about(machine.reports[part])
+            for file in dict.fromkeys(entry.file for entry in machine.parts[part].values()):
+                yield about(machine.reports[file])
             yield from PART_BLOCKS[part](machine.parts[part])
             yield from left_out(machine.parts[part])
 
 
 def about(report: Entry) -> str:
-    """Where a part's figures are from."""
+    """Where a file's figures are from."""
     record = report.record
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
     ceilings = record.get("ceilings") or {}
@@ -66,6 +68,11 @@ def left_out(found: dict[str, Entry]) -> Iterator[str]:
         f"* {name}: {entry.record.get('error') or entry.record.get('not_measured')} ({link(entry.file)})"
         for name, entry in found.items()
         if "error" in entry.record or entry.record.get("not_measured")
+    ] + [
+        f"* {name}: the figure is of {link(entry.file)}; a later run failed:"
+        f" {entry.failed_since.record['error']} ({link(entry.failed_since.file)})"
+        for name, entry in found.items()
+        if entry.failed_since is not None
     ]
     if lines:
         yield "Not measured, or in part:\n\n" + "\n".join(lines)
@@ -93,13 +100,14 @@ def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
                     f"{figures['gb_per_s']:.0f}",
                     f"{figures['percent_of_copy']:.0f} %",
                     ", ".join(f"{ratio:.2f}x {other}" for other, ratio in others.items()),
+                    link(entry.file),
                 )
             )
-    head = ("case", "direction", "algorithm", "ms", "GB/s", "of a copy", "faster than")
+    head = ("case", "direction", "algorithm", "ms", "GB/s", "of a copy", "faster than", "file")
     if rows:
         yield table(head, rows, right=3)
     errors = [
-        (name, f"{each['max_error']:.3g}", f"{each['torch_max_error']:.3g}")
+        (name, f"{each['max_error']:.3g}", f"{each['torch_max_error']:.3g}", link(entry.file))
         for name, entry in found.items()
         for each in [
             max((entry.record.get("errors") or {}).values(), key=lambda e: e["ratio"] or 0, default=None)
@@ -108,7 +116,14 @@ def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
     ]
     if errors:
         yield "Largest error against float64, of the tensor that compares worst:"
-        yield table(("case", "ours", "torch's"), errors, right=1)
+        yield table(("case", "ours", "torch's", "file"), errors, right=1)
+    failed = [
+        f"* {name}, {variant}: {reason} ({link(entry.file)})"
+        for name, entry in found.items()
+        for variant, reason in entry.record.get("failed", {}).items()
+    ]
+    if failed:
+        yield "Variants that could not run:\n\n" + "\n".join(failed)
 
 
 def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
@@ -136,9 +151,16 @@ def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
                 f"Convolutions and attention alone: {record['floor']['ms']:.1f} ms ({parts}); the step takes"
                 f" {record['times_the_floor']:.2f} times that."
             )
-        for kind in ("failed", "left_out"):
-            if record.get(kind):
-                yield "; ".join(f"{each}: {reason}" for each, reason in record[kind].items())
+        for batch, variants in record.get("larger_batches", {}).items():
+            times = ", ".join(f"{each} {figures['ms_per_step']:.1f} ms" for each, figures in variants.items())
+            yield f"At {batch} images, for which not every variant has the memory: {times}."
+        yield from _without_figures(record)
+
+
+def _without_figures(record: dict[str, Any]) -> Iterator[str]:
+    for kind in ("failed", "left_out"):
+        if record.get(kind):
+            yield "; ".join(f"{each}: {reason}" for each, reason in record[kind].items())
 
 
 def data_blocks(found: dict[str, Entry]) -> Iterator[str]:
@@ -147,16 +169,25 @@ def data_blocks(found: dict[str, Entry]) -> Iterator[str]:
             name,
             contestant,
             f"{rate:,.0f}",
-            f"{entry.record.get('percent_of_link', {}).get(contestant, 0):.0f} %",
+            _of_link(contestant, entry.record),
+            link(entry.file),
         )
         for name, entry in found.items()
         for contestant, rate in entry.record.get("images_per_second_of", {}).items()
     ]
     if rows:
-        yield table(("store", "loader", "images/s", "of a pinned copy"), rows, right=2)
+        yield table(("store", "loader", "images/s", "of a pinned copy", "file"), rows, right=2)
     for name, entry in found.items():
         if entry.record.get("left_out"):
             yield f"{name}: " + "; ".join(f"{k}: {v}" for k, v in entry.record["left_out"].items())
+
+
+def _of_link(contestant: str, record: dict[str, Any]) -> str:
+    """The share of a pinned copy's rate; empty where it was not measured, and for the resident loader, whose
+    images do not cross the link.
+    """
+    share = None if contestant == "resident" else record.get("percent_of_link", {}).get(contestant)
+    return "" if share is None else f"{share:.0f} %"
 
 
 def train_blocks(found: dict[str, Entry]) -> Iterator[str]:
@@ -192,6 +223,7 @@ def profile_blocks(found: dict[str, Entry]) -> Iterator[str]:
         if entry.record.get("profiles"):
             yield f"{name}, {entry.record['batch_size']} images ({link(entry.file)}):"
             yield table_of(entry.record["profiles"]).strip()
+            yield from _without_figures(entry.record)
 
 
 def other_blocks(found: dict[str, Entry]) -> Iterator[str]:

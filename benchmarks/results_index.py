@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ PARTS = ("tests", "kernels", "optimizer", "step", "data", "train", "dropin", "pr
 
 @dataclass(frozen=True)
 class Entry:
-    """One result, and the name of the file that it is from."""
+    """One result, and the name of the file that it is from; what failed in a later run, if that did."""
 
     record: dict[str, Any]
     file: str
+    failed_since: Entry | None = None
+
+    @property
+    def rank(self) -> int:
+        """2 if it was measured, 1 if it failed, 0 if it was not reached. Tests that fail were measured."""
+        if self.record.get("not_measured"):
+            return 0
+        return 1 if "error" in self.record and not self.record.get("counts") else 2
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,9 @@ class Machine:
 
     Attributes:
         name: of the GPU.
-        parts: results by part and name; of several runs the newest that measured something.
-        reports: the newest report of every part, with hardware, versions and date.
+        parts: results by part and name: of several runs the newest that measured it, else the newest that
+            failed. What a run offered and no run has got to is there too, as not measured.
+        reports: by file, with hardware, versions and date.
     """
 
     name: str
@@ -86,11 +95,16 @@ def _machines(folder: Path) -> dict[str, Machine]:
     for _, file, report in sorted(reports, key=lambda each: each[:2]):
         name = report["hardware"]["gpu"]
         machine = found.setdefault(name, Machine(name, defaultdict(dict), {}))
-        machine.reports[report["part"]] = Entry(report, file)
+        machine.reports[file] = Entry(report, file)
         results = machine.parts[report["part"]]
         for each in report["results"]:
-            if "not_measured" not in each or each["name"] not in results:
-                results[each["name"]] = Entry(each, file)
+            new, old = Entry(each, file), results.get(each["name"])
+            if old is None or new.rank >= old.rank:
+                results[each["name"]] = new
+            elif new.rank == 1:
+                results[each["name"]] = replace(old, failed_since=new)
+        for each in report.get("offered", ()):
+            results.setdefault(each, Entry({"name": each, "not_measured": "no run has got to it"}, file))
     return found
 
 

@@ -7,6 +7,7 @@ among them; optimizer; step, whole training steps; data, the loaders; train, a r
 kernels in other code bases; profile, where a step's time goes. Every part fits into its budget, compilation
 included: what the time does not reach is named, and `--only TEXT` gives all of it to some. Both networks'
 steps with every variant take two calls: `--part step --only imagenet64`, `--part step --only cifar10`.
+Compiled by max-autotune they are measured by `--part step --only max-autotune` alone.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import datetime
 import gc
 import importlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,8 @@ from machine import absent, ceilings, clocks, commit, hardware, versions  # noqa
 
 from ict_fast.training.launch import configure_torch  # noqa: E402
 
+# After a part's budget, for the measurement that runs when it ends; then `--part all` kills it.
+GRACE_SECONDS = 60
 # What to measure, by name; each gives what its entry in the JSON holds, or repeatedly what it holds so far.
 Record = dict[str, Any]
 Measurements = dict[str, Callable[[], Record | Iterator[Record]]]
@@ -46,21 +52,26 @@ class Session:
     Attributes:
         out: folder for the JSON, which exists.
         seconds: of the whole part.
+        only: what has this text in its name is measured; "" for all.
         to_come: measurements that have not been finished.
     """
 
-    def __init__(self, out: Path, seconds: float) -> None:
+    def __init__(self, out: Path, seconds: float, only: str = "") -> None:
         self.out = out
         self.seconds = seconds
+        self.only = only
         self.to_come = 1
         self._started = time.monotonic()
 
     def used(self) -> float:
         return time.monotonic() - self._started
 
+    def left(self) -> float:
+        return max(0.0, self.seconds - self.used())
+
     def share(self) -> float:
         """Seconds that the measurement which asks may take, if the others are to have as much."""
-        return max(0.0, self.seconds - self.used()) / self.to_come
+        return self.left() / self.to_come
 
 
 def _part(
@@ -100,8 +111,8 @@ PARTS: dict[str, Callable[[torch.device, Session], Measurements]] = {
     "step": _part("step", "gpu_step", asks=True),
     "data": _part("data", "gpu_data", "numpy"),
     "train": _part("train", "gpu_train", "numpy", asks=True),
-    "dropin": _part("dropin", "gpu_dropin"),
-    "profile": _part("profile", "profile_step", "numpy", asks=True),
+    "dropin": _part("dropin", "gpu_dropin", asks=True),
+    "profile": _part("profile", "profile_step", asks=True),
 }
 
 
@@ -140,10 +151,11 @@ def run_part(part: str, out: Path, budget_seconds: float, only: str = "") -> int
         0; 1 if something could not be measured or a test failed; 2 if `only` fits nothing.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    session = Session(out, budget_seconds)
+    session = Session(out, budget_seconds, only)
     report, path = header(part, out)
     report |= {"budget_seconds": budget_seconds, "only": only}
     offered = PARTS[part](device, session)
+    report["offered"] = list(offered)
     measurements = {each: measure for each, measure in offered.items() if only in each}
     if not measurements:
         _say(f"--only {only}: no name of part {part} has it; there are: {'; '.join(offered)}")
@@ -233,11 +245,21 @@ def summary_of(result: Record) -> str:
 
 
 def _run_alone(part: str, arguments: argparse.Namespace) -> int:
-    """A part in a process of its own: an illegal access in one does not take the others with it."""
+    """A part in a process of its own: an illegal access in one does not take the others with it, and one that
+    does not end is killed, whatever it has started too; what it measured is on disk.
+    """
     command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--out", str(arguments.out)]
     command += ["--budget-seconds", f"{arguments.budget_seconds:g}"]
-    # A signal's number is negative.
-    return abs(subprocess.run(command, check=False).returncode)
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            # A signal's number is negative.
+            return abs(process.wait(arguments.budget_seconds + GRACE_SECONDS))
+        except subprocess.TimeoutExpired:
+            _say(f"{part}: killed {GRACE_SECONDS} s after its budget; what it had measured is on disk")
+            return 1
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def write(report: Record, path: Path) -> None:

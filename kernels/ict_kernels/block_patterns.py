@@ -99,7 +99,7 @@ def _fused(norm: Any, x: Tensor, dropout: Any = None, **between: Any) -> Tensor:
     """Norm and SiLU, with scale, shift or pre_bias between, and the dropout layer after, where it can be."""
     if _is_seeded(dropout):
         source, layer = dropout._ict_dropout
-        between |= {"dropout": dropout.p, "seed": source.seed, "layer": layer}
+        between |= {"dropout": dropout.p, "seed": source.on(x.device), "layer": layer}
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, **between)
 
 

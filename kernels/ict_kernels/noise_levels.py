@@ -173,7 +173,8 @@ def _table(
 
 
 # Under torch.compile the table is a constant of the graph: the host computes it once, while tracing. (This is
-# torch.compiler.assume_constant_result, which would import all of Dynamo, a second and more, to say so.)
+# torch.compiler.assume_constant_result, which would import all of Dynamo, a second and more, to say so;
+# tests/kernels/test_compile.py fails if torch no longer marks a function by that name.)
 _table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -40,6 +40,10 @@ _WARM_UP = (
 )
 
 
+# The same as torch.compiler.disable, but Dynamo is imported by the first call and not by this module.
+_not_traced = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+
+
 class RAdamEMA(Optimizer):
     """RAdam with an EMA of the parameters; the same steps as torch.optim.RAdam.
 
@@ -268,7 +272,7 @@ class RAdamEMA(Optimizer):
                 # A 0-dim fp32 scalar promotes a bf16 parameter that is itself 0-dim.
                 torch.where(healthy, new_tensor.to(old_tensor.dtype), old_tensor, out=old_tensor)
 
-    @torch._disable_dynamo  # torch.compiler.disable, but importing Dynamo when it is first called
+    @_not_traced
     def _step_by_kernels(
         self, cohorts: list[tuple[dict[str, Any], list[Tensor]]], by_kernels: list[bool]
     ) -> None:

@@ -85,6 +85,16 @@ class SharedDropout:
         return call
 
 
+def forget_casts() -> None:
+    """Between a teacher's pass without gradients and the student's, under autocast with the same weights.
+
+    Older torch keeps the teacher's casts of the weights, and the student, who finds them, gives their weights
+    no gradient (pytorch issue 112583; 2.13 does not). Compiled code casts anew anyway.
+    """
+    if not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()
+
+
 class DropoutSeed:
     """The seed that the dropout layers of a network read; made by `seed_dropout`.
 
@@ -101,6 +111,20 @@ class DropoutSeed:
         self.layers: list[str] = []
         self.left: dict[str, str] = {}
         self._modules: list[tuple[nn.Module, type[nn.Module]]] = []
+
+    def on(self, device: torch.device) -> Tensor:
+        """The seed, for masks on a device.
+
+        Raises:
+            RuntimeError: if it is elsewhere: `network.to(device)` does not move it, since compiled code and
+                captured graphs hold this very tensor.
+        """
+        if self.seed.device != device:
+            raise RuntimeError(
+                f"the network's dropout seed is on {self.seed.device}, its input on {device}; move the"
+                " network first and call seed_dropout then (undo() the earlier one)"
+            )
+        return self.seed
 
     def advance(self) -> None:
         """New masks from now on: call it before each step, outside of compiled code and captured graphs."""
@@ -126,7 +150,7 @@ class SeededDropout(nn.Dropout):
         if not self.training or self.p == 0.0:
             return x
         source, layer = self._ict_dropout
-        keep = dropout_keep_mask(x, self.p, source.seed, layer=layer)
+        keep = dropout_keep_mask(x, self.p, source.on(x.device), layer=layer)
         return torch.where(keep, x * (1.0 / (1.0 - dropout_threshold(self.p) / 65536)), 0.0)
 
 
@@ -139,7 +163,7 @@ def seed_dropout(network: nn.Module, seed: int | None = None) -> DropoutSeed:
     mask is stored; elsewhere on a GPU it is some hundred small operations, which torch.compile makes one.
 
     Args:
-        network: changed in place.
+        network: changed in place; on the device where it is to stay, which the seed does not leave.
         seed: run seed; give each rank its own. None: drawn from torch's default generator.
     Returns:
         The seed to advance, which also names what was seeded and can undo it.

@@ -14,7 +14,7 @@ import torch
 
 from ict_fast import presets
 from ict_fast.training.step import TrainStep
-from ict_kernels import RAdamEMA, consistency_loss, noise_images, sample_noise_levels
+from ict_kernels import GroupNormSiLU, RAdamEMA, consistency_loss, noise_images, sample_noise_levels
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 plain_network: Any = importlib.import_module("plain_network")
@@ -50,6 +50,21 @@ def test_torchs_norms_give_the_networks_outputs_and_gradients(adaptive: bool) ->
     plain_network.use_torchs_norms(step.network)
     for a, b in zip(ours, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4 * float(a.abs().max()))
+
+
+def test_its_norms_stay_in_the_trunks_dtype_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = plain_network.TorchNorm(GroupNormSiLU(4, 8))
+    group_norm, widened = torch.nn.functional.group_norm, []
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        widened.append(torch.is_autocast_enabled("cpu"))  # on a GPU this group norm would be fp32
+        return group_norm(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "group_norm", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(torch.randn(2, 8, 4, 4).bfloat16(), pre_bias=torch.randn(2, 8))
+    assert widened == [False]
+    assert y.dtype == torch.bfloat16
 
 
 def test_its_loss_is_the_same_function_of_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,3 +67,24 @@ def test_a_profile_adds_up_to_the_wall_time_and_leaves_a_trace(tmp_path: Path) -
     assert {"aten::convolution_backward", "ict-fast: loader"} <= events
     table = profile_step.table_of(record["profiles"])
     assert f"**{found['wall_ms']:.2f}**" in table
+
+
+def test_the_budget_and_the_memory_bound_a_preset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock, seen = [0.0], []
+
+    def profile_variant(name: str, preset: str, images: int, *_: Any) -> dict[str, Any]:
+        seen.append((name, images))
+        clock[0] += 30.0
+        if name == "second" and images > 16:
+            raise profile_step.torch.OutOfMemoryError("CUDA out of memory")
+        return {"wall_ms": 1.0}
+
+    monkeypatch.setattr(profile_step, "profile_variant", profile_variant)
+    monkeypatch.setattr(profile_step.time, "monotonic", lambda: clock[0])
+    cpu, names = profile_step.torch.device("cpu"), ["first", "second", "third"]
+    *_, record = profile_step.profile_preset("digits", 32, cpu, tmp_path, names, seconds=130.0)
+    assert seen == [("first", 32), ("second", 32), ("first", 16), ("second", 16)]
+    assert record["batch_size"] == 16
+    assert list(record["profiles"]) == ["first", "second"]
+    assert list(record["left_out"]) == ["third"]
+    assert record["failed"] == {}

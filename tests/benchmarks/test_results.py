@@ -68,11 +68,13 @@ def goal_row(text: str, key: str) -> str:
         ("norm-dropout-copy", "87 %", "yes"),
         ("norm-baseline", "1.13x", "yes"),
         ("loss-eager", "4x", "**no**"),
-        ("optimizer-foreach", "4.5x", "yes"),
+        ("optimizer-foreach", "4.5x", "in part: 1 of 2"),
         ("step-floor", "1.25x", "yes"),
         ("step-inductor", "1.15x", "yes"),
         ("step-tuned", "1.04x", "**no**"),
         ("step-matrix-rate", "36.6 %", "**no**"),
+        # A network's case that the run did not get to.
+        ("optimizer-copy", "95 %", "in part: 1 of 2"),
         ("gpu-tests", "0 (", "yes"),
     ],
 )
@@ -129,6 +131,91 @@ def test_a_later_run_replaces_what_it_measured_and_nothing_else(tmp_path: Path) 
     (machine,) = results_index.Results(tmp_path).machines.values()
     found = {name: entry.file for name, entry in machine.parts["optimizer"].items()}
     assert found == {"RAdamEMA, cifar10": first.name, "RAdamEMA, imagenet64": "optimizer-later.json"}
+
+
+def reached(folder: Path, key: str) -> list[tuple[float, str]]:
+    (goal,) = (each for each in goals.GOALS if each.key == key)
+    return [(each.value, goal.verdict(each)) for each in goal.figures(results_index.Results(folder))]
+
+
+def rerun(folder: Path, part: str, results: list[dict[str, Any]], **changed: Any) -> str:
+    """A report of the made-up GPU, a year later; its file's name."""
+    report = json.loads(next(folder.glob(f"{part}-Made*.json")).read_text())
+    report |= {"part": part, "date": "2021-01-01T00:00:00+00:00", "commit": "1111111", "results": results}
+    (folder / f"{part}-again.json").write_text(json.dumps(report | changed))
+    return f"{part}-again.json"
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({"passed": 90, "skipped": 3}, [(0, "yes")]),
+        ({"passed": 90, "not run": 6}, [(0, "in part: 90 of 96")]),
+        ({"passed": 90, "failed": 1, "error": 1}, [(2, "**no**")]),
+        ({"skipped": 93}, []),
+        ({"not run": 93}, []),
+        ({}, []),
+    ],
+)
+def test_tests_that_did_not_run_have_not_passed(
+    counts: dict[str, int], expected: list[tuple[float, str]], tmp_path: Path
+) -> None:
+    made_up.write_results(tmp_path)
+    failed = {"error": "some failed"} if "failed" in counts else {}
+    rerun(tmp_path, "tests", [{"name": "tests/gpu", "counts": counts, **failed}])
+    assert reached(tmp_path, "gpu-tests") == expected
+
+
+def test_a_goal_is_met_in_part_where_a_baseline_failed_or_a_case_was_not_measured(tmp_path: Path) -> None:
+    made_up.write_results(tmp_path)
+    cases = made_up.kernel_results()
+    assert [verdict for _, verdict in reached(tmp_path, "norm-baseline")] == ["yes"]
+    cases[3]["failed"] = {"inductor": "RuntimeError: no kernel"}
+    rerun(tmp_path, "kernels", cases)
+    failed = "in part: 12 of 12; failed: inductor"
+    assert [verdict for _, verdict in reached(tmp_path, "norm-baseline")] == [failed]
+    (whole,) = tmp_path.glob("kernels-Made*.json")
+    offered = [each["name"] for each in cases]
+    rerun(tmp_path, "kernels", cases[:1], offered=offered, complete=False)
+    whole.unlink()  # what is left is a run that was killed after its first case
+    assert [verdict for _, verdict in reached(tmp_path, "norm-baseline")] == ["in part: 1 of 12"]
+
+
+def test_a_run_that_failed_hides_no_figure_and_is_named(tmp_path: Path) -> None:
+    made_up.write_results(tmp_path)
+    (first,) = tmp_path.glob("optimizer-*.json")
+    again = rerun(tmp_path, "optimizer", [{"name": "RAdamEMA, cifar10", "error": "OutOfMemoryError: 9 GiB"}])
+    (machine,) = results_index.Results(tmp_path).machines.values()
+    entry = machine.parts["optimizer"]["RAdamEMA, cifar10"]
+    assert (entry.file, entry.failed_since.file) == (first.name, again)
+    text = render.render(results_index.Results(tmp_path), tmp_path / "plots")
+    assert f"a later run failed: OutOfMemoryError: 9 GiB ([{again}]" in text
+
+
+def test_every_figure_is_credited_to_the_file_and_commit_that_it_is_from(tmp_path: Path) -> None:
+    made_up.write_results(tmp_path)
+    (first,) = tmp_path.glob("kernels-*.json")
+    again = rerun(tmp_path, "kernels", made_up.kernel_results()[:1], versions={"torch": "1", "triton": "0"})
+    text = render.render(results_index.Results(tmp_path), tmp_path / "plots")
+    section = text.split("#### Kernels")[1].split("####")[0]
+    assert section.count("commit 1111111") == section.count("commit 0000000") == 1
+    assert section.count("torch 1,") == 1
+    case = made_up.kernel_results()[0]["name"]
+    rows = [line for line in section.splitlines() if line.startswith("| group_norm_silu")]
+    assert len(rows) == 12 * (2 + 1), "two directions and an error"
+    for row in rows:
+        newer = row.startswith(f"| {case} |")
+        assert (again if newer else first.name) in row
+        assert (first.name if newer else again) not in row
+
+
+def test_a_share_of_the_link_that_nobody_measured_is_empty(page: tuple[str, Path]) -> None:
+    rows = [line.split(" | ") for line in page[0].splitlines() if line.startswith("| loaders, 64x64")]
+    assert [(row[1], row[3].strip(" |")) for row in rows] == [
+        ("resident", ""),
+        ("memmap", "20 %"),
+        ("dali", ""),
+    ]
 
 
 def test_the_readmes_figures_are_the_results() -> None:

@@ -21,6 +21,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
+gpu_step: Any = importlib.import_module("gpu_step")
 gpu_group_norm: Any = importlib.import_module("gpu_group_norm")
 gpu_tests: Any = importlib.import_module("gpu_tests")
 gpu_timing: Any = importlib.import_module("gpu_timing")
@@ -85,9 +86,10 @@ def test_part_step_needs_torch_alone_and_writes_raw_json(tmp_path: Path) -> None
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("part", ["train", "profile"])
-def test_parts_train_and_profile_need_numpy_beside_torch(part: str, tmp_path: Path) -> None:
-    finished = run_bare("--part", part, "--out", str(tmp_path), "--budget-seconds", "20")
+@pytest.mark.parametrize(("part", "absent"), [("train", ()), ("profile", ()), ("profile", ("numpy",))])
+def test_parts_train_and_profile_run(part: str, absent: tuple[str, ...], tmp_path: Path) -> None:
+    arguments = ("--part", part, "--out", str(tmp_path), "--budget-seconds", "20")
+    finished = run_bare(*arguments, absent=(*ABSENT, *absent))
     assert finished.returncode == 0, finished.stderr
     (result,) = report_in(tmp_path, part)["results"]
     assert result.get("one_step" if part == "train" else "profiles")
@@ -296,9 +298,12 @@ def test_no_test_starts_after_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert json.loads(outcomes.read_text())["outcome"] == "not run"
 
 
-def test_without_pytest_the_part_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None)
-    assert "pytest is not installed" in gpu_tests.measure_tests(1.0)["summary"]
+def test_without_pytest_nothing_was_measured_and_nothing_failed(tmp_path: Path) -> None:
+    finished = run_bare("--part", "tests", "--out", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    (result,) = report_in(tmp_path, "tests")["results"]
+    assert result["not_measured"] == "needs pytest, which is not here"
+    assert "counts" not in result
 
 
 # ------------------------------------------------------------------------------------------------- the timing
@@ -428,6 +433,75 @@ def test_on_a_gpu_every_set_is_captured_once_and_graphs_take_turns(fake_cuda: li
     assert len(timings.milliseconds["forward"]["eager"]) == gpu_timing.ROUNDS
     for entry in fake_cuda:
         assert set(Counter(number for _, _, number in entry[1:])) == {0, 1, 2}
+
+
+# ------------------------------------------------------------------------------------- whole steps, and parts
+
+
+@pytest.fixture
+def measured_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """The record of both variants of the digits' step at 32 images; `fits(name, images)` says what runs."""
+
+    def measure(fits: Callable[[str, int], bool], budget: float = 600.0) -> dict[str, Any]:
+        def time_variant(name: str, config: Any, device: torch.device) -> dict[str, Any]:
+            images = config.training.batch_size
+            if not fits(name, images):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            figures = {"ms_all": [float(images)], "host_ms": 1.0, "matrix_tflop_per_s": None}
+            return figures | {"first_step_s": 1.0, "parameters": 1, "peak_memory_bytes": None}
+
+        monkeypatch.setattr(gpu_step, "_time_variant", time_variant)
+        monkeypatch.setattr(gpu_step, "ceilings", lambda kind: {"matrix_tflop_per_s": {"fp32": 1.0}})
+        monkeypatch.setattr(gpu_step, "count_step", lambda preset, images: {"flops": 1e9 * images})
+        *_, record = gpu_step.measure_steps("digits", 32, CPU, budget)
+        return dict(record)
+
+    return measure
+
+
+def test_a_baseline_that_does_not_fit_takes_all_variants_to_half_the_batch(
+    measured_steps: Callable[..., dict[str, Any]],
+) -> None:
+    record = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16)
+    assert record["batch_size"] == 16
+    assert {name: each["ms_per_step"] for name, each in record["variants"].items()} == dict.fromkeys(
+        gpu_step.CPU_VARIANTS, 16.0
+    )
+    assert record["failed"] == record["left_out"] == {}
+    assert "error" not in record
+    assert record["larger_batches"]["32"].keys() == {gpu_step.CPU_VARIANTS[0]}
+    late = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16, budget=0.0)
+    assert late["batch_size"] == 32, "without time for all variants, those that ran keep their figures"
+    assert late["variants"].keys() == {gpu_step.CPU_VARIANTS[0]}
+
+
+def test_variants_that_all_fail_are_an_error(
+    measured_steps: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    record = measured_steps(lambda name, images: False)
+    assert "out of memory at 8 images" in record["error"]
+    assert run_with(monkeypatch, tmp_path, {"step": lambda: record}) == 1
+
+
+def test_max_autotune_has_to_be_asked_for(tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    assert list(gpu_step.part_step(gpu, run_gpu.Session(tmp_path, 1.0))) == [
+        "step, imagenet64",
+        "step, cifar10",
+    ]
+    asked = gpu_step.part_step(gpu, run_gpu.Session(tmp_path, 1.0, "max-autotune"))
+    assert [name for name in asked if "max-autotune" in name] == [
+        "step, imagenet64, max-autotune",
+        "step, cifar10, max-autotune",
+    ]
+
+
+def test_a_part_that_does_not_end_is_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_gpu, "GRACE_SECONDS", 0)
+    assert run_gpu._run_alone("step", SimpleNamespace(out=tmp_path, budget_seconds=0.3)) == 1
+    assert "step: killed" in capfd.readouterr().err
 
 
 def test_our_own_failure_is_not_passed_over() -> None:

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ict_kernels import GroupNormSiLU, RAdamEMA, consistency_loss, noise_images, sample_noise_levels
+import ict_kernels.noise_levels
+from ict_kernels import (
+    GroupNormSiLU,
+    RAdamEMA,
+    consistency_loss,
+    noise_images,
+    radam_ema,
+    sample_noise_levels,
+)
 from ict_kernels.philox import dropout_keep_mask
 
 
@@ -91,3 +99,18 @@ def test_the_optimizer_traces_whole_and_never_again():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     torch.testing.assert_close(p, q)
     assert float(traced.state[p]["step"]) == 12
+
+
+def test_the_private_names_in_use_are_those_of_torchs_public_functions():
+    """Both stand for a public function that would import Dynamo with the package."""
+
+    def function() -> int:
+        return 1
+
+    ours = ict_kernels.noise_levels._table
+    marked = vars(torch.compiler.assume_constant_result(function))
+    assert {name: value for name, value in marked.items() if value is True} == vars(ours)
+    assert radam_ema._not_traced is torch._disable_dynamo
+    kept_out = radam_ema._not_traced(lambda x: x + 1)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda x: kept_out(x) * 2, backend="eager", fullgraph=True)(torch.ones(2))

@@ -184,6 +184,17 @@ def test_torchs_generator_decides_the_seed_and_no_mask_moves_it(x):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_network_that_left_its_seed_behind_is_refused(x):
+    net = network()
+    seed = seed_dropout(net)
+    net.to("meta")
+    with pytest.raises(RuntimeError, match=r"seed is on cpu, its input on meta; move the network first"):
+        net(x.to("meta"))
+    seed.undo()
+    assert seed_dropout(net).seed.device.type == "meta"
+    assert net(x.to("meta")).device.type == "meta"
+
+
 def test_a_copy_of_the_network_shares_the_masks(x):
     student = network()
     seed = seed_dropout(student)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..consistency_loss import pseudo_huber_loss
-from ..shared_dropout import SharedDropout
+from ..shared_dropout import SharedDropout, forget_casts
 from .patch import Patch, ours, owners
 
 
@@ -96,6 +96,7 @@ class ECMLoss:
             # A level of 0 has no logarithm: such images go in at t, and what comes out is not used.
             level = torch.where(r > 0, r, t)
             target = torch.where(r > 0, net(y + noise * level, level, labels, **extra), y)
+        forget_casts()
         with masks:
             prediction = net(y + noise * t, t, labels, **extra)
         return pseudo_huber_loss(prediction, target, 1 / (t - r).flatten(), c=float(self.c))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..consistency_loss import pseudo_huber_loss
 from ..noise_levels import sample_noise_levels
 from ..philox import Seed
-from ..shared_dropout import SharedDropout
+from ..shared_dropout import SharedDropout, forget_casts
 from .patch import Patch, ours, owners
 
 
@@ -81,6 +81,7 @@ def consistency_losses(
     masks = SharedDropout(teacher, x_start.device)
     with masks, torch.no_grad():
         target = denoised(teacher, levels.sigma)
+    forget_casts()
     with masks:
         prediction = denoised(model, levels.sigma_next)
     return {"loss": pseudo_huber_loss(prediction, target, levels.weight)}

@@ -165,6 +165,48 @@ def test_networks_that_normalise_their_weights_in_place_can_be_trained(images):
     assert net.weight.grad.isfinite().all()
 
 
+def test_edm2s_network_trains_with_ddp_once_what_its_own_loss_reads_is_frozen(images, tmp_path):
+    class Precond(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.logvar_linear = nn.Conv2d(3, 3, 1), nn.Linear(4, 1)
+
+        def forward(self, x, sigma, labels=None, return_logvar=False):
+            return self.conv(x)
+
+    def train(net):
+        parallel = nn.parallel.DistributedDataParallel(net)
+        for _ in range(3):
+            ECMLoss()(parallel, images).mean().backward()
+
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="parameters that were not used"):
+            train(Precond())
+        net = Precond()
+        net.logvar_linear.requires_grad_(False)
+        train(net)
+        assert net.conv.weight.grad.abs().sum() > 0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_under_autocast_every_weight_has_its_gradient(net, images, monkeypatch):
+    """Older torch gives the student the casts that the teacher made without gradients; 2.13 does not."""
+    calls = []
+    clear = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (calls.append("forget"), clear()))
+    net.register_forward_hook(lambda *_: calls.append("pass"))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ECMLoss()(net, images).mean()
+        between = "".join(calls).split("pass")[1]  # the two passes
+        assert "forget" in between
+    loss.backward()
+    without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
 def test_labels_and_augmentation_reach_the_network(images):
     calls = []
 

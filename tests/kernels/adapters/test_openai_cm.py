@@ -22,6 +22,19 @@ def call(theirs, network, images, **options):
     return losses["loss"]
 
 
+def test_under_autocast_every_weight_has_its_gradient(theirs, network, images, monkeypatch):
+    """Older torch gives the student the casts that the teacher made without gradients; 2.13 does not."""
+    calls = []
+    clear = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (calls.append("forget"), clear()))
+    network.register_forward_hook(lambda *_: calls.append("pass"))
+    with torch.autocast("cpu", torch.bfloat16), apply_ict_kernels_to_openai_cm(theirs):
+        loss = call(theirs, network, images).mean()
+        assert calls[:3] == ["pass", "forget", "pass"]
+    loss.backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
 def test_loss_and_gradients_are_the_papers(theirs, network, images, exact, same_gradients):
     noise = torch.randn_like(images)
     with apply_ict_kernels_to_openai_cm(theirs):

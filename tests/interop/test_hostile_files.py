@@ -103,7 +103,6 @@ def test_a_snapshots_source_code_stays_text(
     ("function", "arguments", "name"),
     [
         (eval, ("1",), "builtins.eval"),
-        (getattr, ({}, "get"), "builtins.getattr"),
         (torch.hub.load, ("a", "b"), "torch.hub.load"),
         (torch.nn.Linear, (1, 1), "torch.nn.modules.linear.Linear"),
     ],
@@ -114,6 +113,15 @@ def test_what_a_snapshot_may_not_name(
     shape, weights = _small(published)
     content = snapshot(weights, shape, extra=_Call(function, *arguments))
     assert f"refused, it asks for {name!r}" in refused("edm", "a.pkl", content)
+
+
+@pytest.mark.parametrize("arguments", [({}, "get"), (torch.zeros(1), "numpy"), ("", "join")])
+def test_a_method_of_something_else_than_edms_objects(
+    published: ModuleType, snapshot: Callable, refused: Refused, arguments: tuple
+) -> None:
+    shape, weights = _small(published)
+    content = snapshot(weights, shape, extra=_Call(getattr, *arguments))
+    assert "an attribute of something else than EDM's objects" in refused("edm", "a.pkl", content)
 
 
 def test_a_class_beside_the_weights_is_refused_by_name(refused: Refused) -> None:
@@ -184,6 +192,13 @@ def test_narrow_networks_of_openai_have_other_norms(published: ModuleType, refus
         ({"img_resolution": 16}, "says another img_resolution"),
         ({"img_channels": [3]}, "says another img_channels"),
         ({"sigma_data": "much"}, "sigma_data is a str"),
+        ({"sigma_data": 10**400}, "sigma_data is not finite"),
+        ({"sigma_data": float("inf")}, "sigma_data is not finite"),
+        ({"precond": "ECMPrecond", "sigma_min": 10**400}, "sigma_min is not finite"),
+        ({"inner": {"dropout": 10**400}}, "dropout is not finite"),
+        ({"inner": {"dropout": "much"}}, "dropout is a str"),
+        ({"inner": {"num_heads": 64}}, "num_heads does not divide"),
+        ({"inner": {"num_heads": 3}}, "num_heads does not divide"),
         ({"precond": "VPPrecond"}, "its preconditioning is VPPrecond"),
     ],
 )

@@ -60,6 +60,7 @@ def imported(
     names: Names,
     qkv_order: str,
     notes: list[str],
+    origin: Mapping[str, Any] | None = None,
     adjust: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Imported:
     """Renames and checks; every tensor of the file must have found its place.
@@ -74,6 +75,7 @@ def imported(
         names: the table of names.
         qkv_order: of the rows of the attention's projections.
         notes: see `Imported`.
+        origin: of an export of ict-fast, what it says of where the model comes from; see `Description`.
         adjust: what else differs: (our name, their tensor) -> the tensor in our shape.
     Raises:
         InputError: naming the tensors that are missing, left over, of a wrong shape or type, or not finite.
@@ -116,6 +118,7 @@ def imported(
         "qkv_order": qkv_order,
         "notes": notes,
         "caution": None if kind == "consistency" else KINDS[kind],  # `load_model` passes it on
+        **({} if origin is None else {"origin": dict(origin)}),
     }
     return Imported(config, ours, kind, source, notes)
 

@@ -43,6 +43,8 @@ def import_edm(path: Path, *, kind: str | None = None) -> Imported:
     snapshot = read_pickled_network(path) if file_kind(path) == "pickle" else None
     if snapshot is None:
         tensors = read_state_dict(path)
+        if any(name.startswith("input_blocks.") for name in tensors):
+            raise InputError(f"{path}: is an ADM of OpenAI, not of EDM; `ict-fast import openai {path}`")
         if kind is None:
             raise InputError(
                 f"{path}: a state dict does not tell a consistency model of ECT from a denoiser of EDM; give"

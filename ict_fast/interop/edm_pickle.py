@@ -123,6 +123,15 @@ def read_pickled_network(path: Path) -> PickledModule:
     return network
 
 
+def holds_network(path: Path) -> bool:
+    """Whether a file is a snapshot of EDM or ECT, whole and harmless."""
+    try:
+        read_pickled_network(path)
+    except InputError:
+        return False
+    return True
+
+
 class _Storage:
     """The numbers of a tensor, flat, of one type."""
 

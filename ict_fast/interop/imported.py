@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,19 @@ def imported(
         **({} if origin is None else {"origin": dict(origin)}),
     }
     return Imported(config, ours, kind, source, notes)
+
+
+def with_second_sigma(model: Imported, sigma: float) -> Imported:
+    """The model with another noise level of the second sampling step.
+
+    Raises:
+        InputError: if it is not between sigma_min and sigma_max.
+    """
+    config = replace(model.config, method=replace(model.config.method, second_sigma=sigma))
+    low, high = config.method.sigma_min, config.method.sigma_max
+    if not low < sigma < high:
+        raise InputError(f"--second-sigma is {sigma}; it must be between {low} and {high}")
+    return replace(model, config=config)
 
 
 def save(model: Imported, out: Path) -> Path:

@@ -129,6 +129,40 @@ def test_a_class_beside_the_weights_is_refused_by_name(refused: Refused) -> None
     assert "refused, it asks for 'torch.nn.modules.linear.Linear'" in line
 
 
+# ---- of another code base ----
+
+
+@pytest.mark.parametrize("form", ["snapshot", "state dict"])
+def test_edms_weights_are_no_openais(
+    published: ModuleType, snapshot: Callable, refused: Refused, form: str
+) -> None:
+    shape, weights = _small(published)
+    content = snapshot(weights, shape) if form == "snapshot" else _torch_file(weights)
+    line = refused("openai", "a.file", content)
+    assert "of EDM" in line
+    assert f"`ict-fast import edm {refused.folder / 'a.file'}`" in line
+
+
+def test_openais_weights_are_no_edms(published: ModuleType, refused: Refused) -> None:
+    weights = published.seeded(published.openai_layout(published.Shape("adm", channels=128, head=64)))
+    line = refused("edm", "a.pt", _torch_file(weights))
+    assert "is an ADM of OpenAI" in line
+    assert f"`ict-fast import openai {refused.folder / 'a.pt'}`" in line
+
+
+def test_names_out_of_a_file_do_not_reach_the_terminal_as_they_are(
+    published: ModuleType, refused: Refused
+) -> None:
+    line = refused("edm", "a.pt", _torch_file({"\x1b[2J" + "a" * 3000: 1}), "--kind", "denoiser")
+    assert "\x1b" not in line
+    assert len(line) < 1100
+    names = {f"enc.8x8_block0.\x1b]0;{number}\x07" + "b" * 500: torch.zeros(2) for number in range(3)}
+    line = refused("edm", "a.pt", _torch_file(_small(published)[1] | names), "--kind", "denoiser")
+    assert r"\x1b]0;0\x07" in line
+    assert line[:-1].isprintable()
+    assert len(line) < 1100
+
+
 # ---- what does not fit ----
 
 

@@ -197,6 +197,17 @@ def test_the_card_says_what_the_weights_are(trained: Path, tmp_path: Path) -> No
     assert written["config"]["network"]["channels"] == 8
 
 
+def test_an_import_takes_another_second_sigma(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    export_safetensors(open_checkpoint(trained), tmp_path / "out")
+    words = ["import", "safetensors", str(tmp_path / "out"), "--out", str(tmp_path / "in")]
+    assert main([*words, "--second-sigma", "80"]) == 2
+    assert "--second-sigma is 80.0; it must be between 0.002 and 80.0" in capsys.readouterr().err
+    assert main([*words, "--second-sigma", "0.9"]) == 0
+    assert load_model(tmp_path / "in").config.method.second_sigma == 0.9
+
+
 def test_an_evaluation_of_another_step_is_not_on_the_card(trained: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(trained)
     other = {"checkpoint": "step-00000001", "step": 1, "one_step": {"frechet_distance": 12.5}}

@@ -194,5 +194,5 @@ def _last_value(argv: list[str], option: str) -> str | None:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {errors.visible(error)}", file=sys.stderr)
     return code

@@ -19,6 +19,7 @@ EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130
 EXIT_BROKEN_PIPE = 141
 EXIT_SIGTERM = 143
+_LONGEST_LINE = 1000
 
 
 class InputError(Exception):
@@ -34,6 +35,19 @@ class TrainingError(Exception):
 
 class HungError(TrainingError):
     """A process waited for another one that did not come."""
+
+
+def visible(message: object) -> str:
+    r"""A message as one line that a terminal shows and does not obey, of at most about 1,000 characters.
+
+    Names in it may come out of a file: an escape character is shown as \x1b.
+    """
+    text = " ".join(str(message).split())
+    if len(text) > _LONGEST_LINE:
+        text = f"{text[: _LONGEST_LINE - 300]} ... {text[-300:]}"  # what would be right is said at the end
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

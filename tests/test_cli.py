@@ -164,6 +164,15 @@ def test_the_overview_lists_every_command(capsys, words):
     assert all(f"\n  {command} " in out for command in COMMANDS)
 
 
+def test_a_complaint_is_text_that_the_terminal_does_not_obey(capsys):
+    assert main(["sample", "\x1b[31mrun\x07" + "/b" * 1000]) == 2
+    error = capsys.readouterr().err
+    assert r"\x1b[31mrun\x07" in error
+    assert error[:-1].isprintable()
+    assert error.rstrip().endswith("makes one")  # the end, which says what would be right, is still there
+    assert len(error) < 1100
+
+
 def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"ict-fast {ict_fast.__version__}\n"

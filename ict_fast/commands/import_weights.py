@@ -35,6 +35,10 @@ class ImportOptions:
     """Height and width of the images in pixels."""
     head_channels: Annotated[int | None, arg(metavar="N", help_behavior_hint="(openai: default 64)")] = None
     """Channels per attention head."""
+    second_sigma: Annotated[
+        float | None, arg(metavar="SIGMA", help_behavior_hint="(default: as published or exported, or 0.821)")
+    ] = None
+    """Noise level of the second sampling step, such as `ict-fast search-sigma` finds."""
     attention_order: Annotated[
         str | None,
         arg(metavar="{new,legacy}", help_behavior_hint="(openai: default as published)"),
@@ -51,7 +55,7 @@ def run(options: ImportOptions) -> int:
     if not options.path.exists():
         raise InputError(f"{options.path}: does not exist")
 
-    from ict_fast.interop.imported import KINDS, require_new, save
+    from ict_fast.interop.imported import KINDS, require_new, save, with_second_sigma
 
     require_new(out)
     if options.source == "openai":
@@ -76,6 +80,8 @@ def run(options: ImportOptions) -> int:
         from ict_fast.interop.diffusers import import_diffusers
 
         model = import_diffusers(options.path)
+    if options.second_sigma is not None:
+        model = with_second_sigma(model, options.second_sigma)
     save(model, out)
 
     network = model.config.network

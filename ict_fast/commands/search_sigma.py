@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -13,6 +13,9 @@ from ict_fast import errors, results
 from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line, say
+
+if TYPE_CHECKING:
+    from ict_fast.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,21 @@ def run(options: SearchSigmaOptions) -> int:
     shown = " ".join(f"{sigma:.4g}" for sigma in sigmas)
     print(f"sample with: --steps {options.steps} --sigmas {shown}")
     if len(sigmas) == 1:
-        print(f"make it the run's: --method.second-sigma {shown}")
+        for line in _how_to_keep(checkpoint, shown):
+            print(line)
     print(f"written: {out}")
     return errors.EXIT_DONE
+
+
+def _how_to_keep(checkpoint: Checkpoint, sigma: str) -> list[str]:
+    """What to type so that the level is the model's own; a finished run's configuration stays as it is."""
+    training = checkpoint.state["config"].get("training", {})
+    imported = checkpoint.state.get("imported")
+    if imported is not None:
+        return [f"make it the model's: import {imported['file']} again with --second-sigma {sigma}"]
+    if checkpoint.step < training.get("total_steps", 0):
+        return [f"make it the run's: resume it with --method.second-sigma {sigma}"]
+    return [
+        "make it the model's: `ict-fast export safetensors` the run, and `ict-fast import safetensors` that"
+        f" with --second-sigma {sigma}"
+    ]

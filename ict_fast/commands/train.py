@@ -122,6 +122,12 @@ def network_of(path: Path) -> NetworkConfig:
             return _stored_config(file, ("config",)).network
         except InputError:
             continue
+    for name, source in (("config.json", "safetensors"), ("model_index.json", "diffusers")):
+        if (path / name).exists() and not (path / "checkpoints").exists():
+            raise InputError(
+                f"--init {path}: looks like a model exported as {source};"
+                f" `ict-fast import {source} {path} --out DIR` first, then --init DIR"
+            )
     raise InputError(f"--init {path}: there is no run, checkpoint or imported model")
 
 

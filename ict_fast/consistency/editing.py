@@ -157,6 +157,8 @@ def colorize(
         images: (N, 1, H, W) grey or (N, 3, H, W) in [-1, 1]; of the latter the luminance alone is used.
         steps: see `editing_sigmas`.
         labels, seed, progress: see `edit`.
+    Returns:
+        as `edit`, but within [-1, 1]; see `within_range`.
     Raises:
         InputError: also if the model makes grey images.
     """
@@ -165,7 +167,7 @@ def colorize(
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
     levels = editing_sigmas(steps, model.config.method)
-    return edit(model, images, luminance, levels, labels, seed, progress=progress)
+    return within_range(edit(model, images, luminance, levels, labels, seed, progress=progress))
 
 
 def upscale(
@@ -226,6 +228,20 @@ def luminance(images: Tensor) -> Tensor:
     """The projection of RGB images (N, 3, H, W) onto their luminance."""
     weights = torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
     return weights * (images * weights).sum(1, keepdim=True) / weights.square().sum()
+
+
+def within_range(images: Tensor) -> Tensor:
+    """RGB images (N, 3, H, W) whose colours that leave [-1, 1] are paler, of the same luminance.
+
+    Each pixel moves towards the grey of its luminance, just as far as it has to. Clipping would change the
+    luminance of what it clips.
+    """
+    weights = torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+    grey = (images * weights).sum(1, keepdim=True).clamp(-1, 1)
+    away = images - grey
+    room = torch.where(away > 0, 1 - grey, 1 + grey)
+    share = torch.where(away.abs() > room, room / away.abs(), 1.0).amin(1, keepdim=True)
+    return grey + share * away
 
 
 def patch_means(images: Tensor, factor: int) -> Tensor:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ict_fast.checkpoint import Checkpoint
-from ict_fast.config import Config, to_dict
+from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.interop.imported import KINDS
 from ict_fast.version import __version__
+
+_TITLES = {
+    "consistency": "A consistency model",
+    "denoiser": "A diffusion model (a denoiser)",
+    "noise-prediction": "A diffusion model (it predicts noise)",
+}
+_TAGS = {"consistency": "consistency-model", "denoiser": "diffusion", "noise-prediction": "diffusion"}
 
 
 def model_card(
@@ -25,7 +33,19 @@ def model_card(
         usage: how to sample from it, in Markdown; by default with ict-fast.
     """
     network, method = config.network, config.method
-    source = checkpoint.state.get("imported")
+    state = checkpoint.state
+    source = state.get("imported")
+    origin = source.get("origin") if source else None
+    again = ""
+    if origin is not None:  # an export that was imported: its model comes from where it said
+        source, state = origin["imported"], origin
+        weights, step, version = origin["weights"], origin["step"], origin["ict_fast"]
+        if source is None:
+            config = from_dict(origin["config"], str(checkpoint.path / "state.json"))
+            again = f" Imported from an export, and exported again by ict-fast {__version__}."
+    else:
+        step, version = checkpoint.step, __version__
+    kind = source["kind"] if source else "consistency"
     size = f"{network.resolution}x{network.resolution}"
     colour = "grey" if network.image_channels == 1 else "RGB"
     classes = f"conditional on {network.num_classes:,} classes" if network.num_classes else "unconditional"
@@ -34,11 +54,11 @@ def model_card(
         f"library_name: {'diffusers' if form == 'diffusers' else 'ict-fast'}",
         "pipeline_tag: unconditional-image-generation",
         "tags:",
-        "- consistency-model",
+        f"- {_TAGS[kind]}",
         "- ict-fast",
         "---",
         "",
-        f"# A consistency model: {size} {colour}, {classes}",
+        f"# {_TITLES[kind]}: {size} {colour}, {classes}",
         "",
     ]
     if source is not None:
@@ -50,12 +70,14 @@ def model_card(
     else:
         average = "averaged (EMA)" if weights == "ema" else "trained, not averaged"
         lines += [
-            f"Trained by ict-fast {__version__}, preset `{config.preset}`, {checkpoint.step:,} of"
+            f"Trained by ict-fast {version}, preset `{config.preset}`, {step:,} of"
             f" {config.training.total_steps:,} steps of {config.training.batch_size:,} images; the {average}"
-            " weights, fp32.",
+            f" weights, fp32.{again}",
         ]
-        if "init" in checkpoint.state:
-            lines += ["", f"Its training began with the weights of `{checkpoint.state['init']['path']}`."]
+        began = state.get("init")
+        if began:
+            path = began if isinstance(began, str) else began["path"]
+            lines += ["", f"Its training began with the weights of `{path}`."]
     lines += [
         "",
         "## How to sample",
@@ -77,7 +99,7 @@ def model_card(
     ]
     if source is None:
         lines += ["", "## Method", "", *_method(config)]
-    lines += ["", "## Data", "", *_data(config, checkpoint)]
+    lines += ["", "## Data", "", *_data(config, state, source is not None, origin is None)]
     lines += ["", "## Metrics", "", *_metrics(checkpoint)]
     lines += ["", "## Configuration", "", "```json", json.dumps(to_dict(config), indent=1), "```", ""]
     return "\n".join(lines)
@@ -111,15 +133,24 @@ def _method(config: Config) -> list[str]:
     ]
 
 
-def _data(config: Config, checkpoint: Checkpoint) -> list[str]:
-    """Source and crop recipe, from the store's own description where it can still be read."""
-    if checkpoint.state.get("imported") is not None:
+def _data(config: Config, state: Mapping[str, Any], is_theirs: bool, is_here: bool) -> list[str]:
+    """Source and crop recipe, from the store's own description where it can still be read.
+
+    Args:
+        config: of the training.
+        state: with `data_fingerprint`.
+        is_theirs: of weights that others trained.
+        is_here: trained with this configuration here; else its paths are a stranger's words.
+    """
+    if is_theirs:
         return ["What these weights were trained on, their publisher says."]
     store = Path(config.data.path)
-    fingerprint = checkpoint.state.get("data_fingerprint", "not recorded")
+    fingerprint = state.get("data_fingerprint") or "not recorded"
     lines = [
         f"Store `{store.name}`, fingerprint `{fingerprint}`, flips: {'yes' if config.data.flip else 'no'}."
     ]
+    if not is_here:
+        return lines
     try:
         meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
         lines += [f"{name}: {meta[name]}" for name in ("source", "recipe") if isinstance(meta.get(name), str)]

@@ -18,7 +18,8 @@ from ict_fast.consistency import load_model
 from ict_fast.errors import InputError
 from ict_fast.interop import diffusers_unet
 from ict_fast.interop.card import model_card
-from ict_fast.interop.export import describe, encode, encode_json, read_json, write_folder
+from ict_fast.interop.description import Description, describe, read_description
+from ict_fast.interop.export import encode, encode_json, read_json, write_folder
 from ict_fast.interop.files import read_state_dict
 from ict_fast.interop.imported import Imported, imported
 from ict_fast.interop.layouts import Names, diffusers_names, meta_network
@@ -27,7 +28,9 @@ UNET_FILE, PIPELINE_FILE = "ict_fast_unet.py", "pipeline.py"
 _WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # The grids that a scheduler may have: `timesteps` are integers on it.
 _GRIDS = range(40, 1282)
+_RECORD = "ict_fast.json"
 _LEVELS = ("sigma_min", "sigma_max", "sigma_data", "rho")
+_BESIDE_LEVELS = ("boundary_sigma", "second_sigma")
 # Of NetworkConfig, in the travelling network's configuration under the same names.
 _SAME = (
     "name",
@@ -111,7 +114,7 @@ def export_diffusers(checkpoint: Checkpoint, out: Path, weights: str = "ema") ->
         unet = diffusers_unet.config(config.network)
         files |= {
             _WEIGHTS: encode(diffusers_unet.split(config.network, tensors)),
-            "ict_fast.json": encode_json(record),
+            _RECORD: encode_json(record),
         }
     usage = _usage(config, second, bool(reason))
     files |= {
@@ -140,7 +143,8 @@ def import_diffusers(path: Path) -> Imported:
     Args:
         path: the pipeline's folder.
     Raises:
-        InputError: see `read_state_dict` and `imported`; or if the network or the scheduler is another.
+        InputError: see `read_state_dict` and `imported`; or if the network or the scheduler is another, or
+            an export's files contradict each other.
     """
     unet, scheduler = (
         read_json(path / "unet/config.json"),
@@ -162,22 +166,48 @@ def import_diffusers(path: Path) -> Imported:
             f"{path}: its network is {unet.get('_class_name')}; UNet2DModel and ICTUNet are read"
         )
     method = {name: scheduler[name] for name in _LEVELS if name in scheduler}
-    method |= {name: unet[name] for name in ("boundary_sigma", "second_sigma") if unet.get(name) is not None}
+    method |= {name: unet[name] for name in _BESIDE_LEVELS if unet.get(name) is not None}
+    described, said = _description(path, unet)
+    if described is not None:  # it knows what no file of diffusers has a place for
+        theirs = described.config
+        for name, value in method.items():
+            if getattr(theirs.method, name) != value:
+                raise InputError(
+                    f"{path}: altered, its {name} is {str(value)[:80]} in one file and"
+                    f" {getattr(theirs.method, name)} in {described.file.name}"
+                )
+        method |= {name: getattr(theirs.method, name) for name in _BESIDE_LEVELS}
+        values |= {name: getattr(theirs.network, name) for name in ("dropout", "dropout_max_resolution")}
     config = from_dict({"network": values, "method": method}, str(path))
     if names is diffusers_names:
         diffusers_unet.check_groups(path, config.network, unet)
         tensors = diffusers_unet.join(config.network, tensors)
-    return imported(
+    model = imported(
         file,
         tensors,
         config.network,
         config.method,
-        kind="consistency",
+        kind="consistency" if described is None else described.kind,
         layout="diffusers",
         names=names,
         qkv_order="qkv-head-channel",
-        notes=[],
+        notes=[] if described is None else described.notes(),
+        origin=None if described is None else described.origin,
     )
+    if described is not None:
+        described.check_fingerprint(said, model.tensors)
+    return model
+
+
+def _description(path: Path, unet: dict[str, Any]) -> tuple[Description | None, Any]:
+    """What an export of ours says of itself, and the fingerprint in it; None for a folder of others."""
+    if isinstance(unet.get("ict_fast"), dict):
+        file, values = path / "unet/config.json", unet["ict_fast"]
+    elif (path / _RECORD).exists():
+        file, values = path / _RECORD, read_json(path / _RECORD)
+    else:
+        return None, None
+    return read_description(file, values), values.get("fingerprint")
 
 
 def _same_names(network: NetworkConfig) -> dict[str, str]:

@@ -7,6 +7,7 @@ but the heads follows from names and shapes, and what a snapshot says of itself 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ def import_edm(path: Path, *, kind: str | None = None) -> Imported:
     snapshot = read_pickled_network(path) if file_kind(path) == "pickle" else None
     if snapshot is None:
         tensors = read_state_dict(path)
+        if any(name.startswith("input_blocks.") for name in tensors):
+            raise InputError(f"{path}: is an ADM of OpenAI, not of EDM; `ict-fast import openai {path}`")
         if kind is None:
             raise InputError(
                 f"{path}: a state dict does not tell a consistency model of ECT from a denoiser of EDM; give"
@@ -94,16 +97,23 @@ def _kind_of_snapshot(path: Path, snapshot: PickledModule, asked: str | None) ->
 
 def _method(path: Path, kind: str, values: Mapping[str, Any]) -> MethodConfig:
     """Preconditioning and levels; `values` are the attributes of a snapshot, or nothing."""
-    sigma_data = _number(path, values, "sigma_data", 0.5)
+    sigma_data = _finite(path, "sigma_data", values.get("sigma_data", 0.5))
     if kind == "denoiser":
         return MethodConfig(sigma_data=sigma_data, boundary_sigma=0.0)
-    return MethodConfig(sigma_data=sigma_data, sigma_min=_number(path, values, "sigma_min", ECT_SIGMA_MIN))
+    sigma_min = _finite(path, "sigma_min", values.get("sigma_min", ECT_SIGMA_MIN))
+    return MethodConfig(sigma_data=sigma_data, sigma_min=sigma_min)
 
 
-def _number(path: Path, values: Mapping[str, Any], name: str, default: float) -> float:
-    value = values.get(name, default)
+def _finite(path: Path, name: str, value: Any) -> float:
+    """An attribute of a snapshot as a number.
+
+    Raises:
+        InputError: if it is none, or not finite, or beyond what a float holds.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{path}: {name} is a {type(value).__name__}; it must be a number")
+    if not abs(value) < sys.float_info.max:  # also nan; compares integers of any length
+        raise InputError(f"{path}: {name} is not finite, or too large to be a number of the network")
     return float(value)
 
 
@@ -218,10 +228,12 @@ def _checked_snapshot(path: Path, network: NetworkConfig, snapshot: PickledModul
         if theirs is None:
             continue  # its tensors are missed later, by name
         dropout, count = theirs.attributes.get("dropout"), theirs.attributes.get("num_heads")
-        if isinstance(dropout, int | float):
-            dropouts.add(float(dropout))
+        if dropout is not None:
+            dropouts.add(_finite(path, "dropout", dropout))
         if block.attention and type(count) is int and count > 0:
             width = network.channels * network.channel_mult[block.level]
+            if width % count:  # more heads than channels included
+                raise InputError(f"{path}: num_heads does not divide the {width} channels of an attention")
             heads.add(0 if count == 1 and network.name != "adm" else width // count)
     if len(heads) > 1:
         raise InputError(

@@ -6,11 +6,11 @@ becomes its class's name and its attributes, a tensor is rebuilt from its bytes,
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import pickle
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ict_fast.errors import InputError
 from ict_fast.interop.files import LEGACY_TORCH, check_extent
-from ict_fast.restricted_unpickler import ARRAYS, NUMBERS, load_restricted
+from ict_fast.restricted_unpickler import ARRAYS, NUMBERS, PickledDict, check_keys, load_restricted
 
+_LONGEST_NAME = 1000
+_MOST_DIMENSIONS = 8
 _PERSISTENCE_VERSION = 6  # of EDM's torch_utils/persistence.py
 _DTYPES = {
     "DoubleStorage": torch.float64,
@@ -59,10 +61,27 @@ class PickledModule:
         }
 
     def modules(self, prefix: str = "") -> Iterator[tuple[str, PickledModule]]:
-        """This module and all inside of it, by dotted name."""
-        yield prefix, self
-        for name, child in self.children().items():
-            yield from child.modules(f"{prefix}.{name}" if prefix else name)
+        """This module and all inside of it, by dotted name; refused where one is inside of two, or too deep.
+
+        Raises:
+            UnpicklingError: a tree that only pretends to be one could have any number of branches.
+        """
+        seen: set[int] = set()
+        waiting = [(prefix, self)]
+        while waiting:
+            name, module = waiting.pop()
+            containers = [module.attributes.get(kind) for kind in ("_modules", "_parameters", "_buffers")]
+            met = [id(each) for each in (module, *containers) if each is not None]
+            if not seen.isdisjoint(met) or len(set(met)) < len(met):
+                raise pickle.UnpicklingError("a module that is there twice")
+            seen.update(met)
+            if len(name) > _LONGEST_NAME:
+                raise pickle.UnpicklingError(f"a module with a name of {len(name):,} characters")
+            yield name, module
+            children = [
+                (f"{name}.{inner}" if name else inner, child) for inner, child in module.children().items()
+            ]
+            waiting += reversed(children)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state dict: parameters and buffers by dotted name."""
@@ -90,7 +109,7 @@ def read_pickled_network(path: Path) -> PickledModule:
     """
     try:
         with path.open("rb") as file:
-            content = load_restricted(file, _ALLOWED, name=str(path))
+            content = load_restricted(file, _allowed(f"{path}: a tensor"), name=str(path))
         network = content.get("ema", content.get("net")) if isinstance(content, dict) else content
         if not isinstance(network, PickledModule):
             raise InputError(f"{path}: holds no network; EDM's snapshots have one under the name ema")
@@ -104,11 +123,13 @@ def read_pickled_network(path: Path) -> PickledModule:
     return network
 
 
-class _EasyDict(dict):
-    """Stands in for `dnnlib.EasyDict`; takes no attributes."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+def holds_network(path: Path) -> bool:
+    """Whether a file is a snapshot of EDM or ECT, whole and harmless."""
+    try:
+        read_pickled_network(path)
+    except InputError:
+        return False
+    return True
 
 
 class _Storage:
@@ -123,10 +144,19 @@ def _persistent_object(meta: Any) -> PickledModule:
     if not isinstance(meta, dict) or not isinstance(meta.get("class_name"), str):
         raise pickle.UnpicklingError("an object of EDM without a class")
     if meta.get("version") != _PERSISTENCE_VERSION:
-        raise pickle.UnpicklingError(f"version {meta.get('version')} of EDM's persistence; 6 is read")
+        raise pickle.UnpicklingError("another version of EDM's persistence than 6")
     module = PickledModule(meta["class_name"])
     module.__setstate__(meta.get("state") or {})
     return module
+
+
+def _method(owner: Any, name: Any) -> None:
+    """In place of `getattr`, by which bound methods are pickled, such as the schedule of ECT's loss.
+
+    Looks nothing up: no method is needed here.
+    """
+    if not isinstance(owner, PickledModule) or not isinstance(name, str):
+        raise pickle.UnpicklingError("an attribute of something else than EDM's objects")
 
 
 def _container(class_name: str) -> type[PickledModule]:
@@ -141,10 +171,14 @@ def _container(class_name: str) -> type[PickledModule]:
     return Container
 
 
-def _load_storage(content: Any) -> _Storage:
+def _load_storage(name: str, content: Any) -> _Storage:
     """In place of `torch.storage._load_from_bytes`: a storage as torch.save wrote it before it wrote ZIPs.
 
     Five pickles, then for each storage the number of its elements and their bytes.
+
+    Args:
+        name: of what is read, for messages.
+        content: as it was pickled.
     """
     if not isinstance(content, bytes) or not content.startswith(LEGACY_TORCH):
         raise pickle.UnpicklingError("a tensor in an unknown form")
@@ -158,9 +192,9 @@ def _load_storage(content: Any) -> _Storage:
         described.append((dtype, count))
 
     for _ in range(3):  # magic number, protocol, byte order and sizes
-        load_restricted(file, {}, name="a tensor")
-    load_restricted(file, _STORAGES, name="a tensor", persistent_load=describe)
-    load_restricted(file, {}, name="a tensor")
+        load_restricted(file, {}, name=name)
+    load_restricted(file, _STORAGES, name=name, persistent_load=describe)
+    load_restricted(file, {}, name=name)
     if len(described) != 1:
         raise pickle.UnpicklingError("a tensor of several storages")
     dtype, count = described[0]
@@ -176,9 +210,9 @@ def _load_storage(content: Any) -> _Storage:
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """In place of `torch._utils._rebuild_tensor_v2`; within the storage."""
     numbers = (offset, *size, *stride)
-    if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
+    if not isinstance(storage, _Storage) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise pickle.UnpicklingError("a tensor of an unknown shape")
-    if len(size) != len(stride) or len(size) > 8:
+    if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
         raise pickle.UnpicklingError("a tensor of an unknown shape")
     last = offset + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
     if math.prod(size) and last >= storage.content.numel():
@@ -193,28 +227,42 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Tensor:
     return tensor
 
 
-def _ordered_dict(*pairs: Any) -> OrderedDict:
-    return OrderedDict(*pairs)
+def _size(extents: Any) -> tuple:
+    """In place of `torch.Size`."""
+    if not isinstance(extents, tuple | list) or len(extents) > _MOST_DIMENSIONS:
+        raise pickle.UnpicklingError("a tensor of an unknown shape")
+    return tuple(extents)
+
+
+def _set(members: Any = ()) -> set:
+    check_keys(members)
+    return set(members)
 
 
 _STORAGES = {("torch", name): dtype for name, dtype in _DTYPES.items()} | {
     ("torch.storage", "UntypedStorage"): torch.uint8
 }
 _CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")
-_ALLOWED = (
+_ALLOWED: Mapping[tuple[str, str], Any] = (
     dict(ARRAYS)
     | dict(NUMBERS)
     | _STORAGES
     | {
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
-        ("dnnlib.util", "EasyDict"): _EasyDict,
+        ("dnnlib.util", "EasyDict"): PickledDict,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
         ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-        ("torch.storage", "_load_from_bytes"): _load_storage,
-        ("collections", "OrderedDict"): _ordered_dict,
-        ("builtins", "set"): set,
-        ("__builtin__", "set"): set,
-        ("torch", "Size"): tuple,
+        ("collections", "OrderedDict"): PickledDict,
+        ("builtins", "set"): _set,
+        ("__builtin__", "set"): _set,
+        ("builtins", "getattr"): _method,
+        ("__builtin__", "getattr"): _method,
+        ("torch", "Size"): _size,
     }
     | {("torch.nn.modules.container", name): _container(name) for name in _CONTAINERS}
 )
+
+
+def _allowed(tensor: str) -> Mapping[tuple[str, str], Any]:
+    """What a snapshot may name; `tensor` is what messages call one in it."""
+    return {**_ALLOWED, ("torch.storage", "_load_from_bytes"): functools.partial(_load_storage, tensor)}

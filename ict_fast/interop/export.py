@@ -13,17 +13,15 @@ import safetensors.torch
 from torch import Tensor
 
 from ict_fast.checkpoint import Checkpoint
-from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency import load_model
 from ict_fast.durable import flush_directory, write_durably
 from ict_fast.errors import InputError
 from ict_fast.interop.card import model_card
+from ict_fast.interop.description import describe, read_description
 from ict_fast.interop.files import file_kind, read_state_dict
-from ict_fast.interop.imported import KINDS, Imported, fingerprint, imported, require_new
+from ict_fast.interop.imported import Imported, imported, require_new
 from ict_fast.interop.layouts import meta_network
-from ict_fast.version import __version__
 
-FORMAT = "ict-fast model"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
@@ -57,49 +55,28 @@ def import_safetensors(path: Path) -> Imported:
     Args:
         path: its folder.
     Raises:
-        InputError: see `read_state_dict` and `imported`; or if the configuration is missing or altered.
+        InputError: see `read_state_dict` and `imported`; or if the configuration is missing or altered, or
+            describes other weights.
     """
     description = read_json(path / CONFIG_FILE)
-    if description.get("format") != FORMAT:
-        raise InputError(f"{path / CONFIG_FILE}: not written by `ict-fast export safetensors`")
-    values = description.get("config")
-    if not isinstance(values, dict):
-        raise InputError(f"{path / CONFIG_FILE}: holds no configuration")
-    config = from_dict(values, str(path / CONFIG_FILE))
+    described = read_description(path / CONFIG_FILE, description)
     file = path / WEIGHTS_FILE
     if file_kind(file) != "safetensors":
         raise InputError(f"{file}: truncated, or not safetensors; get it again")
-    source = description.get("imported")
-    kind = source.get("kind") if isinstance(source, dict) else "consistency"
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"{path / CONFIG_FILE}: altered, it says kind {kind!r}")
-    return imported(
+    model = imported(
         file,
         read_state_dict(file),
-        config.network,
-        config.method,
-        kind=kind,
+        described.config.network,
+        described.config.method,
+        kind=described.kind,
         layout="ict-fast",
         names=lambda network: {name: name for name in meta_network(network).state_dict()},
         qkv_order="qkv-head-channel",
-        notes=[f"trained by ict-fast {description.get('ict_fast')}, {description.get('step')} steps"],
+        notes=described.notes(),
+        origin=described.origin,
     )
-
-
-def describe(
-    checkpoint: Checkpoint, config: Config, tensors: Mapping[str, Tensor], weights: str
-) -> dict[str, Any]:
-    """What an exported folder says of itself, as JSON values."""
-    return {
-        "format": FORMAT,
-        "version": 1,
-        "ict_fast": __version__,
-        "step": checkpoint.step,
-        "weights": weights,
-        "fingerprint": fingerprint(tensors),
-        "imported": checkpoint.state.get("imported"),
-        "config": to_dict(config),
-    }
+    described.check_fingerprint(description.get("fingerprint"), model.tensors)
+    return model
 
 
 def encode(tensors: Mapping[str, Tensor]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def imported(
     names: Names,
     qkv_order: str,
     notes: list[str],
+    origin: Mapping[str, Any] | None = None,
     adjust: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Imported:
     """Renames and checks; every tensor of the file must have found its place.
@@ -74,6 +75,7 @@ def imported(
         names: the table of names.
         qkv_order: of the rows of the attention's projections.
         notes: see `Imported`.
+        origin: of an export of ict-fast, what it says of where the model comes from; see `Description`.
         adjust: what else differs: (our name, their tensor) -> the tensor in our shape.
     Raises:
         InputError: naming the tensors that are missing, left over, of a wrong shape or type, or not finite.
@@ -116,8 +118,22 @@ def imported(
         "qkv_order": qkv_order,
         "notes": notes,
         "caution": None if kind == "consistency" else KINDS[kind],  # `load_model` passes it on
+        **({} if origin is None else {"origin": dict(origin)}),
     }
     return Imported(config, ours, kind, source, notes)
+
+
+def with_second_sigma(model: Imported, sigma: float) -> Imported:
+    """The model with another noise level of the second sampling step.
+
+    Raises:
+        InputError: if it is not between sigma_min and sigma_max.
+    """
+    config = replace(model.config, method=replace(model.config.method, second_sigma=sigma))
+    low, high = config.method.sigma_min, config.method.sigma_max
+    if not low < sigma < high:
+        raise InputError(f"--second-sigma is {sigma}; it must be between {low} and {high}")
+    return replace(model, config=config)
 
 
 def save(model: Imported, out: Path) -> Path:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ict_fast.config import MethodConfig, NetworkConfig
 from ict_fast.errors import InputError, did_you_mean
-from ict_fast.interop.files import read_state_dict
+from ict_fast.interop.edm_pickle import holds_network
+from ict_fast.interop.files import file_kind, read_state_dict
 from ict_fast.interop.imported import KINDS, Imported, imported
 from ict_fast.interop.layouts import openai_names
 
@@ -58,7 +59,11 @@ def import_openai(
     Raises:
         InputError: see `read_state_dict` and `imported`; or an architecture that is not expressible.
     """
+    if file_kind(path) == "pickle" and holds_network(path):
+        raise InputError(f"{path}: is a snapshot of EDM or ECT, not of OpenAI; `ict-fast import edm {path}`")
     tensors = read_state_dict(path)
+    if any(re.match(r"(module\.)?(model\.)?enc\.\d+x\d+_", name) for name in tensors):
+        raise InputError(f"{path}: is a network of EDM's, not of OpenAI; `ict-fast import edm {path}`")
     network = _network(path, tensors)
     notes: list[str] = []
 

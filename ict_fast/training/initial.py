@@ -253,6 +253,11 @@ def _notes(config: Config, source: Config, state: Mapping[str, Any]) -> list[str
         notes.append(
             f"f(x, s) = x at s = {source.method.identity_sigma} there, at {config.method.identity_sigma} here"
         )
+    if here.adaptive_norm and there.adaptive_norm:
+        notes.append(
+            "the norms are adaptive, as in these weights, with which iCT is reported to diverge;"
+            " --network.no-adaptive-norm leaves that out, and draws the embeddings' projections anew"
+        )
     imported = state.get("imported")
     if isinstance(imported, Mapping) and imported.get("kind") == "noise-prediction":
         notes.append("the weights predict noise, of images scaled otherwise: they are a rough start")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel, colorize, edit, inpaint, sample, stroke, upscale
-from ict_fast.consistency.editing import editing_sigmas, luminance, patch_means
+from ict_fast.consistency.editing import LUMINANCE, editing_sigmas, luminance, patch_means, within_range
+from ict_fast.data.pictures import to_uint8
 from ict_fast.errors import InputError
 
 
@@ -87,6 +88,26 @@ def test_colours_leave_the_luminance(colour: ConsistencyModel, images: Tensor) -
     grey = (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     torch.testing.assert_close(colorize(colour, grey, steps=5), edited, atol=1e-3, rtol=0)
     assert (edited - luminance(edited)).abs().mean() > 0.05
+    written = torch.as_tensor(to_uint8(edited)).permute(0, 3, 1, 2) / 127.5 - 1
+    # Each colour is rounded by half a level of 2/255 at most, so the luminance is, too.
+    kept = ((written - images) * torch.tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1).abs()
+    assert kept.max() <= 0.5 * 2 / 255 + 1e-5
+
+
+def test_colours_out_of_range_are_paler_and_others_as_they_were(images: Tensor) -> None:
+    wild = 2 * images.double()
+    wild -= luminance(wild) - luminance(images.double())
+    paler = within_range(wild)
+    weights = torch.tensor(LUMINANCE, dtype=torch.float64).view(1, 3, 1, 1)
+    grey = (wild * weights).sum(1, keepdim=True)
+    torch.testing.assert_close((paler * weights).sum(1, keepdim=True), grey)
+    inside = (wild.abs() <= 1).all(1)
+    assert 0.1 < inside.double().mean() < 0.9
+    torch.testing.assert_close(paler.movedim(1, -1)[inside], wild.movedim(1, -1)[inside])
+    assert torch.allclose(paler.abs().amax(1)[~inside], torch.ones(1, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.nn.functional.cosine_similarity(paler - grey, wild - grey), torch.ones_like(grey)[:, 0]
+    )
 
 
 def test_details_leave_the_small_image(colour: ConsistencyModel, images: Tensor) -> None:

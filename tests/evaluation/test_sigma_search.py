@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ict_fast.checkpoint import open_checkpoint
 from ict_fast.cli import main
+from ict_fast.commands.search_sigma import _how_to_keep
 from ict_fast.consistency import load_model, sample
 from ict_fast.data.pictures import to_uint8
 from ict_fast.data.store import open_store
@@ -94,7 +97,12 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     best = min(search["tried"], key=lambda pair: pair["distance"])
     assert result["sigmas"] == [best["sigma"]] == [search["sigma"]]
     assert f"--steps 2 --sigmas {best['sigma']:.4g}" in printed
-    assert f"--method.second-sigma {best['sigma']:.4g}" in printed
+    assert f"with --second-sigma {best['sigma']:.4g}" in printed
+    assert "--method.second-sigma" not in printed  # this run is done: the command would do nothing
+    checkpoint = open_checkpoint(trained)
+    config = {"training": {"total_steps": checkpoint.step + 1}}
+    unfinished = replace(checkpoint, state=checkpoint.state | {"config": config})
+    assert _how_to_keep(unfinished, "0.8") == ["make it the run's: resume it with --method.second-sigma 0.8"]
     # The same distance as measured from scratch on `sample`'s images.
     model = load_model(trained)
     real = open_store(Path(model.config.data.path)).images

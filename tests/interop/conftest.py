@@ -49,9 +49,30 @@ class _Persistent(nn.Module):
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,)
 
 
+class _Loss:
+    """As ECT's ECMLoss, a persistent object whose attribute is one of its own methods."""
+
+    def __init__(self, source: str) -> None:
+        self._init_args, self._init_kwargs = (), {"P_mean": -1.1, "adj": "sigmoid"}
+        self.stage, self.t_to_r, self.source = 3, self.t_to_r_sigmoid, source
+
+    def t_to_r_sigmoid(self, t: float) -> float:
+        return t / 2
+
+    def __reduce__(self) -> tuple:
+        meta = {"type": "class", "version": 6, "module_src": self.source, "class_name": "ECMLoss"}
+        # The very dictionary: the pickle refers to it from within itself.
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (
+            meta | {"state": self.__dict__},
+        )
+
+
 @pytest.fixture
 def snapshot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
-    """Pickles weights as EDM's snapshots: (weights, shape, class of the preconditioning, its attributes)."""
+    """Pickles weights as EDM's snapshots: (weights, shape, class of the preconditioning, its attributes).
+
+    `inner` are attributes of every module inside.
+    """
 
     def _reconstruct_persistent_obj(meta: dict) -> None:
         raise AssertionError("the restricted unpickler must not come here")
@@ -69,6 +90,7 @@ def snapshot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
         precond: str = "EDMPrecond",
         source: str = "raise SystemExit('executed')",
         protocol: int = pickle.DEFAULT_PROTOCOL,
+        inner: dict[str, Any] | None = None,
         **attributes: Any,
     ) -> bytes:
         unet_name = "DhariwalUNet" if shape.kind == "adm" else "SongUNet"
@@ -77,11 +99,12 @@ def snapshot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
             module = unet
             for part in name.split(".")[:-1]:
                 if part not in module._modules:
-                    inner = {"skip_scale": np.sqrt(0.5), "dropout": 0.13}
+                    values = {"skip_scale": np.sqrt(0.5), "dropout": 0.13}
                     if f"{name.rpartition(part)[0]}{part}.qkv.weight" in weights:
                         width = weights[f"{name.rpartition(part)[0]}{part}.qkv.weight"].shape[1]
-                        inner["num_heads"] = width // shape.head if shape.head else 1
-                    child = nn.ModuleDict() if part in ("enc", "dec") else _Persistent("Part", source, inner)
+                        values["num_heads"] = width // shape.head if shape.head else 1
+                    values |= inner or {}
+                    child = nn.ModuleDict() if part in ("enc", "dec") else _Persistent("Part", source, values)
                     module.add_module(part, child)
                 module = module._modules[part]
             last = name.rpartition(".")[2]
@@ -95,11 +118,15 @@ def snapshot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
             "sigma_min": 0.003 if precond == "ECMPrecond" else 0,
             "sigma_max": float("inf"),
             "sigma_data": 0.5,
+            "_init_args": (),
+            "_init_kwargs": {"img_resolution": shape.size, "model_type": unet_name},
             **attributes,
         }
         whole = _Persistent(precond, source, precond_state)
         whole.add_module("model", unet)
-        return pickle.dumps({"ema": whole, "loss_fn": None, "augment_pipe": None}, protocol)
+        augment = _Persistent("AugmentPipe", source, {"_init_args": (), "p": 0.12, "xflip": 1e8})
+        content = {"ema": whole, "loss_fn": _Loss(source), "augment_pipe": augment, "dataset_kwargs": {}}
+        return pickle.dumps(content, protocol)
 
     return make
 
@@ -124,7 +151,7 @@ def openai_checkpoint(published: ModuleType, tmp_path_factory: pytest.TempPathFa
     @functools.cache
     def make(shape: Any) -> Checkpoint:
         folder = tmp_path_factory.mktemp("openai")
-        file = folder / "cd_small.pt"
+        file = folder / "ct_imagenet64.pt"  # a published name: its second step comes with it
         torch.save(published.seeded(published.openai_layout(shape)), file)
         save(import_openai(file, resolution=shape.size, head_channels=shape.head), folder / "imported")
         return open_checkpoint(folder / "imported")

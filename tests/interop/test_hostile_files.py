@@ -103,7 +103,6 @@ def test_a_snapshots_source_code_stays_text(
     ("function", "arguments", "name"),
     [
         (eval, ("1",), "builtins.eval"),
-        (getattr, ({}, "get"), "builtins.getattr"),
         (torch.hub.load, ("a", "b"), "torch.hub.load"),
         (torch.nn.Linear, (1, 1), "torch.nn.modules.linear.Linear"),
     ],
@@ -116,9 +115,52 @@ def test_what_a_snapshot_may_not_name(
     assert f"refused, it asks for {name!r}" in refused("edm", "a.pkl", content)
 
 
+@pytest.mark.parametrize("arguments", [({}, "get"), (torch.zeros(1), "numpy"), ("", "join")])
+def test_a_method_of_something_else_than_edms_objects(
+    published: ModuleType, snapshot: Callable, refused: Refused, arguments: tuple
+) -> None:
+    shape, weights = _small(published)
+    content = snapshot(weights, shape, extra=_Call(getattr, *arguments))
+    assert "an attribute of something else than EDM's objects" in refused("edm", "a.pkl", content)
+
+
 def test_a_class_beside_the_weights_is_refused_by_name(refused: Refused) -> None:
     line = refused("openai", "a.pt", _torch_file({"model": torch.nn.Linear(2, 2)}))
     assert "refused, it asks for 'torch.nn.modules.linear.Linear'" in line
+
+
+# ---- of another code base ----
+
+
+@pytest.mark.parametrize("form", ["snapshot", "state dict"])
+def test_edms_weights_are_no_openais(
+    published: ModuleType, snapshot: Callable, refused: Refused, form: str
+) -> None:
+    shape, weights = _small(published)
+    content = snapshot(weights, shape) if form == "snapshot" else _torch_file(weights)
+    line = refused("openai", "a.file", content)
+    assert "of EDM" in line
+    assert f"`ict-fast import edm {refused.folder / 'a.file'}`" in line
+
+
+def test_openais_weights_are_no_edms(published: ModuleType, refused: Refused) -> None:
+    weights = published.seeded(published.openai_layout(published.Shape("adm", channels=128, head=64)))
+    line = refused("edm", "a.pt", _torch_file(weights))
+    assert "is an ADM of OpenAI" in line
+    assert f"`ict-fast import openai {refused.folder / 'a.pt'}`" in line
+
+
+def test_names_out_of_a_file_do_not_reach_the_terminal_as_they_are(
+    published: ModuleType, refused: Refused
+) -> None:
+    line = refused("edm", "a.pt", _torch_file({"\x1b[2J" + "a" * 3000: 1}), "--kind", "denoiser")
+    assert "\x1b" not in line
+    assert len(line) < 1100
+    names = {f"enc.8x8_block0.\x1b]0;{number}\x07" + "b" * 500: torch.zeros(2) for number in range(3)}
+    line = refused("edm", "a.pt", _torch_file(_small(published)[1] | names), "--kind", "denoiser")
+    assert r"\x1b]0;0\x07" in line
+    assert line[:-1].isprintable()
+    assert len(line) < 1100
 
 
 # ---- what does not fit ----
@@ -184,6 +226,13 @@ def test_narrow_networks_of_openai_have_other_norms(published: ModuleType, refus
         ({"img_resolution": 16}, "says another img_resolution"),
         ({"img_channels": [3]}, "says another img_channels"),
         ({"sigma_data": "much"}, "sigma_data is a str"),
+        ({"sigma_data": 10**400}, "sigma_data is not finite"),
+        ({"sigma_data": float("inf")}, "sigma_data is not finite"),
+        ({"precond": "ECMPrecond", "sigma_min": 10**400}, "sigma_min is not finite"),
+        ({"inner": {"dropout": 10**400}}, "dropout is not finite"),
+        ({"inner": {"dropout": "much"}}, "dropout is a str"),
+        ({"inner": {"num_heads": 64}}, "num_heads does not divide"),
+        ({"inner": {"num_heads": 3}}, "num_heads does not divide"),
         ({"precond": "VPPrecond"}, "its preconditioning is VPPrecond"),
     ],
 )
@@ -289,6 +338,13 @@ def test_a_network_too_large_to_be_built_is_refused_before_it_is(refused: Refuse
         ({"config": 3}, "holds no configuration"),
         ({"imported": {"kind": "magic"}}, "says kind 'magic'"),
         ({"imported": {"kind": ["magic"]}}, "altered"),
+        ({"imported": 3}, "altered"),
+        ({"imported": {"kind": "consistency", "origin": {"config": {}, "step": -1}}}, "altered"),
+        ({"imported": {"kind": "consistency", "file": "\x1b[2J"}}, "its file is no line of text"),
+        ({"step": "many"}, "its step is no number"),
+        ({"ict_fast": None}, "its ict_fast is no line of text"),
+        ({"fingerprint": "0" * 64}, "not the weights that config.json describes; get it again"),
+        ({"fingerprint": None}, "not the weights that config.json describes; get it again"),
         ({"config": {"network": {"channels": "many"}}}, "network.channels"),
         ({"config": {"network": {"channels": 64}}}, "has the shape"),
     ],

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ict_fast.checkpoint import Checkpoint, open_checkpoint
 from ict_fast.cli import main
+from ict_fast.config import MethodConfig
 from ict_fast.consistency import load_model
+from ict_fast.errors import InputError
 from ict_fast.interop.diffusers import export_diffusers, import_diffusers
 from ict_fast.interop.export import export_safetensors, import_safetensors
+from ict_fast.interop.imported import save
 
 FORMS = {
     "safetensors": (export_safetensors, import_safetensors),
@@ -42,7 +48,17 @@ def _assert_same(checkpoint: Checkpoint, folder: Path, form: str) -> None:
     ):
         assert getattr(again.config.network, field) == getattr(network, field)
     method = load_model(checkpoint.path).config.method
-    assert again.config.method.identity_sigma == method.identity_sigma
+    for field in (
+        "identity_sigma",
+        "boundary_sigma",
+        "second_sigma",
+        "sigma_min",
+        "sigma_max",
+        "rho",
+        "sigma_data",
+    ):
+        assert getattr(again.config.method, field) == getattr(method, field), field
+    assert again.kind == checkpoint.state["imported"]["kind"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -61,7 +77,70 @@ def test_openai_in_and_out_and_in(
     published: ModuleType, openai_checkpoint: Callable, tmp_path: Path, form: str, adaptive: bool
 ) -> None:
     shape = published.Shape("adm", channels=128, head=64, adaptive=adaptive)
-    _assert_same(openai_checkpoint(shape), tmp_path / "out", form)
+    checkpoint = openai_checkpoint(shape)
+    assert load_model(checkpoint.path).config.method.second_sigma != MethodConfig().second_sigma
+    _assert_same(checkpoint, tmp_path / "out", form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["its own", "another"])
+def test_weights_that_are_not_the_described_ones_are_refused(
+    trained: Path, tmp_path: Path, form: str, name: str
+) -> None:
+    export, import_again = FORMS[form]
+    export(open_checkpoint(trained), tmp_path / "out")
+    (file,) = (tmp_path / "out").rglob("*.safetensors")
+    weights = load_file(file)
+    if name == "another":
+        weights["input.bias"] = weights["input.bias"] + 1e-3
+    save_file(weights, file)
+    if name == "its own":
+        import_again(tmp_path / "out")
+        return
+    with pytest.raises(InputError, match=r"not the weights that config\.json describes; get it again"):
+        import_again(tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_card_of_an_export_of_an_export_says_what_the_first_said(
+    trained: Path, tmp_path: Path, form: str
+) -> None:
+    export, import_again = FORMS[form]
+    export(open_checkpoint(trained), tmp_path / "out", "weights")
+    first = (tmp_path / "out/README.md").read_text()
+    for number in range(2):
+        save(import_again(tmp_path / "out"), tmp_path / f"in-{number}")
+        shutil.rmtree(tmp_path / "out")
+        export(open_checkpoint(tmp_path / f"in-{number}"), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    for fact in ("preset `digits`, 24 of 24 steps of 16 images; the trained, not averaged", "| curriculum |"):
+        assert fact in first, fact
+        assert fact in card, fact
+    for heading in ("## Method", "## Configuration"):
+        section = [text.partition(heading)[2].partition("\n## ")[0] for text in (first, card)]
+        assert section[0] == section[1] != "", heading
+    (fingerprint,) = re.findall(r"fingerprint `(\w{8,})`", first)
+    assert fingerprint in card
+    assert "their authors'" not in card
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_imported_models_file_is_named_after_two_exports(
+    published: ModuleType, edm_checkpoint: Callable, tmp_path: Path, form: str
+) -> None:
+    export, import_again = FORMS[form]
+    checkpoint = edm_checkpoint(published.Shape("ddpmpp"), "EDMPrecond")
+    export(checkpoint, tmp_path / "first")
+    save(import_again(tmp_path / "first"), tmp_path / "in")
+    export(open_checkpoint(tmp_path / "in"), tmp_path / "second")
+    for folder in ("first", "second"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert f"Weights of `{checkpoint.state['imported']['file']}` (SHA-256" in card
+        assert checkpoint.state["imported"]["sha256"] in card
+        assert "layout edm" in card
+        assert "# A diffusion model (a denoiser): 8x8" in card
+        assert "- diffusion\n" in card
+        assert "consistency" not in card.partition("## How")[0]
 
 
 def test_the_commands_do_it_too(
@@ -116,6 +195,17 @@ def test_the_card_says_what_the_weights_are(trained: Path, tmp_path: Path) -> No
         assert fact in card, fact
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written["config"]["network"]["channels"] == 8
+
+
+def test_an_import_takes_another_second_sigma(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    export_safetensors(open_checkpoint(trained), tmp_path / "out")
+    words = ["import", "safetensors", str(tmp_path / "out"), "--out", str(tmp_path / "in")]
+    assert main([*words, "--second-sigma", "80"]) == 2
+    assert "--second-sigma is 80.0; it must be between 0.002 and 80.0" in capsys.readouterr().err
+    assert main([*words, "--second-sigma", "0.9"]) == 0
+    assert load_model(tmp_path / "in").config.method.second_sigma == 0.9
 
 
 def test_an_evaluation_of_another_step_is_not_on_the_card(trained: Path, tmp_path: Path) -> None:

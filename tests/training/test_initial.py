@@ -229,6 +229,29 @@ def test_a_beginning_that_is_not_there_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("form", ["safetensors", "diffusers"])
+def test_an_exported_folder_is_to_be_imported_first(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, form: str
+) -> None:
+    folder = tmp_path / "exported"
+    assert main(["export", form, str(trained), "--out", str(folder)]) == 0
+    words = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(["train", "--init", str(folder), *words]) == 2
+    assert f"`ict-fast import {form} {folder} --out DIR` first" in capsys.readouterr().err
+    assert main(["import", form, str(folder), "--out", str(tmp_path / "imported")]) == 0
+    assert main(["train", "--init", str(tmp_path / "imported"), *words, "--dry-run"]) == 0
+
+
+def test_adaptive_norms_are_warned_of_where_they_come_from_the_weights(tmp_path: Path, short: Config) -> None:
+    config = replace(short, network=replace(short.network, adaptive_norm=True))
+    weights = {"ema": dict(TrainStep(config, CPU).network.state_dict())}
+    write_checkpoint(tmp_path / "adaptive", 0, weights, {"config": to_dict(config)}, keep=2)
+    _, lines = _weights(tmp_path / "adaptive", config)
+    assert any("diverge" in line and "--network.no-adaptive-norm" in line for line in lines)
+    _, lines = _weights(tmp_path / "adaptive", short)
+    assert not any("diverge" in line for line in lines)
+
+
 def test_an_imported_model_is_no_run_to_resume(
     tmp_path: Path, short: Config, capsys: pytest.CaptureFixture
 ) -> None:

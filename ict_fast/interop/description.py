@@ -1,0 +1,134 @@
+"""What an exported folder says of the model in it, as JSON values: written, and read back with suspicion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ict_fast.checkpoint import Checkpoint
+from ict_fast.config import Config, from_dict, to_dict
+from ict_fast.errors import InputError
+from ict_fast.interop.imported import KINDS, fingerprint
+from ict_fast.version import __version__
+
+FORMAT = "ict-fast model"
+_LONGEST_TEXT = 1000
+_TEXTS_OF_SOURCE = ("file", "sha256", "layout", "kind")
+
+
+def describe(
+    checkpoint: Checkpoint, config: Config, tensors: Mapping[str, Tensor], weights: str
+) -> dict[str, Any]:
+    """What an exported folder says of itself.
+
+    Where its model comes from is what the first export said, however often it was imported and exported
+    since then (`imported.origin`).
+    """
+    initial = checkpoint.state.get("init")
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "ict_fast": __version__,
+        "step": checkpoint.step,
+        "weights": weights,
+        "fingerprint": fingerprint(tensors),
+        "data_fingerprint": checkpoint.state.get("data_fingerprint"),
+        "init": initial["path"] if initial else None,
+        "imported": checkpoint.state.get("imported"),
+        "config": to_dict(config),
+    }
+
+
+@dataclass(frozen=True)
+class Description:
+    """A description that was read."""
+
+    file: Path
+    config: Config
+    kind: str
+    """One of KINDS."""
+    origin: dict[str, Any]
+    """Of the first export: ict_fast, step, weights, data_fingerprint, init, config, and `imported`: file,
+    sha256, layout and kind of what was imported before that, None for a model that was trained here."""
+
+    def notes(self) -> list[str]:
+        """For people, where the model comes from."""
+        source, version = self.origin["imported"], self.origin["ict_fast"]
+        if source is not None:
+            return [f"the weights of {source['file']} ({source['layout']}), exported by ict-fast {version}"]
+        return [f"trained by ict-fast {version}, {self.origin['step']:,} steps"]
+
+    def check_fingerprint(self, said: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Compares the weights with what the description says of them.
+
+        Args:
+            said: its entry `fingerprint`.
+            tensors: by our names.
+        Raises:
+            InputError: if they differ.
+        """
+        if said != fingerprint(tensors):
+            raise InputError(
+                f"{self.file.parent}: not the weights that {self.file.name} describes; get it again"
+            )
+
+
+def read_description(file: Path, values: Mapping[str, Any]) -> Description:
+    """Checks a description that a stranger may have written.
+
+    Args:
+        file: where it stands, for messages.
+        values: JSON values.
+    Raises:
+        InputError: naming what is missing or altered.
+    """
+    if values.get("format") != FORMAT:
+        raise InputError(f"{file}: not written by `ict-fast export`")
+    if not isinstance(values.get("config"), dict):
+        raise InputError(f"{file}: holds no configuration")
+    config = from_dict(values["config"], str(file))
+    source = values.get("imported")
+    if source is not None and not isinstance(source, dict):
+        raise InputError(f"{file}: altered, its record of an import is a {type(source).__name__}")
+    kind = "consistency" if source is None else source.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{file}: altered, it says kind {str(kind)[:80]!r}")
+    first = source.get("origin") if source else None
+    return Description(file, config, kind, _origin(file, values) if first is None else _origin(file, first))
+
+
+def _origin(file: Path, values: Any) -> dict[str, Any]:
+    """What a first export said, and nothing else."""
+    if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+        raise InputError(f"{file}: altered, what it says of the model's origin holds no configuration")
+    step, source = values.get("step"), values.get("imported")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise InputError(f"{file}: altered, its step is no number of steps")
+    if source is not None:
+        if not isinstance(source, dict):
+            raise InputError(f"{file}: altered, its record of an import is a {type(source).__name__}")
+        source = {name: _text(file, source, name) for name in _TEXTS_OF_SOURCE}
+        if source["kind"] not in KINDS:
+            raise InputError(f"{file}: altered, it says kind {source['kind'][:80]!r}")
+    return {
+        "ict_fast": _text(file, values, "ict_fast"),
+        "step": step,
+        "weights": _text(file, values, "weights"),
+        **{
+            name: None if values.get(name) is None else _text(file, values, name)
+            for name in ("data_fingerprint", "init")
+        },
+        "imported": source,
+        "config": to_dict(from_dict(values["config"], str(file))),
+    }
+
+
+def _text(file: Path, values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name)
+    if not isinstance(value, str) or len(value) > _LONGEST_TEXT or not value.isprintable():
+        raise InputError(f"{file}: altered, its {name} is no line of text")
+    return value

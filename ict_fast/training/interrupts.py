@@ -51,4 +51,5 @@ class SecondInterrupt:
                 if first is None:
                     first = now
                 elif now - first > _SAME_KEY_SECONDS:
+                    first = now  # what `then` raises with `interrupt_main` arrives here too
                     self._then()

@@ -182,7 +182,7 @@ def test_ctrl_c_ends_a_measurement_which_is_made_up_for_when_the_run_goes_on(
     original = evaluations_module.Evaluations._evaluate
 
     def interrupted(self: Any, model: object) -> dict[str, Any]:
-        if (out / "checkpoints/step-00000004").exists():
+        if (out / "evaluations.jsonl").exists():
             self._stop.exit_code = EXIT_SIGINT  # as the signal's handler does
         return original(self, model)
 

@@ -37,7 +37,7 @@ def test_the_rounding_is_what_float64_statistics_of_the_gradients_say(
         name: TrainStep(replace(config, training=replace(config.training, precision=name)), CPU)
         for name in ("fp32", "bf16")
     }
-    drawn = [batches(config, number)[0] for number in range(5)]
+    drawn = [batches(config, number, 4) for number in range(5)]
     gradients = {}
     for name, each in steps.items():
         with torch.no_grad():  # fresh networks end in zeros, where every gradient but the last is zero
@@ -49,7 +49,8 @@ def test_the_rounding_is_what_float64_statistics_of_the_gradients_say(
         for number, batch in enumerate(drawn):
             each.optimizer.zero_grad()
             each.seed_and_step[1].fill_(100 + number)
-            each.backward(batch)
+            for micro_batch in batch:
+                each.backward(micro_batch)
             rows.append(torch.cat([p.grad.flatten().double() for p in each.network.parameters()]))
         gradients[name] = torch.stack(rows)
     exact, rounded = gradients["fp32"], gradients["bf16"]

@@ -76,6 +76,11 @@ class Lookout:
         self._since = time.monotonic()
         self._doing = _COMPUTING  # after an error the other is still true
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether the process is ended when it gets no further; not while it compiles."""
+        return self._steps_reached > 1 or self._doing != _COMPUTING
+
     def diagnosis(self) -> str:
         """One line: what this process waited for, and which of the others did not come."""
         doing = self._doing
@@ -124,8 +129,7 @@ class Lookout:
         while not self._done.wait(self._between_words):
             with suppress(RuntimeError):  # who keeps the record may be the one that is stuck
                 self._speak()
-            watched = self._steps_reached > 1 or self._doing != _COMPUTING
-            if watched and time.monotonic() - self._since > self._seconds + _GRACE:
+            if self.is_watched and time.monotonic() - self._since > self._seconds + _GRACE:
                 self._give_up()
 
     def _give_up(self) -> NoReturn:

@@ -22,7 +22,7 @@ from ict_fast.planning import make_plan
 from ict_fast.planning.plan import CALIBRATION_PIECES, GRADIENTS_ALIVE, RUNTIME_BYTES
 from ict_fast.training import precision, step
 from ict_fast.training.loss_by_sigma import BUCKETS
-from ict_fast.training.precision import PIECES, Rounding, cut, measure_rounding
+from ict_fast.training.precision import PIECES, Rounding, measure_rounding
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 
@@ -131,13 +131,13 @@ def test_a_run_measures_its_own_gradients_and_keeps_what_it_found_whatever_the_m
     monkeypatch.setattr(precision, "_BATCHES", 2)
     found = {}
     for micro_batch in (0, 4):
-        training = replace(tiny.training, precision="auto", total_steps=8, micro_batch=micro_batch)
+        training = replace(tiny.training, precision="auto", total_steps=2, micro_batch=micro_batch)
         config = replace(tiny, training=training)
         train(config, out=tmp_path / str(micro_batch), device="cpu")
         lines = [line for line in capsys.readouterr().err.splitlines() if "bf16" in line]
         assert lines[0].startswith("N = 11: bf16 stays (cosine ")
         found[micro_batch] = open_checkpoint(tmp_path / str(micro_batch)).state["roundings"]
-    assert [(each["step"], each["num_scales"]) for each in found[0]][:2] == [(0, 11), (1, 21)]
+    assert [(each["step"], each["num_scales"]) for each in found[0]] == [(0, 11), (1, 21)]
     first, again = found[0][0], found[4][0]
     assert 0.998 <= first["cosine"] < 1
     assert 0 < first["noise"] < 0.1
@@ -201,7 +201,8 @@ def test_measuring_takes_no_more_memory_than_the_plan_says(
         given = alive.bytes
         measure_rounding(train_step, 0, drawn)
     assert peaks.keys() == {None, torch.bfloat16}
-    planned_bytes, peak = sum(planned.memory.values()) - RUNTIME_BYTES, max(peaks.values()) - given
+    planned_bytes = sum(planned.memory.values()) - RUNTIME_BYTES
+    peak = max(peaks.values()) - given - 4 * (1 + 2 * BUCKETS)  # the sums of the losses are in no plan
     assert 0.98 * planned_bytes < peak <= planned_bytes
 
 
@@ -211,7 +212,7 @@ def test_the_pieces_of_a_micro_batch_are_its_images_in_order_with_their_numbers(
 ) -> None:
     batch = batches(tiny)[0]
     batch = Batch(batch.images[:images], batch.labels[:images], None, 40)
-    pieces = cut(batch)
+    pieces = precision.cut(batch)
     assert torch.equal(torch.cat([piece.images for piece in pieces]), batch.images)
     assert [piece.offset for piece in pieces] == [
         40 + sum(len(p.images) for p in pieces[:k]) for k in range(len(pieces))

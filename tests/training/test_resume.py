@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
+from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 
 

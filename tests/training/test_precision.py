@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,11 +92,18 @@ def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
         return Rounding(0.9, 1.0) if first_step == 12 else Rounding(1.0, 0.0)
 
     monkeypatch.setattr(precision, "measure_rounding", measure)
+    monkeypatch.setattr(step, "compiles", lambda *_: True)  # as it is said, without the minutes
+    monkeypatch.setattr(step, "compile_blocks", lambda *_, **__: 5)
     train(config, out=tmp_path / "whole", device="cpu")
     assert measured == [0, 3, 6, 9, 12], "every third step begins a stage; after the switch none is measured"
     said = capsys.readouterr().err
     assert "N = 81: bf16 stays (cosine 1.0000" in said
     assert "N = 161: bf16 is too coarse, fp16 from here on (cosine 0.9000" in said
+    told = [line for line in said.splitlines() if re.search("^N = (11|161):|compil", line)]
+    assert [line.split(":")[0].split(";")[0].split(" in ")[0] for line in told] == [
+        *("compiling 5 blocks", "N = 11", "compiled"),
+        *("N = 161", "compiling 5 blocks for fp16", "compiled"),
+    ]
     dtypes = {
         number: json.loads((tmp_path / f"whole/checkpoints/step-{number:08d}/state.json").read_text())[
             "trunk_dtype"

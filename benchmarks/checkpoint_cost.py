@@ -64,8 +64,8 @@ def measure(config: Config, folder: Path, saves: int) -> dict[str, Any]:
     out = folder / f"run-{config.preset}"
     out.mkdir()
     held, written = [], []
-    monitor = Monitor(out, first_step=0, total_steps=1, batch_size=1, silent=True)
-    with Saver(Run(out, config, None), store, step, monitor) as saver:
+    run = Run(out, config, None)
+    with Saver(run, store, step, Monitor(run, silent=True)) as saver:
         for number in range(1, saves + 1):
             started = time.perf_counter()
             saver.save(number)

@@ -110,13 +110,30 @@ def write_checkpoint(
         _delete_unfinished(folder)  # what a killed process left may be what fills the disk
     final = write_whole(folder / f"step-{step:08d}", step, tensors, state)
     # The checkpoint is safe: what fails from here on costs a stale pointer, or space until the next one.
-    with contextlib.suppress(OSError):
-        if best:  # before the one that was the best may be deleted
-            replace_durably(folder / "best", f"{final.name}\n".encode())
-        _delete_old(folder, step, keep, snapshot_every)
+    if best:
+        mark_best(run, step, keep=keep, snapshot_every=snapshot_every)
+    else:
+        with contextlib.suppress(OSError):
+            _delete_old(folder, step, keep, snapshot_every)
     with contextlib.suppress(OSError):
         replace_durably(folder / "latest", f"{final.name}\n".encode())
     return final
+
+
+def mark_best(run: Path, step: int, *, keep: int, snapshot_every: int) -> None:
+    """From now on the newest checkpoint is the best one; the one that was goes if it is old.
+
+    What cannot be written costs a stale pointer, or space until the next checkpoint.
+
+    Args:
+        step: that of the checkpoint, which is there.
+        run, keep, snapshot_every: see `write_checkpoint`.
+    """
+    folder = run / "checkpoints"
+    with contextlib.suppress(OSError):
+        # Before the one that was the best may be deleted.
+        replace_durably(folder / "best", f"step-{step:08d}\n".encode())
+        _delete_old(folder, step, keep, snapshot_every)
 
 
 def write_whole(

@@ -13,6 +13,7 @@ from tyro.conf import arg
 from ict_fast import errors, presets, results
 from ict_fast.commands.arguments import at_least
 from ict_fast.config import validate
+from ict_fast.errors import InputError
 from ict_fast.screen import print_table, say
 
 # Of the checkout, where there is one.
@@ -35,7 +36,10 @@ class PlanOptions:
     """Images at a time on each GPU."""
     total_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the preset's)")] = None
     """Steps of the run."""
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "tf32", "bf16", "fp16"] | None,
+        arg(metavar="{auto,fp32,tf32,bf16,fp16}", help_behavior_hint="(default: the preset's)"),
+    ] = None
     """Arithmetic of the trunk; auto is a half precision."""
     mfu: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: measured, else 0.4)")] = (
         None
@@ -60,10 +64,13 @@ def run(options: PlanOptions) -> int:
         batch_size=options.batch_size or config.training.batch_size,
         micro_batch=options.micro_batch or config.training.micro_batch,
         total_steps=options.total_steps or config.training.total_steps,
-        precision=options.precision,
+        precision=options.precision or config.training.precision,
     )
     config = dataclasses.replace(config, training=training)
-    validate(config)
+    try:
+        validate(config)
+    except InputError as error:  # these options have the same names here, without the section
+        raise InputError(str(error).replace("training.", "")) from None
     if options.json is not None:
         results.require_place(options.json.parent, "--json")
 

@@ -8,6 +8,8 @@ rate of whole training steps on one such GPU. Anything else in the file is not r
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +49,15 @@ def best_measured(folder: Path, preset: str, gpu: str, precision: str) -> Measur
         Measured(float(result["images_per_second"]), int(result["batch_size"]), name, path.name)
         for path in sorted(folder.glob("step-*.json"))
         for name, result in _results(path)
-        if gpu in name.lower() and result["preset"] == preset and result["precision"] in alike
+        if _is_kind(gpu, name) and result["preset"] == preset and result["precision"] in alike
     ]
     return max(found, key=lambda each: each.images_per_second, default=None)
+
+
+def _is_kind(gpu: str, name: str) -> bool:
+    """Whether it is the SXM version, alone: H100 PCIe and NVL, GH200, parts of a GPU have other rates."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return gpu in words and not {"pcie", "nvl", "mig"} & set(words)
 
 
 def _results(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -62,7 +70,15 @@ def _results(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except (OSError, ValueError, KeyError, TypeError):
         return
     for result in results:
-        if isinstance(result, dict) and {"preset", "precision", "batch_size", "images_per_second"} <= set(
-            result
+        if (
+            isinstance(result, dict)
+            and isinstance(result.get("preset"), str)
+            and isinstance(result.get("precision"), str)
+            and _is_positive(result.get("batch_size"))
+            and _is_positive(result.get("images_per_second"))
         ):
             yield gpu, result
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf

@@ -5,11 +5,11 @@ Every term is explained in docs/planning.md; what is assumed is in the constants
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from ict_fast.config import Config
-from ict_fast.data.order import micro_batch_size
 from ict_fast.errors import InputError
 from ict_fast.planning import gpus as machines
 from ict_fast.planning.gpus import Gpu
@@ -26,7 +26,12 @@ RUNTIME_BYTES = 3e9
 USABLE = 0.92
 # Gradients that live beside the activations at the peak, in units of the widest; the tests see one at most.
 GRADIENTS_ALIVE = 2
+# In which `--precision auto` passes a micro-batch through fp32.
+CALIBRATION_PIECES = 4
 _FP32 = 4
+# A pass forward and backward launches a thousand kernels and more, at some microseconds each: a GPU that is
+# done sooner waits for the host. Assumed.
+_LAUNCH_SECONDS = 0.02
 # Below this share of the batch a GPU does not reach its rate, and the figures flatter.
 _SMALL_SHARE = 32
 
@@ -113,12 +118,18 @@ def make_plan(
         raise InputError(f"--gpus is {gpus}; a plan is for 1 to {MOST_GPUS}")
     if mfu is not None and not 0 < mfu <= 1:
         raise InputError(f"--mfu is {mfu:g}; it must be a share of the peak rate, above 0 and at most 1")
-    share = micro_batch_size(training.batch_size, gpus, None)
+    if training.batch_size % gpus:
+        raise InputError(f"--batch-size is {training.batch_size}; it must be a multiple of --gpus {gpus}")
+    share = training.batch_size // gpus
+    if share % min(training.micro_batch or share, share):
+        raise InputError(
+            f"--micro-batch is {training.micro_batch}; it must divide the {share} images that each of {gpus}"
+            f" GPUs has of a batch of {training.batch_size}"
+        )
     cost = network_cost(config.network)
     usable = USABLE * kind.memory
-    micro_batch = training.micro_batch or _largest(config, cost, share, usable)
-    micro_batch_size(training.batch_size, gpus, micro_batch)
-    memory = memory_bytes(config, cost, min(micro_batch, share))
+    micro_batch = min(training.micro_batch or _largest(config, cost, share, usable), share)
+    memory = memory_bytes(config, cost, micro_batch)
     if sum(memory.values()) > usable:
         raise InputError(
             f"{config.preset} needs {sum(memory.values()) / 1e9:.0f} GB on each GPU for {micro_batch} image"
@@ -139,7 +150,7 @@ def make_plan(
     wire = 2 * (gpus - 1) / gpus * reduced
     bandwidth = kind.nvlink if gpus <= machines.GPUS_PER_NODE else machines.NETWORK
     # Gradients travel while the last micro-batch's backward pass makes the next ones.
-    hiding = compute * cost.backward_flops / cost.step_flops * min(micro_batch, share) / share
+    hiding = compute * cost.backward_flops / cost.step_flops * micro_batch / share
     return Plan(
         preset=config.preset,
         gpu=kind,
@@ -149,7 +160,7 @@ def make_plan(
         batch_size=training.batch_size,
         total_steps=training.total_steps,
         share=share,
-        micro_batch=min(micro_batch, share),
+        micro_batch=micro_batch,
         memory=memory,
         usable_bytes=usable,
         all_reduced_bytes=reduced,
@@ -158,7 +169,7 @@ def make_plan(
         measured=measured,
         compute_seconds=compute,
         exposed_seconds=max(0.0, wire / bandwidth - hiding),
-        warnings=_warnings(share, measured),
+        warnings=_warnings(share, compute * micro_batch / share, measured),
     )
 
 
@@ -176,9 +187,30 @@ def memory_bytes(config: Config, cost: NetworkCost, micro_batch: int) -> dict[st
     }
     if config.method.teacher == "ema":
         memory["EMA teacher"] = parameters
+    if further := len(config.optimizer.ema_decays) + len(config.optimizer.power_ema):
+        memory["further averages"] = (further + 1) * parameters  # one is the change of one of them
     if half:  # autocast's copies, which backward needs again
         memory["weights in half precision"] = parameters / 2
+    if config.training.precision == "auto":
+        memory["calibration"] = _calibration_bytes(cost, micro_batch)
     return memory
+
+
+def _calibration_bytes(cost: NetworkCost, micro_batch: int) -> float:
+    """What comparing bf16 with fp32 takes beside a step: see `ict_fast.training.precision`.
+
+    Both mean gradients, always; and in the half-precision pass the exact gradient, or in the fp32 pass what a
+    piece of a micro-batch takes more than a whole one in half precision.
+    """
+    parameters, piece = _FP32 * float(cost.parameters), math.ceil(micro_batch / CALIBRATION_PIECES)
+
+    def passing(images: int, itemsize: int) -> float:
+        return images * float(
+            cost.activation_bytes(itemsize) + GRADIENTS_ALIVE * cost.widest_values * itemsize
+        )
+
+    more = passing(piece, 4) - passing(micro_batch, 2) - parameters / 2  # no weights in half precision
+    return 2 * parameters + max(parameters, more)
 
 
 def _largest(config: Config, cost: NetworkCost, share: int, usable: float) -> int:
@@ -191,8 +223,13 @@ def _largest(config: Config, cost: NetworkCost, share: int, usable: float) -> in
     return next(fitting, 1)
 
 
-def _warnings(share: int, measured: Measured | None) -> tuple[str, ...]:
+def _warnings(share: int, pass_seconds: float, measured: Measured | None) -> tuple[str, ...]:
     found = []
+    if pass_seconds < _LAUNCH_SECONDS and not (measured and measured.batch_size <= share):
+        found.append(
+            f"a micro-batch takes {1e3 * pass_seconds:.3g} ms to compute, less than its kernels take to"
+            " launch: this rate is not reachable, and the times are too short"
+        )
     if share < _SMALL_SHARE:
         found.append(
             f"{share} images on each GPU are too few to fill it: the rate will be below the"

@@ -55,9 +55,9 @@ def _run(plan: Plan) -> Table:
     return _table(
         f"{plan.preset} on {plan.gpus} x {plan.gpu.name}, {plan.precision}",
         [
-            ("parameters", f"{cost.parameters / 1e6:,.1f} M"),
-            ("FLOPs per image, forward", f"{cost.forward_flops / 1e9:,.1f} G"),
-            ("FLOPs per image, step (2 forwards + backward)", f"{cost.step_flops / 1e9:,.1f} G"),
+            ("parameters", f"{_figure(cost.parameters / 1e6)} M"),
+            ("FLOPs per image, forward", f"{_figure(cost.forward_flops / 1e9)} G"),
+            ("FLOPs per image, step (2 forwards + backward)", f"{_figure(cost.step_flops / 1e9)} G"),
             ("steps x batch", f"{plan.total_steps:,} x {plan.batch_size:,}"),
             ("FLOPs in all", f"{plan.total_flops:.3g}"),
         ],
@@ -65,7 +65,7 @@ def _run(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    rows = [(kind, f"{size / 1e9:.2f} GB") for kind, size in plan.memory.items()]
+    rows = [(kind, _size(size)) for kind, size in plan.memory.items()]
     total = sum(plan.memory.values())
     rows.append(("together", f"{total / 1e9:.1f} of {plan.usable_bytes / 1e9:.0f} GB"))
     pieces = plan.share // plan.micro_batch
@@ -79,16 +79,36 @@ def _memory(plan: Plan) -> Table:
 def _time(plan: Plan) -> Table:
     rows = [
         ("images/s, all GPUs", f"{plan.images_per_second:,.0f}"),
-        ("step", f"{1e3 * plan.step_seconds:,.0f} ms"),
+        ("step", f"{_figure(1e3 * plan.step_seconds)} ms"),
     ]
     if plan.gpus > 1:
         way = "NVLink" if plan.gpus <= GPUS_PER_NODE else f"the network, {NETWORK / 1e9:.0f} GB/s each"
         hidden = "hidden behind the backward pass"
         if plan.exposed_seconds:
-            hidden = f"{1e3 * plan.exposed_seconds:,.0f} ms not hidden"
+            hidden = f"{1e3 * plan.exposed_seconds:.3g} ms not hidden"
         rows += [
-            ("all-reduced per step", f"{plan.all_reduced_bytes / 1e9:.2f} GB"),
-            ("sent by each GPU", f"{plan.wire_bytes / 1e9:.2f} GB over {way}: {hidden}"),
+            ("all-reduced per step", _size(plan.all_reduced_bytes)),
+            ("sent by each GPU", f"{_size(plan.wire_bytes)} over {way}: {hidden}"),
         ]
-    rows += [("days", f"{plan.days:,.1f}"), ("GPU hours", f"{plan.gpu_hours:,.0f}")]
+    rows += [_duration(plan.days), ("GPU hours", _figure(plan.gpu_hours))]
     return _table("time", rows)
+
+
+def _duration(days: float) -> tuple[str, str]:
+    """Unit and number, in the largest unit of which there is at least one."""
+    for unit, number in (("days", days), ("hours", 24 * days)):
+        if number >= 1:
+            return unit, _figure(number)
+    return "minutes", _figure(1440 * days)
+
+
+def _figure(value: float) -> str:
+    """Three digits, one after the point, or all before it, by size."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(number: float) -> str:
+    """Bytes in words."""
+    return f"{number / 1e9:.3g} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"

@@ -107,8 +107,9 @@ class Evaluations:
     data may have moved, the memory or the disk be full. The next one is tried all the same.
     """
 
-    def __init__(self, run: Run, monitor: Monitor, stop: StopRequest) -> None:
-        self._run, self._monitor, self._stop = run, monitor, stop
+    def __init__(self, run: Run, monitor: Monitor, stop: StopRequest, get_on: Callable[[], None]) -> None:
+        """`get_on` is called while a measurement gets on."""
+        self._run, self._monitor, self._stop, self._get_on = run, monitor, stop, get_on
         self._path = run.out / EVALUATIONS
         self._done: dict[int, _Measured] = {}
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -188,6 +189,7 @@ class Evaluations:
         def progress(done: float, doing: str) -> None:
             if self._stop.exit_code is not None:
                 raise _Stopped
+            self._get_on()
             self._monitor.note(f"{doing} ({done:.0%})")
 
         return evaluate(

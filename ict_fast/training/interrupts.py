@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 # What arrives so soon after the first is the same key: a terminal interrupts a launcher and its processes,
@@ -51,4 +52,8 @@ class SecondInterrupt:
                 if first is None:
                     first = now
                 elif now - first > _SAME_KEY_SECONDS:
+                    first = now
                     self._then()
+                    # `interrupt_main` is noted like a key, and has been by now.
+                    with suppress(BlockingIOError):
+                        self._arrivals.recv(64, socket.MSG_DONTWAIT)

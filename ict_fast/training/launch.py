@@ -104,9 +104,11 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._second.__exit__(kind, error, trace)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        try:
+            self._second.__exit__(kind, error, trace)
+        finally:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _interrupt(self) -> None:
         """The handler may have seen only one of two signals; it is called again for the second."""

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ _MOST_BETWEEN_WORDS = 10.0  # seconds
 _GRACE = 5.0  # for the error of the operation itself, which ends a run in a more orderly way
 _ANSWER = timedelta(seconds=5)  # what the store may take to tell what the others have said
 _COMPUTING = "computing"
+_WAITING = "waiting for "
 
 
 class Lookout:
@@ -53,20 +54,41 @@ class Lookout:
         self._step, self._since = step, time.monotonic()
         self._steps_reached += 1
 
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def get_on(self) -> None:
+        """The process gets on within its step."""
+        self._since = time.monotonic()
+
+    def compiles(self) -> None:
+        """The step that has begun compiles: it may take as long as the first one."""
+        self._steps_reached = 1
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
         """While open, the host waits for something that depends on other processes."""
-        self._doing, self._since = f"waiting for {what}", time.monotonic()
+        return self.doing(_WAITING + what)
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """While open, the process does something that takes other time than a step does."""
+        # In this order, as the thread would measure what is done now by when the last thing began.
+        self._since = time.monotonic()
+        self._doing = what
         yield
-        self._doing, self._since = _COMPUTING, time.monotonic()  # after an error it is still true
+        self._since = time.monotonic()
+        self._doing = _COMPUTING  # after an error the other is still true
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the process is ended when it gets no further; not while it compiles."""
+        return self._steps_reached > 1 or self._doing != _COMPUTING
 
     def diagnosis(self) -> str:
         """One line: what this process waited for, and which of the others did not come."""
         doing = self._doing
-        waited = doing if doing != _COMPUTING else "waiting for the gradients of all processes"
+        waited = doing if doing != _COMPUTING else f"{_WAITING}the gradients of all processes"
+        why = self._culprits() if waited.startswith(_WAITING) else "it got no further, and the others wait"
         return (
             f"process {self._rank} gave up at step {self._step:,} after {self._seconds:g} s of {waited}"
-            f" (--collective-timeout): {self._culprits()}; the same command resumes from the last checkpoint"
+            f" (--collective-timeout): {why}; the same command resumes from the last checkpoint"
         )
 
     def _culprits(self) -> str:
@@ -77,7 +99,11 @@ class Lookout:
         now = time.time()
         others = {rank: word for rank, word in words.items() if rank != self._rank}
         silent = {r: w for r, w in others.items() if now - w["time"] > 3 * self._between_words + 1}
-        behind = {r: w for r, w in others.items() if w["step"] < self._step or w["doing"] == _COMPUTING}
+        behind = {
+            rank: word
+            for rank, word in others.items()
+            if word["step"] < self._step or not word["doing"].startswith(_WAITING)
+        }
         if not (named := silent or behind):
             return "all others wait too, so the network between them may be down"
         rank, word = min(named.items(), key=lambda item: (item[1]["step"], item[0]))
@@ -103,8 +129,7 @@ class Lookout:
         while not self._done.wait(self._between_words):
             with suppress(RuntimeError):  # who keeps the record may be the one that is stuck
                 self._speak()
-            watched = self._steps_reached > 1 or self._doing != _COMPUTING
-            if watched and time.monotonic() - self._since > self._seconds + _GRACE:
+            if self.is_watched and time.monotonic() - self._since > self._seconds + _GRACE:
                 self._give_up()
 
     def _give_up(self) -> NoReturn:

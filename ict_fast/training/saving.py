@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ict_fast.checkpoint import write_checkpoint, write_whole
+from ict_fast.checkpoint import mark_best, write_checkpoint, write_whole
 from ict_fast.config import to_dict
 from ict_fast.data.store import Store
 from ict_fast.errors import TrainingError
@@ -59,6 +59,7 @@ class Saver:
             "config": to_dict(self._run.config),
             "data_fingerprint": self._store.fingerprint,
             "trunk_dtype": trunk_name(self._train_step),
+            "roundings": list(self._train_step.roundings),
             "versions": {
                 "ict_fast": __version__,
                 "torch": torch.__version__,
@@ -79,6 +80,17 @@ class Saver:
             best=best,
         )
         self._writing = (step, future)
+
+    def mark_best(self, step: int) -> None:
+        """The checkpoint of a step, which has been saved, is the best one from now on."""
+        if not self._train_step.world.is_first:
+            return
+        self.wait()
+        if self.step == step:  # else it could not be written, which has been said
+            logging = self._run.config.logging
+            mark_best(
+                self._run.out, step, keep=logging.keep_checkpoints, snapshot_every=logging.snapshot_every
+            )
 
     def save_snapshot(self, step: int) -> None:
         """Begins to write the power-function averages of a step, in process 0."""

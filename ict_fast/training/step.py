@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class TrainStep:
         averages: the further averages.
         compiled_blocks: how many residual blocks are compiled when they are first called.
         loss_scale: of an fp16 trunk, else None.
+        roundings: what was measured to choose the trunk's arithmetic so far, as JSON values; see `precision`.
         loss_sum, loss_count: sum and number of the finite step losses since `reset_loss`; fp64 scalars.
         by_sigma: sums and numbers of the images' losses by noise level since then; see `LossBySigma`, fp64.
         skipped_in_a_row: the longest run of skipped steps since `reset_loss`; int64 scalar.
@@ -108,6 +109,7 @@ class TrainStep:
         )
         self.averages = Averages(optimizer, list(self.network.parameters()))
         self.loss_scale: LossScale | None = None
+        self.roundings: list[dict[str, Any]] = []
         self.set_trunk(trunk_dtype(config.training.precision, device))
         self.loss_sum = scalar(0.0, torch.float64)
         self.loss_count = scalar(0, torch.int64)
@@ -142,11 +144,7 @@ class TrainStep:
 
     def advance(self, micro_batches: Sequence[Batch]) -> None:
         """The step that has begun: the same operations, with the same numbers, in every step."""
-        self.optimizer.zero_grad()
-        figures = torch.zeros(1 + 2 * BUCKETS, device=self.device)
-        for number, batch in enumerate(micro_batches, start=1):
-            with self._gathering_only() if number < len(micro_batches) else nullcontext():
-                figures += self.backward(batch)
+        figures = self.gradient(micro_batches)
         self.world.add(figures)
         self.optimizer.step()
 
@@ -162,6 +160,19 @@ class TrainStep:
         self.loss_sum += torch.where(finite, loss, 0.0)
         self.loss_count += finite
         self.by_sigma += figures[1:]
+
+    def gradient(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Leaves the gradient of all processes' micro-batches in the parameters; never waits for the device.
+
+        Returns:
+            The sum of what `backward` returns, in this process.
+        """
+        self.optimizer.zero_grad()
+        figures = torch.zeros(1 + 2 * BUCKETS, device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            with self._gathering_only() if number < len(micro_batches) else nullcontext():
+                figures += self.backward(batch)
+        return figures
 
     def updates(self) -> Tensor:
         """Steps that have changed the weights, the last one included: 0-dim int64 on the device."""
@@ -268,6 +279,7 @@ class TrainStep:
         Raises:
             InputError: naming the file, if it does not fit this network.
         """
+        self.roundings = list(checkpoint.state.get("roundings", []))
         _load(self.network, checkpoint, "weights")
         if self.teacher is not None:
             _load(self.teacher, checkpoint, "teacher")

@@ -283,7 +283,7 @@ def _train_locked(
             monitor.say(describe_stages(config))
         if run.step:
             monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
-        evaluations = Evaluations(run, monitor, stop)
+        evaluations = Evaluations(run, monitor, stop, world.get_on)
         return _loop(run, train_step, loader, monitor, saver, evaluations, stop)
 
 
@@ -303,7 +303,6 @@ def _loop(
     while True:
         world.reached(step)
         done, stop_code = step == total, world.stop_code(stop.exit_code)
-        is_best = False
         if step > run.step:
             if done or step % logging.log_every == 0:
                 monitor.record(step, figures(train_step, step))
@@ -311,28 +310,37 @@ def _loop(
             if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
                 with monitor.paused():
                     _save_grid(train_step, step, out / "grids" / f"step-{step:08d}.png", monitor)
-        if evaluations.is_due(step) and stop_code is None:  # a run that goes on makes up for a missed one
-            saver.wait()
-            measure = partial(evaluations.measure, step, partial(_averaged_model, train_step))
-            with monitor.paused():
-                is_best, stop_code = world.while_first(measure)
         if step > run.step and config.optimizer.power_ema and (done or step % _snapshot_every(config) == 0):
             saver.save_snapshot(step)
         is_saved = step > run.step and (done or stop_code is not None or _is_saved(step, logging))
         if stop_code is not None and is_saved and not done:
             monitor.say(f"stopping at step {step:,}, saving it; Ctrl-C again quits without")
-        if is_saved or is_best:
-            saver.save(step, best=is_best)
+        if is_saved:  # before the measurement, which may crash
+            saver.save(step)
+        if evaluations.is_due(step) and stop_code is None:  # a run that goes on makes up for a missed one
+            saver.wait()
+            measure = partial(evaluations.measure, step, partial(_averaged_model, train_step))
+            with monitor.paused():
+                is_best, stop_code = world.while_first(measure, "measuring")
+            if is_best and is_saved:
+                saver.mark_best(step)
+            elif is_best or (stop_code is not None and step > run.step and not is_saved):
+                saver.save(step, best=is_best)
         if done or stop_code is not None:
             break
-        if step in borders and chooses_trunk(train_step):
-            monitor.say(choose_trunk(train_step, loader, step))
-        compiling = train_step.compiled_blocks if step == run.step else 0
-        started = time.monotonic()
+        compiling, started = train_step.compiled_blocks if step == run.step else 0, time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
+        if step in borders and chooses_trunk(train_step):
+            with monitor.paused():
+                monitor.say(choose_trunk(train_step, loader, step))
+            if train_step.compiled_blocks and not chooses_trunk(train_step):
+                compiling, started = train_step.compiled_blocks, time.monotonic()
+                monitor.say(f"compiling {compiling} blocks for fp16")
+                world.compiles()
+        asked = time.monotonic()
         batches = loader.micro_batches(step)
-        monitor.waited_for_data(time.monotonic() - started)
+        monitor.waited_for_data(time.monotonic() - asked)
         advance(step, batches)
         step += 1
         if compiling:

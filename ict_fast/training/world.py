@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -37,7 +38,9 @@ class World:
     def __init__(self, lookout: Lookout | None = None, timeout: float = COLLECTIVE_TIMEOUT) -> None:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._lookout = lookout
+        self._timeout = timeout
         self._between_signs = min(_SIGN_OF_LIFE_SECONDS, timeout / 5)
+        self._got_on = time.monotonic()
         patience = timedelta(seconds=timeout)
         # Over gloo whatever the device: reading the flag waits for the other hosts, never for a GPU.
         self._hosts = dist.new_group(backend="gloo", timeout=patience) if self.size > 1 else None
@@ -53,6 +56,17 @@ class World:
         if self._lookout is not None:
             self._lookout.reached(step)
 
+    def get_on(self) -> None:
+        """This process gets on in what takes longer than a step; a sign that it is not stuck."""
+        self._got_on = time.monotonic()
+        if self._lookout is not None:
+            self._lookout.get_on()
+
+    def compiles(self) -> None:
+        """The step that has begun compiles, and may take longer than others."""
+        if self._lookout is not None:
+            self._lookout.compiles()
+
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """While open, the host waits for what other processes must do as well; `what` is for a diagnosis."""
         return nullcontext() if self._lookout is None else self._lookout.waiting(what)
@@ -66,39 +80,58 @@ class World:
             dist.broadcast_object_list(chosen, src=0, group=self._hosts)
         return chosen[0]
 
-    def while_first(self, work: Callable[[], T]) -> T:
+    def while_first(self, work: Callable[[], T], what: str) -> T:
         """What process 0 works out, in every process, however long it takes.
 
         The others are given a sign of life every few seconds, so that none of them waits in vain for longer
-        than a collective may take. `work` itself must not communicate.
+        than a collective may take, as long as `work` calls `get_on` that often. It must not communicate.
+
+        Args:
+            work: as for `decide`.
+            what: process 0 is doing, for a diagnosis.
         """
         if self.size == 1:
             return work()
         if not self.is_first:
-            while self._sign_of_life(True):
+            while self._sign_of_life():
                 pass
             return self.decide(work)
         ended = threading.Event()
+        failed: list[RuntimeError] = []
+        self._got_on = time.monotonic()
 
         def beat() -> None:
             while not ended.wait(self._between_signs):
-                self._sign_of_life(True)
+                if time.monotonic() - self._got_on > self._timeout:
+                    continue  # stuck: the others may say so
+                try:
+                    self._say_alive(True)
+                except RuntimeError as error:  # one of them is lost
+                    failed.append(error)
+                    return
 
         thread = threading.Thread(target=beat, name="ict-fast-sign-of-life")
         thread.start()
         try:
-            result = work()
+            with nullcontext() if self._lookout is None else self._lookout.doing(what):
+                result = work()
         finally:
             ended.set()
             thread.join()
-            self._sign_of_life(False)
+            if not failed:
+                self._say_alive(False)
+        if failed:
+            raise failed[0]
         return self.decide(lambda: result)
 
-    def _sign_of_life(self, alive: bool) -> bool:
+    def _sign_of_life(self) -> bool:
         """Whether process 0 is still at work, as it says."""
-        said = torch.tensor(alive, dtype=torch.int64)
         with self.waiting("a sign of life of process 0"):  # each one counts as progress
-            dist.broadcast(said, src=0, group=self._hosts)
+            return self._say_alive(True)
+
+    def _say_alive(self, alive: bool) -> bool:
+        said = torch.tensor(alive, dtype=torch.int64)
+        dist.broadcast(said, src=0, group=self._hosts)
         return bool(said)
 
     def add(self, value: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,19 @@ def test_communication_that_computing_does_not_hide_costs_time() -> None:
     backward = 2 * far.cost.backward_flops / (0.5 * 989e12)
     assert far.exposed_seconds == pytest.approx(wire - backward)
     assert far.warnings == (
+        "a micro-batch takes 0.692 ms to compute, less than its kernels take to launch: this rate is not"
+        " reachable, and the times are too short",
         "2 images on each GPU are too few to fill it: the rate will be below the assumed one",
     )
     assert near.warnings == ()
 
 
-def _results(folder: Path, **changes: Any) -> None:
+def _results(folder: Path, gpu: str = "NVIDIA H200", **changes: Any) -> None:
     rate = {"preset": "imagenet64", "precision": "auto", "batch_size": 128, "images_per_second": 500.0}
     slower = {**rate, "images_per_second": 400.0, "name": "uncompiled"}
     report = {
         "part": "step",
-        "hardware": {"gpu": "NVIDIA H200"},
+        "hardware": {"gpu": gpu},
         "results": [slower, {**rate, **changes}, {"not_measured": "the budget"}],
     }
     (folder / "step-NVIDIA-H200-20260101-000000.json").write_text(json.dumps(report))
@@ -117,6 +120,47 @@ def test_a_measured_rate_takes_the_place_of_the_assumption(tmp_path: Path) -> No
         make_plan(config, "h200", 8, mfu=0.3, results=tmp_path),
     ):
         assert other.measured is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name", "counts"),
+    [
+        ("h100", "NVIDIA H100 80GB HBM3", True),
+        ("h100", "NVIDIA H100 PCIe", False),
+        ("h100", "NVIDIA H100 NVL", False),
+        ("h100", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", False),
+        ("h200", "NVIDIA H200", True),
+        ("h200", "NVIDIA H200 NVL", False),
+        ("h200", "NVIDIA GH200 480GB", False),
+        ("a100", "NVIDIA A100-SXM4-80GB", True),
+        ("a100", "NVIDIA A100-PCIE-40GB", False),
+    ],
+)
+def test_rates_of_other_versions_of_a_gpu_do_not_count(
+    tmp_path: Path, gpu: str, name: str, counts: bool
+) -> None:
+    _results(tmp_path, gpu=name)
+    plan = make_plan(presets.get("imagenet64"), gpu, 8, results=tmp_path)
+    assert (plan.measured is not None) == counts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"images_per_second": None}, {"images_per_second": "500"}, {"batch_size": 0}, {"precision": []}],
+)
+def test_results_of_the_wrong_type_are_not_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    _results(tmp_path, **changes)
+    measured = make_plan(presets.get("imagenet64"), "h200", 8, results=tmp_path).measured
+    assert measured is not None
+    assert measured.images_per_second == 400, "the other one in the file"
+
+
+def test_further_averages_take_memory_each_and_one_more() -> None:
+    config = presets.get("imagenet64")
+    optimizer = replace(config.optimizer, ema_decays=(0.999,), power_ema=(0.05, 0.1))
+    plan = make_plan(replace(config, optimizer=optimizer), "h200", 8)
+    assert plan.memory["further averages"] == 4 * 4 * plan.cost.parameters
+    assert "further averages" not in make_plan(config, "h200", 8).memory
 
 
 # ---- the command ----
@@ -149,6 +193,15 @@ def test_the_command_prints_the_plan_says_where_its_rate_is_from_and_writes_it(
     assert "measured: 500 images/s on one NVIDIA H200, 128 images a step (step-NVIDIA-H200-20260101" in said
 
 
+def test_a_short_run_is_given_in_minutes_and_its_rate_is_doubted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--preset", "digits", "--gpus", "1"]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"minutes +│ +0\.000411 ", said.out), "1200 x 96 x 84.7 MFLOP at 396 TFLOP/s"
+    assert re.search(r"weights +│ +1\.7 MB ", said.out)
+    assert re.search(r"forward +│ +0\.0212 G ", said.out)
+    assert "this rate is not reachable" in said.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -156,11 +209,12 @@ def test_the_command_prints_the_plan_says_where_its_rate_is_from_and_writes_it(
         (["--gpu", "tpu"], "choose one of: a100, h100, h200"),
         (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
         (["--gpus", str(MOST_GPUS + 1)], "a plan is for 1 to 512"),
-        (["--gpus", "7"], "batch-size is 4096; it must be a multiple of the 7 processes"),
-        (["--micro-batch", "100"], "micro-batch is 100"),
+        (["--gpus", "7"], "error: --batch-size is 4096; it must be a multiple of --gpus 7"),
+        (["--micro-batch", "100"], "error: --micro-batch is 100; it must be a divisor of batch-size"),
+        (["--micro-batch", "4", "--gpus", "512", "--batch-size", "3072"], "must divide the 6 images"),
         (["--preset", "imagnet64"], 'there is no preset "imagnet64"; did you mean "imagenet64"'),
         (["--mfu", "1.2"], "--mfu is 1.2; it must be a share"),
-        (["--micro-batch", "512", "--gpu", "h100"], "needs 107 GB on each GPU for 512 images"),
+        (["--micro-batch", "512", "--gpu", "h100"], "needs 110 GB on each GPU for 512 images"),
         (["--json", "/dev/null/plan.json"], "--json is /dev/null, but /dev/null is not a folder"),
     ],
 )
@@ -175,5 +229,5 @@ def test_every_preset_has_a_plan() -> None:
     for name in presets.names():
         config = presets.get(name)
         assert make_plan(config, "a100", 8).days > 0
-        with pytest.raises(InputError, match="multiple of the 5 processes"):
+        with pytest.raises(InputError, match="--batch-size is 96; it must be a multiple of --gpus 5"):
             make_plan(replace(config, training=replace(config.training, batch_size=96)), "a100", 5)

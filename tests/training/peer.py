@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,11 +44,47 @@ def wait(world: World, folder: Path) -> None:
     """Process 0 works for longer than a collective may take; see the main program for how long that is."""
 
     def work() -> tuple[int, str]:
-        time.sleep(6)
+        for _ in range(30):
+            time.sleep(0.2)
+            world.get_on()
         return world.rank, "done"
 
-    assert world.while_first(work) == (0, "done")
+    assert world.while_first(work, "working") == (0, "done")
     assert world.decide(lambda: 3) == 3, "and they go on together"
+
+
+def fail(world: World, folder: Path) -> None:
+    """Work of process 0 that is of no use: it raises, it hangs, the other process is lost meanwhile."""
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    def hang() -> None:
+        time.sleep(5)
+
+    def others_lost() -> None:
+        time.sleep(2)
+
+    for work, ours in ((broken, ZeroDivisionError), (hang, None)):
+        world = World(timeout=1.5)
+        started = time.monotonic()
+        try:
+            world.while_first(work, "working")
+        except ZeroDivisionError:
+            assert world.is_first
+            assert ours is ZeroDivisionError
+        except RuntimeError:  # of the wait for what process 0 does not say, or of its last word
+            assert not world.is_first or ours is None
+        else:
+            raise AssertionError("nothing came of it")
+        if not world.is_first:
+            assert time.monotonic() - started < 4.5, "before the work that hangs is done"
+    world = World(timeout=5)
+    if not world.is_first:
+        os._exit(0)
+    with pytest.raises(RuntimeError, match=r"(?i)connection|peer|closed|timed out"):
+        world.while_first(others_lost, "working")
+    os._exit(0)
 
 
 def disagree(world: World, folder: Path) -> None:
@@ -86,5 +123,5 @@ if __name__ == "__main__":
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=int(size))
     world = World(timeout=3.0) if task == "wait" else World()
-    {"train": train, "disagree": disagree, "wait": wait}[task](world, Path(folder), *arguments)
+    {"train": train, "disagree": disagree, "wait": wait, "fail": fail}[task](world, Path(folder), *arguments)
     dist.destroy_process_group()

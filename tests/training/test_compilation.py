@@ -86,7 +86,7 @@ def test_only_the_switch_of_precision_compiles_anew(few_blocks: Config, batches:
     graphs = counters["stats"]["unique_graphs"]
     assert graphs == 2 * 5
     for _ in range(2):
-        measure_rounding(step, 1, [batches(config, k, 8)[0] for k in range(2)])
+        measure_rounding(step, 1, [batches(config, k, 8) for k in range(2)])
         assert counters["stats"]["unique_graphs"] == graphs
     step.set_trunk(torch.float16)
     next(steps)

@@ -40,13 +40,13 @@ def _kept(out: Path) -> list[int]:
 def distances(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Stands in for the measurement: each gives, or raises, the next of some values."""
 
-    def script(*values: float | Exception) -> None:
+    def script(*values: float | BaseException) -> None:
         left = list(values)
 
         def evaluate(model: object, reference: Path, **options: Any) -> dict[str, Any]:
             options["progress"](0.5, "half way")
             value = left.pop(0)
-            if isinstance(value, Exception):
+            if isinstance(value, BaseException):
                 raise value
             return {"one_step": {"frechet_distance": value}, "count": options["count"]}
 
@@ -89,6 +89,15 @@ def test_the_best_checkpoint_outlives_the_rotation_and_is_found_by_its_name(
     shown = capsys.readouterr().err
     assert "step 8: Fréchet distance 3 in 1 step, the best so far" in shown
     assert "step 24: Fréchet distance 8 in 1 step, best 3 at step 8" in shown
+
+
+def test_a_crash_while_measuring_loses_no_step_that_was_to_be_saved(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+) -> None:
+    distances(9.0, 8.0, SystemExit(9))  # nothing in the run catches this
+    with pytest.raises(SystemExit):
+        train(_measured(tiny), out=tmp_path / "run", device="cpu")
+    assert open_checkpoint(tmp_path / "run").step == 12
 
 
 def test_a_measured_step_is_saved_only_if_it_is_the_best(
@@ -183,7 +192,7 @@ def test_ctrl_c_ends_a_measurement_which_is_made_up_for_when_the_run_goes_on(
     original = evaluations_module.Evaluations._evaluate
 
     def interrupted(self: Any, model: object) -> dict[str, Any]:
-        if (out / "checkpoints/step-00000004").exists():
+        if (out / "evaluations.jsonl").exists():
             self._stop.exit_code = EXIT_SIGINT  # as the signal's handler does
         return original(self, model)
 

@@ -62,7 +62,9 @@ def test_a_step_is_the_same_operations_with_the_same_numbers_in_every_stage(
     config = replace(
         tiny,
         method=replace(tiny.method, teacher=teacher),
-        optimizer=replace(tiny.optimizer, name=optimizer, lr_decay=1.0),
+        optimizer=replace(
+            tiny.optimizer, name=optimizer, lr_decay=1.0, ema_decays=(0.99, 0.9), power_ema=(0.05, 0.1)
+        ),
         training=replace(tiny.training, precision=precision),
     )
     step = TrainStep(config, CPU)
@@ -101,7 +103,8 @@ def _state(step: TrainStep) -> dict[str, Tensor]:
 def test_captured_steps_have_the_bits_of_plain_ones_and_are_captured_when_they_must(
     tiny: Config, batches: Callable, stand_in: list[Callable]
 ) -> None:
-    config = replace(tiny, training=replace(tiny.training, precision="bf16"))
+    optimizer = replace(tiny.optimizer, ema_decays=(0.9,), power_ema=(0.1,))
+    config = replace(tiny, training=replace(tiny.training, precision="bf16"), optimizer=optimizer)
     plain, inner = TrainStep(config, CPU), TrainStep(config, CPU)
     captured = CapturedStep(inner)
     captures = []

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
+from ict_fast.data.loaders import Batch
+from ict_fast.planning import make_plan
+from ict_fast.planning.plan import CALIBRATION_PIECES, GRADIENTS_ALIVE, RUNTIME_BYTES
 from ict_fast.training import precision, step
-from ict_fast.training.precision import Rounding, measure_rounding
+from ict_fast.training.loss_by_sigma import BUCKETS
+from ict_fast.training.precision import PIECES, Rounding, measure_rounding
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 
@@ -37,7 +47,7 @@ def test_the_rounding_is_what_float64_statistics_of_the_gradients_say(
         name: TrainStep(replace(config, training=replace(config.training, precision=name)), CPU)
         for name in ("fp32", "bf16")
     }
-    drawn = [batches(config, number)[0] for number in range(5)]
+    drawn = [batches(config, number, 4) for number in range(5)]
     gradients = {}
     for name, each in steps.items():
         with torch.no_grad():  # fresh networks end in zeros, where every gradient but the last is zero
@@ -49,7 +59,8 @@ def test_the_rounding_is_what_float64_statistics_of_the_gradients_say(
         for number, batch in enumerate(drawn):
             each.optimizer.zero_grad()
             each.seed_and_step[1].fill_(100 + number)
-            each.backward(batch)
+            for micro_batch in batch:
+                each.backward(micro_batch)
             rows.append(torch.cat([p.grad.flatten().double() for p in each.network.parameters()]))
         gradients[name] = torch.stack(rows)
     exact, rounded = gradients["fp32"], gradients["bf16"]
@@ -81,11 +92,18 @@ def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
         return Rounding(0.9, 1.0) if first_step == 12 else Rounding(1.0, 0.0)
 
     monkeypatch.setattr(precision, "measure_rounding", measure)
+    monkeypatch.setattr(step, "compiles", lambda *_: True)  # as it is said, without the minutes
+    monkeypatch.setattr(step, "compile_blocks", lambda *_, **__: 5)
     train(config, out=tmp_path / "whole", device="cpu")
     assert measured == [0, 3, 6, 9, 12], "every third step begins a stage; after the switch none is measured"
     said = capsys.readouterr().err
     assert "N = 81: bf16 stays (cosine 1.0000" in said
     assert "N = 161: bf16 is too coarse, fp16 from here on (cosine 0.9000" in said
+    told = [line for line in said.splitlines() if re.search("^N = (11|161):|compil", line)]
+    assert [line.split(":")[0].split(";")[0].split(" in ")[0] for line in told] == [
+        *("compiling 5 blocks", "N = 11", "compiled"),
+        *("N = 161", "compiling 5 blocks for fp16", "compiled"),
+    ]
     dtypes = {
         number: json.loads((tmp_path / f"whole/checkpoints/step-{number:08d}/state.json").read_text())[
             "trunk_dtype"
@@ -115,11 +133,97 @@ def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
 
 
 @pytest.mark.usefixtures("like_a_gpu")
-def test_a_run_measures_its_own_gradients_and_says_what_it_found(
-    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_measures_its_own_gradients_and_keeps_what_it_found_whatever_the_micro_batch(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = replace(tiny, training=replace(tiny.training, precision="auto", batch_size=8))
-    train(config, out=tmp_path / "run", device="cpu")
-    lines = [line for line in capsys.readouterr().err.splitlines() if "bf16" in line]
-    assert len(lines) >= 1
-    assert lines[0].startswith("N = 11: bf16 stays (cosine ")
+    monkeypatch.setattr(precision, "_BATCHES", 2)
+    found = {}
+    for micro_batch in (0, 4):
+        training = replace(tiny.training, precision="auto", total_steps=2, micro_batch=micro_batch)
+        config = replace(tiny, training=training)
+        train(config, out=tmp_path / str(micro_batch), device="cpu")
+        lines = [line for line in capsys.readouterr().err.splitlines() if "bf16" in line]
+        assert lines[0].startswith("N = 11: bf16 stays (cosine ")
+        found[micro_batch] = open_checkpoint(tmp_path / str(micro_batch)).state["roundings"]
+    assert [(each["step"], each["num_scales"]) for each in found[0]] == [(0, 11), (1, 21)]
+    first, again = found[0][0], found[4][0]
+    assert 0.998 <= first["cosine"] < 1
+    assert 0 < first["noise"] < 0.1
+    assert again["cosine"] == pytest.approx(first["cosine"], abs=1e-5), "the sums' order alone differs"
+    assert again["noise"] == pytest.approx(first["noise"], rel=0.02)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are still in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._seen: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage not in self._seen:
+                    self._seen.add(storage)
+                    self.bytes += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage.nbytes())
+        return made
+
+    def _freed(self, size: int) -> None:
+        self.bytes -= size
+
+
+@pytest.mark.parametrize("micro_batch", [16, 2, 1])
+def test_measuring_takes_no_more_memory_than_the_plan_says(
+    tiny: Config, batches: Callable, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
+    """What is alive when a pass begins, with what the pass itself needs, in either arithmetic."""
+    config = replace(tiny, training=replace(tiny.training, precision="auto", micro_batch=micro_batch))
+    planned = make_plan(config, "h100", 1)
+    train_step = TrainStep(replace(config, training=replace(config.training, precision="bf16")), CPU)
+    kept = sum(planned.memory[kind] for kind in ("weights", "gradients", "optimizer", "EMA"))
+    parameters, cost = list(train_step.network.parameters()), planned.cost
+    peaks: dict[torch.dtype | None, float] = {}
+    alive = Alive()
+
+    def backward(batch: Batch) -> Tensor:
+        dtype = train_step.autocast_dtype
+        itemsize = 4 if dtype is None else 2
+        beside = alive.bytes - sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        each = cost.activation_bytes(itemsize) + GRADIENTS_ALIVE * cost.widest_values * itemsize
+        copies = 0 if dtype is None else 2 * cost.parameters
+        peaks[dtype] = max(peaks.get(dtype, 0.0), kept + beside + copies + len(batch.images) * each)
+        for number, parameter in enumerate(parameters):
+            parameter.grad = torch.full_like(parameter, 1.0 + batch.offset + number % 3)
+        return torch.zeros(1 + 2 * BUCKETS)
+
+    monkeypatch.setattr(train_step, "backward", backward)
+    with alive:
+        drawn = [batches(config, k, micro_batch) for k in range(3)]
+        for k, several in enumerate(drawn):  # another gradient for each, of which there is a variance
+            drawn[k] = [batch._replace(offset=batch.offset + k) for batch in several]
+        given = alive.bytes
+        measure_rounding(train_step, 0, drawn)
+    assert peaks.keys() == {None, torch.bfloat16}
+    planned_bytes = sum(planned.memory.values()) - RUNTIME_BYTES
+    peak = max(peaks.values()) - given - 4 * (1 + 2 * BUCKETS)  # the sums of the losses are in no plan
+    assert 0.98 * planned_bytes < peak <= planned_bytes
+
+
+@pytest.mark.parametrize("images", [1, 3, 4, 6, 16])
+def test_the_pieces_of_a_micro_batch_are_its_images_in_order_with_their_numbers(
+    tiny: Config, batches: Callable, images: int
+) -> None:
+    batch = batches(tiny)[0]
+    batch = Batch(batch.images[:images], batch.labels[:images], None, 40)
+    pieces = precision.cut(batch)
+    assert torch.equal(torch.cat([piece.images for piece in pieces]), batch.images)
+    assert [piece.offset for piece in pieces] == [
+        40 + sum(len(p.images) for p in pieces[:k]) for k in range(len(pieces))
+    ]
+    assert max(len(piece.images) for piece in pieces) == -(-images // PIECES)
+    assert PIECES == CALIBRATION_PIECES

@@ -20,12 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore
 
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.training import trainer
 from ict_fast.training.launch import resolve_processes
+from ict_fast.training.lookout import Lookout
 from ict_fast.training.processes import run_processes
 from ict_fast.training.run_directory import read_config
 from ict_fast.training.step import TrainStep
@@ -40,16 +42,22 @@ Command = Callable[..., subprocess.Popen]
 PEER = Path(__file__).with_name("peer.py")
 
 
-def _together(task: str, size: int, folder: Path, *arguments: object) -> None:
-    """Runs `tests/training/peer.py TASK` in `size` processes that find each other; none may fail."""
+def _together(task: str, size: int, folder: Path, *arguments: object) -> list[str]:
+    """Runs `tests/training/peer.py TASK` in `size` processes that find each other; none may fail.
+
+    Returns:
+        What each wrote on standard error.
+    """
     words = [sys.executable, str(PEER), task, str(size), str(folder), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     peers = [
         subprocess.Popen([*words, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(size)
     ]
-    failed = [text for peer in peers if (text := peer.communicate(timeout=300)[1]) and peer.returncode]
+    written = [peer.communicate(timeout=300)[1] for peer in peers]
+    failed = [text for peer, text in zip(peers, written, strict=True) if peer.returncode]
     assert not failed, failed[0]
+    return written
 
 
 def _weights(config: Config, size: int, folder: Path, dtype: str) -> dict[str, Tensor]:
@@ -91,6 +99,26 @@ def test_processes_that_differ_are_named_and_decisions_are_shared(tmp_path: Path
 
 def test_the_others_wait_for_process_0_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
     _together("wait", 2, tmp_path)
+
+
+def test_work_of_process_0_that_raises_or_hangs_or_loses_the_others_ends_in_an_error(tmp_path: Path) -> None:
+    for written in _together("fail", 2, tmp_path):
+        assert "Traceback" not in written
+
+
+def test_a_lookout_that_meets_a_recompilation_or_a_measurement() -> None:
+    lookout = Lookout(0, 2, HashStore(), 60.0)
+    lookout.reached(0)
+    lookout.reached(1)
+    assert lookout.is_watched
+    lookout.compiles()
+    assert not lookout.is_watched
+    with lookout.waiting("the others"):
+        assert lookout.is_watched, "for others it may not wait any longer"
+    lookout.reached(2)
+    assert lookout.is_watched
+    with lookout.doing("measuring"):
+        assert lookout.diagnosis().startswith("process 0 gave up at step 2 after 60 s of measuring (--coll")
 
 
 # ---- the command ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
+from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 
 
@@ -183,3 +185,40 @@ def test_a_signal_saves_and_stops_and_the_same_command_resumes(
         assert ("resuming at step" in output) == (saved > 0)
         assert open_checkpoint(out).step > saved
         saved = open_checkpoint(out).step
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_a_second_ctrl_c_interrupts_once_and_the_handlers_come_back(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: bool
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    original, interrupts = TrainStep.__call__, 0
+
+    def pressed(self: TrainStep, number: int, batches: list) -> None:
+        nonlocal interrupts
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.4)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.5)
+            except KeyboardInterrupt:
+                interrupts += 1
+            for _ in range(50):  # more of them would come at once
+                try:
+                    time.sleep(0.02)
+                except KeyboardInterrupt:
+                    interrupts += 1
+            if raised:
+                raise KeyboardInterrupt
+        original(self, number, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", pressed)
+    if raised:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny, out=tmp_path / "run", device="cpu")
+    else:
+        assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 130
+    assert interrupts == 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1

@@ -17,7 +17,9 @@ from ict_fast.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = ["--training.total-steps", "16", "--logging.grid-every", "0", "--device", "cpu"]
+SHORT = shlex.split(
+    "--training.total-steps 16 --logging.grid-every 0 --logging.evaluate-count 64 --device cpu"
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -51,6 +53,8 @@ def test_the_readmes_ict_fast_commands_run_in_their_order(workshop: Path) -> Non
             command[1] == "train" and "--gpus" in command
         ):  # what its options mean is shown; that it trains is for tests/gpu
             command = [*command, "--dry-run"]
+        elif command[1] == "evaluate":
+            command = [*command, "--count", "1800"]
         elif command[1] == "ablate":
             command = [*command, *shlex.split("--only ict --seeds 1 --total-steps 8 --count 64 --device cpu")]
         elif command[1] == "train" and "--dry-run" not in command:

@@ -56,7 +56,7 @@ def test_checkpoint(
     size = sum(tensor.nbytes for group in train_step.tensors().values() for tensor in group.values())
     steps = iter(range(1, 10**9))
     with (
-        Monitor(run.out, first_step=0, total_steps=10**9, batch_size=1, silent=True) as monitor,
+        Monitor(run, silent=True) as monitor,
         Saver(run, store, train_step, monitor) as saver,
     ):
 

@@ -163,9 +163,9 @@ def run(options: TrainOptions) -> int:
         name: getattr(options, name) for name in ("device", "gpus", "processes", "resume", "extend", "init")
     }
     if options.dry_run:
-        from ict_fast.training.trainer import plan
+        from ict_fast.training.dry_run import dry_run
 
-        print(plan(config, out=out, **arguments))
+        print(dry_run(config, out=out, **arguments))
         return errors.EXIT_DONE
 
     from ict_fast.training.trainer import train

@@ -18,13 +18,12 @@ from ict_fast.data.loaders import Loader, make_loader
 from ict_fast.data.order import micro_batch_size
 from ict_fast.data.pictures import image_grid, save_png, to_uint8
 from ict_fast.data.store import Store
-from ict_fast.errors import EXIT_DONE, InputError, TrainingError
+from ict_fast.errors import EXIT_DONE, TrainingError
 from ict_fast.screen import duration, say
-from ict_fast.training.describe import describe, describe_stages
+from ict_fast.training.describe import describe_stages
 from ict_fast.training.evaluations import (
     Evaluations,
     evaluate_command,
-    require_features,
     require_measurable,
     require_measurement,
 )
@@ -36,7 +35,7 @@ from ict_fast.training.monitor import Monitor, reason
 from ict_fast.training.outcome import RunResult
 from ict_fast.training.precision import choose_trunk, chooses_trunk
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
-from ict_fast.training.run_data import open_data, prepare_if_bundled, will_prepare
+from ict_fast.training.run_data import open_data, prepare_if_bundled
 from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
 from ict_fast.training.saving import Saver, trunk_name
 from ict_fast.training.step import TrainStep
@@ -112,7 +111,7 @@ def train(
         return _already_finished(run)
     if run.initial is not None and run.checkpoint is None:
         initial_weights(run.initial, run.config)
-    _check_shares(run.config, count)
+    micro_batch_size(run.config.training.batch_size, count, run.config.training.micro_batch)
     prepare_if_bundled(run.config)
     open_data(run)
     require_measurement(run.config)
@@ -143,69 +142,6 @@ def _train_launched(
     return train(
         config, out=out, device=device, resume=resume, extend=extend, init=init, collective_timeout=timeout
     )
-
-
-def plan(
-    config: Config,
-    *,
-    out: Path | str | None = None,
-    device: str = "auto",
-    gpus: int | None = None,
-    processes: int | None = None,
-    resume: str = "auto",
-    extend: int | None = None,
-    init: Path | str | None = None,
-) -> str:
-    """What `train` would do with the same arguments, in words; writes nothing.
-
-    What is missing on this machine (data, a device, features, a tracker) is said so, not raised: a plan may
-    be made elsewhere.
-
-    Raises:
-        InputError: if the input cannot work, or the run that is there is another one.
-    """
-    validate(config)
-    require_features(config)
-    out = Path("runs") / config.preset if out is None else Path(out)
-    lines: list[str] = []
-    init = None if init is None else Path(init)
-    run = open_run(config, out, resume, extend, lambda text: lines.append(f"warning: {text}"), init)
-    config, total = run.config, f"{run.config.training.total_steps:,}"
-    if run.finished:
-        lines.append(f"run: {out} is finished, its {total} steps are done")
-    elif run.step:
-        lines.append(f"run: {out} would go on from step {run.step:,} of {total}")
-    else:
-        lines.append(f"run: {out} would start")
-        if run.initial is not None:
-            lines += initial_weights(run.initial, config)[1].lines()
-    try:
-        found, count = resolve_processes(device, gpus, processes)
-        lines.append(f"device: {found}" if count == 1 else f"device: {found.type}, {count} processes")
-        if config.training.cuda_graph:
-            require_capturable(found, count, config.data.loader)
-        _check_shares(config, count)
-    except InputError as error:
-        lines.append(f"device: not here: {error}")
-    check = require_measurable
-    try:
-        if will_prepare(config):
-            lines.append(f"data: {config.data.path} would be prepared")
-        else:
-            store = open_data(run)
-            lines.append(f"data: {store.path}, {store.num_images:,} images")
-            check = require_measurement
-    except InputError as error:
-        lines.append(f"data: not ready: {error}")
-    try:
-        check(config)
-    except InputError as error:
-        lines.append(f"measurements: not here: {error}")
-    try:
-        chosen_tracker(config)
-    except InputError as error:
-        lines.append(f"tracker: not here: {error}")
-    return "\n".join([describe(config), *lines])
 
 
 def _train(
@@ -374,12 +310,6 @@ def _snapshot_every(config: Config) -> int:
 
 def _already_finished(run: Run) -> RunResult:
     return RunResult(run.out, run.step, EXIT_DONE, f"{run.out} is finished: {run.step:,} steps are done")
-
-
-def _check_shares(config: Config, processes: int) -> None:
-    """Raises InputError if the batch cannot be shared among the processes of this node."""
-    training = config.training
-    micro_batch_size(training.batch_size, processes, training.micro_batch)
 
 
 def _check_progress(train_step: TrainStep, step: int, config: Config) -> None:

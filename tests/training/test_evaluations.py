@@ -20,7 +20,8 @@ from ict_fast.config import Config
 from ict_fast.consistency import load_model
 from ict_fast.errors import EXIT_SIGINT, InputError
 from ict_fast.training import evaluations as evaluations_module
-from ict_fast.training.trainer import plan, train
+from ict_fast.training.dry_run import dry_run
+from ict_fast.training.trainer import train
 
 
 def _measured(config: Config, **logging: Any) -> Config:
@@ -279,19 +280,19 @@ def test_files_that_can_never_measure_are_refused_before_the_first_step(
         train(config, out=out, device="cpu", processes=processes)
     assert "\n" not in str(refused.value)
     assert not out.exists()
-    assert f"measurements: not here: {refused.value}" in plan(config, out=out, device="cpu")
+    assert f"measurements: not here: {refused.value}" in dry_run(config, out=out, device="cpu")
 
 
-def test_a_plan_refuses_what_no_machine_can_measure_and_says_what_is_missing_on_this_one(
+def test_a_dry_run_refuses_what_no_machine_can_measure_and_says_what_is_missing_on_this_one(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cifar10 = presets.get("cifar10")
     with pytest.raises(InputError, match="evaluate-features FILE"):
-        plan(_measured(cifar10), out=tmp_path / "run", device="cpu")
-    said = plan(_measured(cifar10, evaluate_features="nowhere.pt"), out=tmp_path / "run", device="cpu")
+        dry_run(_measured(cifar10), out=tmp_path / "run", device="cpu")
+    said = dry_run(_measured(cifar10, evaluate_features="nowhere.pt"), out=tmp_path / "run", device="cpu")
     assert "measurements: not here: --logging.evaluate-features is nowhere.pt, which is not there" in said
     monkeypatch.setattr("ict_fast.training.trackers._is_installed", lambda package: False)
-    said = plan(_measured(tiny, tracker="wandb"), out=tmp_path / "run", device="cpu")
+    said = dry_run(_measured(tiny, tracker="wandb"), out=tmp_path / "run", device="cpu")
     assert "tracker: not here: --logging.tracker is wandb, which is not installed" in said
     assert "measurements" not in said
 

@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_flatten
 from ict_fast.config import Config, differences
 from ict_fast.errors import InputError
 from ict_fast.training import graph
+from ict_fast.training.dry_run import dry_run
 from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.step import TrainStep
-from ict_fast.training.trainer import plan, train
+from ict_fast.training.trainer import train
 from ict_kernels import radam_ema
 
 CPU = torch.device("cpu")
@@ -158,4 +159,4 @@ def test_what_a_captured_step_needs_is_refused_by_name(tiny: Config, tmp_path: P
     with pytest.raises(InputError, match="cuda-graph needs an NVIDIA GPU"):
         train(asked, out=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
-    assert "--training.cuda-graph needs an NVIDIA GPU" in plan(asked, out=tmp_path / "run", device="cpu")
+    assert "--training.cuda-graph needs an NVIDIA GPU" in dry_run(asked, out=tmp_path / "run", device="cpu")

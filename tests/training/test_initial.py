@@ -15,9 +15,10 @@ from ict_fast.checkpoint import open_checkpoint, write_checkpoint
 from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError
+from ict_fast.training.dry_run import dry_run
 from ict_fast.training.initial import find_initial, initial_weights
 from ict_fast.training.step import TrainStep
-from ict_fast.training.trainer import plan, train
+from ict_fast.training.trainer import train
 
 CPU = torch.device("cpu")
 
@@ -178,9 +179,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same(
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_the_plan_reports_it(trained: Path, short: Config, tmp_path: Path) -> None:
+def test_a_dry_run_reports_it(trained: Path, short: Config, tmp_path: Path) -> None:
     config = replace(short, network=replace(short.network, num_classes=10))
-    text = plan(config, out=tmp_path / "run", device="cpu", init=trained)
+    text = dry_run(config, out=tmp_path / "run", device="cpu", init=trained)
     assert f"init: the averaged weights of {trained}" in text
     assert "drawn anew: embedding.label" in text
     assert not (tmp_path / "run").exists()

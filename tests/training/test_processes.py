@@ -26,6 +26,7 @@ from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.training import trainer
+from ict_fast.training.dry_run import dry_run
 from ict_fast.training.launch import resolve_processes
 from ict_fast.training.lookout import Lookout
 from ict_fast.training.processes import run_processes
@@ -385,10 +386,10 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_a_process_starts(
     small = replace(tiny, training=replace(tiny.training, batch_size=24, micro_batch=8))
     with pytest.raises(InputError, match="micro-batch is 8; it must divide the 12 images that each of 2"):
         train(small, out=tmp_path / "run", device="cpu", processes=2)
-    assert "not here: --training.batch-size is 16" in trainer.plan(
+    assert "not here: --training.batch-size is 16" in dry_run(
         tiny, out=tmp_path / "run", device="cpu", processes=3
     )
-    assert "device: cpu, 2 processes" in trainer.plan(tiny, out=tmp_path / "run", device="cpu", processes=2)
+    assert "device: cpu, 2 processes" in dry_run(tiny, out=tmp_path / "run", device="cpu", processes=2)
 
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from ict_fast.consistency import load_model, sample
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.training import run_directory, saving, trainer
 from ict_fast.training.describe import describe
+from ict_fast.training.dry_run import dry_run
 from ict_fast.training.launch import resolve_device
 from ict_fast.training.monitor import Monitor
 from ict_fast.training.run_directory import Run, lock, open_run
@@ -253,17 +254,19 @@ def test_a_run_that_moved_on_between_reading_and_locking_is_not_trained_from_the
     assert (out / "log.jsonl").read_bytes() == log
 
 
-def test_a_plan_says_what_would_happen_and_writes_nothing(run: tuple[Config, Path], tmp_path: Path) -> None:
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(
+    run: tuple[Config, Path], tmp_path: Path
+) -> None:
     config, out = run
-    assert f"run: {out} is finished" in trainer.plan(config, out=out, device="cpu")
-    extended = trainer.plan(config, out=out, device="cpu", extend=48)
+    assert f"run: {out} is finished" in dry_run(config, out=out, device="cpu")
+    extended = dry_run(config, out=out, device="cpu", extend=48)
     assert f"run: {out} would go on from step 24 of 48" in extended
     assert "48 steps of 16 images" in extended
     assert "data: " in extended
     assert "1,797 images" in extended
     with pytest.raises(InputError, match="differs in"):
-        trainer.plan(replace(config, method=replace(config.method, rho=6.0)), out=out, device="cpu")
-    assert f"run: {tmp_path / 'new'} would start" in trainer.plan(config, out=tmp_path / "new", device="cpu")
+        dry_run(replace(config, method=replace(config.method, rho=6.0)), out=out, device="cpu")
+    assert f"run: {tmp_path / 'new'} would start" in dry_run(config, out=tmp_path / "new", device="cpu")
     assert not (tmp_path / "new").exists()
 
 

@@ -41,7 +41,7 @@ from ict_fast import consistency, presets  # noqa: E402
 from ict_fast.config import Config  # noqa: E402
 from ict_fast.consistency.objective import ConsistencyObjective  # noqa: E402
 from ict_fast.networks import build_network  # noqa: E402
-from ict_kernels import RAdamEMA, backend, sample_noise_levels  # noqa: E402
+from ict_kernels import RAdamEMA, backend  # noqa: E402
 from ict_kernels.triton_support import record_launches  # noqa: E402
 
 PATH = ROOT / "benchmarks/results/step-counts.json"
@@ -182,14 +182,21 @@ def _run_step(config: Config, batch_size: int) -> tuple[Counting, int, nn.Module
     stages = consistency.stages(config.training.total_steps, config.method)
     scales = [stage.num_scales for stage in stages]
     with _on_triton():
-        _fill_table(config, scales)
         with torch.device("meta"):
             network = build_network(config.network)
+        objective = ConsistencyObjective(
+            network, config.method, c_noise=config.network.c_noise, scales=scales
+        )
+        with Counting():  # the table of noise levels, which is kept: its logarithms need real numbers
+            objective.levels(
+                1,
+                num_scales=torch.tensor(scales[0]),
+                seed=torch.tensor([0, 0]),
+                offset=0,
+                device=torch.device("cpu"),
+            )
         with FakeTensorMode(allow_non_fake_inputs=True):
             _make_fake(network)
-            objective = ConsistencyObjective(
-                network, config.method, c_noise=config.network.c_noise, scales=scales
-            )
             images, labels, flip = _batch(config, batch_size)
             seed, num_scales = torch.empty(2, dtype=torch.int64), torch.empty((), dtype=torch.int64)
             with counter, counting:
@@ -208,26 +215,6 @@ def _on_triton() -> Iterator[None]:
         yield
     finally:
         backend.runs_on = runs_on
-
-
-def _fill_table(config: Config, scales: list[int]) -> None:
-    """Computes the table of noise levels, which is kept: its logarithms need real numbers."""
-    method, counting = config.method, Counting()
-    with counting:  # its launches are recorded instead of made
-        sample_noise_levels(
-            1,
-            torch.tensor(scales[0]),
-            p_mean=method.p_mean,
-            p_std=method.p_std,
-            sigma_min=method.sigma_min,
-            sigma_max=method.sigma_max,
-            rho=method.rho,
-            indices=method.indices,
-            weighting=method.weighting,
-            scales=tuple(sorted(set(scales))),
-            seed=torch.tensor([0, 0]),
-            device=torch.device("cpu"),
-        )
 
 
 def _make_fake(network: nn.Module) -> None:

@@ -147,24 +147,24 @@ def _lag(base: Config, found: dict[str, Summary]) -> list[str]:
         "So a row with an EMA teacher measures how harmful this lag is in a short and fast run; how harmful "
         "it is in a long and slow one it cannot say."
     )
-    shorter = [
-        f"{_percent(found[name])} at {reach[name]:,.0f} steps"
+    ends = [
+        f"{_percent(found[name])} with one that reaches back {reach[name]:,.0f} steps"
         for name in ("ema-teacher", *(v.name for v in variants_of(base) if v.group == "teacher"))
         if name in found
     ]
-    if len(shorter) > 1:
-        said.append(f"By reach, iCT with an EMA teacher is at {_listed(shorter)} of lag")
-        said[-1] += f", against {_percent(found['ict'])} without one." if "ict" in found else "."
+    if ends and "ict" in found:
+        said.append(f"iCT ends at {_percent(found['ict'])} without an EMA teacher, at {_listed(ends)}.")
     said.append("As mu0 goes to 0 it is the student's own teacher again, loss for loss, which a test shows.")
     return [" ".join(said)]
 
 
 def _rate(base: Config, found: dict[str, Summary]) -> list[str]:
-    said = (
-        f"**The learning rate.** No variant is retuned: all run at {base.optimizer.lr:g}, constant, which "
-        f"was chosen for iCT, and another variant may have done better at another."
-    )
     control = [v for v in variants_of(base) if v.group == "learning-rate"]
+    all_run = "all but the control run" if control else "all run"
+    said = (
+        f"**The learning rate.** No variant is retuned: {all_run} at {base.optimizer.lr:g}, constant, which "
+        "was chosen for iCT, and another variant may have done better at another rate."
+    )
     if not control:
         return [said]
     said += (
@@ -188,8 +188,8 @@ def _ladder(base: Config, found: dict[str, Summary]) -> list[str]:
     if untrained:
         said += (
             f" Not trained at all, as far from the data as noise or farther: {_listed(untrained)}. Nothing "
-            f"can be read off the order of such rungs, and a ratio to one says only that it does not train "
-            f"in so few steps."
+            "can be read off the order of such rungs, and a ratio to one says only that it does not train "
+            "in so few steps."
         )
     return [said]
 

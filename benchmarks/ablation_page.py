@@ -83,14 +83,14 @@ def _seeds(report: dict[str, Any]) -> str:
 def _count(verdicts: Sequence[Verdict]) -> str:
     kinds = Counter(verdict.kind for verdict in verdicts)
     return (
-        f"Of {len(verdicts)}, {kinds['holds']} hold in one step, {kinds['open']} are open "
-        f"and {kinds['reversed']} are the other way round."
+        f"Of these {len(verdicts)}, in one step: {kinds['holds']} hold, {kinds['open']} open, "
+        f"{kinds['reversed']} the other way round."
     )
 
 
 def _by_chance(verdicts: Sequence[Verdict]) -> list[str]:
     """How much of this nothing at all would have given."""
-    pairs = [tuple(sorted((v.better.count, v.worse.count))) for v in verdicts]
+    pairs = [tuple(sorted((v.better.count, v.worse.count))) for v in verdicts if v.outcome != "neither"]
     pairs = [pair for pair in pairs if pair[0] >= 2]
     if not pairs:
         return []

@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
+import ablation_page  # noqa: E402
 import honesty  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from ict_fast.ablation import judge  # noqa: E402
-from ict_fast.ablation.summary import plot, rows, verdict_rows  # noqa: E402
+from ict_fast.ablation.picture import REPORT_KEY, plot  # noqa: E402
+from ict_fast.ablation.summary import as_text, digest  # noqa: E402
 
 PAGE = ROOT / "docs/EVIDENCE.md"
 RESULTS = ROOT / "benchmarks/results"
@@ -27,41 +29,9 @@ RESULTS = ROOT / "benchmarks/results"
 _OPENING = """# Evidence
 
 What the paper found (Song & Dhariwal, ICLR 2024), looked for here at a scale that anyone can rerun:
-scikit-learn's 8x8 digits, on two CPU cores. Digits are not CIFAR-10: orderings may carry over, sizes of
-effects do not. This page is rendered from raw results by `python benchmarks/evidence.py`.
+scikit-learn's 8x8 digits. Digits are not CIFAR-10: orderings may carry over, sizes of effects do not. This
+page is rendered from raw results by `python benchmarks/evidence.py`.
 """
-
-_READING = """
-How to read it. The published EMA teacher averages over N / (s0 ln(1/mu0)) steps: 717 at the baseline's 151
-levels. That is nothing in the paper's 800,000 steps and more than a whole run here, so a short run makes that
-teacher look worse than a long one would; the teachers that follow faster show how much of it is the lag.
-Dropout is a remedy for a large network that sees its data often; this network is small and its run is short.
-"""
-
-
-def ablation_section(report: dict[str, Any]) -> str:
-    """The findings and the variants in Markdown."""
-    base, verdicts = report["base"], judge(report)
-    steps, batch = base["training"]["total_steps"], base["training"]["batch_size"]
-    holds, open_, reversed_ = (
-        sum(verdict.outcome == outcome for verdict in verdicts) for outcome in ("holds", "open", "reversed")
-    )
-    lines = [
-        f"Preset `{base['preset']}` with {steps:,} steps of {batch} images, {len(report['seeds'])} seeds of",
-        f"each variant, {report['count']:,} samples per figure. Of {len(verdicts)} orderings {holds} hold",
-        f"here, {open_} are open and {reversed_} are the other way round. An ordering holds if the bars of",
-        "one standard error do not meet; the ratio is that of the mean one-step distances.",
-        "",
-        *_table(("the paper's finding", "section", "ratio", "here"), verdict_rows(report), "llrl"),
-        "",
-        "![One-step distance of every variant](../benchmarks/results/ablation.png)",
-        "",
-        "Fréchet distance in the digits classifier's features, in % of that of uniform noise, mean and",
-        "standard error:",
-        "",
-        *_table(("", "variant", "one step", "two steps"), _without_repeats(rows(report)), "llrr"),
-    ]
-    return "\n".join(lines) + "\n" + _READING
 
 
 def exactness_section(report: dict[str, Any]) -> str:
@@ -78,7 +48,7 @@ def honesty_section(report: dict[str, Any]) -> str:
 
 
 _PARTS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], str]], ...] = (
-    ("The findings, in small", "ablation", "ict-fast ablate --out runs/ablation", ablation_section),
+    ("The findings, in small", "ablation", "ict-fast ablate", ablation_page.section),
     (
         "Exactness, where the answer is known",
         "exactness",
@@ -102,23 +72,20 @@ def page(results: Path) -> str:
         if not file.exists():
             parts.append(f"Not measured yet: `{command}`.\n")
             continue
-        parts.append(f"`{command}`, [raw](../benchmarks/results/{name}.json).\n")
-        parts.append(section(json.loads(file.read_bytes())))
+        report = json.loads(file.read_bytes())
+        made = ablation_page.commands(report) if name == "ablation" else [command]
+        shown = ", then ".join(f"`{each}`" for each in made)
+        parts.append(f"{shown}, [raw](../benchmarks/results/{name}.json).\n")
+        parts.append(section(report))
     return "\n".join(parts)
 
 
-def _without_repeats(table: Iterable[tuple[str, str, str, str]]) -> list[tuple[str, ...]]:
-    """A group's name in its first row alone."""
-    shown, last = [], None
-    for row in table:
-        shown.append(("" if row[0] == last else row[0], *row[1:]))
-        last = row[0]
-    return shown
-
-
-def _table(header: Sequence[str], body: Iterable[Sequence[str]], alignment: str) -> list[str]:
-    rule = ["---:" if side == "r" else "---" for side in alignment]
-    return [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
+def picture_shows(picture: Path, report: Path) -> bool:
+    """Whether the ablation's picture is of this report: it keeps the SHA-256 of the report's text."""
+    if not picture.exists():
+        return False
+    with Image.open(picture) as opened:
+        return opened.info.get(REPORT_KEY) == digest(report.read_text(encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,12 +95,19 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.ablation is not None:
         report = json.loads(options.ablation.read_bytes())
-        (RESULTS / "ablation.json").write_text(json.dumps(report, indent=1) + "\n")
+        (RESULTS / "ablation.json").write_text(as_text(report), encoding="utf-8")
         plot(report, RESULTS / "ablation.png")
     text = page(RESULTS)
     if options.check:
         if PAGE.read_text(encoding="utf-8") != text:
             print(f"{PAGE} is not what the results give; run python benchmarks/evidence.py", file=sys.stderr)
+            return 1
+        report, picture = RESULTS / "ablation.json", RESULTS / "ablation.png"
+        if report.exists() and not picture_shows(picture, report):
+            print(
+                f"{picture} is not of {report}; run python benchmarks/evidence.py --ablation {report}",
+                file=sys.stderr,
+            )
             return 1
         return 0
     PAGE.write_text(text, encoding="utf-8")

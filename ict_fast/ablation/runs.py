@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Plan:
     Attributes:
         base: iCT: every variant changes it.
         variants: see `ict_fast.ablation.variants`.
-        seeds: training seeds; each variant runs with each.
+        seeds: training seeds; each variant runs with each. Others that were run are reported too.
         out: folder of all runs and of the report.
         device: "cuda" or "cpu".
         parallel: runs at once. They share the cores, or the GPUs in turn.
@@ -56,9 +57,10 @@ class Plan:
 
     def jobs(self) -> list[tuple[Variant, int, Job]]:
         """All runs, seed by seed, so that a first seed of every variant is there early."""
-        return [(variant, seed, self._job(variant, seed)) for seed in self.seeds for variant in self.variants]
+        return [(variant, seed, self.job(variant, seed)) for seed in self.seeds for variant in self.variants]
 
-    def _job(self, variant: Variant, seed: int) -> Job:
+    def job(self, variant: Variant, seed: int) -> Job:
+        """One run."""
         config = configured(self.base, variant)
         config = replace(config, training=replace(config.training, seed=seed))
         folder = self.out / variant.name / f"seed-{seed}"
@@ -88,20 +90,18 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any] | int:
 
 
 def gather(plan: Plan) -> dict[str, Any]:
-    """The results of all finished runs, as JSON values.
+    """The results of all finished runs, as JSON values: of the plan's seeds and of all others in its folder.
 
     Returns:
         base (the configuration), variants (name, group, label, changes, runs: seed, one_step, two_step, ...,
-        or failed), reference and features of the evaluation, count, and the versions.
+        or failed, and seconds), reference and features of the evaluation, count and asked_count, the
+        versions, the machine, and the date (UTC).
     """
     found: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
     for variant in plan.variants:
         runs = []
-        for seed in plan.seeds:
-            result = _result(plan._job(variant, seed))
-            if result is None:
-                continue
+        for seed, result in _results(plan, variant):
             kept = ("one_step", "two_step", "failed", "seconds")
             runs.append({"seed": seed, **{key: result[key] for key in kept if key in result}})
             for key in ("reference", "features", "count", "reference_fingerprint", "versions"):
@@ -109,7 +109,38 @@ def gather(plan: Plan) -> dict[str, Any]:
                     about[key] = result[key]
         found.append({**asdict(variant), "runs": runs})
     machine = {"machine": platform.machine(), "device": _device_name(plan.device), "parallel": plan.parallel}
-    return {"base": to_dict(plan.base), "seeds": list(plan.seeds), **about, **machine, "variants": found}
+    if plan.device == "cpu":
+        machine["threads"] = _threads_each(plan)
+    date = datetime.now(UTC).date().isoformat()
+    return {
+        "date": date,
+        "base": to_dict(plan.base),
+        "asked_count": plan.count,
+        **about,
+        **machine,
+        "variants": found,
+    }
+
+
+def _results(plan: Plan, variant: Variant) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(seed, result) of a variant's finished runs, by seed.
+
+    A seed that was not asked for counts if nothing but the seed tells its run from the others.
+    """
+    others = set()
+    for folder in (plan.out / variant.name).glob("seed-*"):
+        number = folder.name.removeprefix("seed-")
+        if number.isdecimal() and folder.name == f"seed-{int(number)}":
+            others.add(int(number))
+    for seed in sorted(others | set(plan.seeds)):
+        try:
+            result = _result(plan.job(variant, seed))
+        except InputError:
+            if seed in plan.seeds:
+                raise
+            continue
+        if result is not None:
+            yield seed, result
 
 
 def _device_name(device: str) -> str:
@@ -118,6 +149,10 @@ def _device_name(device: str) -> str:
 
 def _threads() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def _threads_each(plan: Plan) -> int:
+    return max(1, _threads() // plan.parallel)
 
 
 def _result(job: Job) -> dict[str, Any] | None:
@@ -198,7 +233,7 @@ def _start(plan: Plan, variant: Variant, seed: int, job: Job, slot: int) -> _Run
             gpus = [str(number) for number in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     else:
-        environment["OMP_NUM_THREADS"] = str(max(1, _threads() // plan.parallel))
+        environment["OMP_NUM_THREADS"] = str(_threads_each(plan))
     with (folder / OUTPUT).open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "ict_fast.ablation.one_run"],

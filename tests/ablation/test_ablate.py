@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from ict_fast import cli
-from ict_fast.ablation import Plan, one_run
-from ict_fast.ablation.variants import VARIANTS
+from ict_fast import cli, presets
+from ict_fast.ablation import one_run
+from ict_fast.ablation.runs import Plan, gather
+from ict_fast.ablation.summary import commands
+from ict_fast.ablation.variants import variants_of
 from ict_fast.config import Config, to_dict
+from ict_fast.errors import InputError
 
 WORDS = ("ablate", "--only", "ict", "l2", "--seeds", "1", "--total-steps", "40", "--count", "64")
 
@@ -85,6 +88,8 @@ def test_a_finished_ablation_runs_nothing_again(
         (("--total-steps", "30"), "training.total_steps 40, now it is 30"),
         (("--count", "65"), "--count 64, now it is 65"),
         (("--only", "l3"), "--only names l3, which is no variant"),
+        (("--only", "l3"), "--list shows them"),
+        (("--preset", "imagenet64-ct2023"), "--preset is imagenet64-ct2023, which is not iCT"),
         (("--seeds", "0"), "--seeds is 0"),
         (("--parallel", "0"), "--parallel is 0"),
         (("--preset", "cifar10", "--out", "other"), "data/cifar10"),
@@ -104,6 +109,54 @@ def test_what_cannot_work_is_one_line(
     assert error[-1].startswith("ict-fast: error:")
 
 
+def test_the_list_names_every_variant_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["ablate", "--list", "--preset", "cifar10"]) == 0
+    shown = capsys.readouterr().out.split()
+    assert {variant.name for variant in variants_of(presets.get("cifar10"))} <= set(shown)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _leave_result(plan: Plan, name: str, seed: int, **changes: object) -> None:
+    """A finished run's result, made up."""
+    (variant,) = (each for each in plan.variants if each.name == name)
+    job = plan.job(variant, seed)
+    measured = {"frechet_distance": 3.5, "relative_to_noise": 0.01}
+    result = {"config": job.config, "asked_count": None, "one_step": measured, "two_step": measured}
+    Path(job.folder).mkdir(parents=True)
+    (Path(job.folder) / one_run.RESULT).write_text(json.dumps(result | {"seconds": 1.0} | changes))
+
+
+def test_seeds_beyond_those_asked_for_are_reported_if_only_the_seed_differs(
+    tiny: Config, tmp_path: Path
+) -> None:
+    variants = tuple(v for v in variants_of(tiny) if v.name in ("ict", "l2", "l1"))
+    plan = Plan(tiny, variants, (0, 1), tmp_path, "cpu", 1)
+    for name, seeds in {"ict": (0, 1, 2, 3), "l2": (0, 1, 2, 3), "l1": (0, 1)}.items():
+        for seed in seeds:
+            _leave_result(plan, name, seed)
+    other = to_dict(replace(tiny, training=replace(tiny.training, total_steps=25, seed=4)))
+    _leave_result(plan, "ict", 4, config=other)
+    _leave_result(plan, "ict", 5, asked_count=64)
+    _leave_result(plan, "ict", 6, config="broken")
+    (tmp_path / "ict" / "seed-07").mkdir()
+    (tmp_path / "ict" / "seed-8").mkdir()  # still running
+    report = gather(plan)
+    found = {each["name"]: [run["seed"] for run in each["runs"]] for each in report["variants"]}
+    assert found == {"ict": [0, 1, 2, 3], "l2": [0, 1, 2, 3], "l1": [0, 1]}
+    assert report["parallel"] == 1
+    assert report["threads"] >= 1
+    assert commands(report) == [
+        "ict-fast ablate --total-steps 24 --only ict l2 --seeds 4",
+        "ict-fast ablate --total-steps 24 --only ict l2 l1 --seeds 2",
+    ]
+    _leave_result(plan, "l1", 2, config=other)
+    with pytest.raises(InputError, match=r"l1/seed-2/result.json: made with"):  # this one was asked for
+        gather(replace(plan, seeds=(0, 1, 2)))
+
+
 def test_a_run_that_diverges_is_a_result(tiny: Config, tmp_path: Path) -> None:
     config = replace(
         tiny,
@@ -111,7 +164,7 @@ def test_a_run_that_diverges_is_a_result(tiny: Config, tmp_path: Path) -> None:
         training=replace(tiny.training, max_skipped_steps=1),
         logging=replace(tiny.logging, log_every=1),
     )
-    plan = Plan(config, VARIANTS[:1], (0,), tmp_path, "cpu", 1, count=16)
+    plan = Plan(config, variants_of(config)[:1], (0,), tmp_path, "cpu", 1, count=16)
     ((_, _, job),) = plan.jobs()
     assert one_run.do(job) == 0
     result = json.loads((Path(job.folder) / one_run.RESULT).read_text())

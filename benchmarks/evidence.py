@@ -102,8 +102,9 @@ def page(results: Path) -> str:
         if not file.exists():
             parts.append(f"Not measured yet: `{command}`.\n")
             continue
-        parts.append(f"`{command}`, [raw](../benchmarks/results/{name}.json).\n")
-        parts.append(section(json.loads(file.read_bytes())))
+        report = json.loads(file.read_bytes())
+        parts.append(f"`{report.get('command', command)}`, [raw](../benchmarks/results/{name}.json).\n")
+        parts.append(section(report))
     return "\n".join(parts)
 
 

@@ -113,10 +113,12 @@ def _classes(samples: np.ndarray, labels: np.ndarray | None, store: Store) -> di
             features.classify(features(torch.from_numpy(samples).permute(0, 3, 1, 2))).argmax(1).numpy()
         )
     shares = np.bincount(predicted, minlength=10) / len(predicted)
+    real = np.bincount(store.labels, minlength=10) / len(store.labels)
     found: dict[str, Any] = {
         "classifier_accuracy_on_real": features.accuracy,
         "share_drawn": shares.round(4).tolist(),
-        "share_real": (np.bincount(store.labels, minlength=10) / len(store.labels)).round(4).tolist(),
+        "share_real": real.round(4).tolist(),
+        "largest_difference": float(np.abs(shares - real).max()),
     }
     if labels is not None:
         right = [float((predicted[labels == digit] == digit).mean()) for digit in range(10)]
@@ -193,25 +195,21 @@ def _class_lines(report: dict[str, Any]) -> list[str]:
             f" {classes['classifier_accuracy_on_real']:.1%} of real digits that it has not seen.",
         ]
     else:
-        lines.append(
-            f"No class's share of the samples is further than {_gap(classes)} from its share of the data."
-        )
+        lines += [
+            f"No class's share of the samples is further than {100 * classes['largest_difference']:.1f}",
+            "percentage points from its share of the data.",
+        ]
     if free is not None:
         ours = free["manifold"]["samples"]
         lines += [
             f"The model without classes (step {free['step']:,}, seed {free['training_seed']}) is nowhere"
-            f" further than {_gap(free['classes'])} from a class's",
-            f"share of the data; precision {ours['precision']:.3f}, recall {ours['recall']:.3f}.",
+            f" further than {100 * free['classes']['largest_difference']:.1f} percentage",
+            f"points from a class's share of the data; precision {ours['precision']:.3f},"
+            f" recall {ours['recall']:.3f}.",
         ]
     elif "as_asked" in classes:
         lines.append("A balance that was asked for is no finding; a model without classes was not measured.")
     return lines
-
-
-def _gap(classes: dict[str, Any]) -> str:
-    """The largest difference between a class's share of the samples and of the data, in percentage points."""
-    gap = max(abs(a - b) for a, b in zip(classes["share_drawn"], classes["share_real"], strict=True))
-    return f"{100 * gap:.1f} points"
 
 
 def picture(samples: np.ndarray, store: Store, path: Path) -> None:

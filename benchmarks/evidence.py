@@ -73,7 +73,7 @@ def page(results: Path) -> str:
             parts.append(f"Not measured yet: `{command}`.\n")
             continue
         report = json.loads(file.read_bytes())
-        made = ablation_page.commands(report) if name == "ablation" else [command]
+        made = ablation_page.commands(report) if name == "ablation" else [report.get("command", command)]
         shown = ", then ".join(f"`{each}`" for each in made)
         parts.append(f"{shown}, [raw](../benchmarks/results/{name}.json).\n")
         parts.append(section(report))

@@ -17,6 +17,7 @@ minute. What exactness.json has already, of the same versions, is not measured a
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import sys
@@ -39,6 +40,7 @@ from closed_forms import (  # noqa: E402
     PROBLEMS,
     FixedPoint,
     Problem,
+    fixed_point,
     fixed_points,
     gaussian_fixed_point,
     gaussian_leading_constant,
@@ -48,6 +50,7 @@ from closed_forms.dimensions import pseudo_huber_offset  # noqa: E402
 from closed_forms.learned import SmallNetwork, Training, learn, learned_function  # noqa: E402
 from closed_forms.picture import plot  # noqa: E402
 from closed_forms.words import section  # noqa: E402
+from small_png import record_source  # noqa: E402
 
 from ict_fast.config import MethodConfig  # noqa: E402
 from ict_fast.durable import replace_durably  # noqa: E402
@@ -67,10 +70,11 @@ LEVELS = tuple(float(sigma) for sigma in np.geomspace(0.02, 80, 13))
 SHOWN = (0.1, 0.5, 2.0, 80.0)  # levels at which the functions are drawn
 METRICS = ("l2", "pseudo-huber")
 LAST_SCALES = 161  # of the trainings
-FIXED_SCALES = (11, 41, 161)  # of trainings without a curriculum
+FIXED_SCALES = (11, 41, LAST_SCALES)  # of trainings without a curriculum, the last with every seed
 TARGET_LEVELS = (0.05, 0.2, 0.8, 3.0, 12.0)
 DIMENSIONS = (1, 4, 16, 64, 256)
 QUICK_STEPS = 300
+SEEDS = (0, 1, 2)
 GROUPS = ("fixed_points", "targets", "dimensions", "learned")  # the lists of records in a report
 # Equal shares of probability, by which positions are averaged: of a trained network; and of a fixed point,
 # whose error can lie in a thousandth of them.
@@ -186,7 +190,7 @@ def records(quick: bool, seeds: Sequence[int]) -> Iterator[tuple[str, dict[str, 
         yield "dimensions", key, partial(pseudo_huber_offset, PROBLEMS["mixture"], *key.values(), seed=0)
     for seed in seeds:
         for name in PROBLEMS:
-            for method in methods(last, fixed if seed == seeds[0] else ()):
+            for method in methods(last, fixed if seed == seeds[0] else fixed[-1:]):
                 key = {
                     "problem": name,
                     "metric": method.metric,
@@ -208,6 +212,7 @@ def measure(report: dict[str, Any], quick: bool, seeds: Sequence[int], save: Cal
     for measured, (group, key, work) in enumerate(missing, start=1):
         started = time.monotonic()
         report[group].append({**key, **work()})
+        report["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         save()
         what = f"{measured}/{len(missing)} {group}: {', '.join(map(str, key.values()))}"
         if group == "learned":  # the last and longest part, all alike
@@ -219,8 +224,18 @@ def measure(report: dict[str, Any], quick: bool, seeds: Sequence[int], save: Cal
         report[group] = [
             next(there for there in report[group] if key.items() <= there.items()) for key in keys
         ]
-    report["seeds"] = list(seeds)
+    report |= {"command": command(quick, seeds), "seeds": list(seeds)}
     save()
+
+
+def command(quick: bool, seeds: Sequence[int]) -> str:
+    """What to type for such a report."""
+    words = ["python benchmarks/exactness.py"]
+    if quick:
+        words.append("--quick")
+    if tuple(seeds) != SEEDS:
+        words += ["--seeds", *map(str, seeds)]
+    return " ".join(words)
 
 
 def head(quick: bool) -> dict[str, Any]:
@@ -228,7 +243,6 @@ def head(quick: bool) -> dict[str, Any]:
     method, scales = MethodConfig(), SCALES[:3] if quick else SCALES
     std = PROBLEMS["gaussian"].std
     return {
-        "command": "python benchmarks/exactness.py" + (" --quick" if quick else ""),
         "versions": {
             "ict-fast": __version__,
             "torch": torch.__version__,
@@ -237,6 +251,7 @@ def head(quick: bool) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "training": asdict(_training(quick)),
+        "table": {"positions": fixed_point.POSITIONS, "step": fixed_point.STEP},
         "problems": {name: {**asdict(p), "std": p.std} for name, p in PROBLEMS.items()},
         "shares": SHARES[::8].tolist(),
         "exact": {
@@ -275,13 +290,19 @@ def _less(learned: Array, reference: Array) -> Array:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the trainings")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: few N, short trainings")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("exactness-quick.json" if options.quick else "exactness.json")
-    report: dict[str, Any] = {**head(options.quick), "seeds": [], **{group: [] for group in GROUPS}}
+    report: dict[str, Any] = {
+        "command": command(options.quick, options.seeds),
+        "date": "",
+        **head(options.quick),
+        "seeds": [],
+        **{group: [] for group in GROUPS},
+    }
     if path.exists():
         there = json.loads(path.read_text())
         if all(
@@ -295,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda: replace_durably(path, (json.dumps(report, indent=1) + "\n").encode()),
     )
     plot(report, path.with_suffix(".png"))
+    record_source(path.with_suffix(".png"), path)
     print(section(report))
     return 0
 

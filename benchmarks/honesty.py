@@ -1,10 +1,13 @@
-"""Does a model of the digits draw, or remember? `python benchmarks/honesty.py RUN`.
+"""Does a model of the digits draw, or remember? `python benchmarks/honesty.py RUN [--unconditional RUN]`.
 
 Written: honesty.json and honesty.png,
 
 * neighbours: Euclidean distance, in pixels of [-1, 1], from a sample to the nearest training image, beside
-  that from a real digit to the nearest other real digit. A model that copies is nearer than real ones are;
-* classes: how many samples the classifier of the evaluation takes for the class that was asked for;
+  that from a real digit to the nearest other real digit. A model that copies is nearer than real ones are.
+  And from a sample to the nearest other, among as many samples as there are real digits: among more of
+  them, any is nearer;
+* classes: what the classifier of the evaluation takes the samples for: of a model with classes, which is
+  asked for each equally often, and of one without (--unconditional), which has to find the balance itself;
 * precision and recall (k-NN manifolds) in the evaluation's features, beside those of one half of the real
   digits against the other, with as many samples as a half has.
 """
@@ -12,7 +15,9 @@ Written: honesty.json and honesty.png,
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+
+from small_png import record_source  # noqa: E402
 
 from ict_fast.checkpoint import open_checkpoint  # noqa: E402
 from ict_fast.consistency import load_model, sample  # noqa: E402
@@ -31,6 +38,7 @@ from ict_fast.errors import InputError  # noqa: E402
 from ict_fast.evaluation.features import digits_features  # noqa: E402
 from ict_fast.evaluation.manifold import precision_and_recall  # noqa: E402
 from ict_fast.evaluation.metrics import halves  # noqa: E402
+from ict_fast.version import __version__  # noqa: E402
 
 QUANTILES = (0.01, 0.05, 0.5)
 
@@ -56,14 +64,15 @@ def measure(samples: np.ndarray, labels: np.ndarray | None, store: Store) -> dic
     """The figures, as JSON values.
 
     Args:
-        samples: uint8 (N, H, W, C), at least half as many as the store has.
+        samples: uint8 (N, H, W, C), at least as many as the store has.
         labels: (N,) classes that were asked for, or None for an unconditional model.
         store: the digits that the model was trained on.
     """
     real = np.array(store.images)
     to_training, _ = nearest(samples, real)
     among_real, _ = nearest(real, real, same=True)
-    among_samples, _ = nearest(samples, samples, same=True)
+    as_many = samples[: len(real)]
+    among_samples, _ = nearest(as_many, as_many, same=True)
     threshold = float(np.quantile(among_real, 0.01))
     features = digits_features()
 
@@ -104,10 +113,12 @@ def _classes(samples: np.ndarray, labels: np.ndarray | None, store: Store) -> di
             features.classify(features(torch.from_numpy(samples).permute(0, 3, 1, 2))).argmax(1).numpy()
         )
     shares = np.bincount(predicted, minlength=10) / len(predicted)
+    real = np.bincount(store.labels, minlength=10) / len(store.labels)
     found: dict[str, Any] = {
         "classifier_accuracy_on_real": features.accuracy,
         "share_drawn": shares.round(4).tolist(),
-        "share_real": (np.bincount(store.labels, minlength=10) / len(store.labels)).round(4).tolist(),
+        "share_real": real.round(4).tolist(),
+        "largest_difference": float(np.abs(shares - real).max()),
     }
     if labels is not None:
         right = [float((predicted[labels == digit] == digit).mean()) for digit in range(10)]
@@ -117,10 +128,12 @@ def _classes(samples: np.ndarray, labels: np.ndarray | None, store: Store) -> di
 
 def section(report: dict[str, Any]) -> str:
     """The report in Markdown."""
-    near, classes, manifold = report["neighbours"], report["classes"], report["manifold"]
+    near, manifold = report["neighbours"], report["manifold"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"{report['count']:,} samples in one step from `{report['preset']}`, step {report['step']:,},",
-        f"against the {report['training_images']:,} digits that it was trained on.",
+        f"against the {report['training_images']:,} digits that it was trained on"
+        f" ({report['date'][:10]}; {versions}; seed {report['training_seed']}).",
         "",
         "| Euclidean distance to the nearest | " + " | ".join(near["real_to_other_real"]) + " |",
         "| --- |" + " ---: |" * len(QUANTILES),
@@ -138,6 +151,42 @@ def section(report: dict[str, Any]) -> str:
         "than the nearest 1 % of real digits are to each other.",
         "",
     ]
+    ours, theirs = manifold["samples"], manifold["halves"]
+    ratio = near["sample_to_training"]["50 %"] / near["real_to_other_real"]["50 %"]
+    lines += [
+        f"Precision is {ours['precision']:.3f} and recall {ours['recall']:.3f},"
+        f" of {manifold['count']} samples against one half of the",
+        f"real digits; the other half has {theirs['precision']:.3f} and {theirs['recall']:.3f}.",
+        "",
+        f"In the median a sample lies {abs(ratio - 1):.0%} {'farther from' if ratio > 1 else 'nearer to'} the"
+        " data than a real digit does. Far from every",
+        "training image is also what does not look like a digit: **the distances exclude copying and nothing",
+        "more**; how good the samples are, precision and the Fréchet distance say.",
+        "",
+        *_class_lines(report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _class_lines(report: dict[str, Any]) -> list[str]:
+    """What the classifier takes the samples for, class by class."""
+    classes, free = report["classes"], report.get("unconditional")
+    drawn = "samples, each class asked for as often" if "as_asked" in classes else "samples"
+    rows = [
+        ("real digits, by their labels", classes["share_real"]),
+        (f"{drawn}, by the classifier", classes["share_drawn"]),
+    ]
+    if free is not None:
+        rows.append(("samples of a model without classes, by the classifier", free["classes"]["share_drawn"]))
+    lines = [
+        "| share of each class, in % | " + " | ".join(map(str, range(10))) + " |",
+        "| --- |" + " ---: |" * 10,
+        *(
+            f"| {name} | " + " | ".join(f"{share:.1%}"[:-1] for share in shares) + " |"
+            for name, shares in rows
+        ),
+        "",
+    ]
     if "as_asked" in classes:
         worst = min(range(10), key=lambda digit: classes["as_asked_by_class"][digit])
         lines += [
@@ -146,16 +195,21 @@ def section(report: dict[str, Any]) -> str:
             f" {classes['classifier_accuracy_on_real']:.1%} of real digits that it has not seen.",
         ]
     else:
-        gap = max(abs(a - b) for a, b in zip(classes["share_drawn"], classes["share_real"], strict=True))
-        lines.append(f"No class's share of the samples is further than {gap:.1%} from its share of the data.")
-    ours, theirs = manifold["samples"], manifold["halves"]
-    lines += [
-        "",
-        f"Precision {ours['precision']:.3f} and recall {ours['recall']:.3f}, {manifold['count']} samples"
-        " against one half of the real digits;",
-        f"the other half has {theirs['precision']:.3f} and {theirs['recall']:.3f}.",
-    ]
-    return "\n".join(lines) + "\n"
+        lines += [
+            f"No class's share of the samples is further than {100 * classes['largest_difference']:.1f}",
+            "percentage points from its share of the data.",
+        ]
+    if free is not None:
+        ours = free["manifold"]["samples"]
+        lines += [
+            f"The model without classes (step {free['step']:,}, seed {free['training_seed']}) is nowhere"
+            f" further than {100 * free['classes']['largest_difference']:.1f} percentage",
+            f"points from a class's share of the data; precision {ours['precision']:.3f},"
+            f" recall {ours['recall']:.3f}.",
+        ]
+    elif "as_asked" in classes:
+        lines.append("A balance that was asked for is no finding; a model without classes was not measured.")
+    return lines
 
 
 def picture(samples: np.ndarray, store: Store, path: Path) -> None:
@@ -166,39 +220,85 @@ def picture(samples: np.ndarray, store: Store, path: Path) -> None:
     save_png(image_grid(np.concatenate([samples[chosen], real[numbers[chosen]]]), columns=20), path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a run of the digits, or of a checkpoint")
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    options = parser.parse_args(argv)
-    try:
-        checkpoint = open_checkpoint(options.run)
-        model = load_model(checkpoint.path)
-        store = open_store(Path(model.config.data.path))
-        if (store.resolution, store.image_channels) != (8, 1):
-            raise InputError(f"{store.path}: holds other images than scikit-learn's digits")
-        if options.count < (len(store.images) + 1) // 2:
-            raise InputError(f"--count is {options.count}; it must be at least half of {len(store.images):,}")
-    except InputError as error:
-        print(f"honesty.py: error: {error}", file=sys.stderr)
-        return 2
-    classes = model.config.network.num_classes
-    labels = torch.arange(options.count) % classes if classes else None
-    samples = to_uint8(sample(model, options.count, labels=labels))
-    report = {
+def examine(
+    run: Path, count: int, *, classes: bool | None = None
+) -> tuple[dict[str, Any], np.ndarray, Store]:
+    """Samples of a run, in one step, and their figures.
+
+    Args:
+        run: folder of a run of the digits, or of a checkpoint.
+        count: how many samples; of a model with classes in turn of each.
+        classes: whether the model must have classes; None leaves it open.
+    Returns:
+        what the run is and the figures, as JSON values; the samples; the digits it was trained on.
+    Raises:
+        InputError: for a run of other images or the other kind, or for too small a count.
+    """
+    checkpoint = open_checkpoint(run)
+    model = load_model(checkpoint.path)
+    store = open_store(Path(model.config.data.path))
+    if (store.resolution, store.image_channels) != (8, 1):
+        raise InputError(f"{store.path}: holds other images than scikit-learn's digits")
+    if count < len(store.images):
+        raise InputError(
+            f"--count is {count}; it must be at least {len(store.images):,}, as many as real digits"
+        )
+    number = model.config.network.num_classes
+    if classes is not None and classes != bool(number):
+        raise InputError(f"{run}: a model with {number} classes; --unconditional takes one without")
+    labels = torch.arange(count) % number if number else None
+    samples = to_uint8(sample(model, count, labels=labels))
+    about = {
         "preset": model.config.preset,
         "step": checkpoint.step,
         "training_seed": model.config.training.seed,
         "training_images": len(store.images),
-        "torch": torch.__version__,
-        **measure(samples, None if labels is None else labels.numpy(), store),
     }
+    return {**about, **measure(samples, None if labels is None else labels.numpy(), store)}, samples, store
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run of the digits, or of a checkpoint")
+    parser.add_argument(
+        "--unconditional", type=Path, metavar="RUN", help="one without classes, for its balance"
+    )
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    options = parser.parse_args(argv)
+    command = f"python benchmarks/honesty.py {_named(options.run)}"
+    try:
+        found, samples, store = examine(options.run, options.count)
+        if options.unconditional is not None:
+            free, _, _ = examine(options.unconditional, options.count, classes=False)
+            found["unconditional"] = free
+            command += f" --unconditional {_named(options.unconditional)}"
+    except InputError as error:
+        print(f"honesty.py: error: {error}", file=sys.stderr)
+        return 2
+    report = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "ict-fast": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        **found,
+    }
+    path = options.out / "honesty.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "honesty.json").write_text(json.dumps(report, indent=1) + "\n")
-    picture(samples, store, options.out / "honesty.png")
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    picture(samples, store, path.with_suffix(".png"))
+    record_source(path.with_suffix(".png"), path)
     print(section(report))
     return 0
+
+
+def _named(run: Path) -> Path:
+    """A run as a reader may call it: where this machine keeps it is nobody's business."""
+    return Path("runs") / run.name if run.is_absolute() else run
 
 
 if __name__ == "__main__":

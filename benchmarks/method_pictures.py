@@ -1,6 +1,7 @@
-"""The pictures of docs/method.md: `python benchmarks/method_pictures.py [RUN]`.
+"""The pictures of docs/method.md: `python benchmarks/method_pictures.py RUN`.
 
-RUN is a training with snapshots, by default the one that `ict-fast train --logging.snapshot-every 150` makes.
+RUN is a training with snapshots: `ict-fast train --out RUN --logging.snapshot-every 150`. One that is
+finished without them gets none by a later command.
 Written: noise.png, trajectories.png, levels.png, samples.png, loss.png, and figures.json with what the last
 one shows. The trajectories need no run: their data are a mixture of two Gaussians, where everything is exact.
 """
@@ -269,7 +270,7 @@ def draw_all(run: Path, out: Path, batches: int) -> None:
     }
     loss(found, out / "loss.png")
     about: dict[str, Any] = {
-        "command": "python benchmarks/method_pictures.py",
+        "command": "python benchmarks/method_pictures.py RUN",
         "versions": {"ict-fast": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "preset": config.preset,
         "seed": config.training.seed,
@@ -282,7 +283,7 @@ def draw_all(run: Path, out: Path, batches: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/digits"), help="folder of a run")
+    parser.add_argument("run", type=Path, help="folder of a run with snapshots")
     parser.add_argument("--batches", type=int, default=200, help="of 256 images, for the loss by level")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/method")
     options = parser.parse_args(argv)

@@ -18,7 +18,7 @@ where tan b_i = s_i / sqrt v. Every factor is 1 - O(1/N^2) and there are N - 1 o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,9 +33,13 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-# Positions at which f_i is tabulated, and how many standard deviations they reach.
-_POSITIONS = 1501
+# f_i is tabulated at so many positions, evenly over so many standard deviations to either side; an interval
+# over which it changes by more than STEP is halved. Between two points the limit of Pseudo-Huber jumps: on
+# the even table alone the jump would be as wide as an interval, and the error found that of the table.
+POSITIONS = 1501
+STEP = 0.01
 _WIDTH = 9.0
+_HALVINGS = 30
 # Quadrature: the mean of a smooth function needs few nodes, what resembles a median needs them dense.
 _NODES_OF_MEAN = 24
 _NODES_OF_CENTRE = 192
@@ -66,15 +70,16 @@ def fixed_points(
     grid = noise_level_grid(num_scales).numpy()
     wanted = [int(np.abs(np.log(grid / sigma)).argmin()) for sigma in sigmas]
     nodes = _NODES_OF_MEAN if huber_c is None else _NODES_OF_CENTRE
-    y = _positions(problem, grid[0])
-    function = PchipInterpolator(y, y)
+    function = _tabulated(lambda y: y, problem.support(grid[0], _WIDTH))
     found = {0: FixedPoint(float(grid[0]), function)}
     for i in range(max(wanted)):
-        y = _positions(problem, grid[i + 1])
-        position, cosine, weight = problem.teacher_states(y, grid[i + 1], grid[i], nodes)
-        targets = _targets(function(position), cosine, weight)
-        best = targets.mean() if huber_c is None else targets.pseudo_huber_centre(huber_c)
-        function = PchipInterpolator(y, best)
+
+        def student(y: Array, i: int = i, teacher: PchipInterpolator = function) -> Array:
+            position, cosine, weight = problem.teacher_states(y, grid[i + 1], grid[i], nodes)
+            targets = _targets(teacher(position), cosine, weight)
+            return targets.mean() if huber_c is None else targets.pseudo_huber_centre(huber_c)
+
+        function = _tabulated(student, problem.support(grid[i + 1], _WIDTH))
         if i + 1 in wanted:
             found[i + 1] = FixedPoint(float(grid[i + 1]), function)
     return [found[index] for index in wanted]
@@ -141,8 +146,17 @@ def target_statistics(
     return targets.mean() - problem.exact(y, sigma_next, sigma_min), targets.variance()
 
 
-def _positions(problem: Problem, sigma: float) -> Array:
-    return np.linspace(*problem.support(sigma, _WIDTH), _POSITIONS)
+def _tabulated(function: Callable[[Array], Array], support: tuple[float, float]) -> PchipInterpolator:
+    """A table of a function from positions to values, finer where the values change fast."""
+    y = np.linspace(*support, POSITIONS)
+    value = function(y)
+    for _ in range(_HALVINGS):
+        steep = np.flatnonzero(np.abs(np.diff(value)) > STEP)
+        if not steep.size:
+            break
+        middle = (y[steep] + y[steep + 1]) / 2
+        y, value = np.insert(y, steep + 1, middle), np.insert(value, steep + 1, function(middle))
+    return PchipInterpolator(y, value)
 
 
 def _targets(value: Array, cosine: Array, weight: Array) -> Targets:

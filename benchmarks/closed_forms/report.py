@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 Report = dict[str, Any]
@@ -48,6 +49,26 @@ def nearest(record: Record, sigma: float) -> Record:
 def at(record: Record, near: float) -> Record:
     """The level of a target's record that was taken near this sigma."""
     return next(level for level in record["levels"] if level["near"] == near)
+
+
+def curriculum_gains(report: Report, sigma: float) -> list[float]:
+    """Per problem: distance to the exact function with N fixed, less that with the curriculum; squared norm.
+
+    Means over the seeds that both have, at the N that both end with. Empty if there is no such pair.
+    """
+    gains = []
+    for problem in EXPECTED:
+        fixed = {(r["num_scales"], r["seed"]): r for r in learned(report, "l2", "fixed", problem)}
+        pairs = [
+            (fixed[key], r)
+            for r in learned(report, "l2", "doubling", problem)
+            if (key := (r["num_scales"], r["seed"])) in fixed
+        ]
+        if pairs:
+            gains.append(
+                mean(nearest(a, sigma)["to_exact"] - nearest(b, sigma)["to_exact"] for a, b in pairs)
+            )
+    return gains
 
 
 def slopes(report: Report, problem: str, figure: str) -> list[float]:

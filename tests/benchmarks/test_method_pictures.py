@@ -92,19 +92,56 @@ def test_a_place_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "pictures").exists()
 
 
-def test_the_pages_pictures_links_and_commands_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_pictures_and_links_are_there() -> None:
     images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", PAGE)
     assert len(images) == 5
     for image in images:
         assert 5_000 < (ROOT / "docs" / image).stat().st_size < 200_000
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", PAGE):
         assert (ROOT / "docs" / link).exists(), link
-    options, _ = cli.COMMANDS["train"]
-    monkeypatch.setitem(cli.COMMANDS, "train", (options, lambda given: 0))
-    (block,) = re.findall(r"```console\n(.*?)```", PAGE, flags=re.DOTALL)
-    for program, *words in map(shlex.split, block.splitlines()):
-        assert cli.main(words) == 0 if program == "ict-fast" else (ROOT / words[0]).exists()
     assert "docs/method.md" in (ROOT / "README.md").read_text()
+
+
+def test_the_pages_commands_make_a_run_with_snapshots_and_draw_that_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not the demo's run, which is finished where somebody made it: training it again would do nothing."""
+    options, _ = cli.COMMANDS["train"]
+    trained: list[Any] = []
+    monkeypatch.setitem(cli.COMMANDS, "train", (options, lambda given: trained.append(given) or 0))
+    drawn: list[Path] = []
+    monkeypatch.setattr(pictures, "draw_all", lambda run, out, batches: drawn.append(run))
+    (block,) = re.findall(r"```console\n(.*?)```", PAGE, flags=re.DOTALL)
+    first, second = map(shlex.split, block.splitlines())
+    assert cli.main(first[1:]) == 0
+    assert second[:2] == ["python", "benchmarks/method_pictures.py"]
+    assert pictures.main(second[2:]) == 0
+    assert drawn == [trained[0].out]
+    assert trained[0].out != Path("runs") / trained[0].preset, "where train writes when it is not told"
+    config = trained[0].config()
+    total, every = config.training.total_steps, config.logging.snapshot_every
+    plan = stages(total, config.method)
+    assert [stage.end_step for stage in plan] == list(range(every, total + 1, every)), "one after every stage"
+
+
+def test_the_pages_figures_are_the_results() -> None:
+    results = ROOT / "benchmarks/results"
+    text = " ".join(PAGE.split())
+    runs = json.loads((results / "digits-quality.json").read_text())["runs"]
+    one, two = (
+        sorted(100 * run[steps]["relative_to_noise"] for run in runs) for steps in ("one_step", "two_step")
+    )
+    assert all(run["one_step"]["relative_to_noise"] < run["two_step"]["relative_to_noise"] for run in runs)
+    assert len(runs) == 3
+    assert f"two steps end at {two[0]:.2f} to {two[-1]:.2f} % of the distance of noise" in text
+    assert f"one at {one[0]:.2f} to {one[-1]:.2f} %, worse for all three seeds" in text
+    (levels,) = (
+        record["levels"]
+        for record in json.loads((results / "exactness.json").read_text())["targets"]
+        if (record["problem"], record["num_scales"]) == ("mixture", 1281)
+    )
+    (level,) = (level for level in levels if level["near"] == 0.8)
+    assert f"at N = 1281, {level['bias']:.1e} beside {level['std']:.1e}" in text
 
 
 def test_the_pages_formulas_are_the_codes() -> None:

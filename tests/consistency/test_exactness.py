@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
 import sys
+from datetime import datetime
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.integrate import solve_ivp
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
@@ -21,6 +24,7 @@ from ict_fast.config import MethodConfig
 from ict_kernels import noise_level_grid
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
 sys.path.append(str(ROOT / "benchmarks"))
 
 closed_forms: Any = importlib.import_module("closed_forms")
@@ -148,6 +152,62 @@ def test_the_fixed_point_is_the_mean_end_of_a_random_walk(name: str) -> None:
     assert abs(expected - exact) > 0.02, "at N = 11 it is another function than the exact one"
 
 
+def test_of_two_points_the_pseudo_huber_limit_is_that_of_the_whole_tree_of_paths() -> None:
+    """Without a table, which smears the jump between the points: every path, scipy's minimum at each node."""
+    grid, c = noise_level_grid(7).numpy(), 0.00054
+
+    def student(level: int, y: float) -> float:
+        if level == 0:
+            return y
+        weight = 1 / (1 + math.exp(min(y / grid[level] ** 2, 700.0)))  # of the point -0.5
+        low, high = (student(level - 1, x + grid[level - 1] * (y - x) / grid[level]) for x in (-0.5, 0.5))
+
+        def loss(m: float) -> float:
+            return weight * math.hypot(low - m, c) + (1 - weight) * math.hypot(high - m, c)
+
+        between = sorted((low, high))
+        return float(minimize_scalar(loss, bounds=between, method="bounded", options={"xatol": 1e-9}).x)
+
+    (point,) = closed_forms.fixed_points(PROBLEMS["two points"], 7, [80.0], huber_c=c)
+    y = np.array([-90.0, -3.0, -0.2, -1e-2, 1e-3, 0.05, 0.4, 30.0])
+    np.testing.assert_allclose(point(y), [student(6, each) for each in y], atol=2e-4)
+    assert np.abs(point(y) - PROBLEMS["two points"].exact(y, 80.0, SIGMA_MIN)).max() > 0.01, "c is seen"
+
+
+@pytest.mark.parametrize("metric_c", [None, 0.00054])
+def test_the_distance_of_a_fixed_point_is_not_that_of_its_table(
+    metric_c: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, found = PROBLEMS["two points"], []
+    y, exact = (problem.quantile(exactness.FINE_SHARES, sigma) for sigma in (2.0, SIGMA_MIN))
+    for positions in (401, 1601):
+        monkeypatch.setattr(fixed_point, "POSITIONS", positions)
+        (point,) = closed_forms.fixed_points(problem, 21, [2.0], huber_c=metric_c)
+        at = y if point.sigma == 2.0 else problem.quantile(exactness.FINE_SHARES, point.sigma)
+        found.append(exactness.distances((point(at) - exact)[:, None], problem)["rms"])
+    assert found[0] == pytest.approx(found[1], abs=2e-4)
+
+
+def test_of_skewed_data_the_pseudo_huber_limit_follows_the_posteriors_median(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With c far below the noise the target's median counts; f increases, so it is f at the median of x."""
+    monkeypatch.setattr(fixed_point, "POSITIONS", 501)
+    problem, grid = PROBLEMS["mixture"], noise_level_grid(11).numpy()
+    x = np.linspace(-1.6, 1.9, 8001)
+    parts = zip(problem.weights, problem.means, problem.stds, strict=True)
+    density = sum(weight * norm.pdf(x, mean, std) for weight, mean, std in parts)
+    at = state = problem.quantile(SHARES, 80.0)
+    for sigma, lower in zip(grid[:0:-1], grid[-2::-1], strict=True):
+        below = (density * np.exp(-((state[:, None] - x) ** 2) / (2 * sigma**2))).cumsum(axis=1)
+        median = np.array([np.interp(share[-1] / 2, share, x) for share in below])
+        state = median + lower * (state - median) / sigma
+    (huber,) = closed_forms.fixed_points(problem, 11, [80.0], huber_c=0.00054)
+    (squared,) = closed_forms.fixed_points(problem, 11, [80.0])
+    np.testing.assert_allclose(huber(at), state, atol=5e-3)
+    assert np.abs(squared(at) - state).max() > 0.1, "the conditional mean is another function"
+
+
 @pytest.mark.parametrize(
     ("name", "figure", "power"),
     [("two points", "rms", -0.25), ("two points", "mean", -0.5), ("ring", "rms", -0.5)],
@@ -264,7 +324,7 @@ def test_the_command_writes_a_report_makes_page_and_picture_of_it_alone_and_goes
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(exactness, "limits", cache(exactness.limits.__wrapped__))  # coarse ones of its own
-    monkeypatch.setattr(fixed_point, "_POSITIONS", 301)
+    monkeypatch.setattr(fixed_point, "POSITIONS", 301)
     monkeypatch.setattr(fixed_point, "_NODES_OF_CENTRE", 24)
     monkeypatch.setattr(exactness, "SCALES", (11, 21))
     monkeypatch.setattr(exactness, "HUBER_SCALES", (11, 21))
@@ -274,13 +334,21 @@ def test_the_command_writes_a_report_makes_page_and_picture_of_it_alone_and_goes
     monkeypatch.setattr(exactness, "SHARES", exactness.SHARES[5::10])
     monkeypatch.setattr(exactness, "QUICK_STEPS", 10)
     plotted: list[dict[str, Any]] = []
-    monkeypatch.setattr(
-        exactness, "plot", lambda report, path: plotted.append(json.loads(json.dumps(report)))
-    )
+
+    def plot(report: dict[str, Any], path: Path) -> None:
+        plotted.append(json.loads(json.dumps(report)))
+        Image.new("L", (4, 4)).save(path)
+
+    monkeypatch.setattr(exactness, "plot", plot)
     words = ["--quick", "--seeds", "3", "--out", str(tmp_path)]
     assert exactness.main(words) == 0
-    report = json.loads((tmp_path / "exactness-quick.json").read_text())
+    written = (tmp_path / "exactness-quick.json").read_bytes()
+    report = json.loads(written)
     assert plotted == [report]
+    with Image.open(tmp_path / "exactness-quick.png") as drawn:
+        assert drawn.info["source-sha256"] == hashlib.sha256(written).hexdigest()
+    assert report["command"] == "python benchmarks/exactness.py --quick --seeds 3"
+    assert datetime.fromisoformat(report["date"]).tzinfo is not None
     assert capsys.readouterr().out.strip() == exactness.section(report).strip()
     assert len(report["learned"]) == 2 * len(PROBLEMS)
     picture.plot(report, tmp_path / "exactness.png")
@@ -295,14 +363,66 @@ def test_the_command_writes_a_report_makes_page_and_picture_of_it_alone_and_goes
     assert again["learned"][2] == removed, "measured again, to the last bit, in its place"
     assert again["targets"][0]["levels"][0]["bias"] == 42.0
 
+    # Of another table of positions nothing is taken over.
+    monkeypatch.setattr(fixed_point, "POSITIONS", 201)
+    monkeypatch.setattr(exactness, "measure", lambda report, *rest: plotted.append(report))
+    with pytest.raises(IndexError):  # there is nothing to describe
+        exactness.main(words)
+    assert plotted[-1]["fixed_points"] == []
 
-def test_the_committed_report_has_every_problem_and_its_picture() -> None:
-    results = ROOT / "benchmarks/results"
-    report = json.loads((results / "exactness.json").read_text())
-    text = exactness.section(report)
+
+@pytest.fixture
+def committed() -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((RESULTS / "exactness.json").read_text())
+    return report
+
+
+def test_the_page_says_who_wins_between_curriculum_and_fixed_n(committed: dict[str, Any]) -> None:
+    """The verdict is counted from the records of the same seeds and the same N."""
+    nothing, helps = "brings nothing", "curriculum helps"
+    records = [
+        record
+        for record in committed["learned"]
+        if (record["metric"], record["num_scales"]) == ("l2", exactness.LAST_SCALES)
+    ]
+    for better, word, other in (("doubling", helps, nothing), ("fixed", nothing, helps)):
+        for record in records:
+            for level in record["levels"]:
+                level["to_exact"] = 0.1 if record["curriculum"] == better else 0.2
+        text = exactness.section(committed)
+        count = len(PROBLEMS) if better == "doubling" else 0
+        assert f"{count} of {len(PROBLEMS)} at sigma 80" in text
+        assert word in text
+        assert other not in text
+    committed["learned"] = [record for record in committed["learned"] if record["curriculum"] == "doubling"]
+    text = exactness.section(committed)
+    assert all(word not in text for word in (nothing, helps)), "without the other side there is no verdict"
+
+
+def test_the_page_prints_the_command_date_and_factors_of_its_report(committed: dict[str, Any]) -> None:
+    committed |= {
+        "command": "python benchmarks/exactness.py --seeds 7",
+        "seeds": [7],
+        "date": "2031-02-03T04:05",
+    }
+    for record, offset in zip(committed["dimensions"], (0.8, 0.4, 0.1, 0.02, 0.005), strict=True):
+        record["offset"] = offset
+    text = exactness.section(committed)
+    assert "`python benchmarks/exactness.py --seeds 7` (2031-02-03;" in text
+    assert "; seed 7)" in text
+    assert "by factors of 2.0, 4.0, 5.0, 4.0 from" in text
+
+
+def test_the_committed_report_has_every_problem_and_its_picture(committed: dict[str, Any]) -> None:
+    text = exactness.section(committed)
     for name in PROBLEMS:
         assert f"| {name}, root mean square |" in text
         assert f"| {name} | l2 | doubling, N = {exactness.LAST_SCALES} |" in text
-    assert [record["num_scales"] for record in report["fixed_points"][:8]] == list(exactness.SCALES)
-    assert "--quick" not in report["command"]
-    assert 20_000 < (results / "exactness.png").stat().st_size < 200_000
+    assert [record["num_scales"] for record in committed["fixed_points"][:8]] == list(exactness.SCALES)
+    assert committed["command"] == exactness.command(False, committed["seeds"])
+    assert sorted({record["seed"] for record in committed["learned"]}) == committed["seeds"]
+    assert json.loads(json.dumps(exactness.head(False)))["table"] == committed["table"]
+    assert 20_000 < (RESULTS / "exactness.png").stat().st_size < 200_000
+    with Image.open(RESULTS / "exactness.png") as drawn:
+        of = hashlib.sha256((RESULTS / "exactness.json").read_bytes()).hexdigest()
+        assert drawn.info["source-sha256"] == of

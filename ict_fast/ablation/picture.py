@@ -11,7 +11,7 @@ from ict_fast.ablation.variants import GROUPS
 from ict_fast.ablation.verdicts import summarise
 from ict_fast.durable import replace_durably
 
-REPORT_KEY = "Report-SHA256"
+REPORT_KEY = "source-sha256"
 """Text chunk of the PNG: `digest` of the report that it shows."""
 
 

@@ -180,7 +180,7 @@ def _power_of_2(number: int) -> int:
 # ----------------------------------------------------------------------------------- kernels: what they share
 
 # What changes from call to call, or from layer to layer, is no reason to compile again.
-_VARYING = ["offset", "stream", "threshold", "start"]
+_VARYING = ["offset", "philox_stream", "threshold", "start"]
 
 
 @jit
@@ -261,20 +261,20 @@ def _keep_mask(
 
     EIGHTS: 8 divides CHANNELS, `first` and WIDTH, so that 8 neighbouring channels are one call.
     """
-    seed_ptr, offset_ptr, offset, stream, threshold = draw
+    seed_ptr, offset_ptr, offset, philox_stream, threshold = draw
     sample = n + offset
     if offset_ptr is not None:
         sample += tl.load(offset_ptr)
     if EIGHTS:
         eighth = (first // 8 + tl.arange(0, WIDTH // 8)).to(tl.uint32)
         call = p.to(tl.uint32)[:, None] * (CHANNELS // 8) + eighth[None, :]
-        w0, w1, w2, w3 = philox_call(seed_ptr, sample, call, stream)
+        w0, w1, w2, w3 = philox_call(seed_ptr, sample, call, philox_stream)
         words = interleave4(w0, w1, w2, w3)
         # Lanes are compared where they are, in the upper halves of words: what stands below changes nothing.
         lanes = tl.reshape(tl.join(words << 16, words), (ROWS, WIDTH))
     else:
         element = p.to(tl.int64)[:, None] * CHANNELS + (first + tl.arange(0, WIDTH))[None, :]
-        w0, w1, w2, w3 = philox_call(seed_ptr, sample, element >> 3, stream)
+        w0, w1, w2, w3 = philox_call(seed_ptr, sample, element >> 3, philox_stream)
         lane = (element & 7).to(tl.int32)
         words = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
         lanes = tl.where((lane & 1) == 1, words, words << 16)
@@ -382,7 +382,7 @@ def resident_forward(
     shift_stride,
     pre_stride,
     offset,
-    stream,
+    philox_stream,
     threshold,
     eps,
     PIXELS: tl.constexpr,
@@ -401,7 +401,7 @@ def resident_forward(
     FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
     first = (program % (CHANNELS // BUNDLE)) * BUNDLE
@@ -547,7 +547,7 @@ def resident_backward(
     shift_stride,
     pre_stride,
     offset,
-    stream,
+    philox_stream,
     threshold,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -565,7 +565,7 @@ def resident_backward(
     FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     outputs = (dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr)
     program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
@@ -675,7 +675,7 @@ def merge_statistics(
     blocks = (pixels + ROWS - 1) // ROWS
     entries = blocks * GROUP
     base = local * blocks * CHANNELS + group * GROUP
-    count = pixels.to(tl.float32) * GROUP
+    count = tl.full((), pixels, tl.float32) * GROUP
 
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, entries, BLOCK):
@@ -721,7 +721,7 @@ def split_apply(
     shift_stride,
     pre_stride,
     offset,
-    stream,
+    philox_stream,
     threshold,
     pixels,
     start,
@@ -736,7 +736,7 @@ def split_apply(
 ):
     """y, from the statistics of the groups."""
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     n, _, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
@@ -769,7 +769,7 @@ def split_backward(
     shift_stride,
     pre_stride,
     offset,
-    stream,
+    philox_stream,
     threshold,
     pixels,
     start,
@@ -784,7 +784,7 @@ def split_backward(
 ):
     """Without dx: sums over ROWS pixels of dz, dz x_hat and (with sx) x_hat. With dx: dx, by their means."""
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     n, place, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
@@ -861,7 +861,7 @@ def merge_backward(
         m1 += q * s1
         m2 += q * s2
         _store_gradients_of_affine(n, c, inside, s1, s2, affine, outputs, CHANNELS)
-    count = pixels.to(tl.float32) * GROUP
+    count = tl.full((), pixels, tl.float32) * GROUP
     mean1, mean2 = tl.sum(m1, axis=0) / count, tl.sum(m2, axis=0) / count
     at = (local * (CHANNELS // GROUP) + group) * 2
     tl.store(means_ptr + at, mean1)
@@ -917,7 +917,7 @@ def _unit_stride(values: Tensor | None) -> Tensor | None:
     return values if values is None or values.stride(-1) == 1 else values.contiguous()
 
 
-def _tile_arguments(plan: _Plan, channels: int, pixels: int, num_groups: int) -> dict[str, int | bool]:
+def _tile_arguments(plan: _Plan, channels: int, pixels: int, num_groups: int) -> dict[str, Any]:
     group = channels // num_groups
     if plan.resident:
         return {
@@ -972,7 +972,7 @@ def _forward(
     plan = _plan(count, channels, pixels, num_groups, x.element_size(), backward=False)
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
-    arguments = {
+    arguments: dict[str, Any] = {
         "x_ptr": x,
         "y_ptr": y,
         "stats_ptr": stats,
@@ -987,7 +987,7 @@ def _forward(
         "shift_stride": _row_stride(shift),
         "pre_stride": _row_stride(pre_bias),
         "offset": offset,
-        "stream": stream,
+        "philox_stream": stream,
         "threshold": threshold,
         **tile,
         "SILU": silu,
@@ -1084,7 +1084,7 @@ def _backward(
         f"{name}_ptr": row
         for name, row in zip(("dweight", "dbias", "dscale", "dshift", "dpre"), rows, strict=True)
     }
-    arguments = {
+    arguments: dict[str, Any] = {
         "x_ptr": x,
         "dy_ptr": dy,
         "stats_ptr": stats,
@@ -1099,7 +1099,7 @@ def _backward(
         "shift_stride": _row_stride(shift),
         "pre_stride": _row_stride(pre_bias),
         "offset": offset,
-        "stream": stream,
+        "philox_stream": stream,
         "threshold": threshold,
         **tile,
         "SILU": silu,

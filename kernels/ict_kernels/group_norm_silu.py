@@ -22,6 +22,8 @@ The kernels work on channels_last; other layouts are converted on the way in and
 is taken in an order that depends on timing: equal inputs give equal bits.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +121,7 @@ class _Plan:
             be 0, and the first may be wider than what it holds.
         groups: whole groups per tile if resident; else 0.
         num_warps: of each program.
+        maxnreg: the most registers of a thread; None: as the compiler sees fit.
         chunk: samples that a split pass takes at once.
     """
 
@@ -127,42 +130,110 @@ class _Plan:
     widths: tuple[int, int]
     groups: int
     num_warps: int
+    maxnreg: int | None
     chunk: int
 
 
+@dataclass(frozen=True)
+class _Wishes:
+    """The arguments of `planned`."""
+
+    resident: bool | None = None
+    groups: int | None = None
+    rows: int | None = None
+    num_warps: int | None = None
+    maxnreg: int | None = None
+    chunk_bytes: int | None = None
+
+
+_wishes = _Wishes()
+
+
+@contextmanager
+def planned(
+    *,
+    resident: bool | None = None,
+    groups: int | None = None,
+    rows: int | None = None,
+    num_warps: int | None = None,
+    maxnreg: int | None = None,
+    chunk_bytes: int | None = None,
+) -> Iterator[None]:
+    """Overrides the plan of the Triton kernels, to time variants: `with planned(num_warps=8, maxnreg=128):`.
+
+    In force for whatever is launched meanwhile, or captured into a graph: forward and backward, every shape,
+    all threads. What is not given is chosen as ever; contexts do not add up, the innermost counts. Results
+    stay within rounding, but are not bit for bit those of another plan.
+
+    Args:
+        resident: True for one pass over tiles in registers, False for split.
+        groups: in a resident tile (and so implies one): divides the number of groups. The limits on a tile's
+            size do not hold: it may spill.
+        rows: pixels in a split tile, a power of two.
+        num_warps: of each program, a power of two. The small kernels that merge partial sums keep theirs.
+        maxnreg: the most registers of a thread, in the same kernels.
+        chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2.
+    Raises:
+        ValueError: for a number that is not a power of two where it must be; and by a norm whose shape cannot
+            be computed so.
+    """
+    global _wishes
+    for name, value in (("rows", rows), ("num_warps", num_warps)):
+        if value is not None and value != _power_of_2(value):
+            raise ValueError(f"{name} must be a power of two, got {value}")
+    if groups is not None and resident is False:
+        raise ValueError(f"groups = {groups} are of a resident tile, which resident=False excludes")
+    before = _wishes
+    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes)
+    try:
+        yield
+    finally:
+        _wishes = before
+
+
 def _plan(count: int, channels: int, pixels: int, num_groups: int, itemsize: int, backward: bool) -> _Plan:
-    """The algorithm for x (count, channels, pixels): resident where a tile fits, else split.
+    """The algorithm for x (count, channels, pixels): resident where a tile fits, else split; see `planned`.
 
     A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
     128 bytes as long as several tiles fit on a processor. Where none of two sectors fits (32 x 32), rows of
     one whole sector do.
     """
+    wishes = _wishes
     rows = _power_of_2(pixels)
     group = channels // num_groups
     most_elements = 20480 if backward else 32768
     candidates = []
     for groups in range(1, num_groups + 1):
         width = groups * group
-        if num_groups % groups or (channels % 8 == 0 and width % 8 != 0):
+        if num_groups % groups or (channels % 8 == 0 and width % 8 != 0 and groups != wishes.groups):
             continue
         widths = _parts(width)
         elements = rows * sum(widths)
         row_bytes = width * itemsize
         whole_sectors = row_bytes % _SECTOR_BYTES == 0 or row_bytes >= 2 * _SECTOR_BYTES or width == channels
-        if whole_sectors and elements * itemsize <= _TILE_BYTES and elements <= most_elements:
+        chosen = whole_sectors and elements * itemsize <= _TILE_BYTES and elements <= most_elements
+        if wishes.groups is not None:
+            chosen = groups == wishes.groups
+        if chosen:
             candidates.append((groups, widths, elements, row_bytes))
-    if candidates:
+    if wishes.resident and not candidates:
+        raise ValueError(
+            f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
+            f" groups and {pixels} pixels"
+        )
+    if candidates and wishes.resident is not False:
         # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
         roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
         wide = [each for each in candidates if each[2] <= 16384 and each[3] >= 2 * _SECTOR_BYTES]
         groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
         # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
         num_warps = min(16, _power_of_2(-(-elements // (2304 if backward else 3072))))
-        return _Plan(True, rows, widths, groups, num_warps, count)
+        return _Plan(True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count)
     width = min(64, _power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
-    chunk = min(count, max(1, _CHUNK_BYTES // sample_bytes))
-    return _Plan(False, min(rows, _SPLIT_ELEMENTS // width), (width, 0), 0, 4, chunk)
+    chunk = min(count, max(1, (wishes.chunk_bytes or _CHUNK_BYTES) // sample_bytes))
+    rows = min(rows, wishes.rows or _SPLIT_ELEMENTS // width)
+    return _Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk)
 
 
 def _parts(width: int) -> tuple[int, int]:
@@ -997,7 +1068,13 @@ def _forward(
     if plan.resident:
         programs = count * (num_groups // plan.groups)
         launch(
-            resident_forward, (programs,), num_warps=plan.num_warps, elements=elements, eps=eps, **arguments
+            resident_forward,
+            (programs,),
+            num_warps=plan.num_warps,
+            maxnreg=plan.maxnreg,
+            elements=elements,
+            eps=eps,
+            **arguments,
         )
         return y, stats
     blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
@@ -1008,6 +1085,7 @@ def _forward(
             split_statistics,
             (samples * blocks * pieces,),
             num_warps=plan.num_warps,
+            maxnreg=plan.maxnreg,
             elements=elements,
             x_ptr=x,
             mean_ptr=partial[0],
@@ -1036,6 +1114,7 @@ def _forward(
             split_apply,
             (samples * blocks * pieces,),
             num_warps=plan.num_warps,
+            maxnreg=plan.maxnreg,
             elements=elements,
             start=start,
             **arguments,
@@ -1112,6 +1191,7 @@ def _backward(
             resident_backward,
             (programs,),
             num_warps=plan.num_warps,
+            maxnreg=plan.maxnreg,
             elements=elements,
             dx_ptr=dx,
             **outputs,
@@ -1136,6 +1216,7 @@ def _backward(
                 split_backward,
                 (samples * blocks * pieces,),
                 num_warps=plan.num_warps,
+                maxnreg=plan.maxnreg,
                 elements=elements,
                 dx_ptr=None,
                 **merged,
@@ -1163,6 +1244,7 @@ def _backward(
                 split_backward,
                 (samples * blocks * pieces,),
                 num_warps=plan.num_warps,
+                maxnreg=plan.maxnreg,
                 elements=elements,
                 dx_ptr=dx,
                 **merged,

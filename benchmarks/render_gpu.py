@@ -58,7 +58,7 @@ def about(report: Entry) -> str:
             f" Measured roofs: a copy {ceilings['copy_gb_per_s']:.0f} GB/s; matrix products {rates} TFLOP/s."
         )
     return (
-        f"{link(report.file)}, {record['date'][:10]}, commit {record['commit']}, driver"
+        f"{link(report.file)}, {record['date'][:10]}, commit {record['commit'] or 'unknown'}, driver"
         f" {record['hardware'].get('driver')}, {versions}.{roofs}"
     )
 

@@ -26,7 +26,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ class Session:
         seconds: of the whole part.
         only: what has this text in its name is measured; "" for all.
         to_come: measurements that have not been finished.
+        begun: names of what runs already beside what is being measured: it is asked for whatever the time is.
     """
 
     def __init__(self, out: Path, seconds: float, only: str = "") -> None:
@@ -61,6 +61,7 @@ class Session:
         self.seconds = seconds
         self.only = only
         self.to_come = 1
+        self.begun: set[str] = set()
         self._started = time.monotonic()
 
     def used(self) -> float:
@@ -97,15 +98,9 @@ def _part(
     return measurements
 
 
-def _tests(device: torch.device, session: Session) -> Measurements:
-    from gpu_tests import measure_tests
-
-    return {"tests/gpu": partial(measure_tests, session.seconds)}
-
-
 # In the order of `--part all`. Each: (device, session) -> what to measure.
 PARTS: dict[str, Callable[[torch.device, Session], Measurements]] = {
-    "tests": _tests,
+    "tests": _part("tests", "gpu_tests", asks=True),
     "kernels": _part("kernels", "gpu_kernels"),
     "optimizer": _part("optimizer", "gpu_optimizer"),
     "step": _part("step", "gpu_step", asks=True),
@@ -154,6 +149,8 @@ def run_part(part: str, out: Path, budget_seconds: float, only: str = "") -> int
     session = Session(out, budget_seconds, only)
     report, path = header(part, out)
     report |= {"budget_seconds": budget_seconds, "only": only}
+    if report["commit"] is None:
+        _say("the report will not say of which commit it is: there is no git here; set ICT_FAST_COMMIT")
     offered = PARTS[part](device, session)
     report["offered"] = list(offered)
     measurements = {each: measure for each, measure in offered.items() if only in each}
@@ -162,15 +159,14 @@ def run_part(part: str, out: Path, budget_seconds: float, only: str = "") -> int
         return 2
     for number, (each, measure) in enumerate(measurements.items(), start=1):
         elapsed, session.to_come = session.used(), len(measurements) - number + 1
-        entry: Record = {"name": each}
-        report["results"].append(entry)
-        if elapsed > budget_seconds:
-            entry["not_measured"] = f"the budget of {budget_seconds:g} s was used up"
+        report["results"].append({"name": each})
+        if elapsed > budget_seconds and each not in session.begun:
+            report["results"][-1]["not_measured"] = f"the budget of {budget_seconds:g} s was used up"
         else:
-            left = min(budget_seconds - elapsed, elapsed / max(1, number - 1) * session.to_come)
+            left = min(session.left(), elapsed / max(1, number - 1) * session.to_come)
             _say(f"{part} {number}/{len(measurements)}, {elapsed:.0f} s, about {left:.0f} s left: {each}")
             for result in _measured(measure):
-                entry |= result
+                report["results"][-1] = {"name": each, **result}
                 write(report, path)
         report["wall_seconds"] = round(session.used(), 1)
         write(report, path)
@@ -218,7 +214,8 @@ def _measured(measure: Callable[[], Record | Iterator[Record]]) -> Iterator[Reco
             yield result
     except Exception as error:
         traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {error}"}
+        result = {**result, "error": f"{type(error).__name__}: {error}"}
+        result.pop("not_measured", None)
     if summary := summary_of(result):
         _say(f"    {summary}")
     yield {"seconds": round(time.monotonic() - started, 1), **result}

@@ -39,7 +39,7 @@ _TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
 
 
@@ -77,22 +77,11 @@ def compile_launch(launch: Launch, architecture: int, scalar: str = "fp32") -> M
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for position, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments.get(parameter.name, parameter.default)
-        kind = "constexpr" if parameter.is_constexpr or value is None else _type(value, scalar)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[parameter.name] = value
-        elif isinstance(value, torch.Tensor) or (
-            isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
-        ):
-            attributes[(position,)] = [["tt.divisibility", 16]]
+    signature, constants, attributes = specialised(launch, scalar)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+    options = {"num_warps": launch.num_warps, "maxnreg": launch.maxnreg}
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -117,11 +106,36 @@ def compile_launch(launch: Launch, architecture: int, scalar: str = "fp32") -> M
     )
 
 
+def specialised(
+    launch: Launch, scalar: str
+) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[list[Any]]]]:
+    """What Triton's launcher makes of the arguments: types by name, constants and attributes by place.
+
+    tests/kernels/test_launches.py compares it with the launcher.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments.get(parameter.name, parameter.default)
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        constant = parameter.is_constexpr or value is None or one
+        kind = "constexpr" if constant else _type(value, scalar)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(position,)] = value
+        elif isinstance(value, torch.Tensor) or (
+            isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+        ):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
 def _type(value: Any, scalar: str) -> str:
     if isinstance(value, torch.Tensor):
         return _TYPES[value.dtype]
     if isinstance(value, bool):
-        return "i1"
+        return "u1"
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     assert isinstance(value, float), value

@@ -22,6 +22,8 @@ The kernels work on channels_last; other layouts are converted on the way in and
 is taken in an order that depends on timing: equal inputs give equal bits.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +121,7 @@ class _Plan:
             be 0, and the first may be wider than what it holds.
         groups: whole groups per tile if resident; else 0.
         num_warps: of each program.
+        maxnreg: the most registers of a thread; None: as the compiler sees fit.
         chunk: samples that a split pass takes at once.
     """
 
@@ -127,42 +130,110 @@ class _Plan:
     widths: tuple[int, int]
     groups: int
     num_warps: int
+    maxnreg: int | None
     chunk: int
 
 
+@dataclass(frozen=True)
+class _Wishes:
+    """The arguments of `planned`."""
+
+    resident: bool | None = None
+    groups: int | None = None
+    rows: int | None = None
+    num_warps: int | None = None
+    maxnreg: int | None = None
+    chunk_bytes: int | None = None
+
+
+_wishes = _Wishes()
+
+
+@contextmanager
+def planned(
+    *,
+    resident: bool | None = None,
+    groups: int | None = None,
+    rows: int | None = None,
+    num_warps: int | None = None,
+    maxnreg: int | None = None,
+    chunk_bytes: int | None = None,
+) -> Iterator[None]:
+    """Overrides the plan of the Triton kernels, to time variants: `with planned(num_warps=8, maxnreg=128):`.
+
+    In force for whatever is launched meanwhile, or captured into a graph: forward and backward, every shape,
+    all threads. What is not given is chosen as ever; contexts do not add up, the innermost counts. Results
+    stay within rounding, but are not bit for bit those of another plan.
+
+    Args:
+        resident: True for one pass over tiles in registers, False for split.
+        groups: in a resident tile (and so implies one): divides the number of groups. The limits on a tile's
+            size do not hold: it may spill.
+        rows: pixels in a split tile, a power of two.
+        num_warps: of each program, a power of two. The small kernels that merge partial sums keep theirs.
+        maxnreg: the most registers of a thread, in the same kernels.
+        chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2.
+    Raises:
+        ValueError: for a number that is not a power of two where it must be; and by a norm whose shape cannot
+            be computed so.
+    """
+    global _wishes
+    for name, value in (("rows", rows), ("num_warps", num_warps)):
+        if value is not None and value != _power_of_2(value):
+            raise ValueError(f"{name} must be a power of two, got {value}")
+    if groups is not None and resident is False:
+        raise ValueError(f"groups = {groups} are of a resident tile, which resident=False excludes")
+    before = _wishes
+    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes)
+    try:
+        yield
+    finally:
+        _wishes = before
+
+
 def _plan(count: int, channels: int, pixels: int, num_groups: int, itemsize: int, backward: bool) -> _Plan:
-    """The algorithm for x (count, channels, pixels): resident where a tile fits, else split.
+    """The algorithm for x (count, channels, pixels): resident where a tile fits, else split; see `planned`.
 
     A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
     128 bytes as long as several tiles fit on a processor. Where none of two sectors fits (32 x 32), rows of
     one whole sector do.
     """
+    wishes = _wishes
     rows = _power_of_2(pixels)
     group = channels // num_groups
     most_elements = 20480 if backward else 32768
     candidates = []
     for groups in range(1, num_groups + 1):
         width = groups * group
-        if num_groups % groups or (channels % 8 == 0 and width % 8 != 0):
+        if num_groups % groups or (channels % 8 == 0 and width % 8 != 0 and groups != wishes.groups):
             continue
         widths = _parts(width)
         elements = rows * sum(widths)
         row_bytes = width * itemsize
         whole_sectors = row_bytes % _SECTOR_BYTES == 0 or row_bytes >= 2 * _SECTOR_BYTES or width == channels
-        if whole_sectors and elements * itemsize <= _TILE_BYTES and elements <= most_elements:
+        chosen = whole_sectors and elements * itemsize <= _TILE_BYTES and elements <= most_elements
+        if wishes.groups is not None:
+            chosen = groups == wishes.groups
+        if chosen:
             candidates.append((groups, widths, elements, row_bytes))
-    if candidates:
+    if wishes.resident and not candidates:
+        raise ValueError(
+            f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
+            f" groups and {pixels} pixels"
+        )
+    if candidates and wishes.resident is not False:
         # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
         roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
         wide = [each for each in candidates if each[2] <= 16384 and each[3] >= 2 * _SECTOR_BYTES]
         groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
         # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
         num_warps = min(16, _power_of_2(-(-elements // (2304 if backward else 3072))))
-        return _Plan(True, rows, widths, groups, num_warps, count)
+        return _Plan(True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count)
     width = min(64, _power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
-    chunk = min(count, max(1, _CHUNK_BYTES // sample_bytes))
-    return _Plan(False, min(rows, _SPLIT_ELEMENTS // width), (width, 0), 0, 4, chunk)
+    chunk = min(count, max(1, (wishes.chunk_bytes or _CHUNK_BYTES) // sample_bytes))
+    rows = min(rows, wishes.rows or _SPLIT_ELEMENTS // width)
+    return _Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk)
 
 
 def _parts(width: int) -> tuple[int, int]:
@@ -180,7 +251,7 @@ def _power_of_2(number: int) -> int:
 # ----------------------------------------------------------------------------------- kernels: what they share
 
 # What changes from call to call, or from layer to layer, is no reason to compile again.
-_VARYING = ["offset", "stream", "threshold", "start"]
+_VARYING = ["offset", "philox_stream", "threshold", "start"]
 
 
 @jit
@@ -261,20 +332,20 @@ def _keep_mask(
 
     EIGHTS: 8 divides CHANNELS, `first` and WIDTH, so that 8 neighbouring channels are one call.
     """
-    seed_ptr, offset_ptr, offset, stream, threshold = draw
+    seed_ptr, offset_ptr, offset, philox_stream, threshold = draw
     sample = n + offset
     if offset_ptr is not None:
         sample += tl.load(offset_ptr)
     if EIGHTS:
         eighth = (first // 8 + tl.arange(0, WIDTH // 8)).to(tl.uint32)
         call = p.to(tl.uint32)[:, None] * (CHANNELS // 8) + eighth[None, :]
-        w0, w1, w2, w3 = philox_call(seed_ptr, sample, call, stream)
+        w0, w1, w2, w3 = philox_call(seed_ptr, sample, call, philox_stream)
         words = interleave4(w0, w1, w2, w3)
         # Lanes are compared where they are, in the upper halves of words: what stands below changes nothing.
         lanes = tl.reshape(tl.join(words << 16, words), (ROWS, WIDTH))
     else:
         element = p.to(tl.int64)[:, None] * CHANNELS + (first + tl.arange(0, WIDTH))[None, :]
-        w0, w1, w2, w3 = philox_call(seed_ptr, sample, element >> 3, stream)
+        w0, w1, w2, w3 = philox_call(seed_ptr, sample, element >> 3, philox_stream)
         lane = (element & 7).to(tl.int32)
         words = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
         lanes = tl.where((lane & 1) == 1, words, words << 16)
@@ -382,7 +453,7 @@ def resident_forward(
     shift_stride,
     pre_stride,
     offset,
-    stream,
+    philox_stream,
     threshold,
     eps,
     PIXELS: tl.constexpr,
@@ -401,7 +472,7 @@ def resident_forward(
     FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
     first = (program % (CHANNELS // BUNDLE)) * BUNDLE
@@ -547,7 +618,7 @@ def resident_backward(
     shift_stride,
     pre_stride,
     offset,
-    stream,
+    philox_stream,
     threshold,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -565,7 +636,7 @@ def resident_backward(
     FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     outputs = (dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr)
     program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
@@ -675,7 +746,7 @@ def merge_statistics(
     blocks = (pixels + ROWS - 1) // ROWS
     entries = blocks * GROUP
     base = local * blocks * CHANNELS + group * GROUP
-    count = pixels.to(tl.float32) * GROUP
+    count = tl.full((), pixels, tl.float32) * GROUP
 
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, entries, BLOCK):
@@ -721,7 +792,7 @@ def split_apply(
     shift_stride,
     pre_stride,
     offset,
-    stream,
+    philox_stream,
     threshold,
     pixels,
     start,
@@ -736,7 +807,7 @@ def split_apply(
 ):
     """y, from the statistics of the groups."""
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     n, _, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
@@ -769,7 +840,7 @@ def split_backward(
     shift_stride,
     pre_stride,
     offset,
-    stream,
+    philox_stream,
     threshold,
     pixels,
     start,
@@ -784,7 +855,7 @@ def split_backward(
 ):
     """Without dx: sums over ROWS pixels of dz, dz x_hat and (with sx) x_hat. With dx: dx, by their means."""
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     n, place, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
@@ -861,7 +932,7 @@ def merge_backward(
         m1 += q * s1
         m2 += q * s2
         _store_gradients_of_affine(n, c, inside, s1, s2, affine, outputs, CHANNELS)
-    count = pixels.to(tl.float32) * GROUP
+    count = tl.full((), pixels, tl.float32) * GROUP
     mean1, mean2 = tl.sum(m1, axis=0) / count, tl.sum(m2, axis=0) / count
     at = (local * (CHANNELS // GROUP) + group) * 2
     tl.store(means_ptr + at, mean1)
@@ -917,7 +988,7 @@ def _unit_stride(values: Tensor | None) -> Tensor | None:
     return values if values is None or values.stride(-1) == 1 else values.contiguous()
 
 
-def _tile_arguments(plan: _Plan, channels: int, pixels: int, num_groups: int) -> dict[str, int | bool]:
+def _tile_arguments(plan: _Plan, channels: int, pixels: int, num_groups: int) -> dict[str, Any]:
     group = channels // num_groups
     if plan.resident:
         return {
@@ -972,7 +1043,7 @@ def _forward(
     plan = _plan(count, channels, pixels, num_groups, x.element_size(), backward=False)
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
-    arguments = {
+    arguments: dict[str, Any] = {
         "x_ptr": x,
         "y_ptr": y,
         "stats_ptr": stats,
@@ -987,7 +1058,7 @@ def _forward(
         "shift_stride": _row_stride(shift),
         "pre_stride": _row_stride(pre_bias),
         "offset": offset,
-        "stream": stream,
+        "philox_stream": stream,
         "threshold": threshold,
         **tile,
         "SILU": silu,
@@ -997,7 +1068,13 @@ def _forward(
     if plan.resident:
         programs = count * (num_groups // plan.groups)
         launch(
-            resident_forward, (programs,), num_warps=plan.num_warps, elements=elements, eps=eps, **arguments
+            resident_forward,
+            (programs,),
+            num_warps=plan.num_warps,
+            maxnreg=plan.maxnreg,
+            elements=elements,
+            eps=eps,
+            **arguments,
         )
         return y, stats
     blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
@@ -1008,6 +1085,7 @@ def _forward(
             split_statistics,
             (samples * blocks * pieces,),
             num_warps=plan.num_warps,
+            maxnreg=plan.maxnreg,
             elements=elements,
             x_ptr=x,
             mean_ptr=partial[0],
@@ -1036,6 +1114,7 @@ def _forward(
             split_apply,
             (samples * blocks * pieces,),
             num_warps=plan.num_warps,
+            maxnreg=plan.maxnreg,
             elements=elements,
             start=start,
             **arguments,
@@ -1084,7 +1163,7 @@ def _backward(
         f"{name}_ptr": row
         for name, row in zip(("dweight", "dbias", "dscale", "dshift", "dpre"), rows, strict=True)
     }
-    arguments = {
+    arguments: dict[str, Any] = {
         "x_ptr": x,
         "dy_ptr": dy,
         "stats_ptr": stats,
@@ -1099,7 +1178,7 @@ def _backward(
         "shift_stride": _row_stride(shift),
         "pre_stride": _row_stride(pre_bias),
         "offset": offset,
-        "stream": stream,
+        "philox_stream": stream,
         "threshold": threshold,
         **tile,
         "SILU": silu,
@@ -1112,6 +1191,7 @@ def _backward(
             resident_backward,
             (programs,),
             num_warps=plan.num_warps,
+            maxnreg=plan.maxnreg,
             elements=elements,
             dx_ptr=dx,
             **outputs,
@@ -1136,6 +1216,7 @@ def _backward(
                 split_backward,
                 (samples * blocks * pieces,),
                 num_warps=plan.num_warps,
+                maxnreg=plan.maxnreg,
                 elements=elements,
                 dx_ptr=None,
                 **merged,
@@ -1163,6 +1244,7 @@ def _backward(
                 split_backward,
                 (samples * blocks * pieces,),
                 num_warps=plan.num_warps,
+                maxnreg=plan.maxnreg,
                 elements=elements,
                 dx_ptr=dx,
                 **merged,

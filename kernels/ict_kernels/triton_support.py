@@ -41,6 +41,7 @@ class Launch:
         grid: programs along each axis.
         arguments: by the kernel's names, compile-time constants included.
         num_warps: of each program.
+        maxnreg: the most registers that a thread may have, or None: as the compiler sees fit.
         elements: how many elements of the bulk tensors a program's straight-line code handles (one iteration
             of a loop); 0 where that means nothing.
     """
@@ -48,8 +49,9 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    num_warps: int
-    elements: int
+    num_warps: int = 4
+    maxnreg: int | None = None
+    elements: int = 0
 
 
 _recorded: list[Launch] | None = None
@@ -68,17 +70,28 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, elements: int = 0, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    num_warps: int = 4,
+    maxnreg: int | None = None,
+    elements: int = 0,
+    **arguments: Any,
 ) -> None:
-    """Runs a kernel on the device of its tensors; see `Launch`. An empty grid runs nothing."""
+    """Runs a kernel on the device of its tensors; see `Launch`. An empty grid runs nothing.
+
+    No parameter of a kernel may have the name of one of Triton's own, such as `stream`, `device`, `grid` or
+    `num_warps`: only a launch on a GPU says so.
+    """
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, num_warps, elements))
+        _recorded.append(Launch(kernel, grid, arguments, num_warps, maxnreg, elements))
         return
     if 0 in grid:
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments, num_warps=num_warps)
+        options = {} if maxnreg is None else {"maxnreg": maxnreg}
+        kernel[grid](**arguments, num_warps=num_warps, **options)
 
 
 def runs_on(device: torch.device) -> bool:

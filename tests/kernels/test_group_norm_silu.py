@@ -306,3 +306,36 @@ def test_the_plan_has_a_tile_for_any_shape():
                 if chosen.resident:
                     assert chosen.rows >= pixels
                     assert sum(chosen.widths) >= chosen.groups * (channels // groups)
+
+
+def test_a_plan_can_be_overridden(norms_of_networks):
+    cases, _ = norms_of_networks
+    small, large = cases.Norm(16, 576, 32), cases.Norm(64, 192, 32)
+    planned = sys.modules["ict_kernels.group_norm_silu"].planned
+    before = [cases.plan_of(norm, backward) for norm in (small, large) for backward in (False, True)]
+    for backward in (False, True):
+        with planned(resident=False, rows=32, num_warps=8, maxnreg=96, chunk_bytes=2**21):
+            plan = cases.plan_of(small, backward)
+            assert (plan.resident, plan.rows, plan.num_warps, plan.maxnreg) == (False, 32, 8, 96)
+            assert plan.chunk == 2**21 // (576 * 16 * 16 * 2 * (1 + backward))
+            launches = cases.case_of(small, backward).launches
+        # The kernels that merge partial sums keep what they have.
+        merging = {"merge_statistics", "merge_backward", "sum_samples"}
+        tuned = [each for each in launches if each.kernel.__name__ not in merging]
+        assert len(tuned) == 2
+        assert {(each.num_warps, each.maxnreg, each.arguments["ROWS"]) for each in tuned} == {(8, 96, 32)}
+        assert {each.maxnreg for each in launches if each not in tuned} == {None}
+        with planned(groups=16):  # by itself it would be 4, or 1
+            assert cases.plan_of(small, backward).groups == 16
+            assert cases.case_of(small, backward).launches[0].arguments["BUNDLE"] == 16 * 18
+            with planned(num_warps=2):
+                assert cases.plan_of(small, backward).groups < 16
+                assert cases.case_of(small, backward).launches[0].num_warps == 2
+        with planned(resident=True), pytest.raises(ValueError, match="no resident tile of any groups"):
+            cases.plan_of(large, backward)
+        with planned(groups=5), pytest.raises(ValueError, match="no resident tile of 5 groups"):
+            cases.plan_of(small, backward)
+    assert before == [cases.plan_of(norm, b) for norm in (small, large) for b in (False, True)]
+    for wrong in ({"rows": 24}, {"num_warps": 0}, {"groups": 2, "resident": False}):
+        with pytest.raises(ValueError, match=next(iter(wrong))), planned(**wrong):
+            pass

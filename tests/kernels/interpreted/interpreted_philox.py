@@ -19,10 +19,10 @@ def normal_kernel(words_ptr, normal_ptr, CALLS: tl.constexpr):
 
 
 @jit
-def draw_kernel(seed_ptr, words_ptr, lanes_ptr, normal_ptr, stream, offset, CALLS: tl.constexpr):
+def draw_kernel(seed_ptr, words_ptr, lanes_ptr, normal_ptr, philox_stream, offset, CALLS: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     call = tl.arange(0, CALLS)
-    w0, w1, w2, w3 = philox.philox_call(seed_ptr, sample + offset, call, stream)
+    w0, w1, w2, w3 = philox.philox_call(seed_ptr, sample + offset, call, philox_stream)
     words = tl.reshape(philox.interleave4(w0, w1, w2, w3), (CALLS * 4,))
     lanes = tl.reshape(philox.lanes16(w0, w1, w2, w3), (CALLS * 8,))
     normal = tl.reshape(philox.normal4(w0, w1, w2, w3), (CALLS * 4,))

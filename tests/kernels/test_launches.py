@@ -1,0 +1,192 @@
+"""Launches on their way to a GPU: Triton's own binding and specialising of every kernel's arguments.
+
+Neither the interpreter nor the ahead-of-time build goes this way. Here a stand-in tells Triton that an H100
+is there, and a hook keeps what Triton is about to compile, and stops it: no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import compiled_kernels
+import triton
+from kernel_cases import cases
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compiler as triton_compiler
+
+from ict_kernels import RAdamEMA
+from ict_kernels.consistency_loss import launch_loss, launch_loss_backward
+from ict_kernels.noise_levels import launch_levels
+from ict_kernels.noising import launch_noise
+from ict_kernels.philox import DROPOUT
+from ict_kernels.triton_support import Launch, launch, record_launches
+
+ROOT = Path(__file__).parents[2]
+norm: Any = sys.modules["ict_kernels.group_norm_silu"]  # the function has its module's name
+
+H100 = GPUTarget("cuda", 90, 32)
+DEVICE = "no device"  # Triton caches kernels by device: these stay apart from those of a GPU
+Send = Callable[[Launch], dict[str, Any]]
+
+
+@pytest.fixture
+def send(monkeypatch: pytest.MonkeyPatch) -> Iterator[Send]:
+    """Makes a launch as on a GPU, up to the compiler; gives what that would be asked to compile."""
+    driver = SimpleNamespace(
+        get_current_device=lambda: DEVICE,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: H100,
+    )
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    asked: list[dict[str, Any]] = []
+
+    def stop_before_compiling(*, compile: dict[str, Any], **_: Any) -> bool:
+        asked.append(compile)
+        return True
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", stop_before_compiling)
+    kernels = []
+
+    def sent(each: Launch) -> dict[str, Any]:
+        kernels.append(each.kernel)
+        launch(each.kernel, each.grid, num_warps=each.num_warps, maxnreg=each.maxnreg, **each.arguments)
+        return asked.pop()
+
+    yield sent
+    triton.runtime.driver.set_active(before)
+    for kernel in kernels:
+        kernel.device_caches.pop(DEVICE, None)
+
+
+def ir_of(each: Launch, asked: dict[str, Any]) -> str:
+    """The first stage of compiling it, in which Triton runs the kernel's Python: types are found out here."""
+    backend = triton_compiler.make_backend(H100)
+    options = backend.parse_options({"num_warps": each.num_warps})
+    context = triton_compiler.ir.context()
+    triton_compiler.ir.load_dialects(context)
+    backend.load_dialects(context)
+    [attributes] = asked["configs"]
+    source = ASTSource(each.kernel, asked["signature"], asked["constants"], attributes)
+    implementation = backend.get_codegen_implementation(options)
+    return str(source.make_ir(H100, options, implementation, backend.get_module_map(), context))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def integers(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.int64)
+
+
+def kernel_named(path: str, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"sent_{Path(path).stem}", ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def test_every_launch_of_every_case_binds_as_the_table_of_compiled_kernels_says(send: Send) -> None:
+    reached = set()
+    for case in cases(full=True):
+        for each in case.launches:
+            asked = send(each)
+            reached.add(each.kernel.__name__)
+            signature, constants, attributes = compiled_kernels.specialised(each, "fp32")
+            assert asked["signature"] == signature, (case.op, case.shape, each.kernel)
+            assert asked["constants"] == constants, (case.op, case.shape, each.kernel)
+            assert {at: value for at, value in asked["configs"][0].items() if value} == attributes
+            assert asked["num_warps"] == each.num_warps
+    files = (ROOT / "kernels/ict_kernels").glob("*.py")
+    launched = {name for file in files for name in re.findall(r"\blaunch\(\s*(\w+),", file.read_text())}
+    assert reached == launched
+
+
+def edge_launches() -> list[Launch]:
+    """Of single values: each size, stride and count that is 1 becomes a constant, which has no `.to`."""
+    bf16 = torch.bfloat16
+    with record_launches() as launches:
+        for count, channels, height, width in ((1, 1, 1, 1), (1, 1, 301, 299), (1, 40_000, 1, 1)):
+            x = empty(count, channels, height, width, dtype=bf16)
+            weight, scale = empty(channels), empty(count, channels)
+            tensors = (1, weight, weight, scale, scale, scale, integers(2), integers())
+            numbers = (1, DROPOUT << 16 | 1, 1)
+            norm._forward(x, *tensors, *numbers, 1e-5, True)
+            norm._backward(x, x, empty(count, 1, 2), *tensors, *numbers, True, [True] * 5)
+        # A convolution's bias has no row of its own for each sample; an offset may need 64 bits.
+        x, bias = empty(2, 36, 3, 3, dtype=torch.float16), empty(36)
+        norm._forward(x, 2, bias, None, None, None, bias, integers(2), None, 2**40, 5, 7, 1e-5, False)
+
+        for shape in ((1, 1, 1, 1), (1, 1, 130, 1000)):
+            images = [empty(*shape, dtype=bf16)] * 2 + [empty(*shape)] * 2 + [empty(shape[0])] * 3
+            launch_loss(*images, 1.0, 0.002, 0.03, "pseudo-huber")
+            launch_loss_backward(empty(1), *images, empty(1), 1.0, 0.002, 0.03, "pseudo-huber")
+
+        one = empty(1)
+        launch_noise(empty(1, 1, 1, 1, dtype=torch.uint8), one, one, None, integers(2), None, 1, 0.5)
+        launch_noise(empty(1, 1, 1, 1), one, one, empty(1, dtype=torch.bool), integers(2), None, 2**40, 0.5)
+        launch_levels(None, integers(1), integers(1, 0), empty(1, 2), one[None], integers(2), None, 1, 1)
+
+        p = nn.Parameter(empty(1))
+        optimizer = RAdamEMA([p], lr=1.0, weight_decay=1.0)
+        p.grad = empty(1)
+        with torch.no_grad():
+            optimizer._step_by_kernels([(optimizer.param_groups[0], [p])], [True])
+    words, drawn = integers(1, 4), empty(1, 4)
+    philox = kernel_named("tests/kernels/interpreted/interpreted_philox.py", "draw_kernel")
+    launches.append(
+        Launch(
+            philox,
+            (1,),
+            {
+                "seed_ptr": integers(2),
+                "words_ptr": words,
+                "lanes_ptr": empty(1, 8, dtype=torch.int32),
+                "normal_ptr": drawn,
+                "philox_stream": 1,
+                "offset": 1,
+                "CALLS": 1,
+            },
+        )
+    )
+    for path in ("tests/kernels/interpreted/interpreted_philox.py", "tests/gpu/test_noising.py"):
+        kernel = kernel_named(path, "normal_kernel")
+        launches.append(Launch(kernel, (1,), {"words_ptr": words, "normal_ptr": drawn, "CALLS": 1}))
+    return launches
+
+
+def test_every_kernel_has_types_for_what_triton_makes_of_its_arguments(send: Send) -> None:
+    few = [each for case in cases(full=False) for each in case.launches]
+    for each in few + edge_launches():
+        assert "tt.func public" in ir_of(each, send(each)), each
+
+
+def test_a_kernel_that_a_launch_reaches_is_compiled_with_its_limit_of_registers(send: Send) -> None:
+    [each] = next(iter(cases(full=False))).launches
+    asked = send(Launch(each.kernel, each.grid, each.arguments, num_warps=8, maxnreg=128))
+    assert '"maxnreg": 128' in asked["specialization_data"]
+    assert asked["num_warps"] == 8
+
+
+def test_the_name_of_an_option_of_triton_would_be_found(send: Send) -> None:
+    """What this file is for: nothing before the first launch on a GPU refuses a parameter called `stream`."""
+    [each] = next(iter(cases(full=False))).launches
+    with pytest.raises(AssertionError, match="stream option is deprecated"):
+        send(Launch(each.kernel, each.grid, {**each.arguments, "stream": 0}))

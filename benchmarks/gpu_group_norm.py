@@ -265,7 +265,7 @@ def _why_not_apex(case: NormCase, arguments: Arguments) -> str | None:
 
 def compare_norm(case: NormCase, device: torch.device) -> Comparison:
     """Both directions of a norm beside its baselines, with the errors of ours and torch's against float64."""
-    samples = _samples_that_fit(case, device)
+    samples = samples_that_fit(case, device)
     elements = samples * case.norm.channels * case.norm.size**2
     sets = buffer_sets(2 * elements * case.dtype.itemsize, device)
     arguments = Arguments(case, samples, sets, device)
@@ -289,7 +289,7 @@ def compare_norm(case: NormCase, device: torch.device) -> Comparison:
     )
 
 
-def _samples_that_fit(case: NormCase, device: torch.device) -> int:
+def samples_that_fit(case: NormCase, device: torch.device) -> int:
     """The case's number of samples, halved until all variants fit into the device's free memory."""
     if device.type != "cuda":
         return case.samples

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from gpu_group_norm import EPS, LAYER, Arguments, NormCase, norm_cases, samples_that_fit
 from gpu_kernels import SIZES, SMALL_SIZES
-from gpu_timing import COPIES, OURS, Stage, buffer_sets, copies, time_variants
+from gpu_timing import COPIES, OURS, Stage, buffer_sets, copies, relative_difference, time_variants
 from kernel_cases.group_norm_silu import norm as module
 from torch import Tensor
 
@@ -290,11 +290,9 @@ def _poison(like: Tensor) -> None:
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
     """What is wrong with tensors that should be others up to rounding, or None; NaN is wrong."""
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        if theirs.numel():
-            scale = float(torch.linalg.vector_norm(theirs, dtype=torch.float32))
-            error = float(torch.linalg.vector_norm(ours.float() - theirs.float()))
-            if not error <= _TOLERANCE[theirs.dtype] * scale:
-                return f"tensor {number} is {error / scale if scale else error:.2g} from the present plan's"
+        by = relative_difference(ours, theirs)
+        if not by <= _TOLERANCE[theirs.dtype]:
+            return f"wrong: tensor {number} differs from the present plan's by {by:.2g}"
     return None
 
 

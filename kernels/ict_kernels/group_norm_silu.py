@@ -18,6 +18,12 @@ Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen 
   reads the input again: 6 and 10 bytes, of which 2 and 4 come from L2, as samples are taken in chunks that
   fit there.
 
+Resident backward is not bound by memory at every width. At about 29e12 instructions a second (132
+processors) 6 bytes per element leave time for 58 instructions per element on an H100 (3.0 TB/s) and 40 on an
+H200 (4.3 TB/s). 128, 256 and 512 channels take 26 to 28, with dropout 41 to 42; other widths 34 to 40, with
+scale and shift 42 to 48, with dropout 51 to 55 (benchmarks/results/compiled-kernels.md, sm_90). These are
+estimates: nothing was timed.
+
 The kernels work on channels_last; other layouts are converted on the way in and back on the way out. No sum
 is taken in an order that depends on timing: equal inputs give equal bits.
 """
@@ -960,7 +966,10 @@ def sum_samples(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """(k, rows, CHANNELS) -> k times (CHANNELS,), k up to 3: the second axis of the grid."""
+    """(k, rows, CHANNELS) -> k times (CHANNELS,), k up to 3: the second axis of the grid.
+
+    WIDTH is one sector of memory, for many programs; all rows of a batch are in flight at once (up to ROWS).
+    """
     k = tl.program_id(1)
     c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     from_ptr += k.to(tl.int64) * rows * CHANNELS
@@ -1254,15 +1263,15 @@ def _backward(
         targets = [gradients[i] for i in over_samples]
         launch(
             sum_samples,
-            (-(-channels // 32), len(targets)),
+            (-(-channels // 8), len(targets)),
             from_ptr=sums,
             to0_ptr=targets[0],
             to1_ptr=targets[1] if len(targets) > 1 else None,
             to2_ptr=targets[2] if len(targets) > 2 else None,
             rows=count,
             CHANNELS=channels,
-            ROWS=min(64, _power_of_2(count)),
-            WIDTH=32,
+            ROWS=min(512, _power_of_2(count)),
+            WIDTH=8,
         )
     return (dx, *gradients)  # type: ignore[return-value]
 

@@ -140,6 +140,8 @@ def _table(
     weighting: str,
     device: torch.device,
 ) -> _Table:
+    if device.type == "cuda" and device.index is None:  # the current one, which may change
+        device = torch.device("cuda", torch.cuda.current_device())
     key = (scales, p_mean, p_std, sigma_min, sigma_max, rho, indices, weighting, str(device))
     if key not in _tables:
         if weighting not in ("inverse-gap", "uniform"):

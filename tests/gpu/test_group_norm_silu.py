@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ict_kernels import GroupNormSiLU, group_norm_silu
+from ict_kernels.group_norm_silu import planned
 from ict_kernels.philox import dropout_keep_mask
 
 pytest.importorskip("triton")
@@ -142,6 +143,33 @@ def test_any_other_shape(shape, dtype):
         ours, exact = ({"y": each["y"]} for each in (ours, exact))
     check(ours, exact)
     assert ours["y"].is_contiguous()
+
+
+def test_a_group_too_long_for_a_tile_may_have_one_pixel():
+    x = torch.randn(2, 40_000, device="cuda")
+    weight = torch.rand(40_000, device="cuda") + 0.5
+    y = group_norm_silu(x, 1, weight, None)
+    expected = F.silu(F.group_norm(x.double(), 1, weight.double()))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"resident": False, "rows": 64, "num_warps": 8},
+        {"resident": False, "chunk_bytes": 1, "maxnreg": 96},
+        {"groups": 8, "num_warps": 16},
+        {"num_warps": 8, "maxnreg": 128},
+    ],
+    ids=str,
+)
+def test_another_plan_computes_the_same(wishes):
+    norm = kernel_cases.Norm(16, 256, GROUPS, dropout=True, pre_bias=True)
+    arguments, options = arguments_of(norm, 3), options_of(norm)
+    gradient = torch.randn_like(arguments["x"])
+    with planned(**wishes):
+        ours = results(arguments, gradient, False, **options)
+    check(ours, results(arguments, gradient, True, **options))
 
 
 @pytest.mark.parametrize("size", [16, 64])

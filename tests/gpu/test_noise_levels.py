@@ -61,3 +61,13 @@ def test_nothing_waits_for_the_device_and_inductor_compiles_it_whole() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_same(levels, expected)
+
+
+def test_cuda_without_a_number_is_the_current_gpu() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for number in (0, 1):
+        with torch.cuda.device(number):
+            levels = sample_noise_levels(9, 11, seed=5, device="cuda")
+            assert {t.device for t in levels} == {torch.device("cuda", number)}
+            assert_same(levels, sample_noise_levels(9, 11, seed=5))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ict_kernels import noise_level_grid, noise_level_probabilities, philox, sample_noise_levels
+from ict_kernels import noise_level_grid, noise_level_probabilities, noise_levels, philox, sample_noise_levels
 from ict_kernels.noise_levels import CURRICULUM_SCALES
 
 scipy_special = pytest.importorskip("scipy.special")
@@ -133,3 +133,24 @@ def test_an_empty_batch_is_empty():
 def test_a_value_out_of_range_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         sample_noise_levels(4, seed=0, **arguments)
+
+
+def test_cuda_without_a_number_is_the_table_of_the_current_gpu(monkeypatch):
+    class Asked(dict):
+        """Has every table, and says which was asked for."""
+
+        def __contains__(self, key):
+            return True
+
+        def __getitem__(self, key):
+            return key
+
+    monkeypatch.setattr(noise_levels, "_tables", Asked())
+
+    def table_on(name, current):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        levels = (-1.1, 2.0, 0.002, 80.0, 7.0, "lognormal", "uniform")
+        return noise_levels._table((11,), *levels, torch.device(name))
+
+    assert table_on("cuda", 0) == table_on("cuda:0", 0)
+    assert table_on("cuda", 1) == table_on("cuda:1", 0) != table_on("cuda", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import ict_kernels
 from ict_kernels import GroupNormSiLU, group_norm_silu
+from ict_kernels.group_norm_silu import planned
 from ict_kernels.philox import dropout_keep_mask
 
 module: Any = sys.modules["ict_kernels.group_norm_silu"]  # the function has its module's name
@@ -40,14 +42,11 @@ def _poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both, whatever `_plan` would choose; split in several blocks of pixels, and one sample at a time."""
     name: str = request.param
-    if name == "split":
-        monkeypatch.setattr(module, "_TILE_BYTES", 0)
-        monkeypatch.setattr(module, "_SPLIT_ELEMENTS", 256)
-        monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
     used = []
     plan = module._plan
     monkeypatch.setattr(module, "_plan", lambda *a, **k: used.append(plan(*a, **k)) or used[-1])
-    yield name
+    with planned(resident=False, rows=8, chunk_bytes=1) if name == "split" else nullcontext():
+        yield name
     assert all(plan.resident == (name == "resident") for plan in used)
 
 

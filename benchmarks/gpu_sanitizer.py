@@ -54,6 +54,7 @@ def sanitize(tool: str, seconds_left: Callable[[], float]) -> dict[str, Any]:
         return {"not_measured": f"needs {missing}, which is not here"}
     # What the driver answers is not asked about: torch tries what may fail, and looks at the answer itself.
     command = [binary, "--tool", tool, "--error-exitcode", str(_FOUND), "--report-api-errors", "no"]
+    command += ["--target-processes", "application-only"]  # not the compilers that it starts
     command += [sys.executable, str(Path(__file__).resolve())]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:

@@ -79,11 +79,21 @@ def left_out(found: dict[str, Entry]) -> Iterator[str]:
 
 
 def tests_blocks(found: dict[str, Entry]) -> Iterator[str]:
-    for entry in found.values():
-        yield f"{entry.record.get('summary')} ({link(entry.file)})."
-        failed = [each for each in entry.record.get("tests", ()) if each["outcome"] in ("failed", "error")]
-        if failed:
-            yield "\n".join(f"* {each['name']}: {each['outcome']}" for each in failed)
+    rows = [
+        (name, entry.record["summary"], link(entry.file))
+        for name, entry in found.items()
+        if entry.record.get("summary")
+    ]
+    if rows:
+        yield table(("tests", "", "file"), rows)
+    failed = [
+        f"* {test['name']}: {test['outcome']}"
+        for entry in found.values()
+        for test in entry.record.get("tests", ())
+        if test["outcome"] in ("failed", "error")
+    ]
+    if failed:
+        yield "\n".join(failed)
 
 
 def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:

@@ -4,10 +4,12 @@ Needs torch and Triton alone (the parts data and train numpy too), no installati
 path. Without a GPU it runs the same code on the CPU, at sizes that say nothing about speed (the suite does,
 so that the script never rots). Parts, each in its gpu_*.py: tests, those that need a GPU; kernels, the loss
 among them; optimizer; step, whole training steps; data, the loaders; train, a run that learns; dropin, the
-kernels in other code bases; profile, where a step's time goes. Every part fits into its budget, compilation
-included: what the time does not reach is named, and `--only TEXT` gives all of it to some. Both networks'
-steps with every variant take two calls: `--part step --only imagenet64`, `--part step --only cifar10`.
-Compiled by max-autotune they are measured by `--part step --only max-autotune` alone.
+kernels in other code bases; profile, where a step's time goes; and, asked for by itself, tune, other plans of
+group norm beside the present ones. Every part fits into its budget, compilation included: what the time does
+not reach is named, and `--only TEXT` gives all of it to some. Both networks' steps with every variant take
+two calls: `--part step --only imagenet64`, `--part step --only cifar10`. Compiled by max-autotune they are
+measured by `--part step --only max-autotune` alone. Where the files came without git, ICT_FAST_COMMIT says of
+which commit they are. benchmarks/README.md says in which order half an hour on a GPU is best used.
 """
 
 from __future__ import annotations

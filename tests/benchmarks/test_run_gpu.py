@@ -12,6 +12,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -752,6 +753,7 @@ def test_a_baseline_with_wrong_results_is_no_rival() -> None:
 SIZES = (("cifar10", 512), ("imagenet64", 128))
 
 
+@cache
 def networks_norms() -> list[tuple[Any, int]]:
     return [(case, n) for preset, n in SIZES for case in gpu_group_norm.norm_cases(preset, n)]
 
@@ -793,8 +795,9 @@ def test_what_is_tried_can_be_computed_and_is_another_plan_each_time() -> None:
 def test_what_is_known_to_be_worth_a_try_is_tried(
     preset: str, norm: str, direction: str, wishes: dict[str, int]
 ) -> None:
-    samples = dict(SIZES)[preset]
-    (case,) = (each for each in gpu_group_norm.norm_cases(preset, samples) if str(each.norm) == norm)
+    ((case, samples),) = (
+        each for each in networks_norms() if each[0].preset == preset and str(each[0].norm) == norm
+    )
     plans: list[Any] = []
     for choose in (gpu_tune.tiles, gpu_tune.warps_and_registers):
         gpu_tune.distinct(choose(case, samples, direction, {}), case, samples, direction, plans)

@@ -75,10 +75,10 @@ def tune(
     Args:
         seconds_left: after which no more plans are tried.
     Yields:
-        present: the present plan with its ms, and percent of a copy of the fewest bytes; plans: of the others
-        the wishes that make them, what they are, ms, how many times faster they are; failed: those that could
-        not run or gave other results, with the reason; best: the wishes of the fastest, or None for the
-        present plan; saves_ms: of a step, by all norms of this kind.
+        present: the present plan with its ms, their range over the rounds, and percent of a copy of the
+        fewest bytes; plans: of the others the same, the wishes that make them, how many times faster they
+        are; failed: those that could not run or gave other results, with the reason; best: the wishes of the
+        fastest, or None for the present plan; saves_ms: of a step, by all norms of this kind.
     """
     if not runs_on(device):
         yield {"not_measured": "needs a GPU, or TRITON_INTERPRET=1: the plan is of the Triton kernels"}
@@ -264,7 +264,12 @@ def _time(
     record["failed"] |= timings.failed
     medians = timings.medians(direction)
     present, copy = medians[OURS], min(medians[name] for name in COPIES)
-    record["present"] |= {"ms": present, "percent_of_copy": 100 * copy / present}
+    rounds = timings.milliseconds[direction]
+    record["present"] |= {
+        "ms": present,
+        "ms_range": [min(rounds[OURS]), max(rounds[OURS])],
+        "percent_of_copy": 100 * copy / present,
+    }
     samples = x[0].shape[0]
     for name, each in plans.items():
         if name in medians:
@@ -272,6 +277,7 @@ def _time(
                 "wishes": each,
                 "plan": asdict(plan_of(case, samples, direction, each)),
                 "ms": medians[name],
+                "ms_range": [min(rounds[name]), max(rounds[name])],
                 "times_faster": present / medians[name],
                 "percent_of_copy": 100 * copy / medians[name],
             }

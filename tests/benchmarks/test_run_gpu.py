@@ -836,6 +836,8 @@ print(json.dumps(list(gpu_tune.tune(case, "forward", torch.device("cpu"), lambda
     assert other["plan"]["groups"] == 2
     assert record["minimum_bytes"] == 2 * 2 * 24 * 4 * 4
     assert other["times_faster"] == pytest.approx(record["present"]["ms"] / other["ms"])
+    for each in (other, record["present"]):
+        assert each["ms_range"][0] <= each["ms"] <= each["ms_range"][1]
     faster = other["times_faster"]
     assert record["best"] == (other["wishes"] if faster > 1 else None)
     saved = 2 * record["uses_per_forward_pass"] * record["present"]["ms"] * (1 - 1 / faster)

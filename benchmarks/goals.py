@@ -119,12 +119,21 @@ def _adm_step(value: Callable[[dict[str, Any]], float | None]) -> Callable[[Resu
 
 
 def _failed_tests(results: Results) -> Iterator[Reached]:
+    """Over all files of tests and the sanitizer's tools; a name that was not got to counts as one test."""
+    by_gpu: dict[str, list[Entry]] = {}
     for gpu, _, entry in results.of_part("tests"):
-        counts = entry.record.get("counts", {})
-        wrong, passed = counts.get("failed", 0) + counts.get("error", 0), counts.get("passed", 0)
-        if wrong or passed:
-            ran = wrong + passed
-            yield Reached(gpu, wrong, entry.file, "", ran, ran + counts.get("not run", 0))
+        by_gpu.setdefault(gpu, []).append(entry)
+    for gpu, entries in by_gpu.items():
+        wrong = ran = late = 0
+        file = entries[-1].file
+        for entry in entries:
+            counts = entry.record.get("counts", {})
+            bad = counts.get("failed", 0) + counts.get("error", 0)
+            file = entry.file if bad else file
+            wrong, ran = wrong + bad, ran + bad + counts.get("passed", 0)
+            late += counts.get("not run", 0) if counts else 1
+        if ran:
+            yield Reached(gpu, wrong, file, "", ran, ran + late)
 
 
 def _learnt(results: Results) -> Iterator[Reached]:

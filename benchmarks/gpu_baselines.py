@@ -1,4 +1,8 @@
-"""What the kernels are compared with: functions compiled by Inductor, and the package's own definitions."""
+"""What the kernels are compared with: functions compiled by Inductor, and the package's own definitions.
+
+Inductor runs without the reductions that give wrong gradients in torch 2.13, as it does in the trainer (see
+ict_fast/training/compilation.py); and where its results can be compared with eager torch's, they are.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from ict_kernels import set_backend
@@ -27,6 +32,9 @@ def compiled_variants(function: Callable[..., Any], device: torch.device) -> dic
     if device.type not in COMPILED_ON:
         return {}
     torch.compiler.reset()  # else all cases count against one limit of recompilations
+    triton = torch._inductor.config.triton
+    if hasattr(triton, "mix_order_reduction"):  # pytorch issue 193061
+        triton.mix_order_reduction = False
     return {
         "inductor": torch.compile(function, fullgraph=True, dynamic=False),
         "inductor, raised thresholds": torch.compile(

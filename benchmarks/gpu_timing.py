@@ -10,6 +10,7 @@ On a CPU the same stages are called one by one. Such times compare nothing; they
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,10 @@ MOST_SETS = 256
 ROUNDS = 15
 # What holds the device while the host queues a round: 1 ms at 2 GHz.
 HEAD_START_CYCLES = 2_000_000
+
+# Of two ways to compute a norm, a loss or a gradient: one rounds after every operation, the other at the end.
+# A gradient that lacks one of its terms is farther off.
+MOST_OF_ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 OURS = "ict_kernels"
 COPIES = ("copy", "copy by a kernel")
@@ -50,6 +55,8 @@ class Comparison:
         facts: what else belongs to the record: shapes, errors.
         algorithms: by stage, where there are several.
         copied_bytes: by stage, what the copies move, where that is not `bytes_moved`.
+        held_to: variants that must give the results of another one, by that one; what does not is no rival,
+            and is reported as wrong.
     """
 
     variants: Mapping[str, Mapping[str, Stage]]
@@ -59,6 +66,7 @@ class Comparison:
     facts: Mapping[str, Any]
     algorithms: Mapping[str, str] = field(default_factory=dict)
     copied_bytes: Mapping[str, float] | None = None
+    held_to: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,13 @@ class Timings:
 
     Attributes:
         milliseconds: of one call, a value for each round; by stage and variant.
-        failed: variants that could not run, and why.
+        failed: variants that could not run or were wrong, and why.
+        differences: of variants that are held to another one, their largest difference from it.
     """
 
     milliseconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
 
     def medians(self, stage: str) -> dict[str, float]:
         """Milliseconds of each variant that has this stage."""
@@ -136,6 +146,7 @@ def time_variants(
     variants: Mapping[str, Mapping[str, Stage]],
     sets: int,
     device: torch.device,
+    held_to: Mapping[str, str] | None = None,
 ) -> Timings:
     """Times every stage of every variant.
 
@@ -143,6 +154,7 @@ def time_variants(
         variants: the stages of each, in order.
         sets: number of buffer sets.
         device: where the stages run.
+        held_to: see `Comparison`.
     Returns:
         Times of one call, that is of one buffer set. A variant that cannot run is named with the reason, and
         the others are timed all the same; that of this package must run.
@@ -153,6 +165,8 @@ def time_variants(
     with _own_stream(device):
         for name, stages in variants.items():
             try:
+                if held_to and name in held_to:
+                    timings.differences[name] = _checked(stages, variants[held_to[name]], held_to[name])
                 prepared = _prepare(stages, sets, device)
             except Exception as error:
                 if name == OURS:
@@ -173,7 +187,7 @@ def measure(comparison: Comparison, device: torch.device) -> dict[str, Any]:
     """Times a comparison beside plain copies of as many bytes, and gives the record that is stored."""
     copied = comparison.copied_bytes or comparison.bytes_moved
     yardstick = copies(copied, comparison.sets, device)
-    timings = time_variants({**comparison.variants, **yardstick}, comparison.sets, device)
+    timings = time_variants({**comparison.variants, **yardstick}, comparison.sets, device, comparison.held_to)
     stages = {}
     for stage, moved in comparison.bytes_moved.items():
         medians = timings.medians(stage)
@@ -200,7 +214,45 @@ def measure(comparison: Comparison, device: torch.device) -> dict[str, Any]:
         "buffer_sets": comparison.sets,
         "stages": stages,
         "failed": timings.failed,
+        "differences_of_baselines": timings.differences,
     }
+
+
+# ------------------------------------------------------------------------------------- what must be the same
+
+
+def _checked(stages: Mapping[str, Stage], reference: Mapping[str, Stage], name: str) -> float:
+    """The largest difference of a variant's results from those of another, over all stages.
+
+    Raises:
+        ValueError: if it is more than rounding makes.
+    """
+    largest = 0.0
+    for number, (ours, theirs) in enumerate(zip(_results(stages), _results(reference), strict=True)):
+        difference = relative_difference(ours, theirs)
+        if not difference <= MOST_OF_ROUNDING[theirs.dtype]:
+            raise ValueError(f"wrong: result {number} differs from that of {name} by {difference:.2g}")
+        largest = max(largest, difference)
+    return largest
+
+
+def _results(stages: Mapping[str, Stage]) -> list[Tensor]:
+    """What the stages give for the first buffer set."""
+    kept: Any = None
+    found: list[Tensor] = []
+    for stage in stages.values():
+        kept = stage(0, kept)
+        found += [each.detach() for each in ((kept,) if isinstance(kept, Tensor) else kept)]
+    return found
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The norm of the difference by the norm of what is expected; NaN if there is one, infinite for not 0."""
+    if not expected.numel():
+        return 0.0
+    scale = float(torch.linalg.vector_norm(expected, dtype=torch.float32))
+    error = float(torch.linalg.vector_norm(found.float() - expected.float()))
+    return error / scale if scale else error and math.inf
 
 
 # ------------------------------------------------------------------------------------ what differs on a GPU

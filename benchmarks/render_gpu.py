@@ -58,7 +58,7 @@ def about(report: Entry) -> str:
             f" Measured roofs: a copy {ceilings['copy_gb_per_s']:.0f} GB/s; matrix products {rates} TFLOP/s."
         )
     return (
-        f"{link(report.file)}, {record['date'][:10]}, commit {record['commit']}, driver"
+        f"{link(report.file)}, {record['date'][:10]}, commit {record['commit'] or 'unknown'}, driver"
         f" {record['hardware'].get('driver')}, {versions}.{roofs}"
     )
 
@@ -79,11 +79,21 @@ def left_out(found: dict[str, Entry]) -> Iterator[str]:
 
 
 def tests_blocks(found: dict[str, Entry]) -> Iterator[str]:
-    for entry in found.values():
-        yield f"{entry.record.get('summary')} ({link(entry.file)})."
-        failed = [each for each in entry.record.get("tests", ()) if each["outcome"] in ("failed", "error")]
-        if failed:
-            yield "\n".join(f"* {each['name']}: {each['outcome']}" for each in failed)
+    rows = [
+        (name, entry.record["summary"], link(entry.file))
+        for name, entry in found.items()
+        if entry.record.get("summary")
+    ]
+    if rows:
+        yield table(("tests", "", "file"), rows)
+    failed = [
+        f"* {test['name']}: {test['outcome']}"
+        for entry in found.values()
+        for test in entry.record.get("tests", ())
+        if test["outcome"] in ("failed", "error")
+    ]
+    if failed:
+        yield "\n".join(failed)
 
 
 def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:

@@ -4,10 +4,12 @@ Needs torch and Triton alone (the parts data and train numpy too), no installati
 path. Without a GPU it runs the same code on the CPU, at sizes that say nothing about speed (the suite does,
 so that the script never rots). Parts, each in its gpu_*.py: tests, those that need a GPU; kernels, the loss
 among them; optimizer; step, whole training steps; data, the loaders; train, a run that learns; dropin, the
-kernels in other code bases; profile, where a step's time goes. Every part fits into its budget, compilation
-included: what the time does not reach is named, and `--only TEXT` gives all of it to some. Both networks'
-steps with every variant take two calls: `--part step --only imagenet64`, `--part step --only cifar10`.
-Compiled by max-autotune they are measured by `--part step --only max-autotune` alone.
+kernels in other code bases; profile, where a step's time goes; and, asked for by itself, tune, other plans of
+group norm beside the present ones. Every part fits into its budget, compilation included: what the time does
+not reach is named, and `--only TEXT` gives all of it to some. Both networks' steps with every variant take
+two calls: `--part step --only imagenet64`, `--part step --only cifar10`. Compiled by max-autotune they are
+measured by `--part step --only max-autotune` alone. Where the files came without git, ICT_FAST_COMMIT says of
+which commit they are. benchmarks/README.md says in which order half an hour on a GPU is best used.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Session:
         seconds: of the whole part.
         only: what has this text in its name is measured; "" for all.
         to_come: measurements that have not been finished.
+        begun: names of what runs already beside what is being measured: it is asked for whatever the time is.
     """
 
     def __init__(self, out: Path, seconds: float, only: str = "") -> None:
@@ -61,6 +63,7 @@ class Session:
         self.seconds = seconds
         self.only = only
         self.to_come = 1
+        self.begun: set[str] = set()
         self._started = time.monotonic()
 
     def used(self) -> float:
@@ -97,15 +100,9 @@ def _part(
     return measurements
 
 
-def _tests(device: torch.device, session: Session) -> Measurements:
-    from gpu_tests import measure_tests
-
-    return {"tests/gpu": partial(measure_tests, session.seconds)}
-
-
 # In the order of `--part all`. Each: (device, session) -> what to measure.
 PARTS: dict[str, Callable[[torch.device, Session], Measurements]] = {
-    "tests": _tests,
+    "tests": _part("tests", "gpu_tests", asks=True),
     "kernels": _part("kernels", "gpu_kernels"),
     "optimizer": _part("optimizer", "gpu_optimizer"),
     "step": _part("step", "gpu_step", asks=True),
@@ -113,7 +110,10 @@ PARTS: dict[str, Callable[[torch.device, Session], Measurements]] = {
     "train": _part("train", "gpu_train", "numpy", asks=True),
     "dropin": _part("dropin", "gpu_dropin", asks=True),
     "profile": _part("profile", "profile_step", asks=True),
+    "tune": _part("tune", "gpu_tune", asks=True),
 }
+# By itself it says nothing of what is here: what it finds is written into the kernels, and measured then.
+ON_REQUEST = ("tune",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.part == "all" and arguments.only:
         parser.error(f"--only {arguments.only}: choose one --part with it")
     if arguments.part == "all":
-        return max(_run_alone(part, arguments) for part in PARTS)
+        return max(_run_alone(part, arguments) for part in PARTS if part not in ON_REQUEST)
     return run_part(arguments.part, arguments.out, arguments.budget_seconds, arguments.only)
 
 
@@ -154,6 +154,8 @@ def run_part(part: str, out: Path, budget_seconds: float, only: str = "") -> int
     session = Session(out, budget_seconds, only)
     report, path = header(part, out)
     report |= {"budget_seconds": budget_seconds, "only": only}
+    if report["commit"] is None:
+        _say("the report will not say of which commit it is: there is no git here; set ICT_FAST_COMMIT")
     offered = PARTS[part](device, session)
     report["offered"] = list(offered)
     measurements = {each: measure for each, measure in offered.items() if only in each}
@@ -162,15 +164,14 @@ def run_part(part: str, out: Path, budget_seconds: float, only: str = "") -> int
         return 2
     for number, (each, measure) in enumerate(measurements.items(), start=1):
         elapsed, session.to_come = session.used(), len(measurements) - number + 1
-        entry: Record = {"name": each}
-        report["results"].append(entry)
-        if elapsed > budget_seconds:
-            entry["not_measured"] = f"the budget of {budget_seconds:g} s was used up"
+        report["results"].append({"name": each})
+        if elapsed > budget_seconds and each not in session.begun:
+            report["results"][-1]["not_measured"] = f"the budget of {budget_seconds:g} s was used up"
         else:
-            left = min(budget_seconds - elapsed, elapsed / max(1, number - 1) * session.to_come)
+            left = min(session.left(), elapsed / max(1, number - 1) * session.to_come)
             _say(f"{part} {number}/{len(measurements)}, {elapsed:.0f} s, about {left:.0f} s left: {each}")
             for result in _measured(measure):
-                entry |= result
+                report["results"][-1] = {"name": each, **result}
                 write(report, path)
         report["wall_seconds"] = round(session.used(), 1)
         write(report, path)
@@ -218,7 +219,8 @@ def _measured(measure: Callable[[], Record | Iterator[Record]]) -> Iterator[Reco
             yield result
     except Exception as error:
         traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {error}"}
+        result = {**result, "error": f"{type(error).__name__}: {error}"}
+        result.pop("not_measured", None)
     if summary := summary_of(result):
         _say(f"    {summary}")
     yield {"seconds": round(time.monotonic() - started, 1), **result}

@@ -149,12 +149,13 @@ def rerun(folder: Path, part: str, results: list[dict[str, Any]], **changed: Any
 @pytest.mark.parametrize(
     ("counts", "expected"),
     [
+        # The sanitizer has passed.
         ({"passed": 90, "skipped": 3}, [(0, "yes")]),
-        ({"passed": 90, "not run": 6}, [(0, "in part: 90 of 96")]),
+        ({"passed": 90, "not run": 6}, [(0, "in part: 91 of 97")]),
         ({"passed": 90, "failed": 1, "error": 1}, [(2, "**no**")]),
-        ({"skipped": 93}, []),
-        ({"not run": 93}, []),
-        ({}, []),
+        ({"skipped": 93}, [(0, "yes")]),
+        ({"not run": 93}, [(0, "in part: 1 of 94")]),
+        ({}, [(0, "in part: 1 of 2")]),
     ],
 )
 def test_tests_that_did_not_run_have_not_passed(
@@ -162,7 +163,8 @@ def test_tests_that_did_not_run_have_not_passed(
 ) -> None:
     made_up.write_results(tmp_path)
     failed = {"error": "some failed"} if "failed" in counts else {}
-    rerun(tmp_path, "tests", [{"name": "tests/gpu", "counts": counts, **failed}])
+    sanitizer = {"name": "compute-sanitizer, memcheck", "counts": {"passed": 1}}
+    rerun(tmp_path, "tests", [{"name": "tests/gpu/test_noising.py", "counts": counts, **failed}, sanitizer])
     assert reached(tmp_path, "gpu-tests") == expected
 
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import subprocess
 import sys
-import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +15,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 
+report_in: Any = importlib.import_module("reports").report_in
 gpu_step: Any = importlib.import_module("gpu_step")
-gpu_group_norm: Any = importlib.import_module("gpu_group_norm")
-gpu_tests: Any = importlib.import_module("gpu_tests")
-gpu_timing: Any = importlib.import_module("gpu_timing")
+machine: Any = importlib.import_module("machine")
+results_index: Any = importlib.import_module("results_index")
 run_gpu: Any = importlib.import_module("run_gpu")
 
 CPU = torch.device("cpu")
@@ -52,12 +48,6 @@ def run_bare(
         text=True,
         check=False,
     )
-
-
-def report_in(folder: Path, part: str) -> dict[str, Any]:
-    (path,) = folder.glob(f"{part}-*.json")
-    report: dict[str, Any] = json.loads(path.read_text())
-    return report
 
 
 # ------------------------------------------------------------------------------------------ on a bare machine
@@ -134,6 +124,27 @@ def test_part_kernels_runs_the_kernels_themselves_in_the_interpreter(tmp_path: P
     # An ulp of bf16 at 8, which no output of unit variance reaches; the interpreter truncates to bf16.
     assert 0 < result["errors"]["y"]["max_error"] < 2**-4
     assert set(result["errors"]) == {"y", "dx", "dweight", "dbias", "dpre_bias"}
+
+
+def test_without_pytest_nothing_was_measured_and_nothing_failed(tmp_path: Path) -> None:
+    finished = run_bare("--part", "tests", "--out", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    results = report_in(tmp_path, "tests")["results"]
+    assert len(results) > 10
+    for each in results:
+        assert each["not_measured"].startswith(("needs pytest", "needs compute-sanitizer", "needs a GPU"))
+        assert "counts" not in each
+
+
+def test_files_that_came_without_git_have_the_commit_that_the_call_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ICT_FAST_COMMIT", "0a1b2c3")
+    assert machine.commit() != "0a1b2c3", "git knows better"
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == "0a1b2c3"
+    monkeypatch.delenv("ICT_FAST_COMMIT")
+    assert machine.commit() is None
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,193 +259,6 @@ def test_what_the_budget_does_not_reach_is_named_and_no_failure(
     assert all("100 s was used up" in each["not_measured"] for each in results if "figure" not in each)
 
 
-# -------------------------------------------------------------------------------------------- the GPU's tests
-
-
-def test_every_outcome_of_a_test_is_written_and_an_absent_package_is_no_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "test_outcomes.py").write_text(
-        textwrap.dedent("""
-        import pytest
-        @pytest.fixture
-        def broken():
-            raise OSError("no device")
-        def test_passes(): pass
-        def test_fails(): assert 1 == 2
-        def test_skips(): pytest.skip("needs a GPU")
-        def test_errs(broken): pass
-        """)
-    )
-    (tmp_path / "test_needs_a_package.py").write_text("import a_package_that_nobody_has\n")
-    (tmp_path / "test_is_broken.py").write_text("import ict_kernels.not_there\n")
-    monkeypatch.setattr(gpu_tests, "FOLDER", str(tmp_path))
-    result = gpu_tests.measure_tests(60.0)
-    assert result["counts"] == {"passed": 1, "failed": 1, "skipped": 2, "error": 2}
-    assert result["error"]
-    outcomes = {each["name"].split("/")[-1]: (each["outcome"], each["reason"]) for each in result["tests"]}
-    assert outcomes["test_outcomes.py::test_passes"] == ("passed", None)
-    assert "assert 1 == 2" in outcomes["test_outcomes.py::test_fails"][1]
-    assert "no device" in outcomes["test_outcomes.py::test_errs"][1]
-    assert outcomes["test_needs_a_package.py"] == (
-        "skipped",
-        "needs a_package_that_nobody_has, which is not installed",
-    )
-    assert outcomes["test_is_broken.py"][0] == "error"
-
-
-def test_no_test_starts_after_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    outcomes = tmp_path / "outcomes"
-    monkeypatch.setenv(gpu_tests._OUTCOMES, str(outcomes))
-    monkeypatch.setenv(gpu_tests._DEADLINE, "100.0")
-    monkeypatch.setattr(gpu_tests.time, "time", lambda: 99.0)
-    gpu_tests.pytest_runtest_setup(None)
-    monkeypatch.setattr(gpu_tests.time, "time", lambda: 101.0)
-    with pytest.raises(pytest.skip.Exception) as skipped:
-        gpu_tests.pytest_runtest_setup(None)
-    report = {"nodeid": "test_late", "skipped": True, "duration": 0.0}
-    longrepr = ("file", 1, f"Skipped: {skipped.value}")
-    gpu_tests.pytest_runtest_logreport(SimpleNamespace(**report, longrepr=longrepr))
-    assert json.loads(outcomes.read_text())["outcome"] == "not run"
-
-
-def test_without_pytest_nothing_was_measured_and_nothing_failed(tmp_path: Path) -> None:
-    finished = run_bare("--part", "tests", "--out", str(tmp_path))
-    assert finished.returncode == 0, finished.stderr
-    (result,) = report_in(tmp_path, "tests")["results"]
-    assert result["not_measured"] == "needs pytest, which is not here"
-    assert "counts" not in result
-
-
-# ------------------------------------------------------------------------------------------------- the timing
-
-
-@pytest.mark.parametrize(
-    ("preset", "norms", "elements"), [("cifar10", 73, 9.14e6), ("imagenet64", 95, 35.06e6)]
-)
-def test_the_cases_are_all_norms_of_the_network(preset: str, norms: int, elements: float) -> None:
-    cases = gpu_group_norm.norm_cases(preset, 1)
-    assert sum(case.uses for case in cases) == norms
-    total = sum(case.uses * case.norm.channels * case.norm.size**2 for case in cases)
-    assert total == pytest.approx(elements, rel=1e-3)
-    assert sum(case.share for case in cases) == pytest.approx(1.0)
-    assert [case.share for case in cases] == sorted((case.share for case in cases), reverse=True)
-
-
-def test_a_copy_moves_as_many_bytes_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffers: list[torch.Tensor] = []
-    empty = torch.empty
-
-    def noted(*size: int, **options: Any) -> torch.Tensor:
-        buffers.append(empty(*size, **options))
-        return buffers[-1]
-
-    monkeypatch.setattr(gpu_timing.torch, "empty", noted)
-    kinds = gpu_timing.copies({"forward": 4096, "backward": 8192}, 3, CPU)
-    for stages, sign in zip(kinds.values(), (1, -1), strict=True):
-        for stage, moved in (("forward", 4096), ("backward", 8192)):
-            for number in range(3):
-                source, target = buffers[2 * number : 2 * number + 2]
-                target.zero_()
-                stages[stage](number, None)
-                copied = moved // 2 // 4  # read and written, fp32
-                assert torch.equal(target[:copied], sign * source[:copied])
-                assert not target[copied:].any()
-
-
-class FakeGraph:
-    """Records what is captured and, on replay, says that it ran."""
-
-    capturing: FakeGraph | None = None
-    log: list[Any] = []  # noqa: RUF012
-
-    def __init__(self) -> None:
-        self.captured: list[Any] = []
-
-    def replay(self) -> None:
-        FakeGraph.log.append(("replay", *self.captured))
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """torch.cuda with a device whose clock advances by the number of calls that a graph holds."""
-    log: list[Any] = []
-    monkeypatch.setattr(FakeGraph, "log", log)
-
-    @contextmanager
-    def graph(captured: FakeGraph, pool: object, stream: object) -> Iterator[None]:
-        assert stream == "side stream"
-        FakeGraph.capturing = captured
-        yield
-        FakeGraph.capturing = None
-
-    @contextmanager
-    def on_stream(stream: object) -> Iterator[None]:
-        yield
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.time = sum(len(entry) - 1 for entry in log)
-
-        def elapsed_time(self, end: Event) -> float:
-            return float(end.time - self.time)
-
-    fakes = {
-        "CUDAGraph": FakeGraph,
-        "graph": graph,
-        "graph_pool_handle": object,
-        "Stream": lambda: "side stream",
-        "current_stream": lambda: "side stream",
-        "stream": on_stream,
-        "synchronize": lambda: None,
-        "_sleep": lambda cycles: None,
-        "Event": Event,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    return log
-
-
-def test_on_a_gpu_every_set_is_captured_once_and_graphs_take_turns(fake_cuda: list[Any]) -> None:
-    def stages(variant: str, work: int) -> dict[str, Any]:
-        def stage(name: str) -> Callable[[int, Any], Any]:
-            def call(number: int, kept: Any) -> Any:
-                if FakeGraph.capturing is not None:
-                    assert kept == (None if name == "forward" else ("forward", number))
-                    FakeGraph.capturing.captured += [(variant, name, number)] * work
-                return name, number
-
-            return call
-
-        return {"forward": stage("forward"), "backward": stage("backward")}
-
-    def impossible(number: int, kept: Any) -> Any:
-        try:
-            raise ValueError("no kernel for this shape")
-        finally:
-            raise RuntimeError("capture failed")
-
-    variants = {
-        "ict_kernels": stages("ours", 1),
-        "other": {"forward": impossible},
-        "eager": stages("eager", 7),
-    }
-    timings = gpu_timing.time_variants(variants, 3, SimpleNamespace(type="cuda"))
-    # One unit of time per call: a call's time is its work, whatever the number of sets.
-    assert timings.medians("forward") == timings.medians("backward") == {"ict_kernels": 1.0, "eager": 7.0}
-    reason = "RuntimeError: capture failed; first ValueError: no kernel for this shape"
-    assert timings.failed == {"other": reason}
-    order = [(entry[1][0], entry[1][1]) for entry in fake_cuda]
-    turn = [("ours", "forward"), ("ours", "backward"), ("eager", "forward"), ("eager", "backward")]
-    assert order == turn * (len(order) // 4)
-    assert len(timings.milliseconds["forward"]["eager"]) == gpu_timing.ROUNDS
-    for entry in fake_cuda:
-        assert set(Counter(number for _, _, number in entry[1:])) == {0, 1, 2}
-
-
 # ------------------------------------------------------------------------------------- whole steps, and parts
 
 
@@ -504,9 +328,11 @@ def test_a_part_that_does_not_end_is_killed(
     assert "step: killed" in capfd.readouterr().err
 
 
-def test_our_own_failure_is_not_passed_over() -> None:
-    def fail(number: int, kept: Any) -> Any:
-        raise RuntimeError("illegal memory access")
-
-    with pytest.raises(RuntimeError, match="illegal"):
-        gpu_timing.time_variants({"ict_kernels": {"forward": fail}}, 1, CPU)
+def test_all_parts_are_those_that_measure_what_is_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(run_gpu, "_run_alone", lambda part, arguments: ran.append(part) or 0)
+    assert run_gpu.main(["--part", "all", "--out", str(tmp_path)]) == 0
+    assert tuple(ran) == results_index.PARTS
+    assert set(run_gpu.PARTS) - set(ran) == {"tune"}

@@ -174,7 +174,7 @@ def run(options: TrainOptions) -> int:
     try:
         result = train(config, out=out, **arguments)
     except TrainingError as error:
-        raise TrainingError(f"{error} (log: {out / 'log.jsonl'})") from error
+        raise type(error)(f"{error} (log: {out / 'log.jsonl'})") from error
     if result.message:
         print(result.message, file=sys.stderr if result.exit_code else sys.stdout)
     return result.exit_code

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ict_fast import torchrun
 from ict_fast.config import Config, LoggingConfig, validate
 from ict_fast.consistency.curriculum import stages
 from ict_fast.consistency.model import ConsistencyModel, build_seeded_network
@@ -97,8 +98,10 @@ def train(
     if config.training.cuda_graph:
         require_capturable(found, world_size() if launched() else count, config.data.loader)
     if launched():
-        require_launched(gpus or processes, max_restarts)
+        require_launched(found, gpus or processes, max_restarts)
         here = torch.device("cuda", local_rank()) if found.type == "cuda" else found
+        if torchrun.restarts():  # an earlier attempt has begun the run
+            resume = "auto"
         with joined(here, collective_timeout) as world:
             result = _train(config, out, here, world, resume, extend, init)
             return result if world.is_first else replace(result, message="")
@@ -162,7 +165,8 @@ def _train(
     store = open_data(run)
     world.decide(lambda: require_measurement(run.config))
     world.require_equal(store.fingerprint, f"the images of {store.path}")
-    with lock(run, warnings.append) if world.is_first else nullcontext():
+    with ExitStack() as held:
+        world.decide(lambda: held.enter_context(lock(run, warnings.append)))
         try:
             return _train_locked(run, store, device, world, warnings, extended=extend is not None)
         except (RuntimeError, MemoryError) as error:
@@ -201,8 +205,8 @@ def _train_locked(
             "a CPU has no TF32: its rounding is emulated, which is slower than --training.precision fp32"
         )
     loader, reason = make_loader(config, store, device, rank=world.rank, world_size=world.size)
+    world.decide(lambda: prepare_directory(run))
     if world.is_first:
-        prepare_directory(run)
         utilisation = Utilisation(config, device, world.size)
         describe_run(run, utilisation, world.size)
         monitor = Monitor(run, utilisation, open_tracker(run, warnings.append))

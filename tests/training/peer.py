@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,10 @@ def fail(world: World, folder: Path) -> None:
     os._exit(0)
 
 
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def disagree(world: World, folder: Path) -> None:
     state = {"weights": {"a": torch.ones(3), "b": torch.ones(2)}}
     world.require_equal_state(state, 7)
@@ -98,6 +103,9 @@ def disagree(world: World, folder: Path) -> None:
     with pytest.raises(InputError, match=r"the images differ between process 0 and process 1$"):
         world.require_equal("others" if world.rank == 1 else "images", "the images")
     assert world.decide(lambda: world.rank + 10) == 10
+    for error in (InputError("no such data"), TrainingError("a disk is gone")):
+        with pytest.raises(type(error), match=str(error)):
+            world.decide(partial(_raise, error))
     assert int(world.add(torch.tensor(world.rank))) == 3
     codes = [world.stop_code(143 if world.rank == 1 and step == 2 else None) for step in range(5)]
     assert codes == [None, None, None, 143, None], "all stop at one step, the one after it was asked for"

@@ -124,6 +124,11 @@ def test_a_lookout_that_meets_a_recompilation_or_a_measurement() -> None:
 
 # ---- the command ----
 
+TORCHRUN = (
+    *("-m", "torch.distributed.run", "--local-addr", "localhost"),
+    *("--rdzv-backend", "c10d", "--rdzv-id", "job"),
+)
+
 
 @pytest.fixture
 def config(tiny: Config) -> Config:
@@ -347,6 +352,23 @@ def test_a_run_goes_on_in_another_number_of_processes(
     assert _difference(open_checkpoint(more).tensors("weights"), expected) < 1e-4
 
 
+def test_a_process_that_torchrun_has_started_again_resumes_whatever_it_was_told(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = f"TORCHELASTIC_RUN_ID=job MASTER_ADDR=localhost MASTER_PORT={port}"
+    for word in f"{given} RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1".split():
+        monkeypatch.setenv(*word.split("="))
+    config = replace(tiny, training=replace(tiny.training, total_steps=2))
+    assert train(config, out=tmp_path / "run", device="cpu", resume="never").step == 2
+    with pytest.raises(InputError, match="there is a run in"):
+        train(config, out=tmp_path / "run", device="cpu", resume="never")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(config, out=tmp_path / "run", device="cpu", resume="never").step == 2
+
+
 def test_two_agents_form_one_job_as_two_nodes_would(
     config: Config, tmp_path: Path, command: Command, undisturbed: dict[str, Path]
 ) -> None:
@@ -355,17 +377,8 @@ def test_two_agents_form_one_job_as_two_nodes_would(
         port = free.getsockname()[1]
     out = tmp_path / "run"
     torchrun = (
-        *(
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            "2",
-            "--nproc-per-node",
-            "1",
-            "--local-addr",
-            "localhost",
-        ),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "job"),
+        *TORCHRUN,
+        *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"localhost:{port}"),
     )
     agents = [command(config, out, launcher=torchrun) for _ in range(2)]
     outputs = [agent.communicate(timeout=300)[0] for agent in agents]
@@ -375,6 +388,28 @@ def test_two_agents_form_one_job_as_two_nodes_would(
 
 
 # ---- what is refused, and when a run is given up ----
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        (("--training.totl-steps", "3"), "unknown option --training.totl-steps; did you mean"),
+        (("--resume", "must"), "there is no run in .* to resume"),
+    ],
+    ids=["of the command line", "of process 0"],
+)
+def test_torchrun_does_not_start_again_what_no_attempt_can_do(
+    config: Config, tmp_path: Path, command: Command, extra: tuple[str, ...], line: str
+) -> None:
+    torchrun = (*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", "--rdzv-endpoint", "localhost:0")
+    agent = command(config, tmp_path / "run", *extra, launcher=torchrun)
+    output = agent.communicate(timeout=120)[0]
+    assert agent.returncode == 1
+    said = [text for text in output.splitlines() if "ict-fast: error" in text]
+    assert len(said) == 1, output
+    assert re.search(f"{line}.*; torchrun is stopped by SIGTERM, lest it try again$", said[0])
+    assert output.count("Traceback") == 1, "that of torchrun, which tells of the signal"
+    assert "SignalException" in output
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_before_a_process_starts(
@@ -406,13 +441,21 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_number_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    require_launched(None)
-    require_launched(4)
+    require_launched(cpu, None)
+    require_launched(cpu, 4)
     with pytest.raises(InputError, match="8 processes are asked for, and torchrun has started 4"):
-        require_launched(8)
+        require_launched(cpu, 8)
     with pytest.raises(InputError, match="--max-restarts is torchrun's here"):
-        require_launched(4, 3)
+        require_launched(cpu, 4, 3)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    require_launched(gpu, None)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="started 4 processes on this node, where torch sees 2 GPUs; choose"):
+        require_launched(gpu, None)
 
 
 @pytest.mark.parametrize(

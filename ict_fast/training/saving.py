@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 
 import torch
@@ -36,10 +37,24 @@ class Saver:
 
     def __init__(self, run: Run, store: Store, train_step: TrainStep, monitor: Monitor) -> None:
         self.step = run.step
+        self._begun = monotonic()
         self._run, self._store, self._train_step, self._monitor = run, store, train_step, monitor
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ict-fast-saver")
         self._writing: tuple[int, Future[Path]] | None = None
         self._writing_snapshot: tuple[int, Future[Path]] | None = None
+
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is --logging.checkpoint-minutes old; says so once, in process 0.
+
+        Not while that one is still being written: the training would wait for it.
+        """
+        minutes = self._run.config.logging.checkpoint_minutes
+        if not minutes or not self._train_step.world.is_first:
+            return False
+        if monotonic() - self._begun < 60 * minutes or (self._writing and not self._writing[1].done()):
+            return False
+        self._begun = monotonic()
+        return True
 
     def save(self, step: int, *, best: bool = False) -> None:
         """Begins to write the checkpoint of a step; `best` as for `write_checkpoint`.
@@ -47,6 +62,7 @@ class Saver:
         Raises:
             TrainingError: if the processes do not agree on the state, or the one before was not finite.
         """
+        self._begun = monotonic()
         tensors = self._train_step.tensors()
         self._train_step.world.require_equal_state(tensors, step)
         if not self._train_step.world.is_first:

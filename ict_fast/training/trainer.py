@@ -44,6 +44,7 @@ from ict_fast.training.trackers import chosen_tracker, open_tracker
 from ict_fast.training.utilisation import Utilisation, describe_run
 from ict_fast.training.world import (
     COLLECTIVE_TIMEOUT,
+    SAVE,
     World,
     joined,
     launched,
@@ -242,7 +243,10 @@ def _loop(
     advance = CapturedStep(train_step) if config.training.cuda_graph else train_step
     while True:
         world.reached(step)
-        done, stop_code = step == total, world.stop_code(stop.exit_code)
+        # By the clock of process 0. All of them see it one step later.
+        is_due = step > run.step and not _is_saved(step, logging) and saver.is_due()
+        asked = world.stop_code(stop.exit_code or (SAVE if is_due else None))
+        done, stop_code = step == total, None if asked == SAVE else asked
         if step > run.step:
             if done or step % logging.log_every == 0:
                 monitor.record(step, figures(train_step, step))
@@ -252,7 +256,7 @@ def _loop(
                     _save_grid(train_step, step, out / "grids" / f"step-{step:08d}.png", monitor)
         if step > run.step and config.optimizer.power_ema and (done or step % _snapshot_every(config) == 0):
             saver.save_snapshot(step)
-        is_saved = step > run.step and (done or stop_code is not None or _is_saved(step, logging))
+        is_saved = step > run.step and (done or asked is not None or _is_saved(step, logging))
         if stop_code is not None and is_saved and not done:
             monitor.say(f"stopping at step {step:,}, saving it; Ctrl-C again quits without")
         if is_saved:  # before the measurement, which may crash

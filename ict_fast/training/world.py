@@ -18,6 +18,9 @@ from ict_fast.training.lookout import Lookout
 
 T = TypeVar("T")
 
+SAVE = 1
+"""What `stop_code` says when all are to save a checkpoint and go on; exit codes of signals are larger."""
+
 COLLECTIVE_TIMEOUT = 600.0
 """Seconds that a process may wait for the slowest: the first one writes pictures and checkpoints."""
 
@@ -153,7 +156,7 @@ class World:
         return value
 
     def stop_code(self, mine: int | None) -> int | None:
-        """The exit code with which all stop at this step, or None.
+        """The exit code with which all stop at this step, SAVE if they save it and go on, or None.
 
         To be called once before each step. What a process asks for takes effect one call later, in all of
         them at the same step, so that nobody waits for an answer.

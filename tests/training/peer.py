@@ -19,7 +19,7 @@ from ict_fast.data.store import open_store
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.training.outcome import RunResult
 from ict_fast.training.step import TrainStep
-from ict_fast.training.world import World
+from ict_fast.training.world import SAVE, World
 
 CPU = torch.device("cpu")
 
@@ -107,8 +107,9 @@ def disagree(world: World, folder: Path) -> None:
         with pytest.raises(type(error), match=str(error)):
             world.decide(partial(_raise, error))
     assert int(world.add(torch.tensor(world.rank))) == 3
-    codes = [world.stop_code(143 if world.rank == 1 and step == 2 else None) for step in range(5)]
-    assert codes == [None, None, None, 143, None], "all stop at one step, the one after it was asked for"
+    asked = {(1, 2): 143, (0, 2): SAVE, (0, 4): SAVE}
+    codes = [world.stop_code(asked.get((world.rank, step))) for step in range(7)]
+    assert codes == [None, None, None, 143, None, SAVE, None], "all at one step, that after it was asked for"
 
 
 # What `run_processes` is given, in place of training.

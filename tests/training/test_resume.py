@@ -17,6 +17,7 @@ import torch
 
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
+from ict_fast.training import saving
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 
@@ -222,3 +223,41 @@ def test_a_second_ctrl_c_interrupts_once_and_the_handlers_come_back(
     assert interrupts == 1
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_checkpoints_by_the_clock_come_between_those_by_steps_and_change_no_bit(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step takes a minute."""
+    original, minutes, broken = TrainStep.__call__, [0.0], [13]
+
+    def step(self: TrainStep, number: int, batches: object) -> None:
+        if number in broken:
+            broken.remove(number)
+            raise KeyboardInterrupt
+        original(self, number, batches)  # type: ignore[arg-type]
+        minutes[0] += 1
+
+    config = replace(tiny, logging=replace(tiny.logging, checkpoint_every=10))
+    assert train(config, out=tmp_path / "plain", device="cpu").step == 24
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(saving, "monotonic", lambda: 60 * minutes[0])
+
+    def save(self: saving.Saver, number: int, save: Callable = saving.Saver.save) -> None:
+        save(self, number)
+        self.wait()  # else the next one may wait for this one's end
+
+    monkeypatch.setattr(saving.Saver, "save", save)
+    config = replace(config, logging=replace(config.logging, checkpoint_minutes=2.5, keep_checkpoints=9))
+    out = tmp_path / "timed"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, out=out, device="cpu")
+    config = replace(config, logging=replace(config.logging, checkpoint_minutes=6.0, keep_checkpoints=4))
+    assert _checkpoints(out) == [3, 6, 9, 10, 13]
+    train(config, out=out, device="cpu")
+    assert _checkpoints(out) == [13, 19, 20, 24]
+    _assert_same_run(out, tmp_path / "plain", 24)
+
+
+def _checkpoints(out: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*"))

@@ -188,6 +188,27 @@ def test_a_signal_saves_and_stops_and_the_same_command_resumes(
         saved = open_checkpoint(out).step
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["ssh", "nohup"])
+def test_the_end_of_the_terminal_saves_and_stops_unless_it_is_ignored(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
+) -> None:
+    original = TrainStep.__call__
+
+    def hung_up(self: TrainStep, number: int, batches: list) -> None:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+        original(self, number, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        result = train(tiny, out=tmp_path / "run", device="cpu")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.exit_code, result.step) == ((0, 24) if ignored else (143, 4))
+    assert open_checkpoint(tmp_path / "run").step == result.step
+
+
 @pytest.mark.parametrize("raised", [True, False])
 def test_a_second_ctrl_c_interrupts_once_and_the_handlers_come_back(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: bool

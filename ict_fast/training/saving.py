@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ict_fast.checkpoint import mark_best, write_checkpoint, write_whole
 from ict_fast.config import to_dict
 from ict_fast.data.store import Store
 from ict_fast.errors import TrainingError
+from ict_fast.training import outcome
 from ict_fast.training.monitor import Monitor, reason
 from ict_fast.training.run_directory import SNAPSHOTS, Run
 from ict_fast.training.step import TrainStep
@@ -84,18 +86,19 @@ class Saver:
         }
         if self._run.initial is not None:
             state["init"] = self._run.initial.record()
-        logging = self._run.config.logging
-        future = self._thread.submit(
-            write_checkpoint,
-            self._run.out,
-            step,
-            copies,
-            state,
-            keep=logging.keep_checkpoints,
-            snapshot_every=logging.snapshot_every,
-            best=best,
+        self._writing = (step, self._thread.submit(self._write, step, copies, state, best))
+
+    def _write(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool
+    ) -> Path:
+        """In the thread."""
+        out, logging = self._run.out, self._run.config.logging
+        keep, snapshot_every = logging.keep_checkpoints, logging.snapshot_every
+        path = write_checkpoint(
+            out, step, tensors, state, keep=keep, snapshot_every=snapshot_every, best=best
         )
-        self._writing = (step, future)
+        outcome.report_progress(self._run.step, step)
+        return path
 
     def mark_best(self, step: int) -> None:
         """The checkpoint of a step, which has been saved, is the best one from now on."""

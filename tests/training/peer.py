@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,8 @@ def failed_training(first: bool) -> RunResult:
 
 
 def crash(first: bool) -> RunResult:
+    """With a thread that waits for ever, as for a device; the process must end all the same."""
+    threading.Thread(target=threading.Event().wait).start()
     raise ZeroDivisionError("a bug")
 
 

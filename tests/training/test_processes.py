@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +26,12 @@ from torch.distributed import HashStore
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.training import trainer
+from ict_fast.training import outcome, processes, trainer
 from ict_fast.training.dry_run import dry_run
+from ict_fast.training.failures import closing
 from ict_fast.training.launch import resolve_processes
 from ict_fast.training.lookout import Lookout
+from ict_fast.training.outcome import RunResult
 from ict_fast.training.processes import run_processes
 from ict_fast.training.run_directory import read_config
 from ict_fast.training.step import TrainStep
@@ -480,3 +483,45 @@ def test_errors_keep_their_meaning_and_crashes_are_tried_again(
         sys.path.remove(str(PEER.parent))
     assert len(warned) == attempts - 1
     assert (tmp_path / "crash.txt").exists() == (cause == "crash")
+
+
+def test_a_run_that_saves_between_its_losses_goes_on_whatever_lies_beside_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken checkpoint of step 5,000 is passed over: attempts begin at 4,000, 4,100, 4,200."""
+    (tmp_path / "run/checkpoints/step-00005000").mkdir(parents=True)
+    monkeypatch.setenv("ICT_FAST_OUTCOMES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))  # as under SLURM, of 96
+    saved, losses, threads = [4000], [4100, 4200, 4300, 4300, 4300, 4300], set()
+
+    def attempt(work: object, count: int, first: bool, folder: Path, traceback: Path) -> tuple[str, None]:
+        outcome.report_to(folder)
+        outcome.report_progress(saved[-1], saved[-1])
+        saved.append(losses[len(saved) - 1])
+        outcome.report_progress(saved[-2], saved[-1])
+        threads.add(os.environ["OMP_NUM_THREADS"])
+        return "process 1 was ended by SIGKILL", None
+
+    monkeypatch.setattr(processes, "_attempt", attempt)
+    warned: list[str] = []
+    with pytest.raises(TrainingError, match="SIGKILL; 3 attempts got no further than step 4,300"):
+        run_processes(crashed, 2, out=tmp_path / "run", step=4000, warn=warned.append, max_restarts=2)
+    assert [line.rpartition(" ")[2] for line in warned] == ["4,100", "4,200", "4,300", "4,300"]
+    assert threads == {"6"}
+
+
+def crashed(first: bool) -> RunResult:
+    raise AssertionError
+
+
+def test_after_the_loss_of_a_process_nobody_waits_for_the_device(tmp_path: Path) -> None:
+    closed: list[int] = []
+    loader = SimpleNamespace(close=lambda: closed.append(1))
+    for size, expected in ((1, [1]), (2, [1])):
+        with pytest.raises(RuntimeError), closing(loader, SimpleNamespace(size=size)):  # type: ignore[arg-type]
+            raise RuntimeError("Connection closed by peer")
+        assert closed == expected
+    with closing(loader, SimpleNamespace(size=2)):  # type: ignore[arg-type]
+        pass
+    assert closed == [1, 1]

@@ -283,22 +283,20 @@ def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterato
         raise HungError(
             f"not all of the {count} processes have joined within {timeout:g} s (--collective-timeout)"
         ) from error
-    hung = False
-    try:
-        if dist.get_world_size() == 1:
+    if dist.get_world_size() == 1:
+        try:
             yield World()
-            return
-        with Lookout(dist.get_rank(), dist.get_world_size(), _record(), timeout) as lookout:
-            try:
-                yield World(lookout, timeout)
-            except RuntimeError as error:
-                hung = _timed_out(error)
-                if hung:
-                    raise HungError(lookout.diagnosis()) from error
-                raise
-    finally:
-        if not hung:  # else it would wait for what the others no longer do
+        finally:
             dist.destroy_process_group()
+        return
+    with Lookout(dist.get_rank(), dist.get_world_size(), _record(), timeout) as lookout:
+        try:
+            yield World(lookout, timeout)
+        except RuntimeError as error:
+            if _timed_out(error):
+                raise HungError(lookout.diagnosis()) from error
+            raise
+    dist.destroy_process_group()  # not after an error: it would wait for what the others no longer do
 
 
 def _timed_out(error: Exception) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
+import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +23,8 @@ from ict_fast.config import Config
 from ict_fast.training import saving
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
+
+from .conftest import flags  # type: ignore[import-not-found]
 
 
 def _log(out: Path) -> dict[int, list]:
@@ -207,6 +212,27 @@ def test_the_end_of_the_terminal_saves_and_stops_unless_it_is_ignored(
         signal.signal(signal.SIGHUP, before)
     assert (result.exit_code, result.step) == ((0, 24) if ignored else (143, 4))
     assert open_checkpoint(tmp_path / "run").step == result.step
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_real_terminal_that_is_closed(tiny: Config, tmp_path: Path, processes: str) -> None:
+    config = replace(
+        tiny,
+        training=replace(tiny.training, total_steps=100_000),
+        logging=replace(tiny.logging, log_every=1, checkpoint_every=100_000),
+    )
+    out = tmp_path / "run"
+    words = ("-m", "ict_fast", "train", "--device", "cpu", "--processes", processes, "--out", str(out))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, *words, *flags(config)])
+    while not (out / "log.jsonl").exists():
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+    assert open_checkpoint(out).step > 0
 
 
 @pytest.mark.parametrize("raised", [True, False])

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import tyro
 from tyro import _errors as tyro_errors
 
-from ict_fast import errors
+from ict_fast import errors, torchrun
 from ict_fast.commands import COMMANDS
 from ict_fast.commands.train import DEFAULT_PRESET, TrainOptions, default_options
-from ict_fast.errors import InputError, TrainingError, did_you_mean
+from ict_fast.errors import HungError, InputError, TrainingError, did_you_mean
 from ict_fast.version import __version__
 
 PROGRAM = "ict-fast"
@@ -47,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        return _complain(error, errors.EXIT_BAD_INPUT)
-    except TrainingError as error:
+        return _give_up(error, errors.EXIT_BAD_INPUT)
+    except HungError as error:  # torchrun may start all again: the process that did not come is ended too
         return _complain(error, errors.EXIT_FAILED)
+    except TrainingError as error:
+        return _give_up(error, errors.EXIT_FAILED)
     except KeyboardInterrupt:
         return _complain(TrainingError("interrupted; nothing more was saved"), errors.EXIT_SIGINT)
     except BrokenPipeError:
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return errors.EXIT_BROKEN_PIPE
     except OSError as error:  # a folder without permission, a name too long, a full disk
         where = f"{error.filename}: " if error.filename else ""
-        return _complain(InputError(f"{where}{error.strerror or error}"), errors.EXIT_BAD_INPUT)
+        return _give_up(InputError(f"{where}{error.strerror or error}"), errors.EXIT_BAD_INPUT)
 
 
 def _reader_has_gone() -> bool:
@@ -191,6 +193,17 @@ def _last_value(argv: list[str], option: str) -> str | None:
         if name == option:
             value = attached if equals else following
     return None if value is None or value == "" or value.startswith("--") else value
+
+
+def _give_up(error: Exception, code: int) -> int:
+    """Complains about what another attempt would meet again, and sees to it that torchrun makes none."""
+    agent = torchrun.agent()
+    if agent is None:
+        return _complain(error, code)
+    if torchrun.claim():
+        _complain(type(error)(f"{error}; torchrun is stopped by SIGTERM, lest it try again"), code)
+        torchrun.stop(agent)
+    return code
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -32,7 +32,14 @@ EXECUTION_FIELDS = frozenset(
     }
     | {
         f"logging.{name}"
-        for name in ("log_every", "grid_every", "checkpoint_every", "keep_checkpoints", "snapshot_every")
+        for name in (
+            "log_every",
+            "grid_every",
+            "checkpoint_every",
+            "checkpoint_minutes",
+            "keep_checkpoints",
+            "snapshot_every",
+        )
     }
     | {
         f"logging.{name}"
@@ -209,8 +216,10 @@ class LoggingConfig:
     """A grid of one-step samples from fixed seeds; 0 for none."""
     checkpoint_every: int = 300
     """A checkpoint; one is written at the end in any case."""
+    checkpoint_minutes: float = 15.0
+    """A checkpoint, too, when the last one is so many minutes old; 0 for none but those by steps."""
     keep_checkpoints: int = 2
-    """The newest checkpoints to keep."""
+    """The newest checkpoints to keep, whatever they were written for."""
     snapshot_every: int = 0
     """A checkpoint that is never deleted; 0 for none."""
     tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
@@ -304,6 +313,7 @@ def validate(config: Config) -> None:
         ("training.micro-batch", training.micro_batch),
         ("training.seed", training.seed),
         ("logging.grid-every", logging.grid_every),
+        ("logging.checkpoint-minutes", logging.checkpoint_minutes),
         ("logging.snapshot-every", logging.snapshot_every),
         ("logging.evaluate-every", logging.evaluate_every),
         ("logging.power-ema-every", logging.power_ema_every),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ict_fast.hardware import nvidia_device
+from ict_fast.hardware import nvidia_device, usable_cores
 from ict_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -286,12 +286,13 @@ def _extras() -> Check:
 
 
 def _cpu() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS")
     if "torch" in sys.modules:
         threads = str(sys.modules["torch"].get_num_threads())
     return Check(
-        "CPU", "ok", f"{cores} of {os.cpu_count()} cores usable, {threads or 'unknown'} torch threads"
+        "CPU",
+        "ok",
+        f"{usable_cores()} of {os.cpu_count()} cores usable, {threads or 'unknown'} torch threads",
     )
 
 

@@ -1,11 +1,17 @@
-"""What the operating system says of this machine's GPUs, asked without torch."""
+"""What the operating system says of this machine, asked without torch."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: fewer than the machine has under SLURM, cpusets and taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def nvidia_device() -> str | None:

@@ -37,6 +37,7 @@ FLOORS: dict[str, float] = {
     "ict_fast.screen": 5,
     "ict_fast.errors": 6,
     "ict_fast.version": 6,
+    "ict_fast.torchrun": 6,
 }
 
 

@@ -27,6 +27,7 @@ EXECUTION = {
     "logging.log_every",
     "logging.grid_every",
     "logging.checkpoint_every",
+    "logging.checkpoint_minutes",
     "logging.keep_checkpoints",
     "logging.snapshot_every",
     "logging.tracker",
@@ -160,6 +161,7 @@ def another(name, value):
         ("logging.log_every", 0),
         ("logging.grid_every", -1),
         ("logging.checkpoint_every", 0),
+        ("logging.checkpoint_minutes", -1.0),
         ("logging.keep_checkpoints", 1),
     ],
 )

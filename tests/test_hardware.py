@@ -1,4 +1,4 @@
-"""GPUs as the operating system shows them."""
+"""A machine as the operating system shows it."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def test_nvidia_smi_is_asked_where_the_system_shows_no_device(
     done = subprocess.CompletedProcess([], 0, stdout=listed)
     monkeypatch.setattr(hardware.subprocess, "run", lambda *words, **options: done)
     assert hardware.nvidia_device() == expected
+
+
+def test_a_process_counts_the_cores_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda process: set(range(12)))
+    assert hardware.usable_cores() == 12
+    monkeypatch.delattr(hardware.os, "sched_getaffinity")  # not on every system
+    assert hardware.usable_cores() == 96

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -168,13 +167,16 @@ def run(options: TrainOptions) -> int:
         print(dry_run(config, out=out, **arguments))
         return errors.EXIT_DONE
 
+    from ict_fast.screen import say
     from ict_fast.training.trainer import train
 
     arguments |= {name: getattr(options, name) for name in ("max_restarts", "collective_timeout")}
     try:
         result = train(config, out=out, **arguments)
     except TrainingError as error:
-        raise TrainingError(f"{error} (log: {out / 'log.jsonl'})") from error
-    if result.message:
-        print(result.message, file=sys.stderr if result.exit_code else sys.stdout)
+        raise type(error)(f"{error} (log: {out / 'log.jsonl'})") from error
+    if result.message and result.exit_code:
+        say(result.message)  # to a terminal that may be gone
+    elif result.message:
+        print(result.message)
     return result.exit_code

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing import resource_tracker
@@ -16,6 +15,7 @@ import numpy as np
 from ict_fast.data.partial_store import Piece
 from ict_fast.data.sources.source import Source
 from ict_fast.errors import InputError
+from ict_fast.hardware import usable_cores
 
 _AHEAD = 2  # pieces that a process has been told of: one it reads, one to go on with at once
 
@@ -32,8 +32,7 @@ def read_pieces(
     Raises:
         InputError: the source as a whole cannot be read, or a process has died.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(processes or cores, len(pieces))
+    processes = min(processes or usable_cores(), len(pieces))
     try:
         if processes <= 1:
             for start, stop in pieces:

@@ -13,6 +13,7 @@ import torch
 
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.evaluation.chunks import Chunk, Finished, Work, in_words
+from ict_fast.hardware import usable_cores
 from ict_fast.networks.switches import configure_torch
 
 Report = Callable[[int, str], None]
@@ -52,7 +53,7 @@ def threads_each(processes: int) -> int:
     """The threads of torch in each of the processes of `compute_chunks`; a single one is this process."""
     if processes == 1:
         return torch.get_num_threads()
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes))
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // processes))
 
 
 def _doing(chunk: Chunk, chunks: Sequence[Chunk]) -> str:

@@ -77,13 +77,22 @@ def resolve_processes(
     return found, processes or 1
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a run to save itself and stop.
+
+    SIGHUP, the end of the terminal or of the ssh session, is one of them unless it is ignored (nohup).
+    """
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if hangs_up else ()))
+
+
 class StopRequest:
-    """Turns SIGTERM and the first SIGINT into a request to save and stop; a second SIGINT interrupts.
+    """Turns SIGTERM, SIGHUP and the first SIGINT into a request to save and stop; a second SIGINT interrupts.
 
     A context manager; the previous handlers come back at its end.
 
     Attributes:
-        exit_code: None, or 143 (SIGTERM) or 130 (SIGINT) once a stop was asked for.
+        exit_code: None, or 143 (SIGTERM, SIGHUP) or 130 (SIGINT) once a stop was asked for.
     """
 
     def __init__(self) -> None:
@@ -94,7 +103,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop_signals():
                 self._previous[number] = signal.signal(number, self._handle)
         except ValueError:
             pass  # not in the main thread: whoever started us owns the signals
@@ -120,4 +129,4 @@ class StopRequest:
             self._is_urgent = False  # once: another would meet the clearing up
             raise KeyboardInterrupt
         if self.exit_code is None:
-            self.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
+            self.exit_code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM

@@ -13,6 +13,7 @@ from typing import Any
 from ict_fast.errors import InputError, TrainingError
 
 _FOLDER = "ICT_FAST_OUTCOMES"
+_PROGRESS = "progress"
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,26 @@ def report_result(rank: int, result: RunResult) -> None:
     _write(rank, {**asdict(result), "out": str(result.out)})
 
 
+def report_progress(began: int, saved: int) -> None:
+    """In process 0: the step at which this attempt began, and that of its newest checkpoint."""
+    if reports():
+        with suppress(OSError):
+            _replace(Path(os.environ[_FOLDER]) / _PROGRESS, [began, saved])
+
+
+def progress(folder: Path) -> tuple[int, int] | None:
+    """What `report_progress` was last told; None if the attempt did not come so far."""
+    with suppress(OSError, ValueError):
+        began, saved = json.loads((folder / _PROGRESS).read_text())
+        return began, saved
+    return None
+
+
 def _write(rank: int, values: dict[str, Any]) -> None:
-    path = Path(os.environ[_FOLDER]) / f"{rank}.json"
+    _replace(Path(os.environ[_FOLDER]) / f"{rank}.json", values)
+
+
+def _replace(path: Path, values: Any) -> None:
     partial = path.with_suffix(f".partial-{threading.get_ident()}")
     partial.write_text(json.dumps(values))
     os.replace(partial, path)

@@ -7,7 +7,7 @@ difference is the signal. bf16 keeps 8 bits of each. fp16 keeps 11, at the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,13 @@ def chooses_trunk(step: TrainStep) -> bool:
     return step.config.training.precision == "auto" and step.autocast_dtype is torch.bfloat16
 
 
-def choose_trunk(step: TrainStep, loader: Loader, number: int) -> str:
+class _Stopped(Exception):
+    """The run is to stop."""
+
+
+def choose_trunk(
+    step: TrainStep, loader: Loader, number: int, is_stopped: Callable[[], bool] = lambda: False
+) -> str | None:
     """Goes over to fp16, for the rest of the run, if bf16 is too coarse for the stage that begins.
 
     What was measured is added to `step.roundings`. It is that of whole global batches, so the choice does not
@@ -57,13 +63,25 @@ def choose_trunk(step: TrainStep, loader: Loader, number: int) -> str:
         step: with a bf16 trunk.
         loader: of the run's batches; those of the next steps are used.
         number: the stage's first step.
+        is_stopped: asked before each batch whether the run stops, in all processes alike; the choice is then
+            made when it goes on.
     Returns:
-        A line for the person.
+        A line for the person; None if the run stops.
     """
     config = step.config
     scales = num_scales(number, config.training.total_steps, config.method)
     step.num_scales.fill_(scales)
-    measured = measure_rounding(step, number, (loader.micro_batches(number + k) for k in range(_BATCHES)))
+
+    def batches() -> Iterator[Sequence[Batch]]:
+        for k in range(_BATCHES):
+            if is_stopped():
+                raise _Stopped
+            yield loader.micro_batches(number + k)
+
+    try:
+        measured = measure_rounding(step, number, batches())
+    except _Stopped:
+        return None
     rounding = step.world.decide(lambda: measured)
     if not rounding.is_harmless:
         step.set_trunk(torch.float16)

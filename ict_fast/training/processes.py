@@ -19,17 +19,18 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ict_fast.checkpoint import checkpoint_steps
-from ict_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, HungError, InputError, TrainingError
+from ict_fast.errors import EXIT_FAILED, EXIT_SIGINT, EXIT_SIGTERM, HungError, InputError, TrainingError
+from ict_fast.hardware import usable_cores
 from ict_fast.training import outcome
 from ict_fast.training.interrupts import SecondInterrupt
+from ict_fast.training.launch import stop_signals
 from ict_fast.training.outcome import RunResult
 
 MAX_RESTARTS = 3
 """A run that loses processes so often without getting any further in between is given up."""
 
 _POLL_SECONDS = 0.25
-_SAVING_SECONDS = 120  # what a stopped run has to write its checkpoint
+_SAVING_SECONDS = 120  # what a run stopped by a signal has to write its checkpoint; 30 with torch 2.11
 _TRACEBACK = "crash.txt"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -39,6 +40,7 @@ def run_processes(
     count: int,
     *,
     out: Path,
+    step: int = 0,
     warn: Callable[[str], None],
     max_restarts: int = MAX_RESTARTS,
 ) -> RunResult:
@@ -52,7 +54,8 @@ def run_processes(
     Args:
         work: called with whether this is the first attempt; picklable, as the processes are spawned.
         count: the number of processes.
-        out: the run's directory, whose checkpoints tell how far it is.
+        out: the run's directory.
+        step: how far it is.
         warn: told of every new attempt.
         max_restarts: how often in a row the processes are started again without getting any further.
     Returns:
@@ -63,28 +66,25 @@ def run_processes(
     for name in logging.root.manager.loggerDict:  # each of torch's has a level of its own
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is said here, in a line
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVING_SECONDS))
-    attempts_in_vain, first, step = 0, True, _newest_step(out)
+    attempts_in_vain, first = 0, True
     while True:
         with tempfile.TemporaryDirectory(prefix="ict-fast-") as folder:
             cause, signal_number = _attempt(work, count, first, Path(folder), out / _TRACEBACK)
             if ended := outcome.outcome(Path(folder)):
                 return ended
-        before, step = step, _newest_step(out)
+            # Not from the newest checkpoint's name: that one may be broken, and the run be before it.
+            began, step = outcome.progress(Path(folder)) or (step, step)
         if signal_number is not None:
-            code = EXIT_SIGTERM if signal_number == signal.SIGTERM else EXIT_SIGINT
+            code = EXIT_SIGINT if signal_number == signal.SIGINT else EXIT_SIGTERM
             return RunResult(out, step, code, f"{out}: {cause}; nothing more was saved")
         first = False
-        attempts_in_vain = 1 if step > before else attempts_in_vain + 1
+        attempts_in_vain = 1 if step > began else attempts_in_vain + 1
         if attempts_in_vain > max_restarts:
             attempts = f"{attempts_in_vain} attempts" if attempts_in_vain > 1 else "the attempt"
             raise TrainingError(f"{cause}; {attempts} got no further than step {step:,}")
         warn(f"{cause}; starting all {count} processes again from step {step:,}")
-
-
-def _newest_step(out: Path) -> int:
-    return max(checkpoint_steps(out), default=0)
 
 
 def _attempt(
@@ -100,7 +100,7 @@ def _attempt(
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT",
+        signals_to_handle=",".join(number.name for number in stop_signals()),
     )
     try:
         # torch's agent would wait for them as long after a second Ctrl-C as after the first.
@@ -155,9 +155,18 @@ def _kill_all() -> None:
         process.kill()
 
 
-@record
 def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent: int) -> None:
-    """Runs in each process; how it ends is written into `folder`."""
+    """Runs in each process."""
+    try:
+        _work(work, first, folder, parent)
+    except Exception:  # which `record` has written down
+        # The interpreter's own end waits for the device, which may wait for a process that is lost.
+        os._exit(EXIT_FAILED)
+
+
+@record
+def _work(work: Callable[[bool], RunResult], first: bool, folder: str, parent: int) -> None:
+    """How it ends is written into `folder`."""
     # Its own process group: a Ctrl-C of the terminal reaches the parent alone, which passes it on once.
     os.setpgid(0, 0)
     if sys.platform == "linux":  # a parent that is killed leaves nobody who goes on training
@@ -171,7 +180,7 @@ def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent:
         result = work(first)
     except (InputError, TrainingError) as error:
         outcome.report_error(rank, error, hung=isinstance(error, HungError))
-        raise SystemExit(1) from None
+        os._exit(EXIT_FAILED)
     if rank == 0:
         outcome.report_result(rank, result)
     if result.exit_code:  # to return would be to wait for the agent, which waits for the end of this process

@@ -6,7 +6,9 @@ import platform
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ict_fast.checkpoint import mark_best, write_checkpoint, write_whole
 from ict_fast.config import to_dict
 from ict_fast.data.store import Store
 from ict_fast.errors import TrainingError
+from ict_fast.training import outcome
 from ict_fast.training.monitor import Monitor, reason
 from ict_fast.training.run_directory import SNAPSHOTS, Run
 from ict_fast.training.step import TrainStep
@@ -36,10 +39,24 @@ class Saver:
 
     def __init__(self, run: Run, store: Store, train_step: TrainStep, monitor: Monitor) -> None:
         self.step = run.step
+        self._begun = monotonic()
         self._run, self._store, self._train_step, self._monitor = run, store, train_step, monitor
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ict-fast-saver")
         self._writing: tuple[int, Future[Path]] | None = None
         self._writing_snapshot: tuple[int, Future[Path]] | None = None
+
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is --logging.checkpoint-minutes old; says so once, in process 0.
+
+        Not while that one is still being written: the training would wait for it.
+        """
+        minutes = self._run.config.logging.checkpoint_minutes
+        if not minutes or not self._train_step.world.is_first:
+            return False
+        if monotonic() - self._begun < 60 * minutes or (self._writing and not self._writing[1].done()):
+            return False
+        self._begun = monotonic()
+        return True
 
     def save(self, step: int, *, best: bool = False) -> None:
         """Begins to write the checkpoint of a step; `best` as for `write_checkpoint`.
@@ -47,6 +64,7 @@ class Saver:
         Raises:
             TrainingError: if the processes do not agree on the state, or the one before was not finite.
         """
+        self._begun = monotonic()
         tensors = self._train_step.tensors()
         self._train_step.world.require_equal_state(tensors, step)
         if not self._train_step.world.is_first:
@@ -68,18 +86,19 @@ class Saver:
         }
         if self._run.initial is not None:
             state["init"] = self._run.initial.record()
-        logging = self._run.config.logging
-        future = self._thread.submit(
-            write_checkpoint,
-            self._run.out,
-            step,
-            copies,
-            state,
-            keep=logging.keep_checkpoints,
-            snapshot_every=logging.snapshot_every,
-            best=best,
+        self._writing = (step, self._thread.submit(self._write, step, copies, state, best))
+
+    def _write(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool
+    ) -> Path:
+        """In the thread."""
+        out, logging = self._run.out, self._run.config.logging
+        keep, snapshot_every = logging.keep_checkpoints, logging.snapshot_every
+        path = write_checkpoint(
+            out, step, tensors, state, keep=keep, snapshot_every=snapshot_every, best=best
         )
-        self._writing = (step, future)
+        outcome.report_progress(self._run.step, step)
+        return path
 
     def mark_best(self, step: int) -> None:
         """The checkpoint of a step, which has been saved, is the best one from now on."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ict_fast import torchrun
 from ict_fast.config import Config, LoggingConfig, validate
 from ict_fast.consistency.curriculum import stages
-from ict_fast.consistency.model import ConsistencyModel, build_seeded_network
-from ict_fast.consistency.sampling import sample
 from ict_fast.data.loaders import Loader, make_loader
 from ict_fast.data.order import micro_batch_size
-from ict_fast.data.pictures import image_grid, save_png, to_uint8
 from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, TrainingError
 from ict_fast.screen import duration, say
@@ -27,12 +25,14 @@ from ict_fast.training.evaluations import (
     require_measurable,
     require_measurement,
 )
+from ict_fast.training.failures import closing, explained, require_progress
 from ict_fast.training.figures import figures
 from ict_fast.training.graph import CapturedStep, require_capturable
+from ict_fast.training.grids import averaged_model, save_grid
 from ict_fast.training.initial import initial_weights, write_record
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
-from ict_fast.training.monitor import Monitor, reason
-from ict_fast.training.outcome import RunResult
+from ict_fast.training.monitor import Monitor
+from ict_fast.training.outcome import RunResult, report_progress
 from ict_fast.training.precision import choose_trunk, chooses_trunk
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
@@ -43,6 +43,7 @@ from ict_fast.training.trackers import chosen_tracker, open_tracker
 from ict_fast.training.utilisation import Utilisation, describe_run
 from ict_fast.training.world import (
     COLLECTIVE_TIMEOUT,
+    SAVE,
     World,
     joined,
     launched,
@@ -51,7 +52,6 @@ from ict_fast.training.world import (
     world_size,
 )
 
-_GRID_IMAGES = 64
 _POWER_SNAPSHOTS = 64  # in a run, where --logging.power-ema-every does not say otherwise
 
 
@@ -97,8 +97,10 @@ def train(
     if config.training.cuda_graph:
         require_capturable(found, world_size() if launched() else count, config.data.loader)
     if launched():
-        require_launched(gpus or processes, max_restarts)
+        require_launched(found, gpus or processes, max_restarts)
         here = torch.device("cuda", local_rank()) if found.type == "cuda" else found
+        if torchrun.restarts():  # an earlier attempt has begun the run
+            resume = "auto"
         with joined(here, collective_timeout) as world:
             result = _train(config, out, here, world, resume, extend, init)
             return result if world.is_first else replace(result, message="")
@@ -122,6 +124,7 @@ def train(
         work,
         count,
         out=out,
+        step=run.step,
         warn=lambda text: say(f"ict-fast: warning: {text}"),
         max_restarts=MAX_RESTARTS if max_restarts is None else max_restarts,
     )
@@ -162,17 +165,9 @@ def _train(
     store = open_data(run)
     world.decide(lambda: require_measurement(run.config))
     world.require_equal(store.fingerprint, f"the images of {store.path}")
-    with lock(run, warnings.append) if world.is_first else nullcontext():
-        try:
-            return _train_locked(run, store, device, world, warnings, extended=extend is not None)
-        except (RuntimeError, MemoryError) as error:
-            # torch.OutOfMemoryError is the GPU's; the CPU's allocator raises a plain RuntimeError.
-            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-            if not out_of_memory and "allocate memory" not in str(error):
-                raise
-            raise TrainingError(
-                f"out of memory: {reason(error)}; a smaller --training.micro-batch needs less"
-            ) from error
+    with ExitStack() as held, explained():
+        world.decide(lambda: held.enter_context(lock(run, warnings.append)))
+        return _train_locked(run, store, device, world, warnings, extended=extend is not None)
 
 
 def _train_locked(
@@ -201,14 +196,20 @@ def _train_locked(
             "a CPU has no TF32: its rounding is emulated, which is slower than --training.precision fp32"
         )
     loader, reason = make_loader(config, store, device, rank=world.rank, world_size=world.size)
+    world.decide(lambda: prepare_directory(run))
     if world.is_first:
-        prepare_directory(run)
+        report_progress(run.step, run.step)
         utilisation = Utilisation(config, device, world.size)
         describe_run(run, utilisation, world.size)
         monitor = Monitor(run, utilisation, open_tracker(run, warnings.append))
     else:
         monitor = Monitor(run, silent=True)
-    with StopRequest() as stop, monitor, loader, Saver(run, store, train_step, monitor) as saver:
+    with (
+        StopRequest() as stop,
+        monitor,
+        closing(loader, world),
+        Saver(run, store, train_step, monitor) as saver,
+    ):
         for warning in warnings:
             monitor.warn(warning)
         where = str(device) if world.size == 1 else f"{device.type} in {world.size} processes"
@@ -236,40 +237,59 @@ def _loop(
     total, logging = config.training.total_steps, config.logging
     borders = {stage.first_step for stage in stages(total, config.method)}
     advance = CapturedStep(train_step) if config.training.cuda_graph else train_step
+    stop_code: int | None = None
+
+    def is_stopped() -> bool:
+        """Asked by what takes longer than a step; its caller has saved it."""
+        nonlocal stop_code
+        agreed = world.stop_code(stop.exit_code)
+        stop_code = None if agreed == SAVE else agreed
+        return stop_code is not None
+
     while True:
         world.reached(step)
-        done, stop_code = step == total, world.stop_code(stop.exit_code)
+        # By the clock of process 0. All of them see it one step later.
+        is_due = step > run.step and not _is_saved(step, logging) and saver.is_due()
+        agreed = world.stop_code(stop.exit_code or (SAVE if is_due else None))
+        done, stop_code = step == total, None if agreed == SAVE else agreed
         if step > run.step:
             if done or step % logging.log_every == 0:
                 monitor.record(step, figures(train_step, step))
-                _check_progress(train_step, step, config)
+                require_progress(train_step, step, config)
             if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
                 with monitor.paused():
-                    _save_grid(train_step, step, out / "grids" / f"step-{step:08d}.png", monitor)
+                    save_grid(train_step, step, out / "grids" / f"step-{step:08d}.png", monitor)
         if step > run.step and config.optimizer.power_ema and (done or step % _snapshot_every(config) == 0):
             saver.save_snapshot(step)
-        is_saved = step > run.step and (done or stop_code is not None or _is_saved(step, logging))
+        is_saved = step > run.step and (done or agreed is not None or _is_saved(step, logging))
         if stop_code is not None and is_saved and not done:
             monitor.say(f"stopping at step {step:,}, saving it; Ctrl-C again quits without")
         if is_saved:  # before the measurement, which may crash
             saver.save(step)
         if evaluations.is_due(step) and stop_code is None:  # a run that goes on makes up for a missed one
             saver.wait()
-            measure = partial(evaluations.measure, step, partial(_averaged_model, train_step))
+            measure = partial(evaluations.measure, step, partial(averaged_model, train_step))
             with monitor.paused():
                 is_best, stop_code = world.while_first(measure, "measuring")
             if is_best and is_saved:
                 saver.mark_best(step)
             elif is_best or (stop_code is not None and step > run.step and not is_saved):
                 saver.save(step, best=is_best)
+                is_saved = True
         if done or stop_code is not None:
             break
         compiling, started = train_step.compiled_blocks if step == run.step else 0, time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
         if step in borders and chooses_trunk(train_step):
+            if step > run.step and not is_saved:  # the choice may take an hour
+                saver.save(step)
             with monitor.paused():
-                monitor.say(choose_trunk(train_step, loader, step))
+                choice = choose_trunk(train_step, loader, step, is_stopped)
+            if choice is None:
+                monitor.say(f"stopping at step {step:,}; its trunk's arithmetic is chosen on resuming")
+                break
+            monitor.say(choice)
             if train_step.compiled_blocks and not chooses_trunk(train_step):
                 compiling, started = train_step.compiled_blocks, time.monotonic()
                 monitor.say(f"compiling {compiling} blocks for fp16")
@@ -310,36 +330,3 @@ def _snapshot_every(config: Config) -> int:
 
 def _already_finished(run: Run) -> RunResult:
     return RunResult(run.out, run.step, EXIT_DONE, f"{run.out} is finished: {run.step:,} steps are done")
-
-
-def _check_progress(train_step: TrainStep, step: int, config: Config) -> None:
-    """Gives up after too many steps in a row without a finite gradient; begins a new window of the loss.
-
-    Raises:
-        TrainingError: see above. The weights are still those of the last good step.
-    """
-    in_a_row = int(train_step.skipped_in_a_row)
-    train_step.reset_loss()
-    if in_a_row >= config.training.max_skipped_steps:
-        raise TrainingError(
-            f"{in_a_row} steps in a row up to step {step:,} had no finite gradient, and changed no weight;"
-            " a smaller --optimizer.lr, in a new --out, may help"
-        )
-
-
-def _averaged_model(train_step: TrainStep) -> ConsistencyModel:
-    """The averaged weights, in a model of their own."""
-    network = build_seeded_network(train_step.config).to(train_step.device)
-    network.load_state_dict(train_step.ema_weights())
-    return ConsistencyModel(train_step.config, network).eval().requires_grad_(False)
-
-
-def _save_grid(train_step: TrainStep, step: int, path: Path, monitor: Monitor) -> None:
-    """One-step samples of the averaged weights, from the same noise every time."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        save_png(image_grid(to_uint8(sample(_averaged_model(train_step), _GRID_IMAGES))), path)
-    except (OSError, torch.OutOfMemoryError) as error:
-        monitor.warn(f"{path} cannot be written ({reason(error)}); training goes on")
-        return
-    monitor.drew_grid(step, path)

@@ -18,6 +18,9 @@ from ict_fast.training.lookout import Lookout
 
 T = TypeVar("T")
 
+SAVE = 1
+"""What `stop_code` says when all are to save a checkpoint and go on; exit codes of signals are larger."""
+
 COLLECTIVE_TIMEOUT = 600.0
 """Seconds that a process may wait for the slowest: the first one writes pictures and checkpoints."""
 
@@ -72,12 +75,24 @@ class World:
         return nullcontext() if self._lookout is None else self._lookout.waiting(what)
 
     def decide(self, choose: Callable[[], T]) -> T:
-        """What process 0 chooses, in every process. If it raises, it ends, and its launcher ends the rest."""
+        """What process 0 chooses, in every process.
+
+        Raises:
+            InputError, TrainingError: in every process, what process 0 raises. After any other error it ends,
+                and its launcher ends the rest.
+        """
         if self.size == 1:
             return choose()
-        chosen: list[Any] = [choose() if self.is_first else None]
+        chosen: list[Any] = [None]
+        if self.is_first:
+            try:
+                chosen = [choose()]
+            except (InputError, TrainingError) as error:
+                chosen = [error]
         with self.waiting("a decision of process 0"):
             dist.broadcast_object_list(chosen, src=0, group=self._hosts)
+        if isinstance(chosen[0], InputError | TrainingError):
+            raise chosen[0]
         return chosen[0]
 
     def while_first(self, work: Callable[[], T], what: str) -> T:
@@ -141,7 +156,7 @@ class World:
         return value
 
     def stop_code(self, mine: int | None) -> int | None:
-        """The exit code with which all stop at this step, or None.
+        """The exit code with which all stop at this step, SAVE if they save it and go on, or None.
 
         To be called once before each step. What a process asks for takes effect one call later, in all of
         them at the same step, so that nobody waits for an answer.
@@ -217,11 +232,12 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def require_launched(asked: int | None, max_restarts: int | None = None) -> None:
+def require_launched(device: torch.device, asked: int | None, max_restarts: int | None = None) -> None:
     """Checks what was asked for, if anything, against what the launcher has started on this node.
 
     Raises:
-        InputError: if the numbers of processes differ, or restarts were asked for, which are the launcher's.
+        InputError: if the numbers of processes differ, or restarts were asked for, which are the launcher's;
+            or if this process finds no GPU left for it.
     """
     # Those that ict-fast itself has started are not given the option.
     if max_restarts is not None:
@@ -231,6 +247,12 @@ def require_launched(asked: int | None, max_restarts: int | None = None) -> None
         raise InputError(
             f"{asked} processes are asked for, and torchrun has started {started} on this node; give the"
             " number to torchrun (--nproc-per-node) and leave --gpus and --processes out"
+        )
+    # Not the number of processes: a launcher may show each of them its own GPU alone, as number 0.
+    if device.type == "cuda" and local_rank() >= (visible := torch.cuda.device_count()):
+        raise InputError(
+            f"torchrun has started {started} processes on this node, where torch sees {visible}"
+            f" GPU{'s' * (visible > 1)}; choose --nproc-per-node {visible}, or --device cpu"
         )
 
 
@@ -242,8 +264,8 @@ def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterato
         device: where this process trains; NCCL connects GPUs, gloo CPUs.
         timeout: seconds that a process waits for another one.
     Raises:
-        TrainingError: if not all processes join in time.
-        HungError: instead of the error of an operation inside that the other processes do not come to.
+        HungError: if not all processes join in time; instead of the error of an operation inside that the
+            other processes do not come to.
     """
     if not launched():
         yield World()
@@ -258,25 +280,23 @@ def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterato
         if not _timed_out(error):
             raise
         count = os.environ["WORLD_SIZE"]
-        raise TrainingError(
+        raise HungError(
             f"not all of the {count} processes have joined within {timeout:g} s (--collective-timeout)"
         ) from error
-    hung = False
-    try:
-        if dist.get_world_size() == 1:
+    if dist.get_world_size() == 1:
+        try:
             yield World()
-            return
-        with Lookout(dist.get_rank(), dist.get_world_size(), _record(), timeout) as lookout:
-            try:
-                yield World(lookout, timeout)
-            except RuntimeError as error:
-                hung = _timed_out(error)
-                if hung:
-                    raise HungError(lookout.diagnosis()) from error
-                raise
-    finally:
-        if not hung:  # else it would wait for what the others no longer do
+        finally:
             dist.destroy_process_group()
+        return
+    with Lookout(dist.get_rank(), dist.get_world_size(), _record(), timeout) as lookout:
+        try:
+            yield World(lookout, timeout)
+        except RuntimeError as error:
+            if _timed_out(error):
+                raise HungError(lookout.diagnosis()) from error
+            raise
+    dist.destroy_process_group()  # not after an error: it would wait for what the others no longer do
 
 
 def _timed_out(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ict_fast.consistency import ConsistencyModel
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.evaluation import chunks, evaluate
 from ict_fast.evaluation.chunks import Chunk, Work, generated_chunks, reference_chunks
+from ict_fast.evaluation.processes import threads_each
 
 COUNT = 2100  # three chunks, the last one short
 
@@ -185,3 +187,9 @@ def test_chunks_hold_every_image_once(count: int) -> None:
         assert found[0].first == 0
         assert found[-1].first + found[-1].count == count
     assert len(reference_chunks(count)) <= 16
+
+
+def test_the_processes_share_the_cores_that_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    assert threads_each(3) == 4

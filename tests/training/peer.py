@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from ict_fast.data.store import open_store
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.training.outcome import RunResult
 from ict_fast.training.step import TrainStep
-from ict_fast.training.world import World
+from ict_fast.training.world import SAVE, World
 
 CPU = torch.device("cpu")
 
@@ -87,6 +89,10 @@ def fail(world: World, folder: Path) -> None:
     os._exit(0)
 
 
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def disagree(world: World, folder: Path) -> None:
     state = {"weights": {"a": torch.ones(3), "b": torch.ones(2)}}
     world.require_equal_state(state, 7)
@@ -98,9 +104,13 @@ def disagree(world: World, folder: Path) -> None:
     with pytest.raises(InputError, match=r"the images differ between process 0 and process 1$"):
         world.require_equal("others" if world.rank == 1 else "images", "the images")
     assert world.decide(lambda: world.rank + 10) == 10
+    for error in (InputError("no such data"), TrainingError("a disk is gone")):
+        with pytest.raises(type(error), match=str(error)):
+            world.decide(partial(_raise, error))
     assert int(world.add(torch.tensor(world.rank))) == 3
-    codes = [world.stop_code(143 if world.rank == 1 and step == 2 else None) for step in range(5)]
-    assert codes == [None, None, None, 143, None], "all stop at one step, the one after it was asked for"
+    asked = {(1, 2): 143, (0, 2): SAVE, (0, 4): SAVE}
+    codes = [world.stop_code(asked.get((world.rank, step))) for step in range(7)]
+    assert codes == [None, None, None, 143, None, SAVE, None], "all at one step, that after it was asked for"
 
 
 # What `run_processes` is given, in place of training.
@@ -115,6 +125,8 @@ def failed_training(first: bool) -> RunResult:
 
 
 def crash(first: bool) -> RunResult:
+    """With a thread that waits for ever, as for a device; the process must end all the same."""
+    threading.Thread(target=threading.Event().wait).start()
     raise ZeroDivisionError("a bug")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,42 @@ def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
         assert (ours.path / f"{name}.safetensors").read_bytes() == (
             theirs.path / f"{name}.safetensors"
         ).read_bytes(), f"{name} differ"
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+def test_a_signal_during_the_choice_abandons_it_and_the_run_goes_on_from_there(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled: dict[int, int] = {}
+    drawn_at: dict[int, int] = {}
+
+    def measure(train_step: TrainStep, first_step: int, drawn: Iterable) -> Rounding:
+        drawn_at[first_step] = 0
+        for _ in drawn:
+            drawn_at[first_step] += 1
+            if drawn_at[first_step] == signalled.get(first_step):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return Rounding(1.0, 0.0)
+
+    monkeypatch.setattr(precision, "measure_rounding", measure)
+    config = replace(tiny, training=replace(tiny.training, precision="auto"))
+    config = replace(config, logging=replace(config.logging, checkpoint_every=24))
+    train(config, out=tmp_path / "whole", device="cpu")
+    out = tmp_path / "stopped"
+    for border, batches_until in ((0, 2), (12, 5), (12, 1)):
+        signalled = {border: batches_until}
+        result = train(config, out=out, device="cpu")
+        assert (result.exit_code, result.step) == (143, border)
+        assert drawn_at[border] == batches_until, "the next one is not drawn"
+        assert border == 0 or open_checkpoint(out).step == border
+    signalled = {}
+    assert train(config, out=out, device="cpu").step == 24
+    assert drawn_at[12] == 24
+    ours, theirs = open_checkpoint(out), open_checkpoint(tmp_path / "whole")
+    for name in theirs.names:
+        file = f"{name}.safetensors"
+        assert (ours.path / file).read_bytes() == (theirs.path / file).read_bytes(), f"{name} differ"
+    assert ours.state["roundings"] == theirs.state["roundings"]
 
 
 @pytest.mark.usefixtures("like_a_gpu")

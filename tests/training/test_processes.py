@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +26,12 @@ from torch.distributed import HashStore
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.training import trainer
+from ict_fast.training import outcome, processes, trainer
 from ict_fast.training.dry_run import dry_run
+from ict_fast.training.failures import closing
 from ict_fast.training.launch import resolve_processes
 from ict_fast.training.lookout import Lookout
+from ict_fast.training.outcome import RunResult
 from ict_fast.training.processes import run_processes
 from ict_fast.training.run_directory import read_config
 from ict_fast.training.step import TrainStep
@@ -123,6 +126,11 @@ def test_a_lookout_that_meets_a_recompilation_or_a_measurement() -> None:
 
 
 # ---- the command ----
+
+TORCHRUN = (
+    *("-m", "torch.distributed.run", "--local-addr", "localhost"),
+    *("--rdzv-backend", "c10d", "--rdzv-id", "job"),
+)
 
 
 @pytest.fixture
@@ -258,8 +266,8 @@ def test_a_signal_saves_in_all_processes_and_the_same_command_resumes(
     assert "Traceback" not in output
     step = open_checkpoint(out).step
     assert step > 0
-    process = command(config, out, "--processes", "2")
-    _wait(process, lambda: len((out / "log.jsonl").read_text().splitlines()) > step)
+    process = command(config, out, "--processes", "2", "--logging.checkpoint-minutes", "0.01")
+    _wait(process, lambda: _newest(out) > step)  # by the clock, so that a kill loses minutes
     # A terminal's Ctrl-C goes to the whole foreground group; the processes get it from the parent, once.
     for pid in [process.pid, *(w for w in _workers(process.pid) if os.getpgid(w) == os.getpgid(process.pid))]:
         os.kill(pid, signal.SIGINT)
@@ -267,6 +275,7 @@ def test_a_signal_saves_in_all_processes_and_the_same_command_resumes(
     assert process.returncode == 130, output
     assert f"resuming at step {step}" in output
     assert open_checkpoint(out).step > step
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -347,6 +356,23 @@ def test_a_run_goes_on_in_another_number_of_processes(
     assert _difference(open_checkpoint(more).tensors("weights"), expected) < 1e-4
 
 
+def test_a_process_that_torchrun_has_started_again_resumes_whatever_it_was_told(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = f"TORCHELASTIC_RUN_ID=job MASTER_ADDR=localhost MASTER_PORT={port}"
+    for word in f"{given} RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1".split():
+        monkeypatch.setenv(*word.split("="))
+    config = replace(tiny, training=replace(tiny.training, total_steps=2))
+    assert train(config, out=tmp_path / "run", device="cpu", resume="never").step == 2
+    with pytest.raises(InputError, match="there is a run in"):
+        train(config, out=tmp_path / "run", device="cpu", resume="never")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(config, out=tmp_path / "run", device="cpu", resume="never").step == 2
+
+
 def test_two_agents_form_one_job_as_two_nodes_would(
     config: Config, tmp_path: Path, command: Command, undisturbed: dict[str, Path]
 ) -> None:
@@ -355,17 +381,8 @@ def test_two_agents_form_one_job_as_two_nodes_would(
         port = free.getsockname()[1]
     out = tmp_path / "run"
     torchrun = (
-        *(
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            "2",
-            "--nproc-per-node",
-            "1",
-            "--local-addr",
-            "localhost",
-        ),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "job"),
+        *TORCHRUN,
+        *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"localhost:{port}"),
     )
     agents = [command(config, out, launcher=torchrun) for _ in range(2)]
     outputs = [agent.communicate(timeout=300)[0] for agent in agents]
@@ -375,6 +392,28 @@ def test_two_agents_form_one_job_as_two_nodes_would(
 
 
 # ---- what is refused, and when a run is given up ----
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        (("--training.totl-steps", "3"), "unknown option --training.totl-steps; did you mean"),
+        (("--resume", "must"), "there is no run in .* to resume"),
+    ],
+    ids=["of the command line", "of process 0"],
+)
+def test_torchrun_does_not_start_again_what_no_attempt_can_do(
+    config: Config, tmp_path: Path, command: Command, extra: tuple[str, ...], line: str
+) -> None:
+    torchrun = (*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", "--rdzv-endpoint", "localhost:0")
+    agent = command(config, tmp_path / "run", *extra, launcher=torchrun)
+    output = agent.communicate(timeout=120)[0]
+    assert agent.returncode == 1
+    said = [text for text in output.splitlines() if "ict-fast: error" in text]
+    assert len(said) == 1, output
+    assert re.search(f"{line}.*; torchrun is stopped by SIGTERM, lest it try again$", said[0])
+    assert output.count("Traceback") == 1, "that of torchrun, which tells of the signal"
+    assert "SignalException" in output
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_before_a_process_starts(
@@ -406,13 +445,21 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_number_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    require_launched(None)
-    require_launched(4)
+    require_launched(cpu, None)
+    require_launched(cpu, 4)
     with pytest.raises(InputError, match="8 processes are asked for, and torchrun has started 4"):
-        require_launched(8)
+        require_launched(cpu, 8)
     with pytest.raises(InputError, match="--max-restarts is torchrun's here"):
-        require_launched(4, 3)
+        require_launched(cpu, 4, 3)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    require_launched(gpu, None)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="started 4 processes on this node, where torch sees 2 GPUs; choose"):
+        require_launched(gpu, None)
 
 
 @pytest.mark.parametrize(
@@ -436,3 +483,45 @@ def test_errors_keep_their_meaning_and_crashes_are_tried_again(
         sys.path.remove(str(PEER.parent))
     assert len(warned) == attempts - 1
     assert (tmp_path / "crash.txt").exists() == (cause == "crash")
+
+
+def test_a_run_that_saves_between_its_losses_goes_on_whatever_lies_beside_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken checkpoint of step 5,000 is passed over: attempts begin at 4,000, 4,100, 4,200."""
+    (tmp_path / "run/checkpoints/step-00005000").mkdir(parents=True)
+    monkeypatch.setenv("ICT_FAST_OUTCOMES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))  # as under SLURM, of 96
+    saved, losses, threads = [4000], [4100, 4200, 4300, 4300, 4300, 4300], set()
+
+    def attempt(work: object, count: int, first: bool, folder: Path, traceback: Path) -> tuple[str, None]:
+        outcome.report_to(folder)
+        outcome.report_progress(saved[-1], saved[-1])
+        saved.append(losses[len(saved) - 1])
+        outcome.report_progress(saved[-2], saved[-1])
+        threads.add(os.environ["OMP_NUM_THREADS"])
+        return "process 1 was ended by SIGKILL", None
+
+    monkeypatch.setattr(processes, "_attempt", attempt)
+    warned: list[str] = []
+    with pytest.raises(TrainingError, match="SIGKILL; 3 attempts got no further than step 4,300"):
+        run_processes(crashed, 2, out=tmp_path / "run", step=4000, warn=warned.append, max_restarts=2)
+    assert [line.rpartition(" ")[2] for line in warned] == ["4,100", "4,200", "4,300", "4,300"]
+    assert threads == {"6"}
+
+
+def crashed(first: bool) -> RunResult:
+    raise AssertionError
+
+
+def test_after_the_loss_of_a_process_nobody_waits_for_the_device(tmp_path: Path) -> None:
+    closed: list[int] = []
+    loader = SimpleNamespace(close=lambda: closed.append(1))
+    for size, expected in ((1, [1]), (2, [1])):
+        with pytest.raises(RuntimeError), closing(loader, SimpleNamespace(size=size)):  # type: ignore[arg-type]
+            raise RuntimeError("Connection closed by peer")
+        assert closed == expected
+    with closing(loader, SimpleNamespace(size=2)):  # type: ignore[arg-type]
+        pass
+    assert closed == [1, 1]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
+import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +20,11 @@ import torch
 
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
+from ict_fast.training import saving
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
+
+from .conftest import flags  # type: ignore[import-not-found]
 
 
 def _log(out: Path) -> dict[int, list]:
@@ -187,6 +193,48 @@ def test_a_signal_saves_and_stops_and_the_same_command_resumes(
         saved = open_checkpoint(out).step
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["ssh", "nohup"])
+def test_the_end_of_the_terminal_saves_and_stops_unless_it_is_ignored(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
+) -> None:
+    original = TrainStep.__call__
+
+    def hung_up(self: TrainStep, number: int, batches: list) -> None:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+        original(self, number, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        result = train(tiny, out=tmp_path / "run", device="cpu")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.exit_code, result.step) == ((0, 24) if ignored else (143, 4))
+    assert open_checkpoint(tmp_path / "run").step == result.step
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_real_terminal_that_is_closed(tiny: Config, tmp_path: Path, processes: str) -> None:
+    config = replace(
+        tiny,
+        training=replace(tiny.training, total_steps=100_000),
+        logging=replace(tiny.logging, log_every=1, checkpoint_every=100_000),
+    )
+    out = tmp_path / "run"
+    words = ("-m", "ict_fast", "train", "--device", "cpu", "--processes", processes, "--out", str(out))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, *words, *flags(config)])
+    while not (out / "log.jsonl").exists():
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+    assert open_checkpoint(out).step > 0
+
+
 @pytest.mark.parametrize("raised", [True, False])
 def test_a_second_ctrl_c_interrupts_once_and_the_handlers_come_back(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: bool
@@ -222,3 +270,41 @@ def test_a_second_ctrl_c_interrupts_once_and_the_handlers_come_back(
     assert interrupts == 1
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_checkpoints_by_the_clock_come_between_those_by_steps_and_change_no_bit(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step takes a minute."""
+    original, minutes, broken = TrainStep.__call__, [0.0], [13]
+
+    def step(self: TrainStep, number: int, batches: object) -> None:
+        if number in broken:
+            broken.remove(number)
+            raise KeyboardInterrupt
+        original(self, number, batches)  # type: ignore[arg-type]
+        minutes[0] += 1
+
+    config = replace(tiny, logging=replace(tiny.logging, checkpoint_every=10))
+    assert train(config, out=tmp_path / "plain", device="cpu").step == 24
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(saving, "monotonic", lambda: 60 * minutes[0])
+
+    def save(self: saving.Saver, number: int, save: Callable = saving.Saver.save) -> None:
+        save(self, number)
+        self.wait()  # else the next one may wait for this one's end
+
+    monkeypatch.setattr(saving.Saver, "save", save)
+    config = replace(config, logging=replace(config.logging, checkpoint_minutes=2.5, keep_checkpoints=9))
+    out = tmp_path / "timed"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, out=out, device="cpu")
+    config = replace(config, logging=replace(config.logging, checkpoint_minutes=6.0, keep_checkpoints=4))
+    assert _checkpoints(out) == [3, 6, 9, 10, 13]
+    train(config, out=out, device="cpu")
+    assert _checkpoints(out) == [13, 19, 20, 24]
+    _assert_same_run(out, tmp_path / "plain", 24)
+
+
+def _checkpoints(out: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*"))

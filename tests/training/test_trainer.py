@@ -371,6 +371,23 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(
         assert (tmp_path / "late" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
 
+def test_a_file_system_that_fails_ends_the_training_and_is_no_bad_input(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ict_fast.training.step import TrainStep
+
+    errors = [OSError(errno.ESTALE, "Stale file handle", "images.npy"), BrokenPipeError()]
+
+    def fails(self: TrainStep, number: int, batches: object) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(TrainStep, "__call__", fails)
+    with pytest.raises(TrainingError, match=r"^images.npy: Stale file handle; the same command resumes"):
+        train(tiny, out=tmp_path / "run", device="cpu")
+    with pytest.raises(BrokenPipeError):  # `ict-fast train | head`, which the command line knows
+        train(tiny, out=tmp_path / "run", device="cpu")
+
+
 def test_a_file_system_without_locks_is_warned_of(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

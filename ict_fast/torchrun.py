@@ -1,0 +1,53 @@
+"""The torchrun that has started this process: it starts again what ends with an error, unless it is stopped.
+
+Imports no torch: what is wrong with a command line is said before that.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+_CLAIM = "ict-fast-ended"
+
+
+def restarts() -> int:
+    """How often the launcher has started this process's group again; 0 without a launcher."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def agent() -> int | None:
+    """The process number of the torchrun that has started this process, or None."""
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    # What a worker starts has the worker's environment too, and its parent must not be stopped.
+    names = {Path(os.fsdecode(word)).name for word in words}
+    return parent if names & {"torchrun", "torch.distributed.run", "torch.distributed.launch"} else None
+
+
+def claim() -> bool:
+    """Whether this process is the first one of its node, in this attempt, that ends with an error.
+
+    The others have the same one, or have lost the first.
+    """
+    errors = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/<local rank>/error.json
+    if errors is None:
+        return True
+    try:
+        (Path(errors).parents[1] / _CLAIM).touch(exist_ok=False)
+    except (FileExistsError, FileNotFoundError):  # the folder is gone: torchrun is at its end
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def stop(agent: int) -> None:
+    """Ends torchrun, which ends the node's other processes, in place of starting all of them again."""
+    os.kill(agent, signal.SIGTERM)

@@ -59,6 +59,7 @@ class TrainStep:
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Begins with weights drawn from config.training.seed, or with the state dict `initial`."""
+        require_arithmetic(config.training.precision, device)
         self.config = config
         self.device = device
         self.world = World() if world is None else world
@@ -69,7 +70,6 @@ class TrainStep:
         self.autocast_dtype: torch.dtype | None = None
         teacher = None
         if config.training.precision == "tf32":
-            require_tf32(device)
             set_tf32(self.network, True)
         if config.method.teacher == "ema":
             teacher = copy.deepcopy(self.network).requires_grad_(False)
@@ -335,18 +335,40 @@ def learning_rate(step: int, config: Config) -> float:
 def trunk_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype of the network's trunk, or None for fp32 (of which TF32 is a way to compute)."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        if device.type != "cuda":
+            precision = "fp32"
+        else:
+            precision = "bf16" if _is_ampere(device) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
-def require_tf32(device: torch.device) -> None:
-    """Raises InputError for a GPU that has no TF32, which would compute in fp32 and not say so."""
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+def describe_trunk(precision: str, device: torch.device) -> str | None:
+    """A line for the person, where `auto` is not what it is on other GPUs."""
+    if precision != "auto" or device.type != "cuda" or _is_ampere(device):
+        return None
+    return f"{_described(device)} has no bf16: the trunk is in fp16 from the start"
+
+
+def require_arithmetic(precision: str, device: torch.device) -> None:
+    """Raises InputError for a GPU without this arithmetic.
+
+    It would compute TF32 in fp32, and bf16 by emulation or not at all (Triton), and not say so.
+    """
+    if precision in ("tf32", "bf16") and device.type == "cuda" and not _is_ampere(device):
         raise InputError(
-            f"--training.precision is tf32, which {name} has not (compute capability {found}; it takes 8.0);"
-            " choose fp32 or fp16"
+            f"--training.precision is {precision}, which {_described(device)} has not (it takes 8.0); choose"
+            " fp32 or fp16"
         )
+
+
+def _is_ampere(device: torch.device) -> bool:
+    """Whether its tensor cores take bf16 and TF32: those of V100 and T4 take fp16 alone."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _described(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 def _on_device(network: nn.Module, device: torch.device) -> nn.Module:

@@ -38,7 +38,7 @@ from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
 from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
 from ict_fast.training.saving import Saver, trunk_name
-from ict_fast.training.step import TrainStep
+from ict_fast.training.step import TrainStep, describe_trunk
 from ict_fast.training.trackers import chosen_tracker, open_tracker
 from ict_fast.training.utilisation import Utilisation, describe_run
 from ict_fast.training.world import (
@@ -188,6 +188,8 @@ def _train_locked(
         if world.is_first:
             write_record(out, report)
     train_step = TrainStep(config, device, world, weights)
+    if trunk := describe_trunk(config.training.precision, device):
+        begun.append(trunk)
     if run.checkpoint is not None:
         before = run.checkpoint.state.get("trunk_dtype")
         if chooses_trunk(train_step) and before == "float16":  # chosen at an earlier stage

@@ -148,7 +148,6 @@ def make_plan(
 
     reduced = float(_FP32 * cost.parameters) if gpus > 1 else 0.0
     wire = 2 * (gpus - 1) / gpus * reduced
-    bandwidth = kind.nvlink if gpus <= machines.GPUS_PER_NODE else machines.NETWORK
     # Gradients travel while the last micro-batch's backward pass makes the next ones.
     hiding = compute * cost.backward_flops / cost.step_flops * micro_batch / share
     return Plan(
@@ -168,7 +167,7 @@ def make_plan(
         mfu=mfu,
         measured=measured,
         compute_seconds=compute,
-        exposed_seconds=max(0.0, wire / bandwidth - hiding),
+        exposed_seconds=max(0.0, wire / kind.ring(gpus) - hiding),
         warnings=_warnings(share, compute * micro_batch / share, measured),
     )
 

@@ -78,7 +78,7 @@ def test_communication_that_computing_does_not_hide_costs_time() -> None:
     near, far = (make_plan(config, "h100", gpus, mfu=0.5) for gpus in (8, 512))
     assert near.exposed_seconds == 0
     assert far.share == 2
-    wire = 2 * 511 / 512 * 4 * far.cost.parameters / 50e9
+    wire = 2 * 511 / 512 * 4 * far.cost.parameters / 400e9
     backward = 2 * far.cost.backward_flops / (0.5 * 989e12)
     assert far.exposed_seconds == pytest.approx(wire - backward)
     assert far.warnings == (
@@ -87,6 +87,34 @@ def test_communication_that_computing_does_not_hide_costs_time() -> None:
         "2 images on each GPU are too few to fill it: the rate will be below the assumed one",
     )
     assert near.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "gigabytes"),
+    [
+        ("a100", 8, 300),
+        ("a100", 24, 200),  # eight adapters of 25 GB/s in each node, not one
+        ("h100", 2, 450),
+        ("h100", 16, 400),
+        ("h100", 512, 400),
+        ("h200", 12, 300),  # two nodes of six
+    ],
+)
+def test_a_ring_over_nodes_is_as_fast_as_the_adapters_of_a_node_together(
+    gpu: str, gpus: int, gigabytes: float
+) -> None:
+    """Three nodes of eight A100 with four adapters of 25 GB/s have been seen to do 85 to 96 GB/s."""
+    assert GPUS[gpu].ring(gpus) == gigabytes * 1e9
+    assert replace(GPUS["a100"], network=12.5e9).ring(24) == 100e9
+
+
+def test_large_runs_hide_their_communication() -> None:
+    plan = make_plan(presets.get("imagenet64"), "h100", 512)
+    sent = 2 * 511 / 512 * 4 * 282.2e6 / 400e9
+    backward = 8 * plan.cost.backward_flops / (DEFAULT_MFU * 989e12)
+    assert plan.share == plan.micro_batch == 8
+    assert sent < backward
+    assert plan.exposed_seconds == 0
 
 
 def _results(folder: Path, gpu: str = "NVIDIA H200", **changes: Any) -> None:

@@ -145,7 +145,7 @@ def measure_rounding(step: TrainStep, first_step: int, batches: Iterable[Sequenc
         del exact, rounded, pieces  # before the next ones are made
         if step.world.decide(lambda: sums.rounding.is_clear):
             break
-    step.optimizer.zero_grad()
+    step.clear_gradients()
     return sums.rounding
 
 

@@ -167,12 +167,19 @@ class TrainStep:
         Returns:
             The sum of what `backward` returns, in this process.
         """
-        self.optimizer.zero_grad()
+        self.clear_gradients()
         figures = torch.zeros(1 + 2 * BUCKETS, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             with self._gathering_only() if number < len(micro_batches) else nullcontext():
                 figures += self.backward(batch)
         return figures
+
+    def clear_gradients(self) -> None:
+        """Sets the gradients to none, or to zero where they lie in what several processes reduce."""
+        if self._parallel is None:
+            self.optimizer.zero_grad()
+        else:
+            torch._foreach_zero_([p.grad for p in self.network.parameters() if p.grad is not None])
 
     def updates(self) -> Tensor:
         """Steps that have changed the weights, the last one included: 0-dim int64 on the device."""
@@ -316,6 +323,13 @@ class TrainStep:
 
 
 def _parallel(network: nn.Module) -> DistributedDataParallel:
+    """Reduces the gradients, which are views of its buckets from now on, and must stay.
+
+    New gradients, after these were set to none, would be beside the buckets as long as micro-batches
+    accumulate: as much memory again.
+    """
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     with warnings.catch_warnings():  # what takes the argument's place is not in torch 2.11
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         return DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)

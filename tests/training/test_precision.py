@@ -119,12 +119,14 @@ class Given:
         self.autocast_dtype: torch.dtype | None = torch.bfloat16
         self.seed_and_step = torch.zeros(2, dtype=torch.int64)
         self.network = torch.nn.Linear(exact.shape[1], 1, bias=False)
-        self.optimizer = torch.optim.SGD(self.network.parameters())
         self._exact, self._rounded = exact, rounded
 
     def gradient(self, micro_batches: list[Batch]) -> None:
         rows = self._exact if self.autocast_dtype is None else self._rounded
         self.network.weight.grad = rows[int(self.seed_and_step[1])].clone()[None]
+
+    def clear_gradients(self) -> None:
+        self.network.weight.grad = None
 
 
 def _measured(exact: Tensor, rounded: Tensor) -> tuple[Rounding, int]:

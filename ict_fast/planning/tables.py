@@ -91,6 +91,9 @@ def _time(plan: Plan) -> Table:
             ("all-reduced per step", _size(plan.all_reduced_bytes)),
             ("sent by each GPU", f"{_size(plan.wire_bytes)} over {way}: {hidden}"),
         ]
+    if plan.calibration_seconds:
+        unit, number = _duration(plan.calibration_seconds / 86400)
+        rows.append(("choosing bf16 or fp16, in all", f"at most {number} {unit}"))
     rows += [_duration(plan.days), ("GPU hours", _figure(plan.gpu_hours))]
     return _table("time", rows)
 

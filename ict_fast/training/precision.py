@@ -30,6 +30,8 @@ _MOST_NOISE = 0.10
 _STANDARD_ERRORS = 3.0
 _CLEAR_COSINE = 1 - (1 - _LEAST_COSINE) / 2
 
+_GROWTH = 1.5
+
 # Of the gradient's square: a variance far below it is the rounding of these sums in fp32.
 _LEAST_VARIANCE = 1e-4
 
@@ -74,6 +76,19 @@ class Rounding:
 def chooses_trunk(step: TrainStep) -> bool:
     """Whether the trunk is in bf16 only as long as that does no harm."""
     return step.config.training.precision == "auto" and step.autocast_dtype is torch.bfloat16
+
+
+def is_due(step: TrainStep, number: int) -> bool:
+    """Whether to choose the trunk at the stage that begins with this step.
+
+    Where N has grown by half, or has fallen so far, since the last choice: each stage that doubles N, and not
+    each of the hundreds of a curriculum that grows by one.
+    """
+    if not chooses_trunk(step):
+        return False
+    scales = num_scales(number, step.config.training.total_steps, step.config.method)
+    last = step.roundings[-1]["num_scales"] if step.roundings else 0
+    return not last / _GROWTH < scales < last * _GROWTH
 
 
 def choose_trunk(step: TrainStep, loader: Loader, number: int) -> str:

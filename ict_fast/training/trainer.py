@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from ict_fast.training.initial import initial_weights, write_record
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor, reason
 from ict_fast.training.outcome import RunResult
-from ict_fast.training.precision import choose_trunk, chooses_trunk
+from ict_fast.training.precision import choose_trunk, chooses_trunk, is_due
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
 from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
@@ -246,7 +247,7 @@ def _loop(
                 monitor.record(step, figures(train_step, step))
                 _check_progress(train_step, step, config)
             if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
-                with monitor.paused():
+                with _between_steps(advance, monitor):
                     _save_grid(train_step, step, out / "grids" / f"step-{step:08d}.png", monitor)
         if step > run.step and config.optimizer.power_ema and (done or step % _snapshot_every(config) == 0):
             saver.save_snapshot(step)
@@ -258,7 +259,7 @@ def _loop(
         if evaluations.is_due(step) and stop_code is None:  # a run that goes on makes up for a missed one
             saver.wait()
             measure = partial(evaluations.measure, step, partial(_averaged_model, train_step))
-            with monitor.paused():
+            with _between_steps(advance, monitor):
                 is_best, stop_code = world.while_first(measure, "measuring")
             if is_best and is_saved:
                 saver.mark_best(step)
@@ -269,8 +270,8 @@ def _loop(
         compiling, started = train_step.compiled_blocks if step == run.step else 0, time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
-        if step in borders and chooses_trunk(train_step):
-            with monitor.paused():
+        if step in borders and is_due(train_step, step):
+            with _between_steps(advance, monitor):
                 monitor.say(choose_trunk(train_step, loader, step))
             if train_step.compiled_blocks and not chooses_trunk(train_step):
                 compiling, started = train_step.compiled_blocks, time.monotonic()
@@ -300,6 +301,15 @@ def _loop(
     assert stop_code is not None
     saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
     return RunResult(out, step, stop_code, f"{out}: {saved}; the same command resumes")
+
+
+@contextmanager
+def _between_steps(advance: TrainStep | CapturedStep, monitor: Monitor) -> Iterator[None]:
+    """While open, the device and the clock are for work other than the training."""
+    if isinstance(advance, CapturedStep):
+        advance.release()
+    with monitor.paused():
+        yield
 
 
 def _is_saved(step: int, logging: LoggingConfig) -> bool:

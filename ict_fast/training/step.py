@@ -146,6 +146,8 @@ class TrainStep:
         """The step that has begun: the same operations, with the same numbers, in every step."""
         figures = self.gradient(micro_batches)
         self.world.add(figures)
+        if self.loss_scale is not None and self.world.size > 1:
+            self.optimizer.grad_scale = self.loss_scale.value / self.world.size
         self.optimizer.step()
 
         loss, skipped = figures[0], self.optimizer.last_step_skipped
@@ -219,9 +221,9 @@ class TrainStep:
                 levels=levels,
             )
         loss = loss_n.sum() / self.config.training.batch_size
-        # The processes' gradients are averaged, but their shares of the mean loss add up.
-        scale = self.world.size if self.loss_scale is None else self.world.size * self.loss_scale.value
-        (loss * scale).backward()
+        # The processes' gradients are averaged, but their shares of the mean loss add up. With a loss scale
+        # the optimizer makes up for that: the number of processes, in the loss, would overflow fp16.
+        (loss * (self.world.size if self.loss_scale is None else self.loss_scale.value)).backward()
         by_sigma = self._loss_by_sigma(loss_n.detach(), levels.sigma)
         return torch.cat([loss.detach().reshape(1), by_sigma])
 

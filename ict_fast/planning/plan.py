@@ -203,7 +203,7 @@ def memory_bytes(config: Config, cost: NetworkCost, micro_batch: int) -> dict[st
 
 
 def calibrated_batches(config: Config) -> int:
-    """The most batches that choosing the arithmetic takes: see `ict_fast.training.precision.is_due`."""
+    """The most batches that choosing the arithmetic takes: see `ict_fast.training.precision`."""
     if config.training.precision != "auto":
         return 0
     chosen, last = 0, 0.0

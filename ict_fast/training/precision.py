@@ -78,7 +78,7 @@ def chooses_trunk(step: TrainStep) -> bool:
     return step.config.training.precision == "auto" and step.autocast_dtype is torch.bfloat16
 
 
-def is_due(step: TrainStep, number: int) -> bool:
+def choice_is_due(step: TrainStep, number: int) -> bool:
     """Whether to choose the trunk at the stage that begins with this step.
 
     Where N has grown by half, or has fallen so far, since the last choice: each stage that doubles N, and not

@@ -34,7 +34,7 @@ from ict_fast.training.initial import initial_weights, write_record
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor, reason
 from ict_fast.training.outcome import RunResult
-from ict_fast.training.precision import choose_trunk, chooses_trunk, is_due
+from ict_fast.training.precision import choice_is_due, choose_trunk, chooses_trunk
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
 from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
@@ -270,7 +270,7 @@ def _loop(
         compiling, started = train_step.compiled_blocks if step == run.step else 0, time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
-        if step in borders and is_due(train_step, step):
+        if step in borders and choice_is_due(train_step, step):
             with _between_steps(advance, monitor):
                 monitor.say(choose_trunk(train_step, loader, step))
             if train_step.compiled_blocks and not chooses_trunk(train_step):

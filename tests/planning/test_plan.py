@@ -19,7 +19,7 @@ from ict_fast.errors import InputError
 from ict_fast.planning import make_plan
 from ict_fast.planning.gpus import GPUS
 from ict_fast.planning.plan import DEFAULT_MFU, MOST_GPUS, calibrated_batches
-from ict_fast.training.precision import BATCHES, is_due
+from ict_fast.training.precision import BATCHES, choice_is_due
 from ict_fast.training.step import TrainStep
 
 
@@ -213,7 +213,7 @@ def test_the_plan_counts_the_choices_that_a_run_makes(
     step = TrainStep(replace(tiny, method=method, training=training), torch.device("cpu"))
     step.autocast_dtype = torch.bfloat16  # as on a GPU
     for stage in stages(4000, method):
-        if is_due(step, stage.first_step):
+        if choice_is_due(step, stage.first_step):
             step.roundings.append({"num_scales": stage.num_scales})
     assert len(step.roundings) == chosen
     assert calibrated_batches(step.config) == BATCHES * chosen

@@ -72,7 +72,9 @@ class Convolutions(TorchDispatchMode):
             self.nchw += [
                 (tuple(each.shape), each.stride())
                 for each in args[:2]  # the gradient of the output, and the input
-                if each.stride(1) != 1 and each.shape[1] != 1  # a slice of channels_last is not contiguous
+                # A slice of channels_last is not contiguous. An image's gradient is in NCHW on a CPU, as the
+                # loss has it there; on a GPU its kernel keeps the layout.
+                if each.stride(1) != 1 and each.shape[1] > 3
             ]
         return func(*args, **(kwargs or {}))
 

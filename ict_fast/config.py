@@ -195,7 +195,8 @@ class TrainingConfig:
     """Seed of the initial weights, the order, the flips, the noise, the levels and the dropout."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic of the network's trunk; its ends stay fp32. auto: on a GPU bf16, from the stage on at which
-    its rounding is measured to drown the gradient fp16; on a CPU fp32. tf32: fp32 tensors, TF32 products."""
+    its rounding is measured to drown the gradient fp16; on GPUs before Ampere, which have no bf16, fp16
+    throughout; on a CPU fp32. tf32: fp32 tensors, TF32 products."""
     compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
     """Compile the network's blocks with torch.compile, minutes at the first start. auto: on a GPU."""
     cuda_graph: bool = False

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ict_fast.config import Config
+from ict_fast.consistency.curriculum import stages
 from ict_fast.errors import InputError
 from ict_fast.planning import gpus as machines
 from ict_fast.planning.gpus import Gpu
@@ -26,8 +27,11 @@ RUNTIME_BYTES = 3e9
 USABLE = 0.92
 # Gradients that live beside the activations at the peak, in units of the widest; the tests see one at most.
 GRADIENTS_ALIVE = 2
-# In which `--precision auto` passes a micro-batch through fp32.
+# How `--precision auto` compares bf16 with fp32: by so many batches at most, a micro-batch in so many pieces
+# through fp32, and again when N has grown by so much.
+CALIBRATION_BATCHES = 24
 CALIBRATION_PIECES = 4
+CALIBRATION_GROWTH = 1.5
 _FP32 = 4
 # A pass forward and backward launches a thousand kernels and more, at some microseconds each: a GPU that is
 # done sooner waits for the host. Assumed.
@@ -53,6 +57,7 @@ class Plan:
         mfu: share of the peak rate, assumed or measured.
         measured: where the rate comes from, if it is not assumed.
         compute_seconds, exposed_seconds: of a step; the second is communication that computing does not hide.
+        calibration_seconds: of the whole run, at most: choosing the arithmetic, with precision "auto".
         warnings: what a reader should know.
     """
 
@@ -73,6 +78,7 @@ class Plan:
     measured: Measured | None
     compute_seconds: float
     exposed_seconds: float
+    calibration_seconds: float
     warnings: tuple[str, ...]
 
     @property
@@ -86,12 +92,12 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """All GPUs together."""
+        """All GPUs together, while they train."""
         return self.batch_size / self.step_seconds
 
     @property
     def days(self) -> float:
-        return self.total_steps * self.step_seconds / 86400
+        return (self.total_steps * self.step_seconds + self.calibration_seconds) / 86400
 
     @property
     def gpu_hours(self) -> float:
@@ -148,7 +154,6 @@ def make_plan(
 
     reduced = float(_FP32 * cost.parameters) if gpus > 1 else 0.0
     wire = 2 * (gpus - 1) / gpus * reduced
-    bandwidth = kind.nvlink if gpus <= machines.GPUS_PER_NODE else machines.NETWORK
     # Gradients travel while the last micro-batch's backward pass makes the next ones.
     hiding = compute * cost.backward_flops / cost.step_flops * micro_batch / share
     return Plan(
@@ -168,7 +173,8 @@ def make_plan(
         mfu=mfu,
         measured=measured,
         compute_seconds=compute,
-        exposed_seconds=max(0.0, wire / bandwidth - hiding),
+        exposed_seconds=max(0.0, wire / kind.ring(gpus) - hiding),
+        calibration_seconds=calibrated_batches(config) * compute * (1 + peak / kind.peak("fp32")),
         warnings=_warnings(share, compute * micro_batch / share, measured),
     )
 
@@ -194,6 +200,17 @@ def memory_bytes(config: Config, cost: NetworkCost, micro_batch: int) -> dict[st
     if config.training.precision == "auto":
         memory["calibration"] = _calibration_bytes(cost, micro_batch)
     return memory
+
+
+def calibrated_batches(config: Config) -> int:
+    """The most batches that choosing the arithmetic takes: see `ict_fast.training.precision`."""
+    if config.training.precision != "auto":
+        return 0
+    chosen, last = 0, 0.0
+    for stage in stages(config.training.total_steps, config.method):
+        if not last / CALIBRATION_GROWTH < stage.num_scales < last * CALIBRATION_GROWTH:
+            chosen, last = chosen + 1, stage.num_scales
+    return CALIBRATION_BATCHES * chosen
 
 
 def _calibration_bytes(cost: NetworkCost, micro_batch: int) -> float:

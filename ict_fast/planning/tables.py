@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ict_fast.planning.gpus import GPUS_PER_NODE, NETWORK
+from ict_fast.planning.gpus import GPUS_PER_NODE
 from ict_fast.planning.plan import DEFAULT_MFU, Plan
 
 
@@ -82,7 +82,8 @@ def _time(plan: Plan) -> Table:
         ("step", f"{_figure(1e3 * plan.step_seconds)} ms"),
     ]
     if plan.gpus > 1:
-        way = "NVLink" if plan.gpus <= GPUS_PER_NODE else f"the network, {NETWORK / 1e9:.0f} GB/s each"
+        way = "NVLink" if plan.gpus <= GPUS_PER_NODE else "NVLink and the network"
+        way += f" at {plan.gpu.ring(plan.gpus) / 1e9:.0f} GB/s"
         hidden = "hidden behind the backward pass"
         if plan.exposed_seconds:
             hidden = f"{1e3 * plan.exposed_seconds:.3g} ms not hidden"
@@ -90,6 +91,9 @@ def _time(plan: Plan) -> Table:
             ("all-reduced per step", _size(plan.all_reduced_bytes)),
             ("sent by each GPU", f"{_size(plan.wire_bytes)} over {way}: {hidden}"),
         ]
+    if plan.calibration_seconds:
+        unit, number = _duration(plan.calibration_seconds / 86400)
+        rows.append(("choosing bf16 or fp16, in all", f"at most {number} {unit}"))
     rows += [_duration(plan.days), ("GPU hours", _figure(plan.gpu_hours))]
     return _table("time", rows)
 

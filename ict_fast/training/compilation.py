@@ -62,6 +62,11 @@ def _configure() -> None:
     triton = torch._inductor.config.triton
     if hasattr(triton, "mix_order_reduction"):
         triton.mix_order_reduction = False
+    # The networks are channels_last throughout. By itself, torch 2.13 does not count the convolutions of a
+    # backward pass and lays it out as NCHW on a GPU (pytorch issue 189239), and blocks that halve their
+    # channels too. The variable is Inductor's own, to compare.
+    layout = os.environ.get("TORCHINDUCTOR_FORCE_LAYOUT_OPT", "1") == "1"
+    torch._inductor.config.force_layout_optimization = layout
     # Importing Inductor has set the name to a folder in /tmp unless the user had: that is not kept for long.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())

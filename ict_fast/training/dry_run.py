@@ -14,6 +14,7 @@ from ict_fast.training.initial import initial_weights
 from ict_fast.training.launch import resolve_processes
 from ict_fast.training.run_data import open_data, will_prepare
 from ict_fast.training.run_directory import open_run
+from ict_fast.training.step import describe_trunk, require_arithmetic
 from ict_fast.training.trackers import chosen_tracker
 
 
@@ -54,6 +55,9 @@ def dry_run(
     try:
         found, count = resolve_processes(device, gpus, processes)
         lines.append(f"device: {found}" if count == 1 else f"device: {found.type}, {count} processes")
+        require_arithmetic(config.training.precision, found)
+        if trunk := describe_trunk(config.training.precision, found):
+            lines.append(f"precision: {trunk}")
         if config.training.cuda_graph:
             require_capturable(found, count, config.data.loader)
         micro_batch_size(config.training.batch_size, count, config.training.micro_batch)

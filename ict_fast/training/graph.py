@@ -29,8 +29,8 @@ _WARM_UP_STEPS = 3
 class CapturedStep:
     """Calls a TrainStep, and from the fourth step on replays what it did.
 
-    Captured anew, after as many steps as at first, when the trunk's arithmetic changes or the micro-batches
-    have other shapes or places in the global batch.
+    Captured anew, after as many steps as at first, when the trunk's arithmetic changes, the micro-batches
+    have other shapes or places in the global batch, or the graph was released.
 
     Attributes:
         captures: how many graphs have been captured so far.
@@ -48,8 +48,8 @@ class CapturedStep:
         """Trains on global batch `number`, to the same bits as the TrainStep itself."""
         plan = (self._step.autocast_dtype, *map(_form, micro_batches))
         if plan != self._plan:
-            # The old graph's memory goes before the new one's is taken.
-            self._replay, self._plan, self._uncaptured = None, plan, 0
+            self.release()  # the old graph's memory goes before the new one's is taken
+            self._plan = plan
             self._inputs = [_empty_like(batch) for batch in micro_batches]
         self._step.begin(number)
         for held, batch in zip(self._inputs, micro_batches, strict=True):
@@ -62,6 +62,11 @@ class CapturedStep:
             self._replay = capture(lambda: self._step.advance(self._inputs))
             self.captures += 1
         self._replay()
+
+    def release(self) -> None:
+        """Gives back the graph's memory, which is that of a whole step, for work between steps."""
+        self._replay, self._uncaptured = None, 0
+        self._step.clear_gradients()  # they lie in it
 
 
 def run_aside(work: Callable[[], None]) -> None:

@@ -17,9 +17,23 @@ from ict_fast.consistency.curriculum import num_scales
 from ict_fast.data.loaders import Batch, Loader
 from ict_fast.training.step import TrainStep
 
-_BATCHES = 24
+BATCHES = 24
+"""The most that a choice takes; it takes fewer where they say the same."""
+
+_FEWEST_BATCHES = 6
 _LEAST_COSINE = 0.998
 _MOST_NOISE = 0.10
+
+# When fewer batches will do: the noise is so many standard errors from its bound, and where bf16 stays, the
+# mean gradient lacks no more than half of what it may lack of a cosine of 1. Noise averages out in it, so it
+# would lack less over more batches; that the noise is too much, no more batches can mend.
+_STANDARD_ERRORS = 3.0
+_CLEAR_COSINE = 1 - (1 - _LEAST_COSINE) / 2
+
+_GROWTH = 1.5
+
+# Of the gradient's square: a variance far below it is the rounding of these sums in fp32.
+_LEAST_VARIANCE = 1e-4
 
 PIECES = 4
 """An fp32 activation takes twice the memory of a half-precision one: a quarter of the images takes half."""
@@ -32,14 +46,31 @@ class Rounding:
     Attributes:
         cosine: of the mean gradient over all batches with that of an fp32 trunk.
         noise: variance over the batches that the rounding adds, relative to that of the fp32 gradient.
+        noise_error: standard error of the noise.
+        batches: those that it is known from. Those whose gradient is not finite do not count: a step of the
+            training would be skipped for it.
     """
 
     cosine: float
     noise: float
+    noise_error: float = 0.0
+    batches: int = BATCHES
+
+    @property
+    def is_known(self) -> bool:
+        return self.batches >= _FEWEST_BATCHES
 
     @property
     def is_harmless(self) -> bool:
-        return self.cosine >= _LEAST_COSINE and self.noise <= _MOST_NOISE
+        """Whether bf16 may stay; what is not known is no reason to leave it."""
+        return not self.is_known or (self.cosine >= _LEAST_COSINE and self.noise <= _MOST_NOISE)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether more batches would only say the same."""
+        if not self.is_known or abs(self.noise - _MOST_NOISE) < _STANDARD_ERRORS * self.noise_error:
+            return False
+        return self.noise > _MOST_NOISE or self.cosine >= _CLEAR_COSINE
 
 
 def chooses_trunk(step: TrainStep) -> bool:
@@ -49,6 +80,19 @@ def chooses_trunk(step: TrainStep) -> bool:
 
 class _Stopped(Exception):
     """The run is to stop."""
+
+
+def choice_is_due(step: TrainStep, number: int) -> bool:
+    """Whether to choose the trunk at the stage that begins with this step.
+
+    Where N has grown by half, or has fallen so far, since the last choice: each stage that doubles N, and not
+    each of the hundreds of a curriculum that grows by one.
+    """
+    if not chooses_trunk(step):
+        return False
+    scales = num_scales(number, step.config.training.total_steps, step.config.method)
+    last = step.roundings[-1]["num_scales"] if step.roundings else 0
+    return not last / _GROWTH < scales < last * _GROWTH
 
 
 def choose_trunk(
@@ -73,7 +117,7 @@ def choose_trunk(
     step.num_scales.fill_(scales)
 
     def batches() -> Iterator[Sequence[Batch]]:
-        for k in range(_BATCHES):
+        for k in range(BATCHES):
             if is_stopped():
                 raise _Stopped
             yield loader.micro_batches(number + k)
@@ -91,12 +135,15 @@ def choose_trunk(
             "num_scales": scales,
             "cosine": _json_number(rounding.cosine),
             "noise": _json_number(rounding.noise),
+            "batches": rounding.batches,
         }
     )
+    if not rounding.is_known:
+        return f"N = {scales}: bf16 stays (only {rounding.batches} of {BATCHES} batches had finite gradients)"
     return (
         f"N = {scales}: {'bf16 stays' if rounding.is_harmless else 'bf16 is too coarse, fp16 from here on'}"
         f" (cosine {rounding.cosine:.4f}, at least {_LEAST_COSINE}; noise {rounding.noise:.3f}, at most"
-        f" {_MOST_NOISE})"
+        f" {_MOST_NOISE}; {rounding.batches} batches)"
     )
 
 
@@ -110,17 +157,16 @@ def measure_rounding(step: TrainStep, first_step: int, batches: Iterable[Sequenc
     Args:
         step: with a half-precision trunk that needs no loss scale, and N(k) set.
         first_step: number of the step whose noise the first batch gets; the others get the following ones'.
-        batches: two or more, each in micro-batches; every process passes as many, its share of each.
+        batches: each in micro-batches; every process passes as many, its share of each. No more are taken
+            than it needs to be clear what they say.
     """
     half = step.autocast_dtype
     assert half is not None
     assert step.loss_scale is None
-    count = 0
-    means: list[list[Tensor]] = []
-    noise = variance = 0.0
-    for count, micro_batches in enumerate(batches, start=1):
+    sums = _Sums()
+    for number, micro_batches in enumerate(batches, start=first_step):
         step.world.get_on()
-        step.seed_and_step[1].fill_(first_step + count - 1)
+        step.seed_and_step[1].fill_(number)
         pieces = [piece for batch in micro_batches for piece in cut(batch)]
         # Not compiled: blocks that are compiled for fp32 would serve nobody else.
         with torch.compiler.set_stance("force_eager"):
@@ -128,24 +174,60 @@ def measure_rounding(step: TrainStep, first_step: int, batches: Iterable[Sequenc
             exact = [gradient.clone() for gradient in _gradient(step, pieces)]
             step.autocast_dtype = half
         rounded = _gradient(step, micro_batches)
-        noise += _square(torch._foreach_sub(rounded, exact))
-        variance += _square(exact)
-        if not means:
-            means = [[torch.zeros_like(tensor) for tensor in exact] for _ in range(2)]
-        for mean, each in zip(means, (exact, rounded), strict=True):
-            torch._foreach_add_(mean, each)
-        del exact, rounded, each, pieces  # before the next ones are made
-    step.optimizer.zero_grad()
-    for mean in means:
-        torch._foreach_div_(mean, count)
-    exact_mean, rounded_mean = means
-    # Variance over the batches: the mean of the squares less the square of the mean.
-    noise = noise / count - _square(torch._foreach_sub(rounded_mean, exact_mean))
-    variance = variance / count - _square(exact_mean)
-    dot = sum(float((a.double() * b).sum()) for a, b in zip(exact_mean, rounded_mean, strict=True))
-    return Rounding(
-        cosine=dot / (_square(exact_mean) * _square(rounded_mean)) ** 0.5, noise=max(noise, 0.0) / variance
-    )
+        sums.add(exact, rounded)
+        del exact, rounded, pieces  # before the next ones are made
+        if step.world.decide(lambda: sums.rounding.is_clear):
+            break
+    step.clear_gradients()
+    return sums.rounding
+
+
+class _Sums:
+    """What the gradients of the batches so far add up to; takes twice the memory of the weights.
+
+    Attributes:
+        rounding: what they say.
+    """
+
+    def __init__(self) -> None:
+        self.rounding = Rounding(math.nan, math.nan, math.nan, 0)
+        self._exact: list[Tensor] = []
+        self._rounded: list[Tensor] = []
+        self._squares: list[tuple[float, float]] = []  # of the difference, and of the exact gradient
+
+    def add(self, exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> None:
+        """Takes a batch's gradients in fp32 and in half precision, unless they are zero or not finite."""
+        squares = _square(torch._foreach_sub(list(rounded), list(exact))), _square(exact)
+        if not (squares[1] > 0 and all(map(math.isfinite, squares))):
+            return
+        self._squares.append(squares)
+        if not self._exact:
+            self._exact, self._rounded = ([torch.zeros_like(each) for each in exact] for _ in range(2))
+        torch._foreach_add_(self._exact, list(exact))
+        torch._foreach_add_(self._rounded, list(rounded))
+        self.rounding = self._summed_up()
+
+    def _summed_up(self) -> Rounding:
+        count = len(self._squares)
+        exact, rounded = _square(self._exact), _square(self._rounded)
+        dot = sum(float((a.double() * b).sum()) for a, b in zip(self._exact, self._rounded, strict=True))
+        # Variance over the batches: the mean of the squares less the square of the mean.
+        of_mean = _square(torch._foreach_sub(self._rounded, self._exact)) / count**2, exact / count**2
+        noises, variances = (
+            [square - of_mean[which] for square in squares]
+            for which, squares in enumerate(zip(*self._squares, strict=True))
+        )
+        floor = _LEAST_VARIANCE * sum(square for _, square in self._squares)
+        whole = max(sum(variances), floor)
+        noise = max(sum(noises), 0.0) / whole
+        # That of a ratio of two means, by what each batch contributes to it.
+        spread = sum((a - noise * b) ** 2 for a, b in zip(noises, variances, strict=True))
+        return Rounding(
+            cosine=dot / (exact * rounded) ** 0.5 if exact * rounded > 0 else 0.0,
+            noise=noise,
+            noise_error=(spread * count / max(count - 1, 1)) ** 0.5 / whole,
+            batches=count,
+        )
 
 
 def cut(batch: Batch) -> list[Batch]:

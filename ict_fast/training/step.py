@@ -59,6 +59,7 @@ class TrainStep:
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Begins with weights drawn from config.training.seed, or with the state dict `initial`."""
+        require_arithmetic(config.training.precision, device)
         self.config = config
         self.device = device
         self.world = World() if world is None else world
@@ -69,7 +70,6 @@ class TrainStep:
         self.autocast_dtype: torch.dtype | None = None
         teacher = None
         if config.training.precision == "tf32":
-            require_tf32(device)
             set_tf32(self.network, True)
         if config.method.teacher == "ema":
             teacher = copy.deepcopy(self.network).requires_grad_(False)
@@ -146,6 +146,8 @@ class TrainStep:
         """The step that has begun: the same operations, with the same numbers, in every step."""
         figures = self.gradient(micro_batches)
         self.world.add(figures)
+        if self.loss_scale is not None and self.world.size > 1:
+            self.optimizer.grad_scale = self.loss_scale.value / self.world.size
         self.optimizer.step()
 
         loss, skipped = figures[0], self.optimizer.last_step_skipped
@@ -167,12 +169,19 @@ class TrainStep:
         Returns:
             The sum of what `backward` returns, in this process.
         """
-        self.optimizer.zero_grad()
+        self.clear_gradients()
         figures = torch.zeros(1 + 2 * BUCKETS, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             with self._gathering_only() if number < len(micro_batches) else nullcontext():
                 figures += self.backward(batch)
         return figures
+
+    def clear_gradients(self) -> None:
+        """Sets the gradients to none, or to zero where they lie in what several processes reduce."""
+        if self._parallel is None:
+            self.optimizer.zero_grad()
+        else:
+            torch._foreach_zero_([p.grad for p in self.network.parameters() if p.grad is not None])
 
     def updates(self) -> Tensor:
         """Steps that have changed the weights, the last one included: 0-dim int64 on the device."""
@@ -212,9 +221,9 @@ class TrainStep:
                 levels=levels,
             )
         loss = loss_n.sum() / self.config.training.batch_size
-        # The processes' gradients are averaged, but their shares of the mean loss add up.
-        scale = self.world.size if self.loss_scale is None else self.world.size * self.loss_scale.value
-        (loss * scale).backward()
+        # The processes' gradients are averaged, but their shares of the mean loss add up. With a loss scale
+        # the optimizer makes up for that: the number of processes, in the loss, would overflow fp16.
+        (loss * (self.world.size if self.loss_scale is None else self.loss_scale.value)).backward()
         by_sigma = self._loss_by_sigma(loss_n.detach(), levels.sigma)
         return torch.cat([loss.detach().reshape(1), by_sigma])
 
@@ -316,6 +325,13 @@ class TrainStep:
 
 
 def _parallel(network: nn.Module) -> DistributedDataParallel:
+    """Reduces the gradients, which are views of its buckets from now on, and must stay.
+
+    New gradients, after these were set to none, would be beside the buckets as long as micro-batches
+    accumulate: as much memory again.
+    """
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     with warnings.catch_warnings():  # what takes the argument's place is not in torch 2.11
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         return DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -335,18 +351,40 @@ def learning_rate(step: int, config: Config) -> float:
 def trunk_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype of the network's trunk, or None for fp32 (of which TF32 is a way to compute)."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        if device.type != "cuda":
+            precision = "fp32"
+        else:
+            precision = "bf16" if _is_ampere(device) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
-def require_tf32(device: torch.device) -> None:
-    """Raises InputError for a GPU that has no TF32, which would compute in fp32 and not say so."""
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+def describe_trunk(precision: str, device: torch.device) -> str | None:
+    """A line for the person, where `auto` is not what it is on other GPUs."""
+    if precision != "auto" or device.type != "cuda" or _is_ampere(device):
+        return None
+    return f"{_described(device)} has no bf16: the trunk is in fp16 from the start"
+
+
+def require_arithmetic(precision: str, device: torch.device) -> None:
+    """Raises InputError for a GPU without this arithmetic.
+
+    It would compute TF32 in fp32, and bf16 by emulation or not at all (Triton), and not say so.
+    """
+    if precision in ("tf32", "bf16") and device.type == "cuda" and not _is_ampere(device):
         raise InputError(
-            f"--training.precision is tf32, which {name} has not (compute capability {found}; it takes 8.0);"
-            " choose fp32 or fp16"
+            f"--training.precision is {precision}, which {_described(device)} has not (it takes 8.0); choose"
+            " fp32 or fp16"
         )
+
+
+def _is_ampere(device: torch.device) -> bool:
+    """Whether its tensor cores take bf16 and TF32: those of V100 and T4 take fp16 alone."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _described(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 def _on_device(network: nn.Module, device: torch.device) -> nn.Module:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,12 +34,12 @@ from ict_fast.training.initial import initial_weights, write_record
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor
 from ict_fast.training.outcome import RunResult, report_progress
-from ict_fast.training.precision import choose_trunk, chooses_trunk
+from ict_fast.training.precision import choice_is_due, choose_trunk, chooses_trunk
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
 from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
 from ict_fast.training.saving import Saver, trunk_name
-from ict_fast.training.step import TrainStep
+from ict_fast.training.step import TrainStep, describe_trunk
 from ict_fast.training.trackers import chosen_tracker, open_tracker
 from ict_fast.training.utilisation import Utilisation, describe_run
 from ict_fast.training.world import (
@@ -183,6 +184,8 @@ def _train_locked(
         if world.is_first:
             write_record(out, report)
     train_step = TrainStep(config, device, world, weights)
+    if trunk := describe_trunk(config.training.precision, device):
+        begun.append(trunk)
     if run.checkpoint is not None:
         before = run.checkpoint.state.get("trunk_dtype")
         if chooses_trunk(train_step) and before == "float16":  # chosen at an earlier stage
@@ -257,7 +260,7 @@ def _loop(
                 monitor.record(step, figures(train_step, step))
                 require_progress(train_step, step, config)
             if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
-                with monitor.paused():
+                with _between_steps(advance, monitor):
                     save_grid(train_step, step, out / "grids" / f"step-{step:08d}.png", monitor)
         if step > run.step and config.optimizer.power_ema and (done or step % _snapshot_every(config) == 0):
             saver.save_snapshot(step)
@@ -269,7 +272,7 @@ def _loop(
         if evaluations.is_due(step) and stop_code is None:  # a run that goes on makes up for a missed one
             saver.wait()
             measure = partial(evaluations.measure, step, partial(averaged_model, train_step))
-            with monitor.paused():
+            with _between_steps(advance, monitor):
                 is_best, stop_code = world.while_first(measure, "measuring")
             if is_best and is_saved:
                 saver.mark_best(step)
@@ -281,10 +284,10 @@ def _loop(
         compiling, started = train_step.compiled_blocks if step == run.step else 0, time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
-        if step in borders and chooses_trunk(train_step):
+        if step in borders and choice_is_due(train_step, step):
             if step > run.step and not is_saved:  # the choice may take an hour
                 saver.save(step)
-            with monitor.paused():
+            with _between_steps(advance, monitor):
                 choice = choose_trunk(train_step, loader, step, is_stopped)
             if choice is None:
                 monitor.say(f"stopping at step {step:,}; its trunk's arithmetic is chosen on resuming")
@@ -318,6 +321,15 @@ def _loop(
     assert stop_code is not None
     saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
     return RunResult(out, step, stop_code, f"{out}: {saved}; the same command resumes")
+
+
+@contextmanager
+def _between_steps(advance: TrainStep | CapturedStep, monitor: Monitor) -> Iterator[None]:
+    """While open, the device and the clock are for work other than the training."""
+    if isinstance(advance, CapturedStep):
+        advance.release()
+    with monitor.paused():
+        yield
 
 
 def _is_saved(step: int, logging: LoggingConfig) -> bool:

@@ -22,5 +22,12 @@ def test_the_cost_of_the_digits_checkpoints(tmp_path: Path, capsys: pytest.Captu
     assert len(result["held_up_seconds"]) == len(result["written_after_seconds"]) == 2
     for held, written in zip(result["held_up_seconds"], result["written_after_seconds"], strict=True):
         assert 0 < held <= written
+    steps = result["digits_step_seconds"]
+    assert min(steps.values()) > 0
+    held, longer = (sorted(result[key]) for key in ("held_up_seconds", "steps_longer_by_seconds"))
+    cost = sum(held) / 2 + max(0.0, sum(longer) / 2)
+    interval = result["checkpoint_every"] * result["step_seconds"]
+    assert result["share_of_the_run"] == pytest.approx(cost / (interval + cost))
+    assert result["step_seconds"] == steps["alone"]
     # Weights, their average and two moments in fp32; little else.
     assert 1 <= result["state_bytes"] / (16 * result["parameters"]) < 1.01

@@ -115,3 +115,20 @@ def test_the_gradients_of_the_calibration_leave_the_graph_whole() -> None:
         captured(step, _batches(step, 16))
     for ours, theirs in zip(inner.network.parameters(), plain.network.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_released_graph_gives_its_memory_back_and_is_captured_anew() -> None:
+    plain, inner = (TrainStep(_config("bf16", "off", "student"), torch.device("cuda")) for _ in range(2))
+    captured = CapturedStep(inner)
+    for step in range(STEPS):
+        if step == 6:
+            torch.cuda.empty_cache()
+            held = torch.cuda.memory_reserved()
+            captured.release()
+            torch.cuda.empty_cache()
+            assert torch.cuda.memory_reserved() < held
+        plain(step, _batches(step, 16))
+        captured(step, _batches(step, 16))
+    assert captured.captures == 2
+    for ours, theirs in zip(inner.network.parameters(), plain.network.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

@@ -114,3 +114,24 @@ def test_channels_last_throughout(
     for name, (_, activation) in seen.items():
         if isinstance(activation, Tensor) and activation.ndim == 4 and activation.shape[1] > 1:
             assert activation.is_contiguous(memory_format=torch.channels_last), name
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradients_are_channels_last_throughout(
+    small_config: NetworkConfig, make_network: Callable, make_inputs: Callable, dtype: torch.dtype | None
+) -> None:
+    """Of the output of every module, with the image's own: a backward pass in NCHW would be slow."""
+    network = make_network(small_config)
+    images, noise, labels = make_inputs(small_config)
+    images.requires_grad_()
+    seen: dict[str, Tensor] = {}
+    with recorded(network) as outputs, torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        output = network(images, noise, labels)
+    for name, (_, activation) in outputs.items():
+        if isinstance(activation, Tensor) and activation.ndim == 4 and activation.requires_grad:
+            activation.register_hook(lambda gradient, name=name: seen.setdefault(name, gradient))
+    output.square().sum().backward()
+    blocks = {name for name, module in network.named_modules() if isinstance(module, ResidualBlock)}
+    assert len(blocks & seen.keys()) == len(blocks)
+    for name, gradient in seen.items():  # a slice of what was concatenated is not contiguous
+        assert gradient.stride(1) == 1 or gradient.shape[1] == 1, name

@@ -65,8 +65,9 @@ def batches() -> Callable[..., list[Batch]]:
 
     def make(config: Config, step: int = 0, size: int | None = None) -> list[Batch]:
         generator = torch.Generator().manual_seed(step)
-        total = config.training.batch_size
-        images = torch.randint(0, 256, (total, 8, 8, 1), dtype=torch.uint8, generator=generator)
+        total, network = config.training.batch_size, config.network
+        shape = (total, network.resolution, network.resolution, network.image_channels)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         flip = torch.randint(0, 2, (total,), dtype=torch.uint8, generator=generator)
         labels = torch.arange(total) % 10
         size = size or total

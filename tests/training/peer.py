@@ -7,17 +7,23 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from ict_fast.config import from_dict
-from ict_fast.data.loaders import make_loader
+from ict_fast.data.loaders import Batch, make_loader
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError, TrainingError
+from ict_fast.training import precision, trainer
+from ict_fast.training import step as step_module
 from ict_fast.training.outcome import RunResult
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import SAVE, World
@@ -33,13 +39,58 @@ def train(world: World, folder: Path, dtype: str) -> None:
     assert next(step.network.parameters()).dtype == torch.get_default_dtype()
     store = open_store(Path(config.data.path))
     loader, _ = make_loader(config, store, CPU, rank=world.rank, world_size=world.size)
+    places = _watch_gradients(step)
     with loader:
         for k in range(config.training.total_steps):
+            places.clear()
             step(k, loader.micro_batches(k))
+            assert world.size == 1 or len(set(places)) == 1, "gradients only where they are reduced"
     world.require_equal_state(step.tensors(), config.training.total_steps)
     assert int(step.optimizer.skipped) == 0
     if world.is_first:
         torch.save(step.network.state_dict(), folder / "weights.pt")
+
+
+def default(folder: Path) -> None:
+    """The run of folder/config.json as several GPUs would train it by default: see `like_gpus`."""
+    config = from_dict(json.loads((folder / "config.json").read_text()))
+    with like_gpus():
+        assert trainer.train(config, out=folder / "run", device="cpu").exit_code == 0
+
+
+@contextmanager
+def like_gpus() -> Iterator[None]:
+    """While open, `--training.precision auto` is bf16, measured on two batches, and fp16 from step 8 on."""
+    dtype, measure = step_module.trunk_dtype, precision.measure_rounding
+
+    def bf16(name: str, device: torch.device) -> torch.dtype | None:
+        return dtype("bf16" if name == "auto" else name, device)
+
+    def measured(train_step: TrainStep, first_step: int, batches: Any) -> precision.Rounding:
+        found = measure(train_step, first_step, batches)
+        return replace(found, noise=1.0) if first_step == 8 else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "trunk_dtype", bf16)
+        patch.setattr(precision, "measure_rounding", measured)
+        patch.setattr(precision, "BATCHES", 2)
+        patch.setattr(precision, "_FEWEST_BATCHES", 2)
+        yield
+
+
+def _watch_gradients(step: TrainStep) -> list[frozenset[int]]:
+    """Where the gradients lie after each micro-batch from now on: the addresses of their storages."""
+    places: list[frozenset[int]] = []
+    original = step.backward
+
+    def watched(batch: Batch) -> torch.Tensor:
+        figures = original(batch)
+        gradients = [p.grad for p in step.network.parameters() if p.grad is not None]
+        places.append(frozenset(gradient.untyped_storage().data_ptr() for gradient in gradients))
+        return figures
+
+    step.backward = watched  # type: ignore[method-assign]
+    return places
 
 
 def wait(world: World, folder: Path) -> None:
@@ -132,6 +183,11 @@ def crash(first: bool) -> RunResult:
 
 if __name__ == "__main__":
     task, size, folder, *arguments, rank = sys.argv[1:]
+    if task == "default":  # finds the others as torchrun's processes do
+        os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=arguments[0], TORCHELASTIC_RUN_ID="job")
+        default(Path(folder))
+        sys.exit()
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=int(size))
     world = World(timeout=3.0) if task == "wait" else World()

@@ -8,14 +8,20 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
+from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ict_fast import presets
 from ict_fast.config import Config
+from ict_fast.data.loaders import Batch
+from ict_fast.networks.layers import ResidualBlock
 from ict_fast.training.compilation import cache_folder, compile_blocks, compiles
 from ict_fast.training.precision import measure_rounding
 from ict_fast.training.step import TrainStep
@@ -40,20 +46,56 @@ def few_blocks(tiny: Config) -> Config:
     return replace(tiny, network=network, training=replace(tiny.training, micro_batch=8))
 
 
-def _trained(config: Config, compile: str, batches: Callable) -> Iterator[TrainStep]:
-    """After each step."""
+def _trained(config: Config, compile: str, batches: Callable, size: int = 8) -> Iterator[TrainStep]:
+    """After each step, of micro-batches of this size."""
     step = TrainStep(replace(config, training=replace(config.training, compile=compile)), torch.device("cpu"))
     with torch.no_grad():  # fresh networks end in zeros, where every gradient but the last is zero
         for number, parameter in enumerate(step.network.parameters()):
             generator = torch.Generator().manual_seed(number)
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     for k in range(config.training.total_steps):
-        step(k, batches(config, k, 8))
+        step(k, batches(config, k, size))
         yield step
 
 
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions' backward passes, and those among them that are given anything in NCHW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.nchw: list[tuple] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.count += 1
+            self.nchw += [
+                (tuple(each.shape), each.stride())
+                for each in args[:2]  # the gradient of the output, and the input
+                # A slice of channels_last is not contiguous. An image's gradient is in NCHW on a CPU, as the
+                # loss has it there; on a GPU its kernel keeps the layout.
+                if each.stride(1) != 1 and each.shape[1] > 3
+            ]
+        return func(*args, **(kwargs or {}))
+
+
+def _convolutions_of_backward(step: TrainStep, given: list[Batch]) -> Convolutions:
+    """Those of a step whose blocks have been compiled."""
+    watch = Convolutions()
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.Tensor.backward
+
+        def backward(*args: Any, **options: Any) -> None:
+            with watch:
+                original(*args, **options)
+
+        patch.setattr(torch.Tensor, "backward", backward)
+        step.gradient(given)
+    return watch
+
+
 @pytest.mark.usefixtures("compiler")
-def test_the_compiled_step_has_the_eager_gradients_and_is_compiled_once(
+def test_the_compiled_step_has_the_eager_gradients_in_channels_last_and_is_compiled_once(
     few_blocks: Config, batches: Callable
 ) -> None:
     graphs = None
@@ -73,7 +115,46 @@ def test_the_compiled_step_has_the_eager_gradients_and_is_compiled_once(
     assert compiled.compiled_blocks == 5
     assert eager.compiled_blocks == 0
     assert graphs == 2 * 5, "each block once with gradients and once, as the teacher, without"
+    found = _convolutions_of_backward(compiled, batches(few_blocks, 1, 8))
+    assert found.count > 2 * 2 * 5, "two in each block, in each of two micro-batches"
+    assert found.nchw == []
     assert counters["stats"]["unique_graphs"] == graphs, "no new stage, step or micro-batch recompiles"
+    assert not counters["graph_break"]
+
+
+@pytest.mark.drill
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("preset", ["cifar10", "imagenet64"])
+def test_a_narrow_network_of_each_family_is_compiled_once(
+    tiny: Config, batches: Callable, preset: str
+) -> None:
+    """With all that the published ones have: several resolutions and their resampling, the pyramid, skips of
+    other widths, attention, dropout, classes; through all eight stages, in two micro-batches."""
+    published = presets.get(preset)
+    network = replace(
+        published.network, num_blocks=1, channels=8, head_channels=min(published.network.head_channels, 8)
+    )
+    config = replace(
+        tiny,
+        network=network,
+        training=replace(tiny.training, total_steps=8, batch_size=4, micro_batch=2),
+    )
+    steps = zip(_trained(config, "off", batches, 2), _trained(config, "on", batches, 2), strict=True)
+    for number, (eager, compiled) in enumerate(steps):
+        if number == 0:
+            graphs = counters["stats"]["unique_graphs"]
+            ours, theirs = (
+                torch.cat([p.grad.flatten() for p in step.network.parameters()]) for step in (compiled, eager)
+            )
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+            found = _convolutions_of_backward(compiled, batches(config, 0, 2))
+            assert found.count > 4 * compiled.compiled_blocks
+            assert found.nchw == []
+    blocks = [module for module in compiled.network.modules() if isinstance(module, ResidualBlock)]
+    assert number == 7
+    assert compiled.compiled_blocks == len(blocks)
+    assert graphs == 2 * len(blocks), "each block once with gradients and once, as the teacher, without"
+    assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
 
 
@@ -103,6 +184,23 @@ def test_blocks_that_would_run_uncompiled_are_an_error(few_blocks: Config, batch
     torch._dynamo.config.recompile_limit = 2
     with pytest.raises(FailOnRecompileLimitHit):
         step(0, batches(few_blocks, 0, 8))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_inductor_does_not_choose_nchw_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does on a GPU for a graph without the forward pass of a convolution (pytorch issue 189239)."""
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("gradient", "x", "weight")]
+    options = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+    graph.output(graph.call_function(torch.ops.aten.convolution_backward.default, (*inputs, *options)))
+    backward = torch.fx.GraphModule({}, graph)
+    for asked, channels_last in ((None, True), ("0", False), ("1", True)):
+        monkeypatch.delenv("TORCHINDUCTOR_FORCE_LAYOUT_OPT", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("TORCHINDUCTOR_FORCE_LAYOUT_OPT", asked)
+        with torch._inductor.config.patch(force_layout_optimization=False):
+            compile_blocks()
+            assert GraphLowering.decide_layout_opt(backward, is_inference=False) == channels_last
 
 
 def test_auto_compiles_on_a_gpu_alone() -> None:

@@ -6,10 +6,11 @@ is tests/gpu/test_graph.py's, which no GPU has run yet.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from torch.utils._pytree import tree_flatten
 
 from ict_fast.config import Config, differences
 from ict_fast.errors import InputError
-from ict_fast.training import graph
+from ict_fast.training import graph, precision
+from ict_fast.training import step as step_module
 from ict_fast.training.dry_run import dry_run
 from ict_fast.training.graph import CapturedStep, require_capturable
+from ict_fast.training.precision import Rounding
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 from ict_kernels import radam_ema
@@ -141,6 +144,80 @@ def test_a_run_with_a_captured_step_is_the_run_without(
     for name in ("weights", "ema", "optimizer"):
         files = [
             tmp_path / run / f"checkpoints/step-00000024/{name}.safetensors" for run in ("plain", "captured")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+class Replay:
+    """Stands for a CUDA graph: as long as it lives, so does its memory."""
+
+    alive: ClassVar[weakref.WeakSet[Replay]] = weakref.WeakSet()
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work = work
+        Replay.alive.add(self)
+
+    def __call__(self) -> None:
+        self.work()
+
+
+def test_a_graph_and_the_gradients_in_it_are_gone_while_the_device_has_other_work(
+    tiny: Config, tmp_path: Path, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Choosing the arithmetic and drawing, which need as much memory as a step; and the numbers stay."""
+    original = step_module.trunk_dtype
+    monkeypatch.setattr(  # auto means bf16, here too
+        step_module,
+        "trunk_dtype",
+        lambda name, device: original("bf16" if name == "auto" else name, device),
+    )
+    monkeypatch.setattr("ict_fast.training.trainer.require_capturable", lambda *_: None)
+    monkeypatch.setattr(graph, "capture", Replay)
+    seen: list[tuple[str, int]] = []
+
+    def nothing_is_held(what: str, number: int, train_step: TrainStep) -> None:
+        assert not Replay.alive
+        if train_step.config.training.cuda_graph:
+            assert all(p.grad is None for p in train_step.network.parameters())
+        seen.append((what, number))
+
+    def measure(train_step: TrainStep, first_step: int, drawn: object) -> Rounding:
+        nothing_is_held("choose", first_step, train_step)
+        return Rounding(0.9, 1.0) if first_step == 18 else Rounding(1.0, 0.0)
+
+    def draw(train_step: TrainStep, number: int, path: Path, monitor: object) -> None:
+        nothing_is_held("draw", number, train_step)
+
+    def advance(
+        self: CapturedStep, number: int, drawn: list, original: Callable = CapturedStep.__call__
+    ) -> None:
+        original(self, number, drawn)
+        if Replay.alive:
+            seen.append(("replay", number))
+
+    monkeypatch.setattr(precision, "measure_rounding", measure)
+    monkeypatch.setattr("ict_fast.training.trainer._save_grid", draw)
+    training = replace(tiny.training, precision="auto", total_steps=48)
+    config = replace(tiny, training=training, logging=replace(tiny.logging, grid_every=22))
+    train(config, out=tmp_path / "plain", device="cpu")
+    seen.clear()
+    monkeypatch.setattr(CapturedStep, "__call__", advance)
+    asked = replace(
+        config,
+        training=replace(training, cuda_graph=True),
+        data=replace(tiny.data, loader="resident"),
+    )
+    train(asked, out=tmp_path / "captured", device="cpu")
+    replays = [number for what, number in seen if what == "replay"]
+    # Stages of six steps: after each choice, and each picture, three steps as usual.
+    assert replays == [3, 4, 5, 9, 10, 11, 15, 16, 17, 21, *range(25, 44), 47]
+    assert [each for each in seen if each[0] != "replay"] == [
+        *(("choose", number) for number in (0, 6, 12, 18)),
+        *(("draw", number) for number in (22, 44, 48)),
+    ]
+    for name in ("weights", "ema", "optimizer"):
+        files = [
+            tmp_path / run / f"checkpoints/step-00000048/{name}.safetensors" for run in ("plain", "captured")
         ]
         assert files[0].read_bytes() == files[1].read_bytes()
 

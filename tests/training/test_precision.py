@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ from ict_fast.training.loss_by_sigma import BUCKETS
 from ict_fast.training.precision import PIECES, Rounding, measure_rounding
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
+from ict_fast.training.world import World
 
 CPU = torch.device("cpu")
 
@@ -69,9 +71,16 @@ def test_the_rounding_is_what_float64_statistics_of_the_gradients_say(
     means = rounded.mean(0), exact.mean(0)
     found = measure_rounding(steps["bf16"], 100, drawn)
     assert found.cosine == pytest.approx(float(torch.cosine_similarity(*means, dim=0)), abs=1e-6)
-    noise = (rounded - exact).var(0, correction=0).sum() / exact.var(0, correction=0).sum()
-    assert found.noise == pytest.approx(float(noise), rel=1e-3)
+    deviations = ((each - each.mean(0)).square().sum(1) for each in (rounded - exact, exact))
+    noises, variances = (each.numpy() for each in deviations)
+    noise = noises.sum() / variances.sum()
+    assert found.noise == pytest.approx(noise, rel=1e-3)
     assert 0 < found.noise < 0.5
+    assert found.batches == 5
+    # The jackknife's estimate of the same error, to which it comes close where batches are alike.
+    without = (noises.sum() - noises) / (variances.sum() - variances)
+    jackknife = (4 / 5 * ((without - without.mean()) ** 2).sum()) ** 0.5
+    assert found.noise_error == pytest.approx(jackknife, rel=0.5)
     assert steps["bf16"].autocast_dtype is torch.bfloat16
 
 
@@ -80,6 +89,101 @@ def test_the_rounding_is_what_float64_statistics_of_the_gradients_say(
 )
 def test_the_bounds_of_what_is_harmless(cosine: float, noise: float, harmless: bool) -> None:
     assert Rounding(cosine, noise).is_harmless == harmless
+
+
+def test_fewer_batches_than_six_say_nothing_and_bf16_stays() -> None:
+    assert Rounding(math.nan, math.nan, math.nan, 0).is_harmless
+    assert Rounding(0.5, 1.0, 0.0, 5).is_harmless
+    assert not Rounding(0.5, 1.0, 0.0, 6).is_harmless
+    assert not Rounding(0.5, 1.0, 0.0, 5).is_clear
+
+
+@pytest.mark.parametrize(
+    ("cosine", "noise", "error", "clear"),
+    [
+        (0.9999, 0.01, 0.02, True),
+        (0.9999, 0.01, 0.04, False),  # less than three errors from 0.1
+        (0.9985, 0.01, 0.02, False),  # harmless so far, but not by far
+        (0.99, 0.01, 0.0, False),  # over more batches it may be harmless
+        (0.99, 0.3, 0.05, True),
+        (0.9999, 0.3, 0.1, False),
+    ],
+)
+def test_when_more_batches_would_say_the_same(cosine: float, noise: float, error: float, clear: bool) -> None:
+    assert Rounding(cosine, noise, error, 6).is_clear == clear
+
+
+class Given:
+    """In place of a TrainStep: gradients that are given, by batch, in fp32 and in bf16."""
+
+    def __init__(self, exact: Tensor, rounded: Tensor) -> None:
+        self.world, self.loss_scale = World(), None
+        self.autocast_dtype: torch.dtype | None = torch.bfloat16
+        self.seed_and_step = torch.zeros(2, dtype=torch.int64)
+        self.network = torch.nn.Linear(exact.shape[1], 1, bias=False)
+        self._exact, self._rounded = exact, rounded
+
+    def gradient(self, micro_batches: list[Batch]) -> None:
+        rows = self._exact if self.autocast_dtype is None else self._rounded
+        self.network.weight.grad = rows[int(self.seed_and_step[1])].clone()[None]
+
+    def clear_gradients(self) -> None:
+        self.network.weight.grad = None
+
+
+def _measured(exact: Tensor, rounded: Tensor) -> tuple[Rounding, int]:
+    """What is measured of these gradients, and how many batches it took."""
+    empty = Batch(torch.zeros(1, 8, 8, 1), torch.zeros(1), None, 0)
+    given = Given(exact, rounded)
+    batches = iter([[empty]] * len(exact))
+    return measure_rounding(given, 0, batches), len(exact) - len(list(batches))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("noise", "harmless", "at_least", "at_most"),
+    [(0.01, True, 6, 8), (0.085, True, 20, 24), (0.11, False, 20, 24), (0.4, False, 6, 8)],
+)
+def test_no_more_batches_are_taken_than_the_verdict_needs(
+    noise: float, harmless: bool, at_least: int, at_most: int
+) -> None:
+    """Gradients that differ from batch to batch by as much as they are long, in some batches by more."""
+    generator = torch.Generator().manual_seed(1)
+    mean, spread, error = (torch.randn(each, 4000, generator=generator) for each in (1, 24, 24))
+    uneven = torch.randn(24, 1, generator=generator).div(4).exp()
+    found, taken = _measured(mean + spread, mean + spread + uneven * noise**0.5 * error)
+    assert found.noise == pytest.approx(noise, rel=0.3)
+    assert found.is_harmless == harmless
+    assert at_least <= taken <= at_most
+    assert found.batches == taken
+
+
+def test_batches_whose_gradient_is_not_finite_do_not_count() -> None:
+    generator = torch.Generator().manual_seed(2)
+    exact, error = (torch.randn(24, 500, generator=generator) for _ in range(2))
+    rounded = exact + 0.3 * error
+    clean, _ = _measured(exact[[0, *range(2, 24)]], rounded[[0, *range(2, 24)]])
+    for broken in (math.nan, math.inf):
+        spoilt = [gradients.clone() for gradients in (exact, rounded)]
+        for gradients in spoilt:
+            gradients[1, 7] = broken
+        for gradients in ((spoilt[0], rounded), (exact, spoilt[1]), spoilt):
+            found, taken = _measured(*gradients)
+            assert found == clean
+            assert taken == clean.batches + 1
+    found, taken = _measured(torch.full((24, 500), math.nan), rounded)
+    assert (found.batches, taken) == (0, 24)
+    assert found.is_harmless
+
+
+def test_gradients_that_are_all_equal_or_zero_are_judged_without_a_division_by_zero() -> None:
+    exact = torch.randn(1, 500, generator=torch.Generator().manual_seed(3)).expand(24, 500)
+    assert _measured(exact, exact)[0].is_harmless
+    found, _ = _measured(exact, exact.abs())
+    assert not found.is_harmless, "its direction is another"
+    assert found.noise < 1e-3
+    assert _measured(torch.zeros(24, 500), exact)[0].batches == 0
+    found, _ = _measured(exact, torch.zeros(24, 500))
+    assert (found.cosine, found.is_harmless) == (0.0, False)
 
 
 @pytest.mark.usefixtures("like_a_gpu")
@@ -174,7 +278,8 @@ def test_a_signal_during_the_choice_abandons_it_and_the_run_goes_on_from_there(
 def test_a_run_measures_its_own_gradients_and_keeps_what_it_found_whatever_the_micro_batch(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(precision, "_BATCHES", 2)
+    monkeypatch.setattr(precision, "BATCHES", 2)
+    monkeypatch.setattr(precision, "_FEWEST_BATCHES", 2)
     found = {}
     for micro_batch in (0, 4):
         training = replace(tiny.training, precision="auto", total_steps=2, micro_batch=micro_batch)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
-from ict_fast.checkpoint import open_checkpoint
+from ict_fast.checkpoint import Checkpoint, open_checkpoint
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.training import outcome, processes, trainer
@@ -72,7 +72,12 @@ def _weights(config: Config, size: int, folder: Path, dtype: str) -> dict[str, T
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "whole", "each"), [((2, 4), "float32", 1e-6, 1e-3), ((2,), "float64", 1e-10, 1e-10)]
+    ("sizes", "dtype", "whole", "each"),
+    [
+        ((2, 4), "float32", 1e-6, 1e-3),
+        ((2,), "float64", 1e-10, 1e-10),
+        pytest.param((4,), "float64", 1e-10, 1e-10, marks=pytest.mark.drill),
+    ],
 )
 def test_any_number_of_processes_trains_the_same_weights(
     tiny: Config, tmp_path: Path, sizes: tuple[int, ...], dtype: str, whole: float, each: float
@@ -95,6 +100,61 @@ def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """||ours - theirs|| / ||theirs|| over all tensors."""
     squares = [((ours[n].double() - theirs[n].double()) ** 2).sum() for n in theirs]
     return float((sum(squares) / sum((theirs[n].double() ** 2).sum() for n in theirs)) ** 0.5)
+
+
+def _as_by_default(
+    tiny: Config, folder: Path, monkeypatch: pytest.MonkeyPatch, compile: str
+) -> tuple[Checkpoint, Checkpoint]:
+    """The end of a run in one process, and of the same in two: as several GPUs train, but for the device."""
+    config = replace(
+        tiny,
+        method=replace(tiny.method, teacher="ema"),
+        training=replace(tiny.training, precision="auto", micro_batch=4, compile=compile, total_steps=16),
+    )
+    monkeypatch.syspath_prepend(PEER.parent)
+    with importlib.import_module("peer").like_gpus():
+        train(config, out=folder / "one", device="cpu")
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    _together("default", 2, folder, port)
+    return open_checkpoint(folder / "one"), open_checkpoint(folder / "run")
+
+
+def _assert_same_choices(one: Checkpoint, two: Checkpoint) -> None:
+    assert two.state["trunk_dtype"] == one.state["trunk_dtype"] == "float16"
+    ours, theirs = two.state["roundings"], one.state["roundings"]
+    assert [each["step"] for each in ours] == [each["step"] for each in theirs] == [0, 2, 4, 6, 8]
+    for each, other in zip(ours, theirs, strict=True):
+        assert each["cosine"] == pytest.approx(other["cosine"], abs=1e-4)
+        assert each["noise"] == pytest.approx(other["noise"], rel=0.05)
+        assert each["batches"] == other["batches"] == 2
+
+
+def test_two_processes_choose_the_arithmetic_and_train_as_one_does(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of every run on several GPUs: auto, a switch to fp16 and its loss scale, micro-batches; and
+    an EMA teacher."""
+    one, two = _as_by_default(tiny, tmp_path, monkeypatch, "off")
+    _assert_same_choices(one, two)
+    for name in ("weights", "ema", "teacher"):
+        assert _difference(two.tensors(name), one.tensors(name)) < 3e-5, name
+    for name in ("loss_scale", "loss_scale_good_steps", "skipped"):
+        assert torch.equal(two.tensors("optimizer")[name], one.tensors("optimizer")[name]), name
+    assert float(one.tensors("optimizer")["loss_scale"]) < 2**14, "it overflowed at first, in both"
+
+
+@pytest.mark.drill
+def test_two_processes_do_so_compiled(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks compiled one by one under gradients that are reduced, with and without a reduction."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    few_blocks = replace(tiny.network, channel_mult=(1,), attention_resolutions=(8,))
+    one, two = _as_by_default(replace(tiny, network=few_blocks), tmp_path, monkeypatch, "on")
+    _assert_same_choices(one, two)
+    for name in ("weights", "ema", "teacher"):
+        assert _difference(two.tensors(name), one.tensors(name)) < 1e-4, name
 
 
 def test_processes_that_differ_are_named_and_decisions_are_shared(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import torch
 
 from ict_fast import consistency
 from ict_fast.config import Config
+from ict_fast.errors import InputError
 from ict_fast.training.averages import ema_decay
 from ict_fast.training.loss_scale import LossScale
-from ict_fast.training.step import TrainStep, learning_rate, trunk_dtype
+from ict_fast.training.step import TrainStep, describe_trunk, learning_rate, require_arithmetic, trunk_dtype
 
 CPU = torch.device("cpu")
 Batches = Callable[..., list]
@@ -133,12 +134,36 @@ def test_ema_teacher_follows_its_recurrence(tiny: Config, batches: Batches) -> N
     torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_precision_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
+def test_precision_auto_is_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 from Ampere on, fp16 on the tensor cores before it, fp32 on a CPU; a wrong choice is refused."""
+    gpu = torch.device("cuda")
     assert trunk_dtype("auto", CPU) is None
-    assert trunk_dtype("auto", torch.device("cuda")) is torch.bfloat16
     assert trunk_dtype("bf16", CPU) is torch.bfloat16
     assert trunk_dtype("fp16", CPU) is torch.float16
-    assert trunk_dtype("fp32", torch.device("cuda")) is None
+    assert trunk_dtype("fp32", gpu) is None
+    require_arithmetic("bf16", CPU)
+    for name, capability, auto in (
+        ("Tesla V100-SXM2-32GB", (7, 0), torch.float16),
+        ("Tesla T4", (7, 5), torch.float16),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), torch.bfloat16),
+        ("NVIDIA H200", (9, 0), torch.bfloat16),
+        ("NVIDIA B200", (10, 0), torch.bfloat16),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, found=name: found)
+        assert trunk_dtype("auto", gpu) is auto, name
+        require_arithmetic("auto", gpu)
+        require_arithmetic("fp16", gpu)
+        for precision in ("bf16", "tf32"):
+            if auto is torch.float16:
+                refusal = rf"precision is {precision}, which {name} \(compute capability 7\.\d\) has not"
+                with pytest.raises(InputError, match=refusal):
+                    require_arithmetic(precision, gpu)
+            else:
+                require_arithmetic(precision, gpu)
+        said = describe_trunk("auto", gpu)
+        assert said is None if auto is torch.bfloat16 else said is not None and said.startswith(name)
+        assert describe_trunk("fp32", gpu) is None
 
 
 @pytest.mark.parametrize(("half", "least"), [("bf16", 0.99), ("fp16", 0.9999)])

@@ -8,9 +8,11 @@ import shlex
 import subprocess
 import sys
 import tarfile
+import tempfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from ict_fast.cli import main
@@ -31,10 +33,13 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="readme-")
+
+
+@cache
+def workshop() -> Path:
     """An empty directory, but for what the commands take for granted: pictures, and ImageNet's archive."""
-    folder = tmp_path_factory.mktemp("readme")
+    folder = Path(_TEMPORARY.name)
     for number, name in enumerate(("n01440764", "n01443537")):
         (folder / "pictures" / name).mkdir(parents=True)
         picture = Image.new("RGB", (80, 70 + number), (number * 200, 100, 50))
@@ -44,7 +49,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_readmes_ict_fast_commands_run_in_their_order(workshop: Path) -> None:
+def run_commands() -> int:
+    """Runs them; gives their number."""
     ran = 0
     for command in commands():
         if command[0] != "ict-fast" or "--download" in command:  # test_download.py has a server for it
@@ -61,16 +67,25 @@ def test_the_readmes_ict_fast_commands_run_in_their_order(workshop: Path) -> Non
             command = [*shlex.split(re.sub(r"--training.total-steps \d+", "", shlex.join(command))), *SHORT]
         run = subprocess.run(
             [sys.executable, "-m", "ict_fast", *command[1:]],
-            cwd=workshop,
+            cwd=workshop(),
             capture_output=True,
             text=True,
             check=False,
         )
         assert run.returncode == 0, f"{shlex.join(command)}\n{run.stdout}{run.stderr}"
         ran += 1
-    assert ran >= 12
+    return ran
+
+
+def beside() -> dict[str, Callable[[], int]]:
+    """What runs beside all other tests."""
+    return {"commands": run_commands}
+
+
+def test_the_readmes_ict_fast_commands_run_in_their_order(done_beside: Callable[[str], int]) -> None:
+    assert done_beside("commands") >= 12
     for name in ("digits.png", "samples.npz", "runs/two-processes/config.json", "data/imagenet64/meta.json"):
-        assert (workshop / name).exists()
+        assert (workshop() / name).exists()
 
 
 def test_the_other_commands_are_ones_that_exist() -> None:
@@ -89,11 +104,11 @@ def test_the_other_commands_are_ones_that_exist() -> None:
             assert command[0] == "ict-fast", command
 
 
-def test_the_readmes_python_runs(workshop: Path) -> None:
+def test_the_readmes_python_runs() -> None:
     for block in blocks("python"):
         code = block.replace('config = ict_fast.presets.get("digits")', _SHORT_CONFIG)
         run = subprocess.run(
-            [sys.executable, "-c", code], cwd=workshop, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code], cwd=workshop(), capture_output=True, text=True, check=False
         )
         assert run.returncode == 0, f"{code}\n{run.stderr}"
 

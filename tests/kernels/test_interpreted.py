@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter: each file of interpreted/ in a process of its own.
 
 TRITON_INTERPRET is read when Triton is imported, and changes what it can do; so never in this process. The
-processes run one after the other beside the rest of the suite, from its start (see tests/conftest.py).
+processes run beside the rest of the suite (see tests/conftest.py).
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,15 +26,13 @@ def _interpret(name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@cache
-def start() -> dict[str, Future[subprocess.CompletedProcess[str]]]:
-    """Starts all files, one at a time; gives what will be their results."""
-    pool = ThreadPoolExecutor(max_workers=1)
-    return {name: pool.submit(_interpret, name) for name in NAMES}
+def beside() -> dict[str, Callable[[], subprocess.CompletedProcess[str]]]:
+    """What runs beside all other tests."""
+    return {name: partial(_interpret, name) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_the_interpreter(name: str) -> None:
+def test_in_the_interpreter(name: str, done_beside: Callable[[str], Any]) -> None:
     pytest.importorskip("triton")
-    run = start()[name].result()
+    run = done_beside(name)
     assert run.returncode == 0, run.stdout + run.stderr

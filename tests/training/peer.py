@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -49,6 +50,7 @@ def train(world: World, folder: Path, dtype: str) -> None:
     assert int(step.optimizer.skipped) == 0
     if world.is_first:
         torch.save(step.network.state_dict(), folder / "weights.pt")
+    del step.backward  # which holds the step: DDP would outlive the process group, and abort at the end
 
 
 def default(folder: Path) -> None:
@@ -192,4 +194,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=int(size))
     world = World(timeout=3.0) if task == "wait" else World()
     {"train": train, "disagree": disagree, "wait": wait, "fail": fail}[task](world, Path(folder), *arguments)
+    gc.collect()
     dist.destroy_process_group()

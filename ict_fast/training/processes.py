@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,9 @@ MAX_RESTARTS = 3
 
 _POLL_SECONDS = 0.25
 _SAVING_SECONDS = 120  # what a run stopped by a signal has to write its checkpoint; 30 with torch 2.11
+_LEAVING_SECONDS = 1.0
+"""The agent looks ten times a second, and names the first process that it finds ended: so the one that is lost,
+before those that have lost it."""
 _TRACEBACK = "crash.txt"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -160,6 +164,7 @@ def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent:
     try:
         _work(work, first, folder, parent)
     except Exception:  # which `record` has written down
+        time.sleep(_LEAVING_SECONDS)
         # The interpreter's own end waits for the device, which may wait for a process that is lost.
         os._exit(EXIT_FAILED)
 

@@ -33,8 +33,8 @@ MAX_RESTARTS = 3
 _POLL_SECONDS = 0.25
 _SAVING_SECONDS = 120  # what a run stopped by a signal has to write its checkpoint; 30 with torch 2.11
 _LEAVING_SECONDS = 1.0
-"""The agent looks ten times a second, and names the first process that it finds ended: so the one that is lost,
-before those that have lost it."""
+"""The agent looks ten times a second, and names the first process that it finds ended: so the one that is
+lost, before those that have lost it."""
 _TRACEBACK = "crash.txt"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 

@@ -150,7 +150,7 @@ def _train(
     stages = consistency.stages(total, config.method)
     ends = {each.first_step for each in stages[1:]} | {total}
     training_seconds, window, window_step = 0.0, time.monotonic(), 1 + calibration
-    step.reset_loss()
+    step.reset_losses()
     for k in range(1 + calibration, total):
         step(k, loader.micro_batches(k))
         if k + 1 in ends:
@@ -161,12 +161,12 @@ def _train(
                 {
                     "num_scales": consistency.num_scales(k, total, config.method),
                     "last_step": k + 1,
-                    "loss": float(step.loss_sum) / max(1, int(step.loss_count)),
+                    "loss": float(step.losses.sum) / max(1, int(step.losses.count)),
                     "images_per_second": (k + 1 - window_step) * config.training.batch_size / elapsed,
                     "skipped": int(step.optimizer.skipped),
                 }
             )
-            step.reset_loss()
+            step.reset_losses()
             yield record
             window, window_step = time.monotonic(), k + 1
     images = (total - 1 - calibration) * config.training.batch_size

@@ -63,7 +63,7 @@ def require_progress(train_step: TrainStep, step: int, config: Config) -> None:
         TrainingError: see above. The weights are still those of the last good step.
     """
     in_a_row = int(train_step.skipped_in_a_row)
-    train_step.reset_loss()
+    train_step.reset_losses()
     if in_a_row >= config.training.max_skipped_steps:
         raise TrainingError(
             f"{in_a_row} steps in a row up to step {step:,} had no finite gradient, and changed no weight;"

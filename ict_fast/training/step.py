@@ -23,6 +23,7 @@ from ict_fast.training.averages import Averages, ema_decay
 from ict_fast.training.compilation import compile_blocks, compiles
 from ict_fast.training.loss_by_sigma import BUCKETS, LossBySigma
 from ict_fast.training.loss_scale import LossScale
+from ict_fast.training.loss_window import LossWindow
 from ict_fast.training.world import World
 from ict_kernels import RAdamEMA
 
@@ -46,9 +47,8 @@ class TrainStep:
         compiled_blocks: how many residual blocks are compiled when they are first called.
         loss_scale: of an fp16 trunk, else None.
         roundings: what was measured to choose the trunk's arithmetic so far, as JSON values; see `precision`.
-        loss_sum, loss_count: sum and number of the finite step losses since `reset_loss`; fp64 scalars.
-        by_sigma: sums and numbers of the images' losses by noise level since then; see `LossBySigma`, fp64.
-        skipped_in_a_row: the longest run of skipped steps since `reset_loss`; int64 scalar.
+        losses: sums of the losses since `reset_losses`.
+        skipped_in_a_row: the longest run of skipped steps since `reset_losses`; int64 scalar.
     """
 
     def __init__(
@@ -111,10 +111,8 @@ class TrainStep:
         self.loss_scale: LossScale | None = None
         self.roundings: list[dict[str, Any]] = []
         self.set_trunk(trunk_dtype(config.training.precision, device))
-        self.loss_sum = scalar(0.0, torch.float64)
-        self.loss_count = scalar(0, torch.int64)
         self._loss_by_sigma = LossBySigma(config.method, device)
-        self.by_sigma = torch.zeros(2 * BUCKETS, dtype=torch.float64, device=device)
+        self.losses = LossWindow(device, self.world)
         self.skipped_in_a_row = scalar(0, torch.int64)
         self._skipping_since = scalar(0, torch.int64)
 
@@ -144,13 +142,12 @@ class TrainStep:
 
     def advance(self, micro_batches: Sequence[Batch]) -> None:
         """The step that has begun: the same operations, with the same numbers, in every step."""
-        figures = self.gradient(micro_batches)
-        self.world.add(figures)
+        self.losses.add(self.gradient(micro_batches))
         if self.loss_scale is not None and self.world.size > 1:
             self.optimizer.grad_scale = self.loss_scale.value / self.world.size
         self.optimizer.step()
 
-        loss, skipped = figures[0], self.optimizer.last_step_skipped
+        skipped = self.optimizer.last_step_skipped
         self.averages.advance(skipped, self.updates())
         if self.loss_scale is not None:
             self.loss_scale.advance(skipped)
@@ -158,10 +155,6 @@ class TrainStep:
             self._advance_teacher(skipped)
         self._skipping_since.add_(1).mul_(skipped)
         torch.maximum(self.skipped_in_a_row, self._skipping_since, out=self.skipped_in_a_row)
-        finite = torch.isfinite(loss)
-        self.loss_sum += torch.where(finite, loss, 0.0)
-        self.loss_count += finite
-        self.by_sigma += figures[1:]
 
     def gradient(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Leaves the gradient of all processes' micro-batches in the parameters; never waits for the device.
@@ -237,17 +230,19 @@ class TrainStep:
         torch._foreach_mul_(teacher, decay)
         torch._foreach_add_(teacher, torch._foreach_mul(student, 1 - decay))
 
-    def reset_loss(self) -> None:
-        """Starts a new window of the mean loss."""
-        self.loss_sum.zero_()
-        self.loss_count.zero_()
-        self.by_sigma.zero_()
+    def reset_losses(self) -> None:
+        """Starts a new window of the losses."""
+        self.losses.reset()
         self.skipped_in_a_row.zero_()
 
     # ---- what a checkpoint holds ----
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that the next step depends on, by file and name; no copies are made."""
+        """Everything that the next step depends on, by file and name; no copies are made.
+
+        To be called by all processes at the same step.
+        """
+        self.losses.gather()
         names = [name for name, _ in self.network.named_parameters()]
         weights = dict(self.network.state_dict())
         files = {"weights": weights, "ema": self.ema_weights()}
@@ -261,9 +256,7 @@ class TrainStep:
         files["optimizer"]["skipped"] = self.optimizer.skipped
         files["optimizer"]["skipping_since"] = self._skipping_since
         files["optimizer"]["skipped_in_a_row"] = self.skipped_in_a_row
-        files["optimizer"]["loss_sum"] = self.loss_sum
-        files["optimizer"]["loss_count"] = self.loss_count
-        files["optimizer"]["loss_by_sigma"] = self.by_sigma
+        files["optimizer"] |= self.losses.tensors()
         if self.loss_scale is not None:
             files["optimizer"] |= self.loss_scale.tensors()
         if self.teacher is not None:
@@ -303,9 +296,7 @@ class TrainStep:
                 self.optimizer.skipped.copy_(saved["skipped"])
                 self._skipping_since.copy_(saved["skipping_since"])
                 self.skipped_in_a_row.copy_(saved["skipped_in_a_row"])
-                self.loss_sum.copy_(saved["loss_sum"])
-                self.loss_count.copy_(saved["loss_count"])
-                self.by_sigma.copy_(saved["loss_by_sigma"])
+                self.losses.restore(saved)
                 if self.loss_scale is not None and "loss_scale" in saved:  # else it was not fp16 so far
                     for name, tensor in self.loss_scale.tensors().items():
                         tensor.copy_(saved[name])

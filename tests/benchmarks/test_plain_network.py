@@ -105,8 +105,9 @@ def test_a_plain_step_trains_step_after_step() -> None:
     for before, after in itertools.pairwise(seen):
         assert all(torch.isfinite(p).all() for p in after)
         assert any(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
-    assert int(step.loss_count) == int(step.updates()) == 2
-    assert int(step.by_sigma[len(step.by_sigma) // 2 :].sum()) == 16, "every image's loss is counted"
+    assert int(step.losses.count) == int(step.updates()) == 2
+    counts = step.losses.by_sigma[len(step.losses.by_sigma) // 2 :]
+    assert int(counts.sum()) == 16, "every image's loss is counted"
 
 
 def test_its_optimizer_takes_the_same_steps() -> None:

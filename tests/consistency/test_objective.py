@@ -202,7 +202,7 @@ def test_curriculum_dropout_and_teacher_change_nothing_but_what_they_name(tiny: 
         for network in {train_step.objective.student, train_step.objective.teacher}:
             network.register_forward_pre_hook(lambda _, arguments: seen.extend(arguments[:2]))
         train_step(step, [batch])
-        return seen, float(train_step.loss_sum)
+        return seen, float(train_step.losses.sum)
 
     def same(a: list[Tensor], b: list[Tensor]) -> bool:
         return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

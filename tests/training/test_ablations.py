@@ -61,7 +61,7 @@ def test_switches_train_in_every_pair(tiny: Config, batches: Callable[..., list]
     for step in range(2):
         train_step(step, batches(config, step))
     assert int(train_step.optimizer.skipped) == 0
-    assert int(train_step.loss_count) == 2
+    assert int(train_step.losses.count) == 2
     # Not all: the published initialisations end every block with (nearly) zero weights.
     changed = [not torch.equal(a, b) for a, b in zip(before, train_step.network.parameters(), strict=True)]
     assert any(changed)

@@ -110,7 +110,7 @@ def test_the_compiled_step_has_the_eager_gradients_in_channels_last_and_is_compi
                 torch.cat([p.grad.flatten() for p in step.network.parameters()]) for step in (compiled, eager)
             )
             assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
-        assert float(compiled.loss_sum) == pytest.approx(float(eager.loss_sum), rel=1e-4)
+        assert float(compiled.losses.sum) == pytest.approx(float(eager.losses.sum), rel=1e-4)
     assert len(stages) == 8
     assert compiled.compiled_blocks == 5
     assert eager.compiled_blocks == 0

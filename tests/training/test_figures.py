@@ -59,7 +59,7 @@ def test_the_buckets_of_a_window_make_up_its_mean_loss(tiny: Config, batches: Ca
     for step in range(3):
         train_step(step, batches(tiny, step, 4))
     found, size = figures(train_step, 3), tiny.training.batch_size
-    counts = train_step.by_sigma[BUCKETS:]
+    counts = train_step.losses.by_sigma[BUCKETS:]
     assert counts.sum() == 3 * size
     total = sum(mean * count for mean, count in zip(found["loss_by_sigma"], counts, strict=True) if count)
     assert float(total) / (3 * size) == pytest.approx(found["loss"], rel=1e-6)
@@ -70,7 +70,7 @@ def test_the_buckets_of_a_window_make_up_its_mean_loss(tiny: Config, batches: Ca
     inner = torch.tensor(sigma_edges(tiny.method)[1:-1])
     expected = torch.bincount(torch.bucketize(torch.cat(drawn), inner, right=True), minlength=BUCKETS)
     assert counts.tolist() == expected.tolist()
-    train_step.reset_loss()
+    train_step.reset_losses()
     assert figures(train_step, 3)["loss_by_sigma"] == [None] * BUCKETS
 
 

@@ -122,6 +122,10 @@ def _as_by_default(
     return open_checkpoint(folder / "one"), open_checkpoint(folder / "run")
 
 
+def _log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
 def _assert_same_choices(one: Checkpoint, two: Checkpoint) -> None:
     assert two.state["trunk_dtype"] == one.state["trunk_dtype"] == "float16"
     ours, theirs = two.state["roundings"], one.state["roundings"]
@@ -144,6 +148,10 @@ def test_two_processes_choose_the_arithmetic_and_train_as_one_does(
     for name in ("loss_scale", "loss_scale_good_steps", "skipped"):
         assert torch.equal(two.tensors("optimizer")[name], one.tensors("optimizer")[name]), name
     assert float(one.tensors("optimizer")["loss_scale"]) < 2**14, "it overflowed at first, in both"
+    for ours, theirs in zip(*(_log(tmp_path / name) for name in ("run", "one")), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        for mean, one_mean in zip(ours["loss_by_sigma"], theirs["loss_by_sigma"], strict=True):
+            assert mean == (one_mean if one_mean is None else pytest.approx(one_mean, rel=1e-3))
 
 
 @pytest.mark.drill

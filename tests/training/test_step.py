@@ -50,7 +50,7 @@ def test_a_non_finite_gradient_changes_nothing_and_is_counted(tiny: Config, batc
     stuck = _vector(train_step)
     train_step(3, batches(tiny, 3))
     assert int(train_step.optimizer.skipped) == 2
-    train_step.reset_loss()
+    train_step.reset_losses()
     train_step(4, batches(tiny, 4))
     assert int(train_step.skipped_in_a_row) == 0
     assert not torch.equal(_vector(train_step), stuck), "training goes on"

@@ -41,9 +41,9 @@ def run(backend: str, adaptive_norm: bool) -> tuple[list[float], torch.Tensor, t
     for number in range(24 - STEPS, 24):
         images = torch.randint(0, 256, (4, 8, 8, 1), dtype=torch.uint8, generator=generator)
         batch = SimpleNamespace(images=images, labels=None, offset=0, flip=torch.tensor([0, 1, 0, 1]).byte())
-        step.reset_loss()
+        step.reset_losses()
         step(number, [batch])
-        losses.append(float(step.loss_sum))
+        losses.append(float(step.losses.sum))
     parameters = list(step.network.parameters())
     gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     return losses, gradient, torch.cat([p.detach().flatten() for p in parameters])

@@ -103,11 +103,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     scales = [stage["num_scales"] for stage in report["stages"]]
-    for name in report["stages"][0]["precisions"]:
-        of_stage = [stage["precisions"][name] for stage in report["stages"]]
-        axes[0].loglog(scales, [1 - each["cosine"] for each in of_stage], "o--", label=f"{name}, one batch")
-        axes[0].loglog(scales, [1 - each["cosine_of_mean"] for each in of_stage], "o-", label=f"{name}, mean")
-        axes[1].loglog(scales, [each["noise"] for each in of_stage], "o-", label=name)
+    for number, name in enumerate(report["stages"][0]["precisions"]):
+        of_stage, colour = [stage["precisions"][name] for stage in report["stages"]], f"C{number}"
+        for line, figure_name in (("o--", "cosine"), ("o-", "cosine_of_mean")):
+            axes[0].loglog(scales, [1 - each[figure_name] for each in of_stage], line, color=colour)
+        axes[1].loglog(scales, [each["noise"] for each in of_stage], "o-", color=colour, label=name)
+    axes[0].plot([], [], "k--", label="one batch")
+    axes[0].plot([], [], "k-", label="mean of the batches")
     axes[0].set(xlabel="noise levels N", title="1 - cosine with the fp32 gradient")
     axes[1].set(xlabel="noise levels N", title="noise added, share of the sampling variance")
     for axis in axes:

@@ -225,7 +225,7 @@ def test_the_readmes_figures_are_the_results() -> None:
     demo = json.loads((RESULTS / "digits-demo.json").read_text())
     noise, one_step = demo["reference"]["noise"], demo["one_step"]["frechet_distance"]
     precision = json.loads((RESULTS / "precision.json").read_text())["stages"][-1]
-    bf16, fp16 = (precision["precisions"][name] for name in ("bf16", "fp16"))
+    bf16, fp16, tf32 = (precision["precisions"][name] for name in ("bf16", "fp16", "tf32"))
     claims = (
         f"is {100 * one_step / noise:.2f} % of that of noise",
         f"is at {100 * demo['reference']['gaussian'] / noise:.1f} %",
@@ -233,5 +233,6 @@ def test_the_readmes_figures_are_the_results() -> None:
         f"at N = {precision['num_scales']} it adds {100 * bf16['noise']:.0f} % of the sampling variance",
         f"takes {100 * (1 - bf16['norm']):.0f} % of its length",
         f"fp16 {100 * fp16['noise']:.1f} % and {100 * (1 - fp16['norm']):.1f} %",
+        f"TF32 {100 * tf32['noise']:.1f} % and {100 * (1 - tf32['norm']):.1f} %",
     )
     assert [claim for claim in claims if claim not in readme] == []

@@ -332,7 +332,7 @@ def dropout_keep_mask(
     if threshold == 0:
         return _channels_last(torch.ones_like(lanes, dtype=torch.bool), like)
     border = threshold - 32768
-    keep = (lanes.clamp_(border - 1, border) - (border - 1)).to(torch.uint8).view(torch.bool)
+    keep = (lanes.clamp_(border - 1, border) - (border - 1)).to(torch.bool)
     return _channels_last(keep, like)
 
 

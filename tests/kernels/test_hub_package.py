@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "kernels/hub/package.py"
@@ -89,20 +90,21 @@ import ict_kernels as installed  # both in one process
 from kernels import get_kernel, get_local_kernel
 hub = get_local_kernel(Path(sys.argv[1]))
 assert hub is not installed
-assert get_kernel("somebody/ict-kernels", version=0, backend="cpu").__file__ == hub.__file__
+assert get_kernel("somebody/ict-kernels", version=0).__file__ == hub.__file__
 x, y, weight = torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8), torch.rand(3)
 assert torch.equal(hub.pseudo_huber_loss(x, y, weight), installed.pseudo_huber_loss(x, y, weight))
 assert set(hub.__all__) == set(installed.__all__)
 assert hub.adapters.ect.ECMLoss is not installed.adapters.ect.ECMLoss
 assert hasattr(getattr(torch.ops, hub.__name__), "philox_words")
-print(hub.__name__)
+print(Path(hub.__file__).parent.name, hub.__name__)
 """
 
 
 def test_their_client_loads_it_from_the_folder_and_by_local_kernels(hub, tmp_path):
     pytest.importorskip("kernels")
-    name = run(LOAD, tmp_path, str(hub), LOCAL_KERNELS=f"somebody/ict-kernels={hub}")
-    assert name == json.loads((hub / "build/torch-cpu/metadata.json").read_text())["id"]
+    variant, name = run(LOAD, tmp_path, str(hub), LOCAL_KERNELS=f"somebody/ict-kernels={hub}").split()
+    assert variant == ("torch-cpu" if torch.version.cuda is None else "torch-cuda")
+    assert name == json.loads((hub / "build" / variant / "metadata.json").read_text())["id"]
 
 
 LAYERS = """

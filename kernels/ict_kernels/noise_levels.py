@@ -375,7 +375,17 @@ def sample_noise_levels(
     if use_triton(table.sigma, held):
         offset_tensor = offset.to(device) if isinstance(offset, Tensor) else None
         offset_int = 0 if isinstance(offset, Tensor) else offset
-        return NoiseLevels(
-            *_sample(held, *table, seed_tensor(seed, device), offset_tensor, batch_size, offset_int)
+        # Named one by one: Dynamo of torch 2.11 does not unpack them.
+        index, sigma, sigma_next, weight = _sample(
+            held,
+            table.num_scales,
+            table.thresholds,
+            table.sigma,
+            table.weight,
+            seed_tensor(seed, device),
+            offset_tensor,
+            batch_size,
+            offset_int,
         )
+        return NoiseLevels(index, sigma, sigma_next, weight)
     return _look_up(table, held, uniform_bits(batch_size, seed, offset, LEVELS, device=device))

@@ -226,6 +226,7 @@ def test_a_real_terminal_that_is_closed(tiny: Config, tmp_path: Path, processes:
     words = ("-m", "ict_fast", "train", "--device", "cpu", "--processes", processes, "--out", str(out))
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
         os.execv(sys.executable, [sys.executable, *words, *flags(config)])
     while not (out / "log.jsonl").exists():
         if select.select([terminal], [], [], 0.1)[0]:

@@ -24,7 +24,7 @@ from ict_fast.errors import InputError, TrainingError
 from ict_fast.screen import LINE_INTERVAL
 from ict_fast.training.launch import StopRequest
 from ict_fast.training.monitor import duration
-from ict_fast.training.run_data import prepare_if_bundled
+from ict_fast.training.run_data import open_images, prepare_if_bundled
 from ict_fast.training.run_directory import LOG_NAME
 
 _GRACE = 60.0  # seconds that a stopped run has to save
@@ -82,6 +82,8 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any] | int:
     prepare_if_bundled(plan.base)
     jobs = plan.jobs()
     waiting = [(variant, seed, job) for variant, seed, job in jobs if _result(job) is None]
+    if waiting:  # before any of them is started
+        open_images(plan.base)
     if len(waiting) < len(jobs):
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
     with StopRequest() as stop:

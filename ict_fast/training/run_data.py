@@ -23,14 +23,13 @@ def will_prepare(config: Config) -> bool:
     return config.data.path == DIGITS.data.path and not Path(config.data.path).exists()
 
 
-def open_data(run: Run) -> Store:
-    """The store that the run names.
+def open_images(config: Config) -> Store:
+    """The store that a configuration names.
 
     Raises:
-        InputError: if it is not there or not whole, its images or classes are not what the network takes, or
-            the run was trained on others.
+        InputError: if it is not there or not whole, or its images or classes are not what the network takes.
     """
-    path, network = Path(run.config.data.path), run.config.network
+    path, network = Path(config.data.path), config.network
     store = open_store(path)
     if (store.resolution, store.image_channels) != (network.resolution, network.image_channels):
         raise InputError(
@@ -42,10 +41,20 @@ def open_data(run: Run) -> Store:
         raise InputError(
             f"{path} has {store.num_classes or 'no'} classes; --network.num-classes is {network.num_classes}"
         )
+    return store
+
+
+def open_data(run: Run) -> Store:
+    """The store that the run names.
+
+    Raises:
+        InputError: as `open_images`, and if the run was trained on other images so far.
+    """
+    store = open_images(run.config)
     before = store.fingerprint if run.checkpoint is None else run.checkpoint.state.get("data_fingerprint")
     if before != store.fingerprint:
         raise InputError(
-            f"{path} holds other images than {run.out} was trained on (fingerprint {store.fingerprint[:12]},"
-            f" before {str(before)[:12]}); --data must name the same store"
+            f"{store.path} holds other images than {run.out} was trained on (fingerprint"
+            f" {store.fingerprint[:12]}, before {str(before)[:12]}); --data must name the same store"
         )
     return store

@@ -92,7 +92,7 @@ def test_a_finished_ablation_runs_nothing_again(
         (("--preset", "imagenet64-ct2023"), "--preset is imagenet64-ct2023, which is not iCT"),
         (("--seeds", "0"), "--seeds is 0"),
         (("--parallel", "0"), "--parallel is 0"),
-        (("--preset", "cifar10", "--out", "other"), "data/cifar10"),
+        (("--preset", "cifar10", "--out", "other"), "data/cifar10: there is no data here"),
     ],
 )
 def test_what_cannot_work_is_one_line(
@@ -107,6 +107,7 @@ def test_what_cannot_work_is_one_line(
     error = capfd.readouterr().err.strip().splitlines()
     assert complaint in error[-1]
     assert error[-1].startswith("ict-fast: error:")
+    assert not Path("other").exists(), "refused before a run is started"
 
 
 def test_the_list_names_every_variant_and_runs_nothing(

@@ -980,9 +980,9 @@ def sum_samples(
         at = row.to(tl.int64)[:, None] * CHANNELS + c[None, :]
         total += tl.load(from_ptr + at, mask=(row < rows)[:, None] & (c < CHANNELS)[None, :], other=0.0)
     result = tl.sum(total, axis=0)
-    _store_vector(to0_ptr, c, result, (c < CHANNELS) & (k == 0))
-    _store_vector(to1_ptr, c, result, (c < CHANNELS) & (k == 1))
-    _store_vector(to2_ptr, c, result, (c < CHANNELS) & (k == 2))
+    _store_vector(to0_ptr, c, result, c < tl.where(k == 0, CHANNELS, 0))
+    _store_vector(to1_ptr, c, result, c < tl.where(k == 1, CHANNELS, 0))
+    _store_vector(to2_ptr, c, result, c < tl.where(k == 2, CHANNELS, 0))
 
 
 # ------------------------------------------------------------------------------------------------- launchers

@@ -191,6 +191,8 @@ def test_inductor_does_not_choose_nchw_for_a_backward_pass(monkeypatch: pytest.M
     """As it does on a GPU for a graph without the forward pass of a convolution (pytorch issue 189239)."""
     graph = torch.fx.Graph()
     inputs = [graph.placeholder(name) for name in ("gradient", "x", "weight")]
+    for node, shape in zip(inputs, ((2, 8, 4, 4), (2, 8, 4, 4), (8, 8, 3, 3)), strict=True):
+        node.meta["val"] = torch.empty(shape, device="meta")
     options = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
     graph.output(graph.call_function(torch.ops.aten.convolution_backward.default, (*inputs, *options)))
     backward = torch.fx.GraphModule({}, graph)

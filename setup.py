@@ -49,8 +49,8 @@ setup(
     package_dir={"ict_kernels": "kernels/ict_kernels"},
     package_data={"ict_fast": ["py.typed", "interop/travelling/*.py"], "ict_kernels": ["py.typed"]},
     install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6,<3.8" + LINUX,
+        "torch>=2.11,<2.16",
+        "triton>=3.6,<3.10" + LINUX,
         "numpy>=1.26",
         "matplotlib>=3.8",
         "pillow>=10",

@@ -31,6 +31,8 @@ APEX_BUILD = (
 )
 _BASE = ("matplotlib", "numpy", "pillow", "rich", "safetensors", "scikit-learn", "torchmetrics", "tyro")
 _EXTRAS = ("tensorboard", "wandb", "diffusers", "scipy", "pytest-benchmark")
+_TORCH = (2, 11), (2, 16)  # as setup.py has it
+_INSTALL_TORCH = 'pip install "torch>=2.11,<2.16"'
 _GIB = 2**30
 
 
@@ -165,14 +167,14 @@ def _torch_and_gpus(nvidia: str | None) -> tuple[Check, list[Check]]:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library of CUDA is missing
         reason = " ".join(str(error).split())
-        return Check("torch", "FAIL", f"cannot be imported: {reason}", 'pip install "torch>=2.11,<2.14"'), []
+        return Check("torch", "FAIL", f"cannot be imported: {reason}", _INSTALL_TORCH), []
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA (a CPU build)"
-    supported = (2, 11) <= _numbers(torch.__version__) < (2, 14)
+    supported = _TORCH[0] <= _numbers(torch.__version__) < _TORCH[1]
     torch_check = Check(
         "torch",
         "ok" if supported else "warn",
         f"{torch.__version__}, {build}",
-        "" if supported else 'tested with 2.11 to 2.13: pip install "torch>=2.11,<2.14"',
+        "" if supported else f"tested with 2.11 to 2.15: {_INSTALL_TORCH}",
     )
     if not torch.cuda.is_available():
         if nvidia is None:

@@ -2,7 +2,9 @@
 
 import importlib.machinery
 import importlib.util
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,11 +133,17 @@ def test_a_gpu_on_which_nothing_runs_fails(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "status"), [("2.13.0+cpu", "ok"), ("2.11.1", "ok"), ("2.10.0", "warn"), ("2.14.0", "warn")]
+    ("version", "status"), [("2.15.0+cpu", "ok"), ("2.11.1", "ok"), ("2.10.0", "warn"), ("2.16.0", "warn")]
 )
 def test_the_version_of_torch_is_judged(monkeypatch, version, status):
     fake_torch(monkeypatch, version=version)
     assert doctor._torch_and_gpus(None)[0].status == status
+
+
+def test_it_asks_for_the_torch_that_setup_does():
+    asked = re.search(r'"(torch>[^"]+)"', (Path(__file__).parents[1] / "setup.py").read_text()).group(1)
+    assert f'pip install "{asked}"' == doctor._INSTALL_TORCH
+    assert asked == "torch>={}.{},<{}.{}".format(*(number for version in doctor._TORCH for number in version))
 
 
 def test_a_torch_that_does_not_import_fails_without_a_traceback(monkeypatch):

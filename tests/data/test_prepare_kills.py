@@ -196,6 +196,7 @@ def test_an_interrupted_command_says_that_it_can_be_continued(tmp_path: Path) ->
         [sys.executable, "-m", "ict_fast", *words],
         cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests may be in the background
     )  # fmt: skip
     wait_until(lambda: journalled(out) > 0 or running.poll() is not None)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all of its processes

@@ -80,7 +80,7 @@ def compile_launch(launch: Launch, architecture: int, scalar: str = "fp32") -> M
     signature, constants, attributes = specialised(launch, scalar)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": launch.num_warps, "maxnreg": launch.maxnreg}
+    options = {"num_warps": launch.num_warps, "maxnreg": launch.maxnreg, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -178,10 +178,11 @@ def test_every_kernel_has_types_for_what_triton_makes_of_its_arguments(send: Sen
         assert "tt.func public" in ir_of(each, send(each)), each
 
 
-def test_a_kernel_that_a_launch_reaches_is_compiled_with_its_limit_of_registers(send: Send) -> None:
+def test_a_kernel_that_a_launch_reaches_is_compiled_with_its_limit_of_registers_and_fused(send: Send) -> None:
     [each] = next(iter(cases(full=False))).launches
     asked = send(Launch(each.kernel, each.grid, each.arguments, num_warps=8, maxnreg=128))
     assert '"maxnreg": 128' in asked["specialization_data"]
+    assert '"enable_fp_fusion": true' in asked["specialization_data"]
     assert asked["num_warps"] == 8
 
 

@@ -7,6 +7,7 @@ gradients are reduced while earlier blocks still compute theirs.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -57,6 +58,8 @@ def compile_blocks(*networks: nn.Module, autotune: bool = False) -> int:
 
 
 def _configure() -> None:
+    # Inductor's advice to allow TF32 everywhere: where it may be is --training.precision's to say.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs where the gradients are reduced
     # Wrong gradients in torch 2.13 (pytorch issue 193061); the name is read when Inductor is imported.
     triton = torch._inductor.config.triton

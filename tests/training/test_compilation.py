@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,15 @@ def test_inductor_does_not_choose_nchw_for_a_backward_pass(monkeypatch: pytest.M
         with torch._inductor.config.patch(force_layout_optimization=False):
             compile_blocks()
             assert GraphLowering.decide_layout_opt(backward, is_inference=False) == channels_last
+
+
+def test_inductors_advice_to_allow_tf32_is_not_passed_on() -> None:
+    with warnings.catch_warnings(record=True) as told, torch._dynamo.config.patch(recompile_limit=8):
+        warnings.simplefilter("always")
+        compile_blocks()
+        warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert [str(each.message) for each in told] == ["another"]
 
 
 def test_auto_compiles_on_a_gpu_alone() -> None:

@@ -980,6 +980,7 @@ def sum_samples(
         at = row.to(tl.int64)[:, None] * CHANNELS + c[None, :]
         total += tl.load(from_ptr + at, mask=(row < rows)[:, None] & (c < CHANNELS)[None, :], other=0.0)
     result = tl.sum(total, axis=0)
+    # Each mask is one comparison of vectors: Triton 3.9's interpreter takes no (c < CHANNELS) & (k == 0).
     _store_vector(to0_ptr, c, result, c < tl.where(k == 0, CHANNELS, 0))
     _store_vector(to1_ptr, c, result, c < tl.where(k == 1, CHANNELS, 0))
     _store_vector(to2_ptr, c, result, c < tl.where(k == 2, CHANNELS, 0))

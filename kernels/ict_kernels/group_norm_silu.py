@@ -50,7 +50,7 @@ from .philox import (
     philox_call,
     seed_tensor,
 )
-from .triton_support import jit, launch, refuse_forward_ad, tl
+from .triton_support import ChunkLaunches, jit, launch, refuse_forward_ad, tl
 
 if TYPE_CHECKING:
     from .replacement import Replacement
@@ -1090,46 +1090,36 @@ def _forward(
         return y, stats
     blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
     partial = torch.empty(2, plan.chunk, blocks, channels, dtype=torch.float32, device=x.device)
+    over_tiles = {"num_warps": plan.num_warps, "maxnreg": plan.maxnreg, "elements": elements}
+    statistics = ChunkLaunches(
+        split_statistics,
+        x_ptr=x,
+        mean_ptr=partial[0],
+        squares_ptr=partial[1],
+        **{name: value for name, value in tile.items() if name != "GROUP"},
+        **over_tiles,
+    )
+    merge = ChunkLaunches(
+        merge_statistics,
+        num_warps=2,
+        mean_ptr=partial[0],
+        squares_ptr=partial[1],
+        pre_ptr=pre_bias,
+        stats_ptr=stats,
+        pre_stride=_row_stride(pre_bias),
+        pixels=pixels,
+        eps=eps,
+        CHANNELS=channels,
+        GROUP=channels // num_groups,
+        ROWS=plan.rows,
+        BLOCK=min(1024, _power_of_2(blocks * (channels // num_groups))),
+    )
+    apply = ChunkLaunches(split_apply, **arguments, **over_tiles)
     for start in range(0, count, plan.chunk):
         samples = min(plan.chunk, count - start)
-        launch(
-            split_statistics,
-            (samples * blocks * pieces,),
-            num_warps=plan.num_warps,
-            maxnreg=plan.maxnreg,
-            elements=elements,
-            x_ptr=x,
-            mean_ptr=partial[0],
-            squares_ptr=partial[1],
-            start=start,
-            **{name: value for name, value in tile.items() if name != "GROUP"},
-        )
-        launch(
-            merge_statistics,
-            (samples * num_groups,),
-            num_warps=2,
-            mean_ptr=partial[0],
-            squares_ptr=partial[1],
-            pre_ptr=pre_bias,
-            stats_ptr=stats,
-            pre_stride=_row_stride(pre_bias),
-            pixels=pixels,
-            start=start,
-            eps=eps,
-            CHANNELS=channels,
-            GROUP=channels // num_groups,
-            ROWS=plan.rows,
-            BLOCK=min(1024, _power_of_2(blocks * (channels // num_groups))),
-        )
-        launch(
-            split_apply,
-            (samples * blocks * pieces,),
-            num_warps=plan.num_warps,
-            maxnreg=plan.maxnreg,
-            elements=elements,
-            start=start,
-            **arguments,
-        )
+        statistics(samples * blocks * pieces, start)
+        merge(samples * num_groups, start)
+        apply(samples * blocks * pieces, start)
     return y, stats
 
 
@@ -1214,53 +1204,43 @@ def _backward(
         partial = torch.empty(3, plan.chunk, blocks, channels, dtype=torch.float32, device=x.device)
         s1, s2, sx = partial.unbind()
         means = torch.empty(plan.chunk, num_groups, 2, dtype=torch.float32, device=x.device)
+        merged: dict[str, Any] = {
+            "s1_ptr": s1,
+            "s2_ptr": s2,
+            "sx_ptr": None if rows[4] is None else sx,
+            "means_ptr": means,
+        }
+        over_tiles: dict[str, Any] = {
+            "num_warps": plan.num_warps,
+            "maxnreg": plan.maxnreg,
+            "elements": elements,
+            **merged,
+            **arguments,
+        }
+        sums_of_tiles = ChunkLaunches(split_backward, dx_ptr=None, **over_tiles)
+        merge = ChunkLaunches(
+            merge_backward,
+            num_warps=4,
+            stats_ptr=stats,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            scale_ptr=scale,
+            scale_stride=_row_stride(scale),
+            pixels=pixels,
+            CHANNELS=channels,
+            GROUP=group,
+            ROWS=plan.rows,
+            BLOCKS=min(32, _power_of_2(blocks)),
+            WIDTH=min(64, _power_of_2(group)),
+            **merged,
+            **outputs,
+        )
+        apply = ChunkLaunches(split_backward, dx_ptr=dx, **over_tiles)
         for start in range(0, count, plan.chunk):
             samples = min(plan.chunk, count - start)
-            merged: dict[str, Any] = {
-                "s1_ptr": s1,
-                "s2_ptr": s2,
-                "sx_ptr": None if rows[4] is None else sx,
-                "means_ptr": means,
-                "start": start,
-            }
-            launch(
-                split_backward,
-                (samples * blocks * pieces,),
-                num_warps=plan.num_warps,
-                maxnreg=plan.maxnreg,
-                elements=elements,
-                dx_ptr=None,
-                **merged,
-                **arguments,
-            )
-            launch(
-                merge_backward,
-                (samples * num_groups,),
-                num_warps=4,
-                stats_ptr=stats,
-                weight_ptr=weight,
-                bias_ptr=bias,
-                scale_ptr=scale,
-                scale_stride=_row_stride(scale),
-                pixels=pixels,
-                CHANNELS=channels,
-                GROUP=group,
-                ROWS=plan.rows,
-                BLOCKS=min(32, _power_of_2(blocks)),
-                WIDTH=min(64, _power_of_2(group)),
-                **merged,
-                **outputs,
-            )
-            launch(
-                split_backward,
-                (samples * blocks * pieces,),
-                num_warps=plan.num_warps,
-                maxnreg=plan.maxnreg,
-                elements=elements,
-                dx_ptr=dx,
-                **merged,
-                **arguments,
-            )
+            sums_of_tiles(samples * blocks * pieces, start)
+            merge(samples * num_groups, start)
+            apply(samples * blocks * pieces, start)
     if over_samples:
         targets = [gradients[i] for i in over_samples]
         launch(

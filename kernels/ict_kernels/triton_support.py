@@ -4,8 +4,8 @@ Kernels are `@jit` functions in the file of their op, beside the eager definitio
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -77,22 +77,60 @@ def launch(
     maxnreg: int | None = None,
     elements: int = 0,
     **arguments: Any,
-) -> None:
+) -> Any:
     """Runs a kernel on the device of its tensors; see `Launch`. An empty grid runs nothing.
 
     No parameter of a kernel may have the name of one of Triton's own, such as `stream`, `device`, `grid` or
     `num_warps`: only a launch on a GPU says so.
+
+    Returns:
+        What Triton compiled and launched; None where it did not.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, num_warps, maxnreg, elements))
-        return
+        return None
     if 0 in grid:
-        return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return None
+    with _on_device_of(arguments.values()):
         options = {} if maxnreg is None else {"maxnreg": maxnreg}
         # Multiply-add in one instruction, which Triton after 3.9 does not do by itself.
-        kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=True, **options)
+        return kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=True, **options)
+
+
+class ChunkLaunches:
+    """Launches of one kernel that differ in their number of programs and their argument `start` alone.
+
+    The first goes through `launch`; the others straight to what Triton compiled for it, which spares three
+    quarters of what a launch costs the CPU: a norm of ADM-64 with 128 images makes 66.
+
+    Args:
+        kernel: with a parameter `start` to which it is not specialized.
+        arguments: of `launch`, all but `grid` and `start`.
+    """
+
+    def __init__(self, kernel: Any, **arguments: Any):
+        self._kernel, self._arguments = kernel, arguments
+        self._compiled: Any = None
+        self._values: list[Any] = []
+
+    def __call__(self, programs: int, start: int) -> None:
+        if self._compiled is None:
+            self._compiled = launch(self._kernel, (programs,), start=start, **self._arguments)
+            if self._compiled is not None:
+                values = {"start": start} | self._arguments
+                self._values = [values[name] for name in self._kernel.arg_names]
+                self._start = self._kernel.arg_names.index("start")
+            return
+        self._values[self._start] = start
+        with _on_device_of(self._values):
+            self._compiled[programs, 1, 1](*self._values)
+
+
+def _on_device_of(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Makes the device of the first tensor the current one, if it is another GPU."""
+    device = next(value.device for value in arguments if isinstance(value, Tensor))
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 def runs_on(device: torch.device) -> bool:

@@ -115,7 +115,8 @@ def test_every_launch_of_every_case_binds_as_the_table_of_compiled_kernels_says(
             assert {at: value for at, value in asked["configs"][0].items() if value} == attributes
             assert asked["num_warps"] == each.num_warps
     files = (ROOT / "kernels/ict_kernels").glob("*.py")
-    launched = {name for file in files for name in re.findall(r"\blaunch\(\s*(\w+),", file.read_text())}
+    asks = re.compile(r"\b(?:launch|ChunkLaunches)\(\s*(\w+),")
+    launched = {name for file in files for name in asks.findall(file.read_text())}
     assert reached == launched
 
 
@@ -191,3 +192,61 @@ def test_the_name_of_an_option_of_triton_would_be_found(send: Send) -> None:
     [each] = next(iter(cases(full=False))).launches
     with pytest.raises(AssertionError, match="stream option is deprecated"):
         send(Launch(each.kernel, each.grid, {**each.arguments, "stream": 0}))
+
+
+def test_chunks_after_the_first_launch_what_triton_compiled_with_the_arguments_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiled for real, and launched by a stand-in that keeps what it gets."""
+    got: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
+
+    class Launcher:
+        def __init__(self, source: Any, metadata: Any):
+            self.kernel = source.fn
+
+        def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
+            assert stream == 77
+            names = self.kernel.arg_names  # the arguments are the last that a launcher is given
+            got.append((self.kernel.__name__, (x, y, z), dict(zip(names, rest[-len(names) :], strict=True))))
+
+    driver = SimpleNamespace(
+        get_current_device=lambda: DEVICE,
+        get_current_stream=lambda device: 77,
+        get_current_target=lambda: H100,
+        launcher_cls=Launcher,
+        utils=SimpleNamespace(
+            load_binary=lambda *_: (None, None, 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 2**17, "multiprocessor_count": 132},
+        ),
+    )
+    made = []
+    run = triton.runtime.JITFunction.run
+    monkeypatch.setattr(
+        triton.runtime.JITFunction, "run", lambda self, *a, **k: (made.append(self), run(self, *a, **k))[1]
+    )
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    x = torch.empty(5, 64, 9, 9).to(memory_format=torch.channels_last)
+    weight, stats = torch.empty(64), torch.empty(5, 8, 2)
+    none = (None,) * 5
+    try:
+        with norm.planned(resident=False, chunk_bytes=2 * x[0].numel() * 4):
+            norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
+            norm._backward(x, x, stats, 8, weight, weight, *none, 0, 0, 0, True, [True] * 2 + [False] * 3)
+            with record_launches() as wanted:
+                norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
+                norm._backward(x, x, stats, 8, weight, weight, *none, 0, 0, 0, True, [True] * 2 + [False] * 3)
+    finally:
+        triton.runtime.driver.set_active(before)
+        for kernel in made:
+            kernel.device_caches.pop(DEVICE, None)
+
+    assert len(got) == len(wanted) > len(made)
+    for (name, grid, arguments), each in zip(got, wanted, strict=True):
+        assert (name, grid[: len(each.grid)]) == (each.kernel.__name__, each.grid)
+        for key, value in arguments.items():
+            other = each.arguments[key]
+            if isinstance(value, Tensor):  # those of the two calls lie elsewhere
+                assert (value.shape, value.dtype) == (other.shape, other.dtype)
+            else:
+                assert value == other, (name, key)

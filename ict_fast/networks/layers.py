@@ -234,8 +234,7 @@ class ResidualBlock(nn.Module):
         attention: self-attention at the end.
         head_channels: channels per attention head; 0 for a single head.
         adaptive_norm: embedding as scale and shift of the second norm (True), or added before it (False).
-        dropout: probability, after the second SiLU; active if a seed is passed.
-        layer: number of this dropout site within the network; selects its random numbers.
+        dropout: probability, after the second SiLU; active if a seed is passed, one for this block alone.
     """
 
     def __init__(
@@ -247,7 +246,6 @@ class ResidualBlock(nn.Module):
         eps: float,
         adaptive_norm: bool,
         dropout: float,
-        layer: int,
         resample: nn.Module | None = None,
         project_skip: bool = False,
         skip_scale: float = 1.0,
@@ -263,9 +261,7 @@ class ResidualBlock(nn.Module):
         self.norm0 = GroupNormSiLU(group_count(in_channels), in_channels, eps=eps)
         self.conv0 = TrunkConv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_channels, out_channels * (2 if adaptive_norm else 1))
-        self.norm1 = GroupNormSiLU(
-            group_count(out_channels), out_channels, eps=eps, dropout=dropout, layer=layer
-        )
+        self.norm1 = GroupNormSiLU(group_count(out_channels), out_channels, eps=eps, dropout=dropout)
         self.conv1 = TrunkConv2d(out_channels, out_channels, 3, padding=1)
         self.skip = None
         if in_channels != out_channels or (resample is not None and project_skip):

@@ -25,6 +25,7 @@ from ict_fast.networks.layers import (
     without_autocast,
 )
 from ict_fast.networks.tf32 import TrunkConv2d
+from ict_kernels.philox import layer_seeds
 
 
 class UNet(nn.Module):
@@ -59,7 +60,6 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        dropout_sites = itertools.count()
 
         def block(
             in_width: int,
@@ -77,7 +77,6 @@ class UNet(nn.Module):
                 eps=eps,
                 adaptive_norm=config.adaptive_norm,
                 dropout=config.dropout if dropped else 0.0,
-                layer=next(dropout_sites),
                 resample=resample,
                 project_skip=project_skip,
                 skip_scale=skip_scale,
@@ -127,6 +126,7 @@ class UNet(nn.Module):
             self.decoder.insert(0, DecoderLevel(up_block, blocks))
 
         self.output = Output(width, config.image_channels, eps)
+        self.block_count = sum(1 for _ in self.blocks())
 
     def blocks(self) -> Iterator[ResidualBlock]:
         """Every residual block, with its resampling and attention."""
@@ -156,7 +156,11 @@ class UNet(nn.Module):
             InputError: for shapes that the network was not built for, or labels missing or not expected.
         """
         check_inputs(self.config, x, noise, labels)
-        dropout = (dropout_seed, dropout_offset)
+        # Of the blocks, in the order in which they run. Not a number in each block: like blocks of different
+        # numbers would be compiled one by one.
+        seeds: Iterator[Seed] = itertools.repeat(None)
+        if dropout_seed is not None:
+            seeds = iter(layer_seeds(dropout_seed, self.block_count, x.device).unbind())
         with without_autocast(x):
             embedding = self.embedding(noise, labels)
 
@@ -164,11 +168,11 @@ class UNet(nn.Module):
         x = to_trunk(self.input(x))
         skips = [x]
         for level in self.encoder:
-            x, pyramid = level(x, pyramid, skips, embedding, *dropout)
+            x, pyramid = level(x, pyramid, skips, embedding, seeds, dropout_offset)
         for block in self.middle:
-            x = block(x, embedding, *dropout)
+            x = block(x, embedding, next(seeds), dropout_offset)
         for level in reversed(self.decoder):
-            x = level(x, skips, embedding, *dropout)
+            x = level(x, skips, embedding, seeds, dropout_offset)
         return self.output(x).contiguous(memory_format=torch.channels_last)
 
 
@@ -189,16 +193,16 @@ class EncoderLevel(nn.Module):
         pyramid: Tensor,
         skips: list[Tensor],
         embedding: Tensor,
-        dropout_seed: Seed,
+        seeds: Iterator[Seed],
         dropout_offset: int | Tensor,
     ) -> tuple[Tensor, Tensor]:
         if self.down is not None:
-            x_nchw = self.down(x_nchw, embedding, dropout_seed, dropout_offset)
+            x_nchw = self.down(x_nchw, embedding, next(seeds), dropout_offset)
             if self.pyramid is not None:
                 x_nchw = pyramid = self.pyramid(x_nchw, pyramid)
             skips.append(x_nchw)
         for block in self.blocks:
-            x_nchw = block(x_nchw, embedding, dropout_seed, dropout_offset)
+            x_nchw = block(x_nchw, embedding, next(seeds), dropout_offset)
             skips.append(x_nchw)
         return x_nchw, pyramid
 
@@ -216,13 +220,14 @@ class DecoderLevel(nn.Module):
         x_nchw: Tensor,
         skips: list[Tensor],
         embedding: Tensor,
-        dropout_seed: Seed,
+        seeds: Iterator[Seed],
         dropout_offset: int | Tensor,
     ) -> Tensor:
         if self.up is not None:
-            x_nchw = self.up(x_nchw, embedding, dropout_seed, dropout_offset)
+            x_nchw = self.up(x_nchw, embedding, next(seeds), dropout_offset)
         for block in self.blocks:
-            x_nchw = block(torch.cat([x_nchw, skips.pop()], dim=1), embedding, dropout_seed, dropout_offset)
+            x_nchw = torch.cat([x_nchw, skips.pop()], dim=1)
+            x_nchw = block(x_nchw, embedding, next(seeds), dropout_offset)
         return x_nchw
 
 

@@ -10,6 +10,9 @@ key bumped between rounds:
     key     = run seed, (low, high) word
     counter = (call in the sample, number of the sample in the global batch, step, purpose << 16 | layer)
 
+The layer can also be told by the seed, in the upper half of the step's 64 bits (`layer_seeds`): layers of one
+shape are then one piece of compiled code.
+
 A call is 4 words: 8 lanes of 16 bits (dropout) or 4 lanes of 32 bits (noise). Elements of a sample are
 numbered channels-last, (h W + w) C + c, whatever their layout in memory: call = element // 8 and
 lane = element % 8 (or // 4 and % 4). A number depends on (seed, step, sample, element, purpose, layer) and on
@@ -165,6 +168,24 @@ def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
     return torch.tensor([seed, 0], dtype=torch.int64, device=device)
 
 
+def layer_seeds(seed: Seed, layers: int, device: torch.device | str | None = None) -> Tensor:
+    """The seeds of `layers` layers that draw as if each had been given its number: 0, 1, 2, ...
+
+    `dropout_keep_mask(x, p, layer_seeds(seed, 9)[7])` is `dropout_keep_mask(x, p, seed, layer=7)`. But the
+    number is data here, where an int is part of the compiled code: layers that are alike would be compiled
+    one by one.
+
+    Args:
+        seed, device: as in `seed_tensor`.
+        layers: at most 65,536.
+    Returns:
+        int64 (layers, 2): run seed, step + 2^32 layer.
+    """
+    _stream(0, layers - 1)
+    steps = torch.arange(layers, device=device) << 32
+    return seed_tensor(seed, device) + torch.stack((torch.zeros_like(steps), steps), dim=1)
+
+
 def _draw(
     samples: int, calls: int, seed: Seed, offset: int | Tensor, device: torch.device, stream: int
 ) -> Tensor:
@@ -176,7 +197,7 @@ def _draw(
     with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, in whatever mode the caller is
         # (seed low, seed high, step low, step high) -> (k0, k1, c2, c3)
         constants = seed_tensor(seed, device).view(torch.int32).to(torch.int64) & _MASK32
-        constants[3] = stream
+        constants[3] = (constants[3] + stream) & _MASK32
         offset = (
             offset.to(device=device, dtype=torch.int64)
             if isinstance(offset, Tensor)
@@ -387,7 +408,8 @@ def philox_words(c0, c1, c2, c3, k0, k1):
 def philox_call(seed_ptr, sample, call, stream):
     """The four words of one call: `seed_ptr` holds (run seed, step), stream = purpose << 16 | layer.
 
-    `sample` (global, int64 or less) and `call` broadcast together; words are uint32 of that shape.
+    The upper half of the step is added to the stream, as in `_draw`. `sample` (global, int64 or less) and
+    `call` broadcast together; words are uint32 of that shape.
     """
     seed, step = tl.load(seed_ptr), tl.load(seed_ptr + 1)
     c0, c1 = tl.broadcast(call.to(tl.uint32), sample.to(tl.uint32))
@@ -396,7 +418,7 @@ def philox_call(seed_ptr, sample, call, stream):
         c0,
         c1,
         zero + step.to(tl.uint32),
-        zero + tl.full((), stream, tl.uint32),
+        zero + (tl.full((), stream, tl.uint32) + (step >> 32).to(tl.uint32)),
         seed.to(tl.uint32),
         (seed >> 32).to(tl.uint32),
     )

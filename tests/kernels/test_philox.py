@@ -167,6 +167,16 @@ def test_each_part_of_the_address_matters():
         assert not torch.equal(base, other)
 
 
+def test_the_seeds_of_layers_draw_what_the_layers_numbers_draw():
+    seeds = philox.layer_seeds(torch.tensor([-7, 2**32 - 1]), 2**16)
+    for layer in (0, 1, 9, 2**16 - 1):
+        word, *_ = philox_in_python((0, 4, 2**32 - 1, philox.DROPOUT << 16 | layer), (2**32 - 7, 2**32 - 1))
+        assert int(uniform_bits(1, seeds[layer], 4, philox.DROPOUT)) == word
+        assert int(uniform_bits(1, torch.tensor([-7, 2**32 - 1]), 4, philox.DROPOUT, layer=layer)) == word
+    with pytest.raises(ValueError, match="layer"):
+        philox.layer_seeds(1, 2**16 + 1)
+
+
 def test_seeds_are_taken_modulo_2_64_and_an_int_means_step_0():
     for seed, same in ((-1, 2**64 - 1), (5, torch.tensor([5, 0])), (2**63, -(2**63))):
         assert torch.equal(uniform_bits(4, seed), uniform_bits(4, same))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ict_fast.config import NetworkConfig
 from ict_fast.networks import UNet
+from ict_kernels.philox import dropout_keep_mask
 
 Model = tuple[UNet, tuple[Tensor, Tensor, Tensor | None]]
 
@@ -58,21 +59,18 @@ def test_splitting_the_batch_changes_nothing(model: Model) -> None:
         torch.testing.assert_close(part, whole[start:stop], atol=1e-5, rtol=1e-4)
 
 
-def test_every_site_has_its_own_number(model: Model) -> None:
-    network, _ = model
-    numbers = [block.norm1.layer for block in network.blocks()]
-    assert sorted(numbers) == list(range(len(numbers)))
-
-
-def test_sites_draw_different_masks(model: Model) -> None:
-    """Two blocks with the same weights and input differ under dropout, and agree without it."""
-    network, _ = model
-    first, second = network.middle[1], network.middle[0]
-    second.load_state_dict(first.state_dict(), strict=False)
-    second.attention = None
-    x, embedding = torch.randn(2, first.in_channels, 2, 2), torch.randn(2, 4 * network.config.channels)
-    torch.testing.assert_close(first(x, embedding), second(x, embedding))
-    assert not torch.allclose(first(x, embedding, 1), second(x, embedding, 1))
+def test_every_block_draws_the_mask_of_its_number(model: Model) -> None:
+    network, inputs = model
+    given: list[Tensor] = []
+    for block in network.blocks():
+        block.norm1.register_forward_pre_hook(
+            lambda _, arguments, others: given.append(others["seed"]), with_kwargs=True
+        )
+    network(*inputs, dropout_seed=torch.tensor([5, 3]))
+    assert len(given) == len(list(network.blocks()))
+    for number, seed in enumerate(given):
+        mask = dropout_keep_mask((2, 4, 6, 6), 0.3, seed)
+        assert torch.equal(mask, dropout_keep_mask((2, 4, 6, 6), 0.3, torch.tensor([5, 3]), layer=number))
 
 
 def test_dropout_stops_above_its_resolution(

@@ -148,7 +148,7 @@ def test_the_compiled_block_has_the_switch_turned_inside_its_operations_alone(
     """A graph calls the block's other products between the operations: there all is IEEE."""
     torch.manual_seed(0)
     block = ResidualBlock(
-        *(8, 16), embedding_channels=4, eps=1e-5, adaptive_norm=False, dropout=0.0, layer=0, attention=True
+        *(8, 16), embedding_channels=4, eps=1e-5, adaptive_norm=False, dropout=0.0, attention=True
     )
     x, embedding = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
     tf32.set_tf32(block, True)

@@ -35,7 +35,7 @@ SAMPLES, CALLS, STREAM = 3, 64, philox.DROPOUT << 16 | 5
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF])
-@pytest.mark.parametrize(("step", "offset"), [(0, 0), (7, 11), (2**32 - 1, 2**32 - 2)])
+@pytest.mark.parametrize(("step", "offset"), [(0, 0), (7, 11), (2**32 - 1, 2**32 - 2), (9 << 32 | 7, 1)])
 def test_the_kernel_draws_the_numbers_of_the_definition(seed: int, step: int, offset: int) -> None:
     seed_and_step = torch.tensor([seed, step])
     words = torch.full((SAMPLES, CALLS * 4), -1)

@@ -15,8 +15,8 @@ Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen 
 - resident: a program holds every pixel of a bundle of neighbouring groups in registers, and reads its input
   once: 4 and 6 bytes.
 - split: a kernel writes partial statistics per block of pixels and channel, a small one merges them, a third
-  reads the input again: 6 and 10 bytes, of which 2 and 4 come from L2, as samples are taken in chunks that
-  fit there.
+  reads the input again: 6 and 10 bytes. Where L2 is large beside the memory's rate, samples are taken in
+  chunks that fit there (`_chunk_bytes`), and 2 and 4 of the bytes come from it.
 
 Resident backward is not bound by memory at every width. At about 29e12 instructions a second (132
 processors) 6 bytes per element leave time for 58 instructions per element on an H100 (3.0 TB/s) and 40 on an
@@ -31,6 +31,7 @@ is taken in an order that depends on timing: equal inputs give equal bits.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,7 +113,9 @@ def _definition(
 # ---------------------------------------------------------------------------------- which algorithm, and how
 
 _TILE_BYTES = 65536  # tiles of twice as much spill (compiled ahead of time)
-_CHUNK_BYTES = 20 * 2**20  # an A100's L2 is 40 MB, an H100's 50
+_CHUNK_BYTES = 20 * 2**20  # half of an A100's L2
+_UNCHUNKED = 2**62
+_GRID_Y = 65535  # of CUDA: samples in a chunk, at most
 _SECTOR_BYTES = 32
 _SPLIT_ELEMENTS = 8192  # of a split tile: 64 per thread
 
@@ -198,7 +201,30 @@ def planned(
         _wishes = before
 
 
-def _plan(count: int, channels: int, pixels: int, num_groups: int, itemsize: int, backward: bool) -> _Plan:
+@lru_cache
+def _chunk_bytes(device: torch.device) -> int:
+    """Of x (and dy) that the passes of split take at once, so that the second finds them in L2.
+
+    All of them on Hopper and Blackwell's data centre GPUs. A chunk costs about 5 us, of launches and of
+    processors that stand idle at its end; to read 20 MB again takes 13 us from an A100's memory, but 7 from
+    an H100's and 5 from an H200's. These are estimates: nothing was timed.
+    """
+    if device.type != "cuda":
+        return _UNCHUNKED
+    properties = torch.cuda.get_device_properties(device)
+    worth_it = properties.major not in (9, 10) and properties.L2_cache_size >= 2 * _CHUNK_BYTES
+    return _CHUNK_BYTES if worth_it else _UNCHUNKED
+
+
+def _plan(
+    count: int,
+    channels: int,
+    pixels: int,
+    num_groups: int,
+    itemsize: int,
+    backward: bool,
+    chunk_bytes: int = _UNCHUNKED,
+) -> _Plan:
     """The algorithm for x (count, channels, pixels): resident where a tile fits, else split; see `planned`.
 
     A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
@@ -238,7 +264,7 @@ def _plan(count: int, channels: int, pixels: int, num_groups: int, itemsize: int
         return _Plan(True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count)
     width = min(64, _power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
-    chunk = min(count, max(1, (wishes.chunk_bytes or _CHUNK_BYTES) // sample_bytes))
+    chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
     rows = min(rows, wishes.rows or _SPLIT_ELEMENTS // width)
     return _Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk)
 
@@ -550,11 +576,12 @@ def _first_half(
     EIGHTS: tl.constexpr,
 ):
     """Of one part of a tile: dz, and by group the sums of q dz and q dz x_hat. Stores dweight and so on."""
+    dy = _dropped(dy, n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
     centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = _affine_of(n, c, inside, affine)
     x -= centre[None, :]
     z = x * (q * rstd)[None, :] + b[None, :]
-    dz = _dropped(_silu_backward(z, dy, SILU), n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
+    dz = _silu_backward(z, dy, SILU)
     s1, s2 = tl.sum(dz, axis=0), tl.sum(dz * x, axis=0) * rstd
     _store_gradients_of_affine(n, c, inside, s1, s2, affine, outputs, CHANNELS)
     return dz, _to_groups(q * s1, member), _to_groups(q * s2, member)
@@ -660,6 +687,7 @@ def resident_backward(
             p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
         )
         x1, dy1 = _load(x_ptr + at1, mask1, FULL1), _load(dy_ptr + at1, mask1, FULL1)
+    tl.debug_barrier()  # all loads are under way before the first is waited for: the compiler spreads them
 
     dz0, m1, m2 = _first_half(
         x0, dy0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine,
@@ -692,12 +720,11 @@ def resident_backward(
 @jit
 def _place(pixels, start, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Of a program: its sample, where its partial sums go, its block of pixels, its first channel."""
-    program = tl.program_id(0)
-    pieces = (CHANNELS + WIDTH - 1) // WIDTH
+    pieces: tl.constexpr = (CHANNELS + WIDTH - 1) // WIDTH
+    block, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
+    local = tl.program_id(1).to(tl.int64)
     blocks = (pixels + ROWS - 1) // ROWS
-    block = program // pieces % blocks
-    local = (program // pieces // blocks).to(tl.int64)
-    return local + start, (local * blocks + block) * CHANNELS, block, program % pieces * WIDTH
+    return local + start, (local * blocks + block) * CHANNELS, block, piece * WIDTH
 
 
 @jit
@@ -747,8 +774,7 @@ def merge_statistics(
     BLOCK: tl.constexpr,
 ):
     """Mean and rstd of one group from its blocks and channels (Chan, Golub & LeVeque, 1983)."""
-    program = tl.program_id(0)
-    local, group = (program // (CHANNELS // GROUP)).to(tl.int64), program % (CHANNELS // GROUP)
+    group, local = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = local + start
     blocks = (pixels + ROWS - 1) // ROWS
     entries = blocks * GROUP
@@ -867,11 +893,13 @@ def split_backward(
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
     x, dy = _load(x_ptr + base + at, mask, FULL), _load(dy_ptr + base + at, mask, FULL)
+    tl.debug_barrier()  # see resident_backward
+    dy = _dropped(dy, n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
     centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = _affine_of(n, c, inside, affine)
     x -= centre[None, :]
     z = x * (q * rstd)[None, :] + b[None, :]
-    dz = _dropped(_silu_backward(z, dy, SILU), n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
+    dz = _silu_backward(z, dy, SILU)
     if dx_ptr is None:
         tl.store(s1_ptr + place + c, tl.sum(dz, axis=0), mask=inside)
         tl.store(s2_ptr + place + c, tl.sum(dz * x, axis=0) * rstd, mask=inside)
@@ -924,8 +952,7 @@ def merge_backward(
     """One group of a sample: the means of q dz and q dz x_hat that dx needs, and gradients per channel."""
     affine = (weight_ptr, bias_ptr, scale_ptr, None, scale_stride, 0)
     outputs = (dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr)
-    program = tl.program_id(0)
-    local, group = (program // (CHANNELS // GROUP)).to(tl.int64), program % (CHANNELS // GROUP)
+    group, local = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = local + start
     blocks = (pixels + ROWS - 1) // ROWS
     base = local * blocks * CHANNELS
@@ -1051,7 +1078,7 @@ def _forward(
     pixels = height * width
     y = torch.empty_like(x, memory_format=torch.channels_last)
     stats = torch.empty(count, num_groups, 2, dtype=torch.float32, device=x.device)
-    plan = _plan(count, channels, pixels, num_groups, x.element_size(), backward=False)
+    plan = _plan(count, channels, pixels, num_groups, x.element_size(), False, _chunk_bytes(x.device))
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
     arguments: dict[str, Any] = {
@@ -1117,9 +1144,9 @@ def _forward(
     apply = ChunkLaunches(split_apply, **arguments, **over_tiles)
     for start in range(0, count, plan.chunk):
         samples = min(plan.chunk, count - start)
-        statistics(samples * blocks * pieces, start)
-        merge(samples * num_groups, start)
-        apply(samples * blocks * pieces, start)
+        statistics((blocks * pieces, samples), start)
+        merge((num_groups, samples), start)
+        apply((blocks * pieces, samples), start)
     return y, stats
 
 
@@ -1157,7 +1184,7 @@ def _backward(
         for i, each in zip(over_samples, sums.unbind(), strict=True):
             rows[i] = each
 
-    plan = _plan(count, channels, pixels, num_groups, x.element_size(), backward=True)
+    plan = _plan(count, channels, pixels, num_groups, x.element_size(), True, _chunk_bytes(x.device))
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
     outputs: dict[str, Any] = {
@@ -1238,9 +1265,9 @@ def _backward(
         apply = ChunkLaunches(split_backward, dx_ptr=dx, **over_tiles)
         for start in range(0, count, plan.chunk):
             samples = min(plan.chunk, count - start)
-            sums_of_tiles(samples * blocks * pieces, start)
-            merge(samples * num_groups, start)
-            apply(samples * blocks * pieces, start)
+            sums_of_tiles((blocks * pieces, samples), start)
+            merge((num_groups, samples), start)
+            apply((blocks * pieces, samples), start)
     if over_samples:
         targets = [gradients[i] for i in over_samples]
         launch(

@@ -162,7 +162,7 @@ def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
                 "a seed tensor is int64 of shape (2,), (run seed, step); "
                 f"got {seed.dtype} of shape {tuple(seed.shape)}"
             )
-        return seed.to(device)
+        return seed.to(device).contiguous()  # kernels read it by its address
     if not -(2**63) <= seed < 2**63:  # only then: under torch.compile an int may be symbolic, of 64 bits
         seed = (seed + 2**63) % 2**64 - 2**63
     return torch.tensor([seed, 0], dtype=torch.int64, device=device)

@@ -98,10 +98,10 @@ def launch(
 
 
 class ChunkLaunches:
-    """Launches of one kernel that differ in their number of programs and their argument `start` alone.
+    """Launches of one kernel that differ in their grid and their argument `start` alone.
 
-    The first goes through `launch`; the others straight to what Triton compiled for it, which spares three
-    quarters of what a launch costs the CPU: a norm of ADM-64 with 128 images makes 66.
+    The first goes through `launch`; the others straight to what Triton compiled for it, which spares two
+    thirds of what a launch costs the CPU: in chunks of 20 MB a norm of ADM-64 makes up to 193.
 
     Args:
         kernel: with a parameter `start` to which it is not specialized.
@@ -113,9 +113,9 @@ class ChunkLaunches:
         self._compiled: Any = None
         self._values: list[Any] = []
 
-    def __call__(self, programs: int, start: int) -> None:
+    def __call__(self, grid: tuple[int, int], start: int) -> None:
         if self._compiled is None:
-            self._compiled = launch(self._kernel, (programs,), start=start, **self._arguments)
+            self._compiled = launch(self._kernel, grid, start=start, **self._arguments)
             if self._compiled is not None:
                 values = {"start": start} | self._arguments
                 self._values = [values[name] for name in self._kernel.arg_names]
@@ -123,7 +123,7 @@ class ChunkLaunches:
             return
         self._values[self._start] = start
         with _on_device_of(self._values):
-            self._compiled[programs, 1, 1](*self._values)
+            self._compiled[*grid, 1](*self._values)
 
 
 def _on_device_of(arguments: Iterable[Any]) -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ import importlib
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,7 +286,35 @@ def test_every_tile_fits_and_holds_whole_groups(norms_of_networks, backward):
             assert width <= sum(plan.widths) < 1.15 * width, norm
         else:
             assert norm.channels % sum(plan.widths) == 0, norm
-            assert plan.chunk * norm.channels * norm.size**2 * itemsize * (1 + backward) <= 20 * 2**20, norm
+            shape = (norm.channels, norm.size**2, norm.num_groups, itemsize, backward)
+            assert plan.chunk == 64
+            chunk = sys.modules["ict_kernels.group_norm_silu"]._plan(64, *shape, 20 * 2**20).chunk
+            sample = norm.channels * norm.size**2 * itemsize * (1 + backward)
+            assert chunk * sample <= 20 * 2**20 < (chunk + 1) * sample or chunk == 64, norm
+
+
+@pytest.mark.parametrize(
+    ("gpu", "major", "megabytes", "chunked"),
+    [
+        ("V100", 7, 6, False),
+        ("A100", 8, 40, True),
+        ("A10", 8, 6, False),
+        ("RTX 4090", 8, 72, True),
+        ("H100", 9, 50, False),
+        ("B200", 10, 126, False),
+        ("RTX 5090", 12, 96, True),
+    ],
+)
+def test_samples_are_taken_in_chunks_where_l2_holds_them_and_memory_is_slow(
+    monkeypatch, gpu, major, megabytes, chunked
+):
+    module = sys.modules["ict_kernels.group_norm_silu"]
+    properties = SimpleNamespace(major=major, L2_cache_size=megabytes * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    bytes_at_once = module._chunk_bytes.__wrapped__(torch.device("cuda", 0))
+    assert (bytes_at_once == 20 * 2**20) == chunked, gpu
+    assert chunked or bytes_at_once > 2**60
+    assert module._chunk_bytes(torch.device("cpu")) > 2**60
 
 
 def test_the_plan_has_a_tile_for_any_shape():

@@ -177,6 +177,14 @@ def test_the_seeds_of_layers_draw_what_the_layers_numbers_draw():
         philox.layer_seeds(1, 2**16 + 1)
 
 
+def test_a_seed_may_be_a_column_of_a_table_though_kernels_read_it_by_its_address():
+    table = torch.tensor([[5, 6], [7, 8]])
+    seed = philox.seed_tensor(table[:, 0])
+    assert seed.tolist() == [5, 7]
+    assert seed.stride() == (1,)
+    assert torch.equal(uniform_bits(4, table[:, 0]), uniform_bits(4, torch.tensor([5, 7])))
+
+
 def test_seeds_are_taken_modulo_2_64_and_an_int_means_step_0():
     for seed, same in ((-1, 2**64 - 1), (5, torch.tensor([5, 0])), (2**63, -(2**63))):
         assert torch.equal(uniform_bits(4, seed), uniform_bits(4, same))

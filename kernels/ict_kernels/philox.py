@@ -182,8 +182,9 @@ def layer_seeds(seed: Seed, layers: int, device: torch.device | str | None = Non
         int64 (layers, 2): run seed, step + 2^32 layer.
     """
     _stream(0, layers - 1)
-    steps = torch.arange(layers, device=device) << 32
-    return seed_tensor(seed, device) + torch.stack((torch.zeros_like(steps), steps), dim=1)
+    seeds = seed_tensor(seed, device).repeat(layers, 1)
+    seeds[:, 1] += torch.arange(0, layers << 32, 1 << 32, device=seeds.device)
+    return seeds
 
 
 def _draw(

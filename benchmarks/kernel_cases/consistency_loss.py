@@ -32,15 +32,18 @@ def _cases(shape: tuple[int, ...], dtype: torch.dtype, metric: str, precondition
     tensors += [empty(*shape), empty(*shape), empty(count), empty(count)] if preconditioned else [None] * 4
     tensors.append(empty(count))
     with record_launches() as forward:
-        launch_loss(*tensors, *_SCALARS, metric)
+        *_, difference = launch_loss(*tensors, *_SCALARS, metric, True)
+    levels, weight = tensors[4], tensors[6]
     with record_launches() as backward:
-        launch_loss_backward(empty(count), *tensors, empty(count), *_SCALARS, metric)
+        launch_loss_backward(
+            empty(count), tensors[0], difference, levels, weight, empty(count), *_SCALARS, metric
+        )
     op = "consistency_loss" if preconditioned else "pseudo_huber_loss"
     words = f"{count} x {elements}, {str(dtype).removeprefix('torch.')}, {metric}"
-    read = 2 * dtype.itemsize + 8 * preconditioned
+    moved = 2 * dtype.itemsize + 8 * preconditioned + 4, 4 + dtype.itemsize  # with the difference
     algorithm = "one pass" if len(forward) == 1 else "split"
-    yield Case(f"{op} forward", words, algorithm, forward, read, read)
-    yield Case(f"{op} backward", words, "one pass", backward, read + dtype.itemsize, read + dtype.itemsize)
+    yield Case(f"{op} forward", words, algorithm, forward, moved[0], moved[0])
+    yield Case(f"{op} backward", words, "one pass", backward, moved[1], moved[1])
 
 
 def cases(full: bool) -> Iterator[Case]:

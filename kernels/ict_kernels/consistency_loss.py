@@ -17,9 +17,9 @@ that neither images nor noise are needed again:
 Everything is computed and summed in fp32 (float64 for float64 inputs), under autocast too: a bf16 rounding of
 F alone moves the difference by twice c.
 
-Bytes per element: 16 read forward (two outputs, two inputs, fp32); 16 read and 4 written backward. The
-kernels read each tensor once, in whatever layout the student's output has; one in another layout is copied
-first.
+Bytes per element: 16 read forward (two outputs, two inputs, fp32), and where a gradient is to follow 4
+written, the difference, so that backward reads 4 instead of those 16, and writes 4. The kernels read each
+tensor once, in whatever layout the student's output has; one in another layout is copied first.
 """
 
 import math
@@ -166,6 +166,7 @@ def _forward_kernel(
     sigma_ptr,
     weight_ptr,
     partial_ptr,
+    difference_ptr,
     distance_ptr,
     loss_ptr,
     sigma_data,
@@ -204,6 +205,9 @@ def _forward_kernel(
                 element + start < ELEMENTS,
             )
         difference = _difference(ready, skip_s, out_s, skip_t, out_t, student_input_ptr is not None)
+        if difference_ptr is not None:
+            at = position + (start - BLOCK)
+            tl.store(difference_ptr + at, difference, mask=element + (start - BLOCK) < ELEMENTS)
         if METRIC == "l1":
             accumulator += tl.abs(difference)
         elif METRIC == "elementwise pseudo-huber":
@@ -242,12 +246,8 @@ def _reduce_kernel(
 @jit(do_not_specialize=["grad_stride"])
 def _backward_kernel(
     grad_loss_ptr,
-    student_ptr,
-    teacher_ptr,
-    student_input_ptr,
-    teacher_input_ptr,
+    difference_ptr,
     sigma_next_ptr,
-    sigma_ptr,
     weight_ptr,
     distance_ptr,
     grad_ptr,
@@ -265,15 +265,13 @@ def _backward_kernel(
     element = (tl.program_id(0) % BLOCKS).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     position = sample * ELEMENTS + element
     valid = element < ELEMENTS
-    block = _read(student_ptr, teacher_ptr, student_input_ptr, teacher_input_ptr, position, valid)
+    difference = tl.load(difference_ptr + position, mask=valid, other=0.0)
     scale = tl.load(grad_loss_ptr + sample * grad_stride).to(tl.float32)
     if weight_ptr is not None:
         scale *= tl.load(weight_ptr + sample).to(tl.float32)
-    skip_s, out_s, skip_t, out_t = 0.0, 0.0, 0.0, 0.0
-    if student_input_ptr is not None:
-        skip_s, out_s = _preconditioning(sigma_next_ptr, sample, sigma_data, sigma_min)
-        skip_t, out_t = _preconditioning(sigma_ptr, sample, sigma_data, sigma_min)
-        scale *= out_s
+    if sigma_next_ptr is not None:
+        _, out = _preconditioning(sigma_next_ptr, sample, sigma_data, sigma_min)
+        scale *= out
     c = tl.full((), c, tl.float32)
     if METRIC == "pseudo-huber":
         scale *= _huber_slope(tl.load(distance_ptr + sample), c)
@@ -281,7 +279,6 @@ def _backward_kernel(
         scale = tl.div_rn(scale, tl.full((), ELEMENTS, tl.float32))
     elif METRIC == "l2":
         scale *= 2.0
-    difference = _difference(block, skip_s, out_s, skip_t, out_t, student_input_ptr is not None)
     if METRIC == "l1":
         positive, negative = (difference > 0).to(tl.float32), (difference < 0).to(tl.float32)
         gradient = scale * tl.where(difference != difference, difference, positive - negative)
@@ -319,12 +316,16 @@ def launch_loss(
     sigma_min: float,
     c: float,
     metric: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss, distance before weight and square root), each (N,) fp32."""
+    for_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, distance before weight and square root), each (N,) fp32; and f_student - f_teacher.
+
+    The difference is (N, ...) fp32, in the layout of student_output made dense; (0,) if not `for_gradient`.
+    """
     layout = _memory_format(student_output)
     count = student_output.shape[0]
     elements = math.prod(student_output.shape[1:])
-    loss, distance = _empty_losses(student_output)
+    loss, distance, difference = _empty_results(student_output, for_gradient)
     splits = 1 if elements <= _LONGEST else triton.cdiv(elements, _SPAN)
     block = min(_BLOCK, max(_LEAST_BLOCK, triton.next_power_of_2(elements)))
     span = block * max(1, triton.cdiv(triton.cdiv(elements, splits), block))
@@ -347,6 +348,7 @@ def launch_loss(
         sigma_next_ptr=_flat(sigma_next),
         sigma_ptr=_flat(sigma),
         partial_ptr=partial,
+        difference_ptr=difference if for_gradient else None,
         sigma_data=sigma_data,
         sigma_min=sigma_min,
         METRIC=metric,
@@ -368,17 +370,14 @@ def launch_loss(
             BLOCK=min(1024, triton.next_power_of_2(splits)),
             **reduced,
         )
-    return loss, distance
+    return loss, distance, difference
 
 
 def launch_loss_backward(
     grad_loss: Tensor,
     student_output: Tensor,
-    teacher_output: Tensor,
-    student_input: Tensor | None,
-    teacher_input: Tensor | None,
+    difference: Tensor,
     sigma_next: Tensor | None,
-    sigma: Tensor | None,
     weight: Tensor | None,
     distance: Tensor,
     sigma_data: float,
@@ -386,24 +385,22 @@ def launch_loss_backward(
     c: float,
     metric: str,
 ) -> Tensor:
-    """The gradient of student_output, in its dtype and its layout made dense."""
-    layout = _memory_format(student_output)
-    gradient = torch.empty_like(student_output, memory_format=layout)
-    elements = math.prod(student_output.shape[1:])
+    """The gradient of student_output, in its dtype and its layout made dense.
+
+    student_output itself is not read: as an argument it makes autograd ask for second derivatives, and fail.
+    """
+    gradient = torch.empty_like(difference, dtype=student_output.dtype)
+    elements = math.prod(difference.shape[1:])
     block = min(_BLOCK, max(_LEAST_BLOCK, triton.next_power_of_2(elements)))
     blocks = triton.cdiv(elements, block)
     launch(
         _backward_kernel,
-        (student_output.shape[0] * blocks,),
+        (difference.shape[0] * blocks,),
         num_warps=_warps(block),
         elements=block,
         grad_loss_ptr=grad_loss,
-        student_ptr=_dense(student_output, layout),
-        teacher_ptr=_dense(teacher_output, layout),
-        student_input_ptr=_dense(student_input, layout),
-        teacher_input_ptr=_dense(teacher_input, layout),
+        difference_ptr=difference,
         sigma_next_ptr=_flat(sigma_next),
-        sigma_ptr=_flat(sigma),
         weight_ptr=_flat(weight),
         distance_ptr=distance,
         grad_ptr=gradient,
@@ -423,12 +420,12 @@ def _warps(block: int) -> int:
     return max(1, block // 256)
 
 
-def _empty_losses(student_output: Tensor) -> tuple[Tensor, Tensor]:
-    shape = student_output.shape[:1]
-    return (
-        student_output.new_empty(shape, dtype=torch.float32),
-        student_output.new_empty(shape, dtype=torch.float32),
-    )
+def _empty_results(student_output: Tensor, for_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    loss, distance = (student_output.new_empty(student_output.shape[:1], dtype=torch.float32) for _ in "ab")
+    if not for_gradient:
+        return loss, distance, loss.new_empty(0)
+    layout = _memory_format(student_output)
+    return loss, distance, torch.empty_like(student_output, dtype=torch.float32, memory_format=layout)
 
 
 # ---------------------------------------------------------------------------------------------------- the ops
@@ -441,28 +438,27 @@ _backward_op = torch.library.custom_op(
 
 @_loss_op.register_fake
 def _(student_output, *args):
-    return _empty_losses(student_output)
+    return _empty_results(student_output, args[-1])
 
 
 @_backward_op.register_fake
-def _(grad_loss, student_output, *args):
-    return torch.empty_like(student_output, memory_format=_memory_format(student_output))
+def _(grad_loss, student_output, difference, *args):
+    return torch.empty_like(difference, dtype=student_output.dtype)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.sigma_data, ctx.sigma_min, ctx.c, ctx.metric = inputs
-    ctx.mark_non_differentiable(output[1])
+    student_output, _, _, _, sigma_next, _, weight, *ctx.numbers, _ = inputs
+    _, distance, difference = output
+    ctx.mark_non_differentiable(distance, difference)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(student_output, difference, sigma_next, weight, distance)
 
 
-def _backward(ctx, grad_loss, _):
+def _backward(ctx, grad_loss, *_):
     gradient = None
     if grad_loss is not None and ctx.needs_input_grad[0]:
-        gradient = _backward_op(
-            grad_loss, *ctx.saved_tensors, ctx.sigma_data, ctx.sigma_min, ctx.c, ctx.metric
-        )
-    return gradient, *[None] * 10
+        gradient = _backward_op(grad_loss, *ctx.saved_tensors, *ctx.numbers)
+    return gradient, *[None] * 11
 
 
 _loss_op.register_autograd(_backward, setup_context=_save)
@@ -515,8 +511,9 @@ def pseudo_huber_loss(
             metric = "pseudo-huber" if norm == "sample" else "elementwise pseudo-huber"
             outside = weight_n is not None and weight_n.requires_grad  # the op has no gradient for it
             inside_n = None if outside else weight_n
-            loss_n, _ = _loss_op(
-                prediction, target.detach(), None, None, None, None, inside_n, 0.0, 0.0, c, metric
+            for_gradient = torch.is_grad_enabled() and prediction.requires_grad
+            loss_n, _, _ = _loss_op(
+                prediction, target.detach(), *[None] * 4, inside_n, 0.0, 0.0, c, metric, for_gradient
             )
             weight_n = weight_n if outside else None
         else:
@@ -586,7 +583,7 @@ def consistency_loss(
 
     if _takes(student_output, teacher_output, student_input, teacher_input, sigma_next_n, sigma_n, weight_n):
         refuse_forward_ad("consistency_loss", student_output)
-        loss_n, _ = _loss_op(
+        loss_n, _, _ = _loss_op(
             student_output,
             teacher_output.detach(),
             student_input.detach(),
@@ -598,6 +595,7 @@ def consistency_loss(
             sigma_min,
             c,
             metric,
+            torch.is_grad_enabled() and student_output.requires_grad,
         )
         return loss_n
 

@@ -137,8 +137,11 @@ def edge_launches() -> list[Launch]:
 
         for shape in ((1, 1, 1, 1), (1, 1, 130, 1000)):
             images = [empty(*shape, dtype=bf16)] * 2 + [empty(*shape)] * 2 + [empty(shape[0])] * 3
-            launch_loss(*images, 1.0, 0.002, 0.03, "pseudo-huber")
-            launch_loss_backward(empty(1), *images, empty(1), 1.0, 0.002, 0.03, "pseudo-huber")
+            scalars = (1.0, 0.002, 0.03, "pseudo-huber")
+            *_, difference = launch_loss(*images, *scalars, True)
+            launch_loss(*images, *scalars, False)
+            student, *_, sigma_next, _, weight = images
+            launch_loss_backward(empty(1), student, difference, sigma_next, weight, empty(1), *scalars)
 
         one = empty(1)
         launch_noise(empty(1, 1, 1, 1, dtype=torch.uint8), one, one, None, integers(2), None, 1, 0.5)

@@ -297,10 +297,13 @@ def test_opcheck(layout, metric) -> None:
         (student, teacher, *inputs, sigma_next, sigma, weight),
         (student, teacher, None, None, None, None, None),
     ):
-        torch.library.opcheck(_loss_op, (*arguments, 0.5, 0.002, 0.1, metric))
-        distance = torch.rand(2)
-        arguments = (torch.rand(2), student.detach(), *arguments[1:], distance, 0.5, 0.002, 0.1, metric)
-        torch.library.opcheck(_backward_op, arguments)
+        numbers = (0.5, 0.002, 0.1, metric)
+        torch.library.opcheck(_loss_op, (*arguments, *numbers, True))
+        torch.library.opcheck(_loss_op, (student.detach(), *arguments[1:], *numbers, False))
+        _, distance, difference = _loss_op(*arguments, *numbers, True)
+        levels, weight = arguments[4], arguments[6]
+        given = (torch.rand(2), student.detach(), difference, levels, weight, distance, *numbers)
+        torch.library.opcheck(_backward_op, given)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

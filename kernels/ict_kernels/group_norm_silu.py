@@ -1263,6 +1263,7 @@ def _backward(
         merge = ChunkLaunches(
             merge_backward,
             num_warps=4,
+            maxnreg=128,  # left to itself, ptxas takes 32 in one case for sm_80, and spills
             stats_ptr=stats,
             weight_ptr=weight,
             bias_ptr=bias,

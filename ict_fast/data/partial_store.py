@@ -27,11 +27,12 @@ from ict_fast.data.store import (
     encode_labels,
     file_entry,
     image_shape_problem,
-    lock_folder,
+    is_taken,
     npy_header,
 )
 from ict_fast.durable import flush_directory, replace_durably, write_durably
 from ict_fast.errors import InputError
+from ict_fast.locks import BusyError, WriterLock
 from ict_fast.screen import say
 
 REJECTED_NAME = "rejected.txt"
@@ -64,8 +65,11 @@ class PartialStore:
         rejected: index and reason of the items that turned out to be unusable, so far.
     """
 
-    def __init__(self, out: Path, folder: Path, identity: str, shape: tuple[int, int, int, int]) -> None:
+    def __init__(
+        self, out: Path, folder: Path, lock: WriterLock, identity: str, shape: tuple[int, int, int, int]
+    ) -> None:
         self.folder = folder
+        self._lock = lock
         self.rejected: dict[int, str] = {}
         self._out, self._identity, self._shape = out, identity, shape
         self._image_bytes = shape[1] * shape[2] * shape[3]
@@ -97,8 +101,10 @@ class PartialStore:
         """Puts a piece in its place, and notes it in the journal once it is on the disk.
 
         Raises:
+            InputError: another process has taken the folder over.
             OSError: as of a full disk.
         """
+        self._lock.require()
         _write_all(self._images, piece.pixels.reshape(-1).data, self._offset(piece.start))
         os.fdatasync(self._images)
         line = {"start": piece.start, "stop": piece.stop, "sha256": piece.sha256, "rejected": piece.rejected}
@@ -135,7 +141,8 @@ class PartialStore:
             labels: int64 (N,), one per item, rejected ones included.
             source, recipe, classes: as `write_store`.
         Raises:
-            InputError: labels outside the classes, or a class that has lost all its images.
+            InputError: labels outside the classes, a class that has lost all its images, or pieces that
+                another process has changed.
             OSError: as of a full disk.
         """
         keep = np.ones(len(labels), dtype=bool)
@@ -150,6 +157,7 @@ class PartialStore:
                 " the same command again"
             )
         check_labels(kept, len(classes), "labels")
+        self._lock.require()
         image_entry = self._compact(keep)
         encoded_labels = encode_labels(kept)
         write_durably(self.folder / "labels.npy", encoded_labels)
@@ -162,6 +170,7 @@ class PartialStore:
         }
         write_durably(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
         flush_directory(self.folder)
+        self._lock.require()
         os.replace(self.folder, self._out)
         flush_directory(self._out.parent)
         # Not before the rename: without the journal, a process that died between the two would start anew.
@@ -205,9 +214,12 @@ class PartialStore:
             return False
 
     def _is_whole(self, line: dict[str, Any]) -> bool:
-        start, stop = line["start"], line["stop"]
-        content = os.pread(self._images, (stop - start) * self._image_bytes, self._offset(start))
-        return hashlib.sha256(content).hexdigest() == line.get("sha256")
+        return hashlib.sha256(self._content(line["start"])).hexdigest() == line.get("sha256")
+
+    def _content(self, start: int) -> bytes:
+        """The pixels of a piece, as far as they are there."""
+        length = self._offset(self._stop(start)) - self._offset(start)
+        return os.pread(self._images, length, self._offset(start))
 
     def _journal_head(self) -> dict[str, Any]:
         """Whose pieces these are: pixels may differ between versions of Pillow, so none are mixed."""
@@ -240,7 +252,12 @@ class PartialStore:
         with ImageProgress("hashing", len(keep)) as progress:
             for start in range(0, len(keep), self._piece_length):
                 stop = self._stop(start)
-                content = os.pread(self._images, (stop - start) * self._image_bytes, self._offset(start))
+                content = self._content(start)
+                if hashlib.sha256(content).hexdigest() != self._lines[start]["sha256"]:
+                    raise InputError(
+                        f"{self.folder / 'images.npy'}: altered by another process; the same command reads"
+                        " again what was"
+                    )
                 block = np.frombuffer(content, np.uint8).reshape(stop - start, -1)[keep[start:stop]]
                 if end != self._offset(start) or len(block) < stop - start:
                     _write_all(self._images, block.reshape(-1).data, end)
@@ -271,11 +288,14 @@ def partial_store(out: Path, identity: str, shape: tuple[int, int, int, int]) ->
     folder = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
+        lock = WriterLock(folder)
     except OSError as error:
         raise InputError(f"{out}: cannot be created: {error.strerror or error}") from error
     try:
-        store = PartialStore(out, folder, identity, shape)
+        if is_taken(out):  # since the caller looked
+            raise BusyError(f"{out}: another process has just written it; run the same command again")
+        folder.mkdir(exist_ok=True)
+        store = PartialStore(out, folder, lock, identity, shape)
         try:
             yield store
         finally:
@@ -286,7 +306,7 @@ def partial_store(out: Path, identity: str, shape: tuple[int, int, int, int]) ->
             " continues"
         ) from error
     finally:
-        os.close(lock)
+        lock.release()
 
 
 def _write_all(descriptor: int, content: memoryview, offset: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from ict_fast.data.partial_store import JOURNAL_NAME, PartialStore, partial_stor
 from ict_fast.data.progress import ImageProgress
 from ict_fast.data.reading import read_pieces
 from ict_fast.data.sources.source import Source
-from ict_fast.data.store import open_store, write_store
+from ict_fast.data.store import is_taken, open_store, place, write_store
 from ict_fast.errors import InputError
 
 # Beyond the share that is allowed, so many are still looked for: a person wants the list, not its first line.
@@ -40,11 +39,9 @@ def prepare_store(
         InputError: `out` holds something else or another process is writing it; too many unusable items;
             the source or the disk failed. What is done is kept.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if is_taken(out):
         return _keep_finished(source, out)
-    out = out.resolve() if out.is_symlink() else out  # what a link names may be on a larger disk
-    if os.path.ismount(out):
-        raise InputError(f"{out}: is a mount point, which nothing can be renamed to; name a folder in it")
+    out = place(out)
     count = len(source.labels)
     shape = (count, source.resolution, source.resolution, source.image_channels)
     with partial_store(out, source.identity(), shape) as partial:

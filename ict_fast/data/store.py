@@ -8,7 +8,6 @@ rejected.txt, if the source had images that cannot be used: their names and why.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ import numpy as np
 
 from ict_fast.durable import flush_directory, sha256_file, write_durably
 from ict_fast.errors import InputError
+from ict_fast.locks import WriterLock
 
 FORMAT = "ict-fast store"
 VERSION = 1
@@ -100,19 +100,21 @@ def write_store(
     blocks = iter([images] if isinstance(images, np.ndarray) else images)
     about = describe(source, recipe, classes)
 
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if is_taken(out):
         return _keep_equal(out, about, blocks, labels)
 
-    out = out.resolve() if out.is_symlink() else out  # nothing can be renamed to a link
+    out = place(out)
     partial = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(partial)
+        lock = WriterLock(partial)
     except OSError as error:
         raise InputError(f"{out}: cannot be created: {error.strerror or error}") from error
     try:
-        for leftover in partial.iterdir():  # of a writer that was killed
-            leftover.unlink()
+        if is_taken(out):  # since we looked
+            return _keep_equal(out, about, blocks, labels)
+        shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
+        partial.mkdir()
         with (partial / "images.npy").open("wb") as file:
             image_entry = _write_images(file, blocks, len(labels), out)
             file.flush()
@@ -122,15 +124,17 @@ def write_store(
         files = {"images.npy": image_entry, "labels.npy": file_entry(encoded_labels)}
         write_durably(partial / "meta.json", json.dumps({**about, "files": files}, indent=1).encode())
         flush_directory(partial)
+        lock.require()
         os.replace(partial, out)
         flush_directory(out.parent)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock.is_held():
+            shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
         raise
     finally:
-        os.close(lock)
+        lock.release()
     return out
 
 
@@ -208,27 +212,21 @@ def _keep_equal(out: Path, about: dict[str, Any], blocks: Iterator[np.ndarray], 
     return out
 
 
-def lock_folder(partial: Path) -> int:
-    """Creates a writer's folder and locks it until the returned descriptor is closed, at death at the latest.
+def place(out: Path) -> Path:
+    """Where a store can be put by a rename: what `out`, if it is a link, leads to.
 
     Raises:
-        InputError: another process holds the lock, or has just renamed the folder into place.
-        OSError: it cannot be created.
+        InputError: a mount point.
     """
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(f"{partial}: another process is writing it; wait until it has finished") from None
-    except OSError:
-        pass  # a file system without locks
-    # Its owner may have renamed the folder into place between our opening and our locking it.
-    if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
-        os.close(descriptor)
-        raise InputError(f"{partial}: another process has just written it; run the same command again")
-    return descriptor
+    out = out.resolve() if out.is_symlink() else out  # what a link names may be on a larger disk
+    if os.path.ismount(out):
+        raise InputError(f"{out}: is a mount point, which nothing can be renamed to; name a folder in it")
+    return out
+
+
+def is_taken(out: Path) -> bool:
+    """Whether there is anything but an empty folder."""
+    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
 
 
 def _write_images(

@@ -4,9 +4,11 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from ict_fast.data.prepare import prepare_store
 from ict_fast.data.sources.folder_files import folder_source
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError
+from ict_fast.locks import BusyError
 
 REPOSITORY = Path(ict_fast.__file__).parents[1]
 COUNT = 100
@@ -256,14 +259,68 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "a").is_symlink()
 
 
-def test_two_writers_do_not_mix(tmp_path: Path) -> None:
-    partial_of(tmp_path / "a").mkdir()
-    other = os.open(partial_of(tmp_path / "a"), os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another process is writing it"):
-        prepare(Numbers(), tmp_path / "a")
-    os.close(other)  # as when the other is killed
-    prepare(Numbers(), tmp_path / "a")
+class Disturbed(Numbers):
+    """Something happens when it comes to item 40."""
+
+    happens: Callable[[], object]
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+        if start == 40:
+            self.happens()
+        return super().read(start, stop)
+
+
+def no_locks(descriptor: int, operation: int) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_two_writers_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_locks: bool) -> None:
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+
+    def second() -> None:
+        with pytest.raises(BusyError, match="another process is writing it"):
+            prepare(Numbers(), tmp_path / "a")
+
+    source = Disturbed()
+    source.happens = second
+    prepare(source, tmp_path / "a")
+    assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_writer_that_was_robbed_of_its_folder_stops(tmp_path: Path) -> None:
+    def rob() -> None:  # as a person who takes it for left over
+        (tmp_path / ".a.partial.lock").unlink()
+        shutil.rmtree(partial_of(tmp_path / "a"))
+        prepare(Numbers(version="2"), tmp_path / "a")
+
+    source = Disturbed()
+    source.happens = rob
+    with pytest.raises(InputError, match=r"\.a\.partial\.lock is no longer this process's, which stops"):
+        prepare(source, tmp_path / "a")
+    assert open_store(tmp_path / "a", verify=True).meta["identity"] == "2 100"
+
+
+@pytest.mark.parametrize("damage", [b"", b"?" * 48 * 8])
+def test_pieces_that_were_altered_after_they_were_written_are_not_taken(
+    tmp_path: Path, damage: bytes
+) -> None:
+    def alter() -> None:
+        with (partial_of(tmp_path / "a") / "images.npy").open("r+b") as file:
+            file.seek(128 + 16 * 48)
+            file.write(damage)
+            file.truncate()
+
+    source = Disturbed(count=48)
+    source.happens = alter
+    with pytest.raises(InputError, match=r"images\.npy: altered by another process; the same command reads"):
+        prepare(source, tmp_path / "a")
+    source = Numbers(count=48)
+    prepare(source, tmp_path / "a")
+    assert source.reads == [*range(16, 40)]
+    assert content(tmp_path / "a") == content(prepare(Numbers(count=48), tmp_path / "b"))
 
 
 # ----------------------------------------------------------------------------- interrupted

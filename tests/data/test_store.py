@@ -1,6 +1,5 @@
 """A store comes back as it was written, or says which file is wrong and what to do."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +8,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from ict_fast.data import store as store_module
 from ict_fast.data.prepare import prepare_digits
 from ict_fast.data.store import open_store, write_store
 from ict_fast.errors import InputError
+from ict_fast.locks import BusyError, WriterLock
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
 LABELS = np.arange(12) % 2
@@ -120,13 +120,43 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
 
 
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:
-    (tmp_path / ".a.partial").mkdir()
-    other = os.open(tmp_path / ".a.partial", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another process is writing it"):
+    def blocks() -> Iterator[np.ndarray]:
+        with pytest.raises(BusyError, match=rf"another process is writing it \(process {os.getpid()} on"):
+            write_store(tmp_path / "a", IMAGES, LABELS, **ABOUT)
+        yield IMAGES
+
+    write_store(tmp_path / "a", blocks(), LABELS, **ABOUT)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_writer_that_was_robbed_of_its_folder_leaves_the_robbers_alone(tmp_path: Path) -> None:
+    def blocks() -> Iterator[np.ndarray]:
+        (tmp_path / ".a.partial.lock").write_text("process 1 on another host")
+        yield IMAGES
+
+    with pytest.raises(InputError, match=r"\.a\.partial\.lock is no longer this process's"):
+        write_store(tmp_path / "a", blocks(), LABELS, **ABOUT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", ".a.partial.lock"]
+
+
+def test_a_store_that_another_process_finishes_meanwhile_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lock_late(folder: Path) -> WriterLock:
+        monkeypatch.setattr(store_module, "WriterLock", WriterLock)
         write_store(tmp_path / "a", IMAGES, LABELS, **ABOUT)
-    os.close(other)  # as when the other is killed
+        return WriterLock(folder)
+
+    monkeypatch.setattr(store_module, "WriterLock", lock_late)
     write_store(tmp_path / "a", IMAGES, LABELS, **ABOUT)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(InputError, match=r"disk: is a mount point.*name a folder in it"):
+        prepare_digits(tmp_path / "disk")
 
 
 @pytest.mark.parametrize(

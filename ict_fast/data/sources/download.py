@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import http.client
 import os
 import shutil
@@ -28,6 +27,7 @@ from rich.progress import (
 from ict_fast.data.sources.array_sources import CIFAR10_ARCHIVE, CIFAR10_MD5, md5_file
 from ict_fast.durable import flush_directory
 from ict_fast.errors import InputError
+from ict_fast.locks import lock_file
 from ict_fast.screen import say
 
 CIFAR10_ADDRESS = f"https://www.cs.toronto.edu/~kriz/{CIFAR10_ARCHIVE}"
@@ -132,13 +132,11 @@ def _require_space(file: BinaryIO, begun: int, total: int | None) -> None:
 def _lock(file: BinaryIO, partial: Path) -> None:
     """Until the file is closed, or its process has died."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file.fileno())  # where there are no locks, the MD5 tells what two have made
     except BlockingIOError:
         raise InputError(
             f"{partial}: another process is downloading it; wait until it has finished"
         ) from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _why(reason: object) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ict_fast.data.progress import narrated
 from ict_fast.data.sources.batch_files import open_npz_batch, open_pickled_batch, pickled_entry
+from ict_fast.data.sources.ilsvrc import named_with_what_is_missing
 from ict_fast.data.sources.planar_images import PlanarBatch, PlanarImages
 from ict_fast.errors import InputError
 from ict_fast.restricted_unpickler import load_restricted
@@ -141,12 +142,16 @@ class ImagenetNpzSource:
             labels_of.append(labels)
         self.resolution = batches[0].resolution
         size = f"{self.resolution}x{self.resolution}"
-        self.name = f"ImageNet, training split, downsampled to {size} by Chrabaszcz et al."
         self.recipe = f"{size} RGB, chrabaszcz"
         self.classes = tuple(sorted(synsets))
         position = {synset: number for number, synset in enumerate(self.classes)}
         in_sorted_order = np.array([position[synset] for synset in synsets], dtype=np.int64)
         self.labels = in_sorted_order[np.concatenate(labels_of) - 1]
+        self.name = named_with_what_is_missing(
+            f"ImageNet, training split, downsampled to {size} by Chrabaszcz et al.",
+            len(self.labels),
+            len(np.unique(self.labels)),
+        )
         self._images = PlanarImages(batches)
 
     def identity(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ict_fast.data.progress import narrated
+from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage, image_layout
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.sources.name_table import NameTable
@@ -95,7 +96,7 @@ def edm_zip_source(archive: Path) -> ImageSource:
             described = _read_json(archive, opened)
     except OSError as error:
         raise InputError(f"{archive}: cannot be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+    except DAMAGED_ZIP as error:
         raise InputError(f"{archive}: not a whole ZIP ({error}); get it again") from error
     images = sorted(
         (member for member in members if not member.is_dir() and member.filename != "dataset.json"),

@@ -11,7 +11,6 @@ import gzip
 import io
 import itertools
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,10 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.errors import InputError
+
+_DAMAGED: tuple[type[Exception], ...] = (OSError, *DAMAGED_ZIP)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class PlanarImages:
                 length = stream.readinto(rows.data)
             if length != rows.nbytes:
                 raise EOFError("it ends before its last image")
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             self._close()
             why = getattr(error, "strerror", None) or error
             raise InputError(

@@ -46,6 +46,8 @@ class PrepareOptions:
     """Processes that read and decode."""
     max_rejected: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.01)")] = None
     """Largest share of unusable images. They are left out, and listed in rejected.txt."""
+    restart: bool = False
+    """Delete what an earlier command has left unfinished, and begin anew."""
     download: bool = False
     """cifar10: get the archive from its authors first, into PATH (default: data); its MD5 is checked."""
 
@@ -71,7 +73,13 @@ def run(options: PrepareOptions) -> int:
 
             source = catalogue.open_source(options.source, given)
             max_rejected = 0.01 if options.max_rejected is None else options.max_rejected
-            prepare_store(source, out, processes=options.processes, max_rejected=max_rejected)
+            prepare_store(
+                source,
+                out,
+                processes=options.processes,
+                max_rejected=max_rejected,
+                restart=options.restart,
+            )
     except KeyboardInterrupt:
         print("ict-fast: interrupted; the same command continues", file=sys.stderr)
         return errors.EXIT_SIGINT

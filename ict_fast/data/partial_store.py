@@ -1,8 +1,9 @@
 """A store that is being written: pieces in any order, each kept through the death of the writer.
 
 Beside the store to be lies `.<name>.partial` with images.npy, in which every item has its place from the
-start, and journal.jsonl: whose images these are, and a line for each piece that is whole on the disk, with
-its SHA-256. Only when all is there are the gaps of rejected images closed and the folder renamed.
+start, and journal.jsonl: how they are made, and a line for each piece that is whole on the disk, with its
+SHA-256 and that of what it was made from. Only when all is there are the gaps of rejected images closed and
+the folder renamed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ict_fast.data.progress import ImageProgress
+from ict_fast.data.sources.source import Source
 from ict_fast.data.store import (
     check_labels,
     describe,
@@ -65,19 +67,20 @@ class PartialStore:
         rejected: index and reason of the items that turned out to be unusable, so far.
     """
 
-    def __init__(
-        self, out: Path, folder: Path, lock: WriterLock, identity: str, shape: tuple[int, int, int, int]
-    ) -> None:
+    def __init__(self, out: Path, folder: Path, lock: WriterLock, source: Source, restart: bool) -> None:
         self.folder = folder
-        self._lock = lock
         self.rejected: dict[int, str] = {}
-        self._out, self._identity, self._shape = out, identity, shape
+        self._out, self._lock, self._source = out, lock, source
+        shape = self._shape = _shape(source)
         self._image_bytes = shape[1] * shape[2] * shape[3]
         self._piece_length = max(1, _PIECE_BYTES // self._image_bytes)
         self._header = npy_header(shape, np.dtype(np.uint8))
         self._lines: dict[int, dict[str, Any]] = {}
         """The journal's line of each piece that is whole, by its first item."""
-        done = self._take_over()
+        done = [] if restart else self._take_over()
+        for leftover in folder.iterdir():
+            if not (done and leftover.name in ("images.npy", JOURNAL_NAME)):
+                leftover.unlink()
         self._images = os.open(folder / "images.npy", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._verify(done)
@@ -107,7 +110,13 @@ class PartialStore:
         self._lock.require()
         _write_all(self._images, piece.pixels.reshape(-1).data, self._offset(piece.start))
         os.fdatasync(self._images)
-        line = {"start": piece.start, "stop": piece.stop, "sha256": piece.sha256, "rejected": piece.rejected}
+        line = {
+            "start": piece.start,
+            "stop": piece.stop,
+            "stamp": self._source.stamp(piece.start, piece.stop),
+            "sha256": piece.sha256,
+            "rejected": piece.rejected,
+        }
         with (self.folder / JOURNAL_NAME).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(line) + "\n")
         self._lines[piece.start] = line
@@ -131,20 +140,18 @@ class PartialStore:
         replace_durably(path, "".join(lines).encode())
         return path
 
-    def finish(self, labels: np.ndarray, *, source: str, recipe: str, classes: Sequence[str]) -> None:
+    def finish(self) -> None:
         """Closes the gaps of the rejected items, and makes the folder the store.
 
         A process that dies while the gaps are closed leaves pieces that no longer match the journal; the next
         one reads them again.
 
-        Args:
-            labels: int64 (N,), one per item, rejected ones included.
-            source, recipe, classes: as `write_store`.
         Raises:
             InputError: labels outside the classes, a class that has lost all its images, or pieces that
                 another process has changed.
             OSError: as of a full disk.
         """
+        labels, classes = self._source.labels, self._source.classes
         keep = np.ones(len(labels), dtype=bool)
         keep[list(self.rejected)] = False
         kept = labels[keep]
@@ -162,8 +169,8 @@ class PartialStore:
         encoded_labels = encode_labels(kept)
         write_durably(self.folder / "labels.npy", encoded_labels)
         meta = {
-            **describe(source, recipe, classes),
-            "identity": self._identity,
+            **describe(self._source.name, self._source.recipe, classes),
+            "identity": self._source.identity(),
             "pillow": metadata.version("pillow"),
             "rejected": len(self.rejected),
             "files": {"images.npy": image_entry, "labels.npy": file_entry(encoded_labels)},
@@ -183,19 +190,32 @@ class PartialStore:
         return len(self._header) + item * self._image_bytes
 
     def _take_over(self) -> list[dict[str, Any]]:
-        """The lines of the pieces that an earlier process has written; whatever else it left is deleted."""
-        lines = _read_journal(self.folder / JOURNAL_NAME)
-        ours = bool(lines) and lines[0] == self._journal_head()
-        if lines and not ours:
-            say(f"{self.folder}: begun from other files or with other options; starting anew")
-        for leftover in self.folder.iterdir():
-            if not (ours and leftover.name in ("images.npy", JOURNAL_NAME)):
-                leftover.unlink()
-        return lines[1:] if ours else []
+        """The lines of the pieces that an earlier process has written and that are still of these files.
+
+        Raises:
+            InputError: they are of another recipe, or all of them of another source.
+        """
+        head, *lines = _read_journal(self.folder / JOURNAL_NAME) or [{}]
+        lines = [line for line in lines if self._is_a_piece(line)]
+        if not lines:
+            return []
+        before = head if isinstance(head, dict) else {}
+        current = [line for line in lines if self._source.stamp(line["start"], line["stop"]) == line["stamp"]]
+        for what, now in self._journal_head().items():
+            # A source's name may tell how many files there are: one may have been removed.
+            if before.get(what) != now and not (what == "source" and current):
+                done = sum(line["stop"] - line["start"] for line in lines)
+                raise InputError(
+                    f"{self.folder}: {done:,} images were done with another {what} ({before.get(what)}, now"
+                    f" {now}); go on with that, or add --restart, which deletes them"
+                )
+        if len(current) < len(lines):
+            changed = f"{len(lines) - len(current):,} of {len(lines):,} pieces"
+            say(f"{self.folder}: {changed} were made from files that have changed; they are read again")
+        return current
 
     def _verify(self, lines: list[dict[str, Any]]) -> None:
         """Keeps the lines whose pieces are whole."""
-        lines = [line for line in lines if self._names_a_piece(line)]
         images = sum(line["stop"] - line["start"] for line in lines)
         with ImageProgress("verifying", images) as progress:
             for line in lines:
@@ -205,11 +225,11 @@ class PartialStore:
                     self.rejected |= line["rejected"]
                 progress.advance(line["stop"] - line["start"])
 
-    def _names_a_piece(self, line: Any) -> bool:
+    def _is_a_piece(self, line: Any) -> bool:
         try:
             start, stop, rejected = line["start"], line["stop"], line["rejected"]
-            aligned = start % self._piece_length == 0 and stop == self._stop(start)
-            return aligned and all(start <= int(index) < stop for index in rejected)
+            aligned = 0 <= start < stop == self._stop(start) and start % self._piece_length == 0
+            return aligned and "stamp" in line and all(start <= int(index) < stop for index in rejected)
         except (TypeError, KeyError, ValueError):  # someone has edited it
             return False
 
@@ -222,12 +242,12 @@ class PartialStore:
         return os.pread(self._images, length, self._offset(start))
 
     def _journal_head(self) -> dict[str, Any]:
-        """Whose pieces these are: pixels may differ between versions of Pillow, so none are mixed."""
+        """How these pieces are made: pixels may differ between versions of Pillow, so none are mixed."""
         return {
-            "identity": self._identity,
-            "pillow": metadata.version("pillow"),
-            "shape": list(self._shape),
-            "piece": self._piece_length,
+            "recipe": self._source.recipe,
+            "version of Pillow": metadata.version("pillow"),
+            "images in a piece": self._piece_length,
+            "source": self._source.name,
         }
 
     def _write_journal(self) -> None:
@@ -271,18 +291,18 @@ class PartialStore:
 
 
 @contextmanager
-def partial_store(out: Path, identity: str, shape: tuple[int, int, int, int]) -> Iterator[PartialStore]:
+def partial_store(out: Path, source: Source, *, restart: bool = False) -> Iterator[PartialStore]:
     """Opens the work on a store, an earlier process's or new, and locks it against a second writer.
 
     Args:
         out: the store to be; does not exist, or is an empty folder.
-        identity: of the source; work on another one is thrown away.
-        shape: (N, H, W, C) of all items, those that will be rejected included.
+        source: of its items; what was made of files that have changed since is made again.
+        restart: throw away what is there.
     Raises:
-        InputError: a shape that a store cannot hold; a second writer; a full disk, there or while the caller
-            writes.
+        InputError: a shape that a store cannot hold; work on another source or with another recipe; a second
+            writer; a full disk, there or while the caller writes.
     """
-    problem = image_shape_problem(shape)
+    problem = image_shape_problem(_shape(source))
     if problem:
         raise InputError(f"images: {problem}")
     folder = out.parent / f".{out.name}.partial"
@@ -295,7 +315,7 @@ def partial_store(out: Path, identity: str, shape: tuple[int, int, int, int]) ->
         if is_taken(out):  # since the caller looked
             raise BusyError(f"{out}: another process has just written it; run the same command again")
         folder.mkdir(exist_ok=True)
-        store = PartialStore(out, folder, lock, identity, shape)
+        store = PartialStore(out, folder, lock, source, restart)
         try:
             yield store
         finally:
@@ -307,6 +327,11 @@ def partial_store(out: Path, identity: str, shape: tuple[int, int, int, int]) ->
         ) from error
     finally:
         lock.release()
+
+
+def _shape(source: Source) -> tuple[int, int, int, int]:
+    """(N, H, W, C) of all items, those that will be rejected included."""
+    return len(source.labels), source.resolution, source.resolution, source.image_channels
 
 
 def _write_all(descriptor: int, content: memoryview, offset: int) -> None:

@@ -19,13 +19,18 @@ _LISTED_AT_LEAST = 1000
 
 
 def prepare_store(
-    source: Source, out: Path, *, processes: int | None = None, max_rejected: float = 0.01
+    source: Source,
+    out: Path,
+    *,
+    processes: int | None = None,
+    max_rejected: float = 0.01,
+    restart: bool = False,
 ) -> Path:
     """Reads a source with all cores into a store, which is there whole or not at all.
 
-    A call that was stopped, by whatever, is continued by the next one with the same source. A finished store
-    of the same source is verified and not rebuilt. Memory does not grow with the number of images. Progress
-    goes to standard error.
+    A call that was stopped, by whatever, is continued by the next one with the same source; what was made of
+    files that have changed since is made again. A finished store of the same source is verified and not
+    rebuilt. Pixels do not gather in memory. Progress goes to standard error.
 
     Args:
         source: the images. It goes to processes that are spawned, so a script that calls this must do it
@@ -33,18 +38,18 @@ def prepare_store(
         out: the folder to create; it must not exist, be empty, or hold the store of the same source.
         processes: that read and decode; by default one per usable core. 1: this process alone.
         max_rejected: share of the items that may be unusable. They are left out, and listed in rejected.txt.
+        restart: delete what an earlier call has left unfinished.
     Returns:
         out.
     Raises:
-        InputError: `out` holds something else or another process is writing it; too many unusable items;
-            the source or the disk failed. What is done is kept.
+        InputError: `out` holds something else or another process is writing it; what was begun is of another
+            source or recipe; too many unusable items; the source or the disk failed. What is done is kept.
     """
     if is_taken(out):
         return _keep_finished(source, out)
     out = place(out)
     count = len(source.labels)
-    shape = (count, source.resolution, source.resolution, source.image_channels)
-    with partial_store(out, source.identity(), shape) as partial:
+    with partial_store(out, source, restart=restart) as partial:
         allowed = max_rejected * count
         if len(partial.rejected) > allowed:
             partial.forget_rejected()
@@ -61,7 +66,7 @@ def prepare_store(
                     break
         if partial.rejected:
             _list_rejected(source, partial, allowed)
-        partial.finish(source.labels, source=source.name, recipe=source.recipe, classes=source.classes)
+        partial.finish()
     return out
 
 
@@ -129,6 +134,6 @@ def _list_rejected(source: Source, partial: PartialStore, allowed: float) -> Non
         seen = len(source.labels) - sum(stop - start for start, stop in partial.missing())
         raise InputError(
             f"{len(names):,} of {seen:,} images cannot be used, such as {names[0]}"
-            f" ({partial.rejected[first]}); {path} lists them; repair or remove them, or allow a larger share"
-            " with --max-rejected"
+            f" ({partial.rejected[first]}); {path} lists them; repair them in place (to remove"
+            " one is to read again all behind it), or allow a larger share with --max-rejected"
         )

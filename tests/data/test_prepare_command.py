@@ -61,6 +61,7 @@ def dhariwal(image: Image.Image, side: int) -> np.ndarray:
         ("digits x", 'prepare digits does not take PATH, which is "x"; it takes --out'),
         ("digits --processes 2", "prepare digits does not take --processes; it takes --out"),
         ("cifar10 x --crop none", "prepare cifar10 does not take --crop; it takes PATH, --processes,"),
+        ("digits --restart", "prepare digits does not take --restart; it takes --out"),
         (
             "imagenet x --channels 1",
             "prepare imagenet does not take --channels; it takes PATH, --resolution,",
@@ -199,6 +200,9 @@ class TwoImages:
         type(self).opened = [path]
 
     def identity(self) -> str:
+        return "two"
+
+    def stamp(self, start: int, stop: int) -> str:
         return "two"
 
     def item_name(self, index: int) -> str:

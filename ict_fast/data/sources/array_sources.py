@@ -93,6 +93,10 @@ class Cifar10Source:
         """SHA-256 over the recipe, the labels and the MD5 of what is read."""
         return _identity(self, self._md5s)
 
+    def stamp(self, start: int, stop: int) -> str:
+        """The identity: the files are the published ones."""
+        return self.identity()
+
     def item_name(self, index: int) -> str:
         """Such as data_batch_1[17]."""
         return self._images.item_name(index)
@@ -157,6 +161,11 @@ class ImagenetNpzSource:
     def identity(self) -> str:
         """SHA-256 over the recipe, the labels, and the names, sizes and dates of the files."""
         return _identity(self, self._files)
+
+    def stamp(self, start: int, stop: int) -> str:
+        """SHA-256 over names, sizes and dates of the batches that hold start, ..., stop - 1."""
+        files = self._files[self._images.batches_of(start, stop)]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def item_name(self, index: int) -> str:
         """Such as train_data_batch_1[17]."""

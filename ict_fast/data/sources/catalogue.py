@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "digits": (),
-    "cifar10": ("path", "processes", "download"),
-    "imagenet": ("path", "resolution", "crop", "processes", "max_rejected"),
-    "imagenet-npz": ("path", "processes"),
-    "edm-zip": ("path", "processes", "max_rejected"),
-    "folder": ("path", "resolution", "crop", "channels", "processes", "max_rejected"),
+    "cifar10": ("path", "processes", "download", "restart"),
+    "imagenet": ("path", "resolution", "crop", "processes", "max_rejected", "restart"),
+    "imagenet-npz": ("path", "processes", "restart"),
+    "edm-zip": ("path", "processes", "max_rejected", "restart"),
+    "folder": ("path", "resolution", "crop", "channels", "processes", "max_rejected", "restart"),
 }
 """What each source takes beside --out."""
 

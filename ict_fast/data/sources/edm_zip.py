@@ -53,11 +53,11 @@ class ZipFiles:
         """The member's name."""
         return self.names[index]
 
-    def stamp(self) -> str:
+    def stamp(self, start: int, stop: int) -> str:
         """As `EncodedFiles.stamp`."""
-        digest = hashlib.sha256(repr((self.modified, *self.names)).encode())
+        digest = hashlib.sha256(repr((self.modified, *self.names[start:stop])).encode())
         for column in (self.headers, self.sizes, self.checksums):
-            digest.update(column.tobytes())
+            digest.update(column[start:stop].tobytes())
         return digest.hexdigest()
 
     def read(self, index: int) -> bytes:

@@ -21,8 +21,8 @@ class EncodedFiles(Protocol):
     def name(self, index: int) -> str:
         """What the person knows the file as."""
 
-    def stamp(self) -> str:
-        """SHA-256 over the names, sizes and dates: another one means other files."""
+    def stamp(self, start: int, stop: int) -> str:
+        """SHA-256 over names, sizes and dates of start, ..., stop - 1: another one means other files."""
 
     def read(self, index: int) -> bytes:
         """The content of one file.
@@ -63,10 +63,14 @@ class ImageSource:
 
     def identity(self) -> str:
         """As `Source.identity`."""
-        about = (self.files.stamp(), self.recipe, *self.classes)
+        about = (self.stamp(0, len(self.files)), self.recipe, *self.classes)
         digest = hashlib.sha256(repr(about).encode())
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
+
+    def stamp(self, start: int, stop: int) -> str:
+        """As `Source.stamp`."""
+        return self.files.stamp(start, stop)
 
     def item_name(self, index: int) -> str:
         """The file's name."""

@@ -93,8 +93,15 @@ class PlanarImages:
             done += count
         return images
 
+    def batches_of(self, start: int, stop: int) -> slice:
+        """Which batches hold the images start, ..., stop - 1."""
+        return slice(self._number(start), self._number(stop - 1) + 1)
+
+    def _number(self, index: int) -> int:
+        return bisect.bisect_right(self._first, index) - 1
+
     def _place(self, index: int) -> tuple[PlanarBatch, int]:
-        number = bisect.bisect_right(self._first, index) - 1
+        number = self._number(index)
         return self._batches[number], index - self._first[number]
 
     def _rows(self, batch: PlanarBatch, row: int, count: int) -> np.ndarray:

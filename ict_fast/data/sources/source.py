@@ -36,9 +36,12 @@ class Source(Protocol):
         """1 for grey, 3 for RGB."""
 
     def identity(self) -> str:
-        """SHA-256, hexadecimal, over all that determines the pixels: names, sizes, dates, labels, recipe.
+        """SHA-256, hexadecimal, over all that determines the store: names, sizes, dates, labels, recipe."""
 
-        Work that was begun under another identity is not continued.
+    def stamp(self, start: int, stop: int) -> str:
+        """SHA-256, hexadecimal, over what the items start, ..., stop - 1 are made from: names, sizes, dates.
+
+        What was read under another stamp is read again.
         """
 
     def item_name(self, index: int) -> str:

@@ -47,11 +47,11 @@ class TarFiles:
         """The member's name."""
         return self.names[index]
 
-    def stamp(self) -> str:
+    def stamp(self, start: int, stop: int) -> str:
         """As `EncodedFiles.stamp`."""
-        digest = hashlib.sha256(repr((self.modified, *self.names)).encode())
-        digest.update(self.offsets.tobytes())
-        digest.update(self.sizes.tobytes())
+        digest = hashlib.sha256(repr((self.modified, *self.names[start:stop])).encode())
+        digest.update(self.offsets[start:stop].tobytes())
+        digest.update(self.sizes[start:stop].tobytes())
         return digest.hexdigest()
 
     def read(self, index: int) -> bytes:

@@ -344,7 +344,7 @@ def test_a_writer_that_was_robbed_of_its_folder_stops(tmp_path: Path) -> None:
     source.happens = rob
     with pytest.raises(InputError, match=r"\.a\.partial\.lock is no longer this process's, which stops"):
         prepare(source, tmp_path / "a")
-    assert open_store(tmp_path / "a", verify=True).meta["identity"] == "2 100"
+    assert open_store(tmp_path / "a", verify=True).meta["identity"] == "2 100 {}"
 
 
 @pytest.mark.parametrize("damage", [b"", b"?" * 48 * 8])

@@ -115,6 +115,7 @@ class DaliLoader(Loader):
         def gather(info: Any) -> tuple[np.ndarray, ...]:
             step = first_step + info.iteration
             chosen = self._indices(step)
+            self._store.require_whole()
             batch = [self._images[chosen], self._store.labels[chosen]]
             if self._flip:
                 batch.append(self._flip_bits(step).numpy())

@@ -8,25 +8,35 @@ rejected.txt, if the source had images that cannot be used: their names and why.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from ict_fast.durable import flush_directory, sha256_file, write_durably
 from ict_fast.errors import InputError
 from ict_fast.locks import WriterLock
+from ict_fast.screen import live_line
 
 FORMAT = "ict-fast store"
 VERSION = 1
 HASH_ALWAYS_BELOW = 1 << 30  # bytes; hashing ImageNet-64 (15.7 GB) at every start would cost 10 s or more
+
+_MADE_FROM = {  # where the presets look for their data
+    "digits": "digits",
+    "cifar10": "cifar10 --download",
+    "imagenet64": "imagenet ILSVRC2012_img_train.tar",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,16 @@ class Store:
     def num_classes(self) -> int:
         """0 where the images have no labels."""
         return len(self.meta["classes"])
+
+    def require_whole(self) -> None:
+        """To be called before images are read: to touch what a truncated file has lost is to die of SIGBUS.
+
+        Raises:
+            OSError: the file has become shorter, or its file system is gone.
+        """
+        mapped = cast(mmap.mmap, self.images.base)
+        if mapped.size() < self.meta["files"]["images.npy"]["bytes"]:  # of the file as it is now
+            raise OSError(errno.EIO, "truncated while it was in use", str(self.path / "images.npy"))
 
     @property
     def fingerprint(self) -> str:
@@ -149,8 +169,7 @@ def open_store(path: Path, *, verify: bool = False) -> Store:
     Raises:
         InputError: naming the file that is missing, truncated, altered or foreign, and what to do.
     """
-    source = "digits" if path.name.startswith("digits") else "<source>"
-    make = f"`ict-fast prepare {source} --out {path}`"
+    make = f"`ict-fast prepare {_MADE_FROM.get(path.name, '<source>')} --out {path}`"
     if not path.exists():
         raise InputError(f"{path}: there is no data here; make it with {make}")
     if not path.is_dir():
@@ -177,9 +196,7 @@ def open_store(path: Path, *, verify: bool = False) -> Store:
     check_labels(labels, len(meta["classes"]), str(path / "labels.npy"))
 
     if verify or sum(entry["bytes"] for entry in meta["files"].values()) < HASH_ALWAYS_BELOW:
-        for name, entry in meta["files"].items():
-            if sha256_file(path / name) != entry["sha256"]:
-                raise InputError(f"{path / name}: altered, its SHA-256 is not that of meta.json; {again}")
+        _verify(path, meta["files"], again)
     return Store(path=path, images=images, labels=labels, meta=meta)
 
 
@@ -302,6 +319,22 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
         raise InputError(
             f"{name}: labels from {low} to {high}; there are {num_classes} classes, counted from 0"
         )
+
+
+def _verify(path: Path, files: dict[str, Any], again: str) -> None:
+    """Compares the content of the files with their SHA-256; shows how far it is if that takes long."""
+    total, done = sum(entry["bytes"] for entry in files.values()), 0
+    with live_line() if total >= HASH_ALWAYS_BELOW else nullcontext() as show:
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            if show is not None:
+                show(done / total, f"verifying {path}")
+
+        for name, entry in files.items():
+            if sha256_file(path / name, progress) != entry["sha256"]:
+                raise InputError(f"{path / name}: altered, its SHA-256 is not that of meta.json; {again}")
 
 
 def _read_meta(file: Path, make: str) -> dict[str, Any]:

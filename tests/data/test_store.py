@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ict_fast import cli, presets, screen
 from ict_fast.data import store as store_module
 from ict_fast.data.prepare import prepare_digits
 from ict_fast.data.store import open_store, write_store
@@ -365,8 +366,24 @@ def test_a_missing_folder_names_the_command_that_makes_it(tmp_path: Path) -> Non
         open_store(tmp_path / "digits")
 
 
-def test_a_large_store_is_hashed_only_when_asked(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("preset", presets.names())
+def test_a_preset_without_its_data_names_the_command_that_makes_it(preset: str, capsys) -> None:
+    with pytest.raises(InputError) as caught:
+        open_store(Path(presets.get(preset).data.path))
+    (command,) = re.findall(r"`ict-fast (prepare .*)`", str(caught.value))
+    assert "<source>" not in command
+    words = command.replace("ILSVRC2012_img_train.tar", "nowhere").replace("--download", "nowhere").split()
+    assert cli.main(["prepare", *words[1:-1], "setup.py"]) == 2  # understood, but for its place
+    assert "--out is setup.py, but" in capsys.readouterr().err
+
+
+def test_a_large_store_is_hashed_only_when_asked(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.setattr(store_module, "HASH_ALWAYS_BELOW", 100)
+    monkeypatch.setattr(screen, "LINE_INTERVAL", 0.0)
+    open_store(store_path, verify=True)
+    assert re.search(rf"verifying {store_path} \(\d+%\), ETA 0:00:00\n", capsys.readouterr().err)
     _flip_byte(store_path / "images.npy", -1)
     open_store(store_path)
     with pytest.raises(InputError, match="SHA-256"):

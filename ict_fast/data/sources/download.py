@@ -53,15 +53,23 @@ def download_cifar10(
     Returns:
         the path of the file, whose MD5 is right.
     Raises:
-        InputError: no connection, or one that breaks; a full disk; another file than the published one.
+        InputError: `folder` is a file or named as an archive; no connection, or one that breaks; a full disk;
+            another file than the published one.
     """
+    if folder.is_file() or (not folder.is_dir() and folder.name.endswith((".gz", ".tgz", ".tar"))):
+        raise InputError(
+            f"PATH is {folder}; with --download it names the folder that {CIFAR10_ARCHIVE} comes into; without"
+            " it, that file"
+        )
     final = folder / CIFAR10_ARCHIVE
     partial = folder / f"{CIFAR10_ARCHIVE}.part"
+    created: list[Path] = []
     try:
         if final.exists():
             if md5_file(final) != md5:
                 raise InputError(f"{final}: is not the published file (its MD5 is not {md5}); move it away")
             return final
+        created = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with partial.open("ab") as file:
             _lock(file, partial)
@@ -82,8 +90,13 @@ def download_cifar10(
                 )
             os.replace(partial, final)
         flush_directory(folder)
-    except OSError as error:
-        raise InputError(f"{error.filename or partial}: {error.strerror or error}") from error
+    except BaseException as error:
+        for each in created:
+            with contextlib.suppress(OSError):  # something has come into it
+                each.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{error.filename or partial}: {error.strerror or error}") from error
+        raise
     return final
 
 

@@ -96,4 +96,5 @@ def _contents(folder: Path) -> str:
     text = f"{store.num_images:,} images of {size}x{size} {colour}"
     text += f" in {store.num_classes:,} classes" if store.num_classes else " without classes"
     rejected = store.meta.get("rejected", 0)
-    return text + (f"; {rejected:,} could not be used, see {folder / 'rejected.txt'}" if rejected else "")
+    text += f"; {rejected:,} could not be used, see {folder / 'rejected.txt'}" if rejected else ""
+    return text + "".join(f"; {count:,} {remark}" for remark, count in store.meta.get("remarks", {}).items())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,13 +24,13 @@ import numpy as np
 
 from ict_fast.data.progress import ImageProgress
 from ict_fast.data.sources.source import Source
-from ict_fast.data.store import (
+from ict_fast.data.store import is_taken
+from ict_fast.data.store_format import (
     check_labels,
     describe,
     encode_labels,
     file_entry,
     image_shape_problem,
-    is_taken,
     npy_header,
 )
 from ict_fast.durable import flush_directory, replace_durably, write_durably
@@ -53,6 +54,8 @@ class Piece:
     """Of the pixels."""
     rejected: dict[int, str] = field(default_factory=dict)
     """Index of the item, and why."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """How many other items there is something to say of, by what."""
 
     @property
     def stop(self) -> int:
@@ -116,6 +119,7 @@ class PartialStore:
             "stamp": self._source.stamp(piece.start, piece.stop),
             "sha256": piece.sha256,
             "rejected": piece.rejected,
+            "remarks": piece.remarks,
         }
         with (self.folder / JOURNAL_NAME).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(line) + "\n")
@@ -168,11 +172,15 @@ class PartialStore:
         image_entry = self._compact(keep)
         encoded_labels = encode_labels(kept)
         write_durably(self.folder / "labels.npy", encoded_labels)
+        remarks: Counter[str] = Counter()
+        for line in self._lines.values():
+            remarks.update(line["remarks"])
         meta = {
             **describe(self._source.name, self._source.recipe, classes),
             "identity": self._source.identity(),
             "pillow": metadata.version("pillow"),
             "rejected": len(self.rejected),
+            "remarks": dict(sorted(remarks.items())),
             "files": {"images.npy": image_entry, "labels.npy": file_entry(encoded_labels)},
         }
         write_durably(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
@@ -229,12 +237,13 @@ class PartialStore:
         try:
             start, stop, rejected = line["start"], line["stop"], line["rejected"]
             aligned = 0 <= start < stop == self._stop(start) and start % self._piece_length == 0
-            return aligned and "stamp" in line and all(start <= int(index) < stop for index in rejected)
+            known = {"stamp", "sha256", "remarks"} <= line.keys()
+            return aligned and known and all(start <= int(index) < stop for index in rejected)
         except (TypeError, KeyError, ValueError):  # someone has edited it
             return False
 
     def _is_whole(self, line: dict[str, Any]) -> bool:
-        return hashlib.sha256(self._content(line["start"])).hexdigest() == line.get("sha256")
+        return hashlib.sha256(self._content(line["start"])).hexdigest() == line["sha256"]
 
     def _content(self, start: int) -> bytes:
         """The pixels of a piece, as far as they are there."""

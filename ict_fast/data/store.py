@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import mmap
 import os
@@ -23,13 +22,21 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from ict_fast.data.store_format import (
+    FORMAT,
+    VERSION,
+    check_labels,
+    describe,
+    encode_labels,
+    file_entry,
+    image_shape_problem,
+    npy_header,
+)
 from ict_fast.durable import flush_directory, sha256_file, write_durably
 from ict_fast.errors import InputError
 from ict_fast.locks import WriterLock
 from ict_fast.screen import live_line
 
-FORMAT = "ict-fast store"
-VERSION = 1
 HASH_ALWAYS_BELOW = 1 << 30  # bytes; hashing ImageNet-64 (15.7 GB) at every start would cost 10 s or more
 
 _MADE_FROM = {  # where the presets look for their data
@@ -200,18 +207,6 @@ def open_store(path: Path, *, verify: bool = False) -> Store:
     return Store(path=path, images=images, labels=labels, meta=meta)
 
 
-def describe(source: str, recipe: str, classes: Sequence[str]) -> dict[str, Any]:
-    """What meta.json says of any store; its files, and what its writer knows of it, are added."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "source": source,
-        "recipe": recipe,
-        "num_classes": len(classes),
-        "classes": list(classes),
-    }
-
-
 def _keep_equal(out: Path, about: dict[str, Any], blocks: Iterator[np.ndarray], labels: np.ndarray) -> Path:
     """Verifies the store at `out` and that it is what would have been written."""
     if not (out / "meta.json").is_file():
@@ -282,43 +277,6 @@ def _write_images(
     if shape is None or count != num_images:
         raise InputError(f"{count} images for {num_images} labels")
     return {"bytes": written, "sha256": digest.hexdigest()}
-
-
-def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The first bytes of a .npy file in C order; what follows is the array's memory."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    )
-    return header.getvalue()
-
-
-def encode_labels(labels: np.ndarray) -> bytes:
-    """labels.npy."""
-    return npy_header(labels.shape, labels.dtype) + labels.tobytes()
-
-
-def file_entry(content: bytes) -> dict[str, Any]:
-    """What meta.json says of a file."""
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def image_shape_problem(shape: tuple[int, ...]) -> str:
-    """Why a store cannot hold images of that shape; empty if it can."""
-    if len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or 0 in shape:
-        return f"shape {shape}; it must be (N, H, W, C) with N > 0, H = W and C = 1 or 3"
-    return ""
-
-
-def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
-    """Raises InputError, which begins with `name`, unless labels (N,) are those of `num_classes` classes."""
-    if labels.ndim != 1 or len(labels) == 0:
-        raise InputError(f"{name}: shape {labels.shape}; it must be (N,) with N > 0")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= max(1, num_classes):
-        raise InputError(
-            f"{name}: labels from {low} to {high}; there are {num_classes} classes, counted from 0"
-        )
 
 
 def _verify(path: Path, files: dict[str, Any], again: str) -> None:

@@ -66,7 +66,7 @@ class Numbers:
     def item_name(self, index: int) -> str:
         return f"item {index}"
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
         self.reads += range(start, stop)
         pixels = np.stack([item(index) for index in range(start, stop)])
         return pixels, {index: why for index, why in self.bad.items() if start <= index < stop}
@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_number_of_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Blank(Numbers):
-        def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+        def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
             return np.zeros((stop - start, 64, 64, 3), np.uint8), {start: "bad"}
 
     monkeypatch.setattr(partial_module, "_PIECE_BYTES", 2**19)
@@ -221,9 +221,9 @@ def test_a_removed_file_costs_what_lies_behind_it_and_no_more(tmp_path: Path) ->
     read: list[int] = []
 
     class Watched(ImageSource):
-        def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+        def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
             read.extend(range(start, stop))
-            return super().read(start, stop)
+            return super().read(start, stop, remarks)
 
     prepare_store(Watched(**vars(images())), tmp_path / "a", processes=1)
     assert read == list(range(16, 39))
@@ -308,10 +308,10 @@ class Disturbed(Numbers):
 
     happens: Callable[[], object]
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
         if start == 40:
             self.happens()
-        return super().read(start, stop)
+        return super().read(start, stop, remarks)
 
 
 def no_locks(descriptor: int, operation: int) -> None:
@@ -375,10 +375,10 @@ class Stopped(Numbers):
 
     error: BaseException = OSError(errno.EIO, "Input/output error")
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
         if start == 40:
             raise self.error
-        return super().read(start, stop)
+        return super().read(start, stop, remarks)
 
 
 def test_a_rerun_reads_only_what_is_missing(tmp_path: Path) -> None:
@@ -500,7 +500,9 @@ def test_pieces_of_another_pillow_are_not_mixed_in(tmp_path: Path, monkeypatch: 
 
 
 def test_want_of_memory_is_one_line_and_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Numbers, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self: Numbers, start: int, stop: int, remarks: object = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         raise MemoryError
 
     with monkeypatch.context() as patch:

@@ -174,6 +174,22 @@ def test_a_folder_becomes_grey_images_and_a_list_of_those_left_out(capsys) -> No
     assert Path("data/folder/rejected.txt").read_text().startswith("ü.jpg\tnot an image")
 
 
+def test_enlarged_and_oriented_images_are_counted(capsys) -> None:
+    draw(Path("photos/small.png"), (7, 30))
+    draw(Path("photos/large.png"), (30, 30))
+    for name, orientation in (("turned", 6), ("upright", 1), ("broken", 7000)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (9, 8)).save(f"photos/{name}.jpg", exif=exif)
+    words = "prepare folder photos --resolution 8 --processes 1 --out"
+    for _ in range(2):  # prepared, verified
+        assert main([*words.split(), "data/photos"]) == 0
+        assert capsys.readouterr().out == (
+            "folder: data/photos, 5 images of 8x8 RGB without classes; 1 have an EXIF orientation, which is"
+            " not applied; 1 were enlarged\n"
+        )
+
+
 def test_a_zip_of_edm_is_taken_as_it_is() -> None:
     pixels = RANDOM.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     with zipfile.ZipFile("edm.zip", "w") as archive:
@@ -208,7 +224,7 @@ class TwoImages:
     def item_name(self, index: int) -> str:
         return str(index)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
         return np.full((stop - start, 4, 4, 1), 7, np.uint8), {}
 
 

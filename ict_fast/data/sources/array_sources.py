@@ -11,6 +11,7 @@ import json
 import posixpath
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -101,7 +102,9 @@ class Cifar10Source:
         """Such as data_batch_1[17]."""
         return self._images.item_name(index)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self, start: int, stop: int, remarks: Counter[str] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """Images start, ..., stop - 1 as uint8 (n, 32, 32, 3); none is ever rejected.
 
         Raises:
@@ -171,7 +174,9 @@ class ImagenetNpzSource:
         """Such as train_data_batch_1[17]."""
         return self._images.item_name(index)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self, start: int, stop: int, remarks: Counter[str] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """Images start, ..., stop - 1 as uint8 (n, R, R, 3); none is ever rejected.
 
         Raises:

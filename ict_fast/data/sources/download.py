@@ -58,8 +58,8 @@ def download_cifar10(
     """
     if folder.is_file() or (not folder.is_dir() and folder.name.endswith((".gz", ".tgz", ".tar"))):
         raise InputError(
-            f"PATH is {folder}; with --download it names the folder that {CIFAR10_ARCHIVE} comes into; without"
-            " it, that file"
+            f"PATH is {folder}; with --download it names the folder that {CIFAR10_ARCHIVE} comes into,"
+            " without it that file"
         )
     final = folder / CIFAR10_ARCHIVE
     partial = folder / f"{CIFAR10_ARCHIVE}.part"

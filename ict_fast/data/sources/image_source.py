@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from ict_fast.data.sources.crops import CROPS
-from ict_fast.data.sources.image_decoding import RejectedImage, decode_image
+from ict_fast.data.sources.image_decoding import RejectedImage, decode_image, is_oriented
 
 
 class EncodedFiles(Protocol):
@@ -76,8 +77,11 @@ class ImageSource:
         """The file's name."""
         return self.files.name(index)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self, start: int, stop: int, remarks: Counter[str] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """As `Source.read`."""
+        remarks = Counter() if remarks is None else remarks
         pixels = np.zeros((stop - start, self.resolution, self.resolution, self.image_channels), np.uint8)
         rejected: dict[int, str] = {}
         for index in range(start, stop):
@@ -88,4 +92,6 @@ class ImageSource:
                 rejected[index] = str(reason)
             else:
                 pixels[index - start] = np.asarray(cropped).reshape(pixels.shape[1:])
+                remarks["were enlarged"] += min(image.size) < self.resolution
+                remarks["have an EXIF orientation, which is not applied"] += is_oriented(image)
         return pixels, rejected

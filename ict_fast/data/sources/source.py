@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -47,9 +48,13 @@ class Source(Protocol):
     def item_name(self, index: int) -> str:
         """What the person knows item `index` as; for rejected.txt."""
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self, start: int, stop: int, remarks: Counter[str] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """The items start, ..., stop - 1.
 
+        Args:
+            remarks: counts what the person should know of items that can be used: "were enlarged".
         Returns:
             uint8 (stop - start, H, W, C), and for each item that cannot be used its index (start <= index <
             stop) and why; its pixels are ignored.

@@ -21,8 +21,8 @@ class PrepareOptions:
     imagenet: ILSVRC 2012's training set, its tar or the folders of its synsets. imagenet-npz: Chrabaszcz's
     batches. edm-zip: a data set of EDM or EDM2. folder: any images; a class per subfolder, if there are."""
     path: Positional[Annotated[Path | None, arg(metavar="[PATH]", help_behavior_hint="")]] = None
-    """The archive or folder that holds the images. Archives are read in place; only Chrabaszcz's ZIPs are to be
-    unpacked."""
+    """The archive or folder that holds the images. Archives are read in place, except Chrabaszcz's
+    ZIPs, which must be unpacked."""
     out: Annotated[
         Path | None,
         arg(metavar="DIR", help_behavior_hint="(default: data/<source>, for imagenet data/imagenet64)"),

@@ -203,18 +203,17 @@ class PartialStore:
         Raises:
             InputError: they are of another recipe, or all of them of another source.
         """
-        head, *lines = _read_journal(self.folder / JOURNAL_NAME) or [{}]
-        lines = [line for line in lines if self._is_a_piece(line)]
-        if not lines:
+        head, *done = _read_journal(self.folder / JOURNAL_NAME) or [{}]
+        if not done:
             return []
         before = head if isinstance(head, dict) else {}
+        lines = [line for line in done if self._is_a_piece(line)]
         current = [line for line in lines if self._source.stamp(line["start"], line["stop"]) == line["stamp"]]
         for what, now in self._journal_head().items():
             # A source's name may tell how many files there are: one may have been removed.
-            if before.get(what) != now and not (what == "source" and current):
-                done = sum(line["stop"] - line["start"] for line in lines)
+            if before.get(what) != now and not (what == "source" and (current or not lines)):
                 raise InputError(
-                    f"{self.folder}: {done:,} images were done with another {what} ({before.get(what)}, now"
+                    f"{self.folder}: {len(done):,} pieces were made with another {what} ({before.get(what)}, now"
                     f" {now}); go on with that, or add --restart, which deletes them"
                 )
         if len(current) < len(lines):

@@ -213,8 +213,8 @@ class PartialStore:
             # A source's name may tell how many files there are: one may have been removed.
             if before.get(what) != now and not (what == "source" and (current or not lines)):
                 raise InputError(
-                    f"{self.folder}: {len(done):,} pieces were made with another {what} ({before.get(what)}, now"
-                    f" {now}); go on with that, or add --restart, which deletes them"
+                    f'{self.folder}: {len(done):,} pieces were made with another {what} ("{before.get(what)}",'
+                    f' now "{now}"); go on with that, or add --restart, which deletes them'
                 )
         if len(current) < len(lines):
             changed = f"{len(lines) - len(current):,} of {len(lines):,} pieces"

@@ -440,9 +440,9 @@ def test_work_on_files_that_have_all_changed_is_done_again(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"recipe": "4x4 RGB, other"}, r"recipe \(4x4 RGB, random, now 4x4 RGB, other\)"),
-        ({"recipe": "8x8 RGB", "resolution": 8}, r"recipe \(4x4 RGB, random, now 8x8 RGB\)"),
-        ({"name": "letters", "version": "2"}, r"source \(numbers, now letters\)"),
+        ({"recipe": "4x4 RGB, other"}, r'recipe \("4x4 RGB, random", now "4x4 RGB, other"\)'),
+        ({"recipe": "8x8 RGB", "resolution": 8}, r'recipe \("4x4 RGB, random", now "8x8 RGB"\)'),
+        ({"name": "letters", "version": "2"}, r'source \("numbers", now "letters"\)'),
     ],
 )
 def test_work_with_other_options_is_kept_until_the_person_says_otherwise(
@@ -493,7 +493,7 @@ def test_a_disk_that_fills_up_is_one_line_and_a_rerun_completes(tmp_path: Path) 
 def test_pieces_of_another_pillow_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tmp_path / "a")
     monkeypatch.setattr(partial_module.metadata, "version", lambda package: f"another {package}")
-    with pytest.raises(InputError, match=r"another version of Pillow \(.*, now another pillow\)"):
+    with pytest.raises(InputError, match=r'another version of Pillow \(".*", now "another pillow"\)'):
         prepare(Numbers(), tmp_path / "a")
     prepare_store(Numbers(), tmp_path / "a", processes=1, restart=True)
     assert open_store(tmp_path / "a").meta["pillow"] == "another pillow"

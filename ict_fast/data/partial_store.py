@@ -212,9 +212,10 @@ class PartialStore:
         for what, now in self._journal_head().items():
             # A source's name may tell how many files there are: one may have been removed.
             if before.get(what) != now and not (what == "source" and (current or not lines)):
+                other = f'another {what} ("{before.get(what)}", now "{now}")'
                 raise InputError(
-                    f'{self.folder}: {len(done):,} pieces were made with another {what} ("{before.get(what)}",'
-                    f' now "{now}"); go on with that, or add --restart, which deletes them'
+                    f"{self.folder}: {len(done):,} pieces were made with {other}; go on with that, or add"
+                    " --restart, which deletes them"
                 )
         if len(current) < len(lines):
             changed = f"{len(lines) - len(current):,} of {len(lines):,} pieces"

@@ -127,12 +127,8 @@ def _images(
     as_folders: set[str] = set()
     with_images: set[str] = set()
     parent: str | None = None
-    for member in _members(file, archive, start, inside):
+    for member in tar_members(file, archive, start, inside):
         path = PurePosixPath(member.name)
-        if path.is_absolute() or ".." in path.parts:
-            raise InputError(f"{archive}: member {member.name!r}{inside} leads elsewhere; it is refused")
-        if not (member.isdir() or member.isreg()) or member.issparse():
-            raise InputError(f"{archive}: member {member.name!r}{inside} is not a plain file; it is refused")
         if any(part.startswith(".") for part in path.parts):
             continue
         folder = path if member.isdir() else path.parent
@@ -178,8 +174,16 @@ def _one_parent(archive: Path, before: str | None, path: PurePosixPath) -> str:
     return found
 
 
-def _members(file: BinaryIO, archive: Path, start: int, inside: str) -> Iterator[tarfile.TarInfo]:
-    """Every member, from the headers alone."""
+def tar_members(file: BinaryIO, archive: Path, start: int = 0, inside: str = "") -> Iterator[tarfile.TarInfo]:
+    """Every member of the archive that begins at byte `start`, from the headers alone.
+
+    Args:
+        file: the archive, open for reading.
+        archive: its path.
+        inside: words for an archive inside it.
+    Raises:
+        InputError: a truncated or damaged archive, or one with a member that could mean harm.
+    """
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as opened:
@@ -188,6 +192,12 @@ def _members(file: BinaryIO, archive: Path, start: int, inside: str) -> Iterator
                     raise InputError(f"{archive}: damaged at byte {member.offset}{inside}; get it again")
                 # It keeps them all: 600 MB for ImageNet.
                 opened.members.clear()  # type: ignore[attr-defined]
+                path = PurePosixPath(member.name)
+                said = f"{archive}: member {member.name!r}{inside}"
+                if path.is_absolute() or ".." in path.parts:
+                    raise InputError(f"{said} leads elsewhere; it is refused")
+                if not (member.isdir() or member.isreg()) or member.issparse():
+                    raise InputError(f"{said} is not a plain file; it is refused")
                 yield member
             end = opened.offset
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:

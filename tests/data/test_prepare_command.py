@@ -174,6 +174,21 @@ def test_a_folder_becomes_grey_images_and_a_list_of_those_left_out(capsys) -> No
     assert Path("data/folder/rejected.txt").read_text().startswith("ü.jpg\tnot an image")
 
 
+def test_a_packed_folder_gives_the_same_store_as_the_folder() -> None:
+    for number in range(4):
+        draw(Path(f"photos/{number % 2}/{number}.png"))
+    with zipfile.ZipFile("photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in Path("photos").rglob("*.png"):
+            archive.write(path)
+    for name in ("photos", "photos.zip"):
+        words = f"prepare folder {name} --resolution 8 --processes 1 --out data/{name}"
+        assert main(words.split()) == 0
+    stores = [open_store(Path("data") / name) for name in ("photos", "photos.zip")]
+    assert stores[0].fingerprint == stores[1].fingerprint
+    assert stores[0].meta["classes"] == stores[1].meta["classes"] == ["0", "1"]
+    assert stores[1].meta["source"] == "images of the archive photos.zip"
+
+
 def test_enlarged_and_oriented_images_are_counted(capsys) -> None:
     draw(Path("photos/small.png"), (7, 30))
     draw(Path("photos/large.png"), (30, 30))

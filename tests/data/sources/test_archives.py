@@ -107,7 +107,7 @@ def test_an_archive_that_is_no_folder_of_images_is_refused(tmp_path: Path, kind:
         archive_source(tmp_path / "a", **OPTIONS)
     content = pack(tmp_path / "a", kind, {"1.png": image(0), "2.png": image(1)}).read_bytes()
     (tmp_path / "a").write_bytes(content[: len(content) // 2 if kind != "tar" else 1700])
-    with pytest.raises(InputError, match="get it again|decompress it first"):
+    with pytest.raises(InputError, match=r"get it again|decompress it first"):
         archive_source(tmp_path / "a", **OPTIONS)
 
 

@@ -14,6 +14,7 @@ from ict_fast.errors import InputError
 
 # Lustre without `-o flock`, NFS without its lock service, some FUSE. Any other error is one.
 _NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
+_TRIES = 100
 
 
 class BusyError(InputError):
@@ -105,11 +106,12 @@ class WriterLock:
 
 def _open(path: Path) -> tuple[int, bool]:
     """Opens a file for reading and writing; says whether this call has created it."""
-    while True:
+    for _ in range(_TRIES):  # others may create and remove it in between
         with suppress(FileExistsError):
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         with suppress(FileNotFoundError):
             return os.open(path, os.O_RDWR), False
+    raise FileNotFoundError(errno.ENOENT, "is there and cannot be opened", str(path))  # a dangling link
 
 
 def _is_dead(holder: str) -> bool:

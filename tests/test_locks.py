@@ -107,6 +107,12 @@ def test_an_error_that_is_no_want_of_locks_is_none(tmp_path: Path, monkeypatch: 
         WriterLock(tmp_path / "work")
 
 
+def test_a_dangling_link_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
+    (tmp_path / "work.lock").symlink_to("nowhere")
+    with pytest.raises(OSError, match="is there and cannot be opened"):
+        WriterLock(tmp_path / "work")
+
+
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "work.lock").write_text("process 1 on another machine")
     lock = WriterLock(tmp_path / "work")

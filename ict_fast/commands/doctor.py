@@ -38,8 +38,6 @@ def run(options: DoctorOptions) -> int:
     """Runs the command; returns its exit code."""
     from ict_fast.doctor import Check, advice, checks, feeding_checks, memory, table
 
-    if options.verify and options.data is None:
-        raise InputError("--verify compares the files of a store; name it with --data DIR")
     for name in ("preset", "batch"):
         if options.data is None and getattr(options, name) is not None:
             raise InputError(f"--{name} says what --data is measured against; name a store with --data DIR")
@@ -48,7 +46,8 @@ def run(options: DoctorOptions) -> int:
     if options.verify:
         from ict_fast.data.store import open_store
 
-        assert options.data is not None
+        if options.data is None:
+            raise InputError("--verify compares the files of a store; name it with --data DIR")
         open_store(options.data, verify=True)
     found = checks()
     failed = any(check.status == "FAIL" for check in found)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ict_fast.hardware import nvidia_device, usable_cores
+from ict_fast.hardware import available_memory, nvidia_device, usable_cores
 from ict_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -101,6 +101,20 @@ def feeding_checks(feeding: Feeding) -> list[Check]:
         return [*checks, Check("feeding", "none", "unknown, as the step was not measured")]
     verdict = f"{', '.join(feeding.starving) or 'no loader'} would starve the device"
     return [*checks, Check("feeding", "warn" if feeding.starving else "ok", verdict)]
+
+
+def memory(images: int) -> Check:
+    """Whether the images of a store, so many bytes, fit into what the system can give."""
+    available = available_memory()
+    if available is None:
+        return Check("memory", "none", "this system does not say how much is available")
+    fits = images <= available
+    return Check(
+        "memory",
+        "ok" if fits else "warn",
+        f"{available / _GIB:.1f} GiB available, the images have {images / _GIB:.1f} GiB",
+        "" if fits else "most images will be read from the disk each time: more memory, or a fast local disk",
+    )
 
 
 def table(found: list[Check]) -> Table:

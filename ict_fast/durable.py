@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+_BLOCK = 1 << 20  # bytes
 
-def sha256_file(path: Path) -> str:
+
+def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file's content in hexadecimal.
 
+    Args:
+        progress: told how many more bytes were read.
     Raises:
         OSError: if it cannot be read.
     """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
 
 
 def write_durably(path: Path, content: bytes) -> None:

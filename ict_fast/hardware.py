@@ -14,6 +14,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def available_memory() -> int | None:
+    """What the system can give without swapping, the page cache included, in bytes; None where unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    amounts = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(amounts[0]) * 1024 if amounts else None
+
+
 def nvidia_device() -> str | None:
     """How the operating system shows an NVIDIA GPU, whatever torch thinks of it; None if there is none."""
     devices = sorted(Path("/dev").glob("nvidia[0-9]*"))

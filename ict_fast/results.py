@@ -92,12 +92,13 @@ def unfinished(out: Path) -> Iterator[Path]:
     Raises:
         InputError: if another process has it, or it cannot be created.
     """
-    from ict_fast.data.store import lock_folder
+    from ict_fast.locks import WriterLock
 
     folder = out.parent / f".{out.name}.partial"
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
+        lock = WriterLock(folder)
+        folder.mkdir(exist_ok=True)
     try:
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
@@ -106,7 +107,7 @@ def unfinished(out: Path) -> Iterator[Path]:
             for inside in folder.iterdir():
                 inside.rmdir()
             folder.rmdir()
-        os.close(lock)
+        lock.release()
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:

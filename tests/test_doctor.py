@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from ict_fast import cli, doctor
+from ict_fast.data import store as store_module
 from ict_fast.data.store import write_store
 from ict_fast.doctor import Check
 from ict_fast.training import feeding
@@ -319,6 +321,33 @@ def test_a_store_that_is_not_whole_is_refused_in_one_line(healthy, tmp_path, cap
     with (store / "images.npy").open("r+b") as file:
         file.truncate(200)
     assert "images.npy: truncated, 200 of" in refused(capsys, "--data", str(store))
+
+
+def test_a_store_is_compared_with_its_checksums_when_asked(healthy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(store_module, "HASH_ALWAYS_BELOW", 0)
+    images, labels = np.zeros((5, 8, 8, 1), np.uint8), np.zeros(5, np.int64)
+    store = write_store(tmp_path / "store", images, labels, source="test", recipe="zero", classes=[])
+    words = ["--data", str(store), "--batch", "4"]
+    assert cli.main(["doctor", "--verify", *words]) == 0
+    assert "\u2502 checksums " in capsys.readouterr().out
+    with (store / "images.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    assert cli.main(["doctor", *words]) == 0
+    assert "checksums" not in capsys.readouterr().out
+    assert "images.npy: altered, its SHA-256 is not that of meta.json" in refused(capsys, "--verify", *words)
+    assert "--verify compares the files of a store; name it with --data" in refused(capsys, "--verify")
+
+
+def test_a_store_larger_than_the_memory_is_warned_of(monkeypatch):
+    monkeypatch.setattr(doctor, "available_memory", lambda: 10 * 2**30)
+    assert doctor.memory(10 * 2**30).status == "ok"
+    check = doctor.memory(15 * 2**30)
+    assert (check.status, check.found) == ("warn", "10.0 GiB available, the images have 15.0 GiB")
+    assert "read from the disk each time" in check.advice
+    monkeypatch.setattr(doctor, "available_memory", lambda: None)
+    assert doctor.memory(1).status == "none"
 
 
 def test_a_preset_for_other_images_is_refused_with_the_right_one(healthy, digits_store, capsys):

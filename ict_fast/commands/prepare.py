@@ -19,9 +19,11 @@ class PrepareOptions:
     source: Positional[Literal["digits", "cifar10", "imagenet", "imagenet-npz", "edm-zip", "folder"]]
     """digits: scikit-learn's handwritten digits, 8x8; nothing is downloaded. cifar10: the python archive.
     imagenet: ILSVRC 2012's training set, its tar or the folders of its synsets. imagenet-npz: Chrabaszcz's
-    batches. edm-zip: a data set of EDM or EDM2. folder: any images; a class per subfolder, if there are."""
+    batches. edm-zip: a data set of EDM or EDM2. folder: any images, in a folder, a tar or a ZIP; a
+    class per subfolder, if there are."""
     path: Positional[Annotated[Path | None, arg(metavar="[PATH]", help_behavior_hint="")]] = None
-    """The archive or folder that holds the images. Archives are read in place."""
+    """The archive or folder that holds the images. Archives are read in place, except Chrabaszcz's
+    ZIPs, which must be unpacked."""
     out: Annotated[
         Path | None,
         arg(metavar="DIR", help_behavior_hint="(default: data/<source>, for imagenet data/imagenet64)"),
@@ -46,6 +48,8 @@ class PrepareOptions:
     """Processes that read and decode."""
     max_rejected: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.01)")] = None
     """Largest share of unusable images. They are left out, and listed in rejected.txt."""
+    restart: bool = False
+    """Delete what an earlier command has left unfinished, and begin anew."""
     download: bool = False
     """cifar10: get the archive from its authors first, into PATH (default: data); its MD5 is checked."""
 
@@ -71,7 +75,13 @@ def run(options: PrepareOptions) -> int:
 
             source = catalogue.open_source(options.source, given)
             max_rejected = 0.01 if options.max_rejected is None else options.max_rejected
-            prepare_store(source, out, processes=options.processes, max_rejected=max_rejected)
+            prepare_store(
+                source,
+                out,
+                processes=options.processes,
+                max_rejected=max_rejected,
+                restart=options.restart,
+            )
     except KeyboardInterrupt:
         print("ict-fast: interrupted; the same command continues", file=sys.stderr)
         return errors.EXIT_SIGINT
@@ -88,4 +98,5 @@ def _contents(folder: Path) -> str:
     text = f"{store.num_images:,} images of {size}x{size} {colour}"
     text += f" in {store.num_classes:,} classes" if store.num_classes else " without classes"
     rejected = store.meta.get("rejected", 0)
-    return text + (f"; {rejected:,} could not be used, see {folder / 'rejected.txt'}" if rejected else "")
+    text += f"; {rejected:,} could not be used, see {folder / 'rejected.txt'}" if rejected else ""
+    return text + "".join(f"; {count:,} {remark}" for remark, count in store.meta.get("remarks", {}).items())

@@ -30,8 +30,8 @@ def dali_problem() -> str | None:
         if error.name in ("nvidia", "nvidia.dali"):
             return "DALI is not installed"
         return f"DALI lacks the package {error.name}"
-    except (ImportError, OSError) as error:  # a shared library of it
-        return f"DALI cannot be imported ({' '.join(str(error).split())})"
+    except Exception as error:  # a shared library of it, or another version of what it imports
+        return f"DALI cannot be imported ({' '.join(str(error).split()) or type(error).__name__})"
     return None
 
 
@@ -115,6 +115,7 @@ class DaliLoader(Loader):
         def gather(info: Any) -> tuple[np.ndarray, ...]:
             step = first_step + info.iteration
             chosen = self._indices(step)
+            self._store.require_whole()
             batch = [self._images[chosen], self._store.labels[chosen]]
             if self._flip:
                 batch.append(self._flip_bits(step).numpy())

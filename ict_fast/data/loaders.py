@@ -8,6 +8,7 @@ from ict_fast.config import Config
 from ict_fast.data.batches import Batch, Loader
 from ict_fast.data.dali_loader import DaliLoader, dali_problem
 from ict_fast.data.memmap_loader import MemmapLoader
+from ict_fast.data.page_cache import read_ahead
 from ict_fast.data.resident_loader import ResidentLoader, free_bytes, resident_bytes
 from ict_fast.data.store import Store
 
@@ -65,6 +66,8 @@ def make_loader(
         InputError: as that loader; see there.
     """
     name, why = choose_loader(config.data.loader, store, device)
+    if name != "resident":
+        read_ahead(store)
     loader = LOADERS[name](
         store,
         batch_size=config.training.batch_size,

@@ -1,8 +1,9 @@
 """A store that is being written: pieces in any order, each kept through the death of the writer.
 
 Beside the store to be lies `.<name>.partial` with images.npy, in which every item has its place from the
-start, and journal.jsonl: whose images these are, and a line for each piece that is whole on the disk, with
-its SHA-256. Only when all is there are the gaps of rejected images closed and the folder renamed.
+start, and journal.jsonl: how they are made, and a line for each piece that is whole on the disk, with its
+SHA-256 and that of what it was made from. Only when all is there are the gaps of rejected images closed and
+the folder renamed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,17 +23,19 @@ from typing import Any
 import numpy as np
 
 from ict_fast.data.progress import ImageProgress
-from ict_fast.data.store import (
+from ict_fast.data.sources.source import Source
+from ict_fast.data.store import is_taken
+from ict_fast.data.store_format import (
     check_labels,
     describe,
     encode_labels,
     file_entry,
     image_shape_problem,
-    lock_folder,
     npy_header,
 )
 from ict_fast.durable import flush_directory, replace_durably, write_durably
 from ict_fast.errors import InputError
+from ict_fast.locks import BusyError, WriterLock
 from ict_fast.screen import say
 
 REJECTED_NAME = "rejected.txt"
@@ -50,6 +54,8 @@ class Piece:
     """Of the pixels."""
     rejected: dict[int, str] = field(default_factory=dict)
     """Index of the item, and why."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """How many other items there is something to say of, by what."""
 
     @property
     def stop(self) -> int:
@@ -64,16 +70,20 @@ class PartialStore:
         rejected: index and reason of the items that turned out to be unusable, so far.
     """
 
-    def __init__(self, out: Path, folder: Path, identity: str, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, out: Path, folder: Path, lock: WriterLock, source: Source, restart: bool) -> None:
         self.folder = folder
         self.rejected: dict[int, str] = {}
-        self._out, self._identity, self._shape = out, identity, shape
+        self._out, self._lock, self._source = out, lock, source
+        shape = self._shape = _shape(source)
         self._image_bytes = shape[1] * shape[2] * shape[3]
         self._piece_length = max(1, _PIECE_BYTES // self._image_bytes)
         self._header = npy_header(shape, np.dtype(np.uint8))
         self._lines: dict[int, dict[str, Any]] = {}
         """The journal's line of each piece that is whole, by its first item."""
-        done = self._take_over()
+        done = [] if restart else self._take_over()
+        for leftover in folder.iterdir():
+            if not (done and leftover.name in ("images.npy", JOURNAL_NAME)):
+                leftover.unlink()
         self._images = os.open(folder / "images.npy", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._verify(done)
@@ -97,11 +107,20 @@ class PartialStore:
         """Puts a piece in its place, and notes it in the journal once it is on the disk.
 
         Raises:
+            InputError: another process has taken the folder over.
             OSError: as of a full disk.
         """
+        self._lock.require()
         _write_all(self._images, piece.pixels.reshape(-1).data, self._offset(piece.start))
         os.fdatasync(self._images)
-        line = {"start": piece.start, "stop": piece.stop, "sha256": piece.sha256, "rejected": piece.rejected}
+        line = {
+            "start": piece.start,
+            "stop": piece.stop,
+            "stamp": self._source.stamp(piece.start, piece.stop),
+            "sha256": piece.sha256,
+            "rejected": piece.rejected,
+            "remarks": piece.remarks,
+        }
         with (self.folder / JOURNAL_NAME).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(line) + "\n")
         self._lines[piece.start] = line
@@ -125,19 +144,18 @@ class PartialStore:
         replace_durably(path, "".join(lines).encode())
         return path
 
-    def finish(self, labels: np.ndarray, *, source: str, recipe: str, classes: Sequence[str]) -> None:
+    def finish(self) -> None:
         """Closes the gaps of the rejected items, and makes the folder the store.
 
         A process that dies while the gaps are closed leaves pieces that no longer match the journal; the next
         one reads them again.
 
-        Args:
-            labels: int64 (N,), one per item, rejected ones included.
-            source, recipe, classes: as `write_store`.
         Raises:
-            InputError: labels outside the classes, or a class that has lost all its images.
+            InputError: labels outside the classes, a class that has lost all its images, or pieces that
+                another process has changed.
             OSError: as of a full disk.
         """
+        labels, classes = self._source.labels, self._source.classes
         keep = np.ones(len(labels), dtype=bool)
         keep[list(self.rejected)] = False
         kept = labels[keep]
@@ -150,18 +168,24 @@ class PartialStore:
                 " the same command again"
             )
         check_labels(kept, len(classes), "labels")
+        self._lock.require()
         image_entry = self._compact(keep)
         encoded_labels = encode_labels(kept)
         write_durably(self.folder / "labels.npy", encoded_labels)
+        remarks: Counter[str] = Counter()
+        for line in self._lines.values():
+            remarks.update(line["remarks"])
         meta = {
-            **describe(source, recipe, classes),
-            "identity": self._identity,
+            **describe(self._source.name, self._source.recipe, classes),
+            "identity": self._source.identity(),
             "pillow": metadata.version("pillow"),
             "rejected": len(self.rejected),
+            "remarks": dict(sorted(remarks.items())),
             "files": {"images.npy": image_entry, "labels.npy": file_entry(encoded_labels)},
         }
         write_durably(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
         flush_directory(self.folder)
+        self._lock.require()
         os.replace(self.folder, self._out)
         flush_directory(self._out.parent)
         # Not before the rename: without the journal, a process that died between the two would start anew.
@@ -174,19 +198,32 @@ class PartialStore:
         return len(self._header) + item * self._image_bytes
 
     def _take_over(self) -> list[dict[str, Any]]:
-        """The lines of the pieces that an earlier process has written; whatever else it left is deleted."""
-        lines = _read_journal(self.folder / JOURNAL_NAME)
-        ours = bool(lines) and lines[0] == self._journal_head()
-        if lines and not ours:
-            say(f"{self.folder}: begun from other files or with other options; starting anew")
-        for leftover in self.folder.iterdir():
-            if not (ours and leftover.name in ("images.npy", JOURNAL_NAME)):
-                leftover.unlink()
-        return lines[1:] if ours else []
+        """The lines of the pieces that an earlier process has written and that are still of these files.
+
+        Raises:
+            InputError: they are of another recipe, or all of them of another source.
+        """
+        head, *done = _read_journal(self.folder / JOURNAL_NAME) or [{}]
+        if not done:
+            return []
+        before = head if isinstance(head, dict) else {}
+        lines = [line for line in done if self._is_a_piece(line)]
+        current = [line for line in lines if self._source.stamp(line["start"], line["stop"]) == line["stamp"]]
+        for what, now in self._journal_head().items():
+            # A source's name may tell how many files there are: one may have been removed.
+            if before.get(what) != now and not (what == "source" and (current or not lines)):
+                other = f'another {what} ("{before.get(what)}", now "{now}")'
+                raise InputError(
+                    f"{self.folder}: {len(done):,} pieces were made with {other}; go on with that, or add"
+                    " --restart, which deletes them"
+                )
+        if len(current) < len(lines):
+            changed = f"{len(lines) - len(current):,} of {len(lines):,} pieces"
+            say(f"{self.folder}: {changed} were made from files that have changed; they are read again")
+        return current
 
     def _verify(self, lines: list[dict[str, Any]]) -> None:
         """Keeps the lines whose pieces are whole."""
-        lines = [line for line in lines if self._names_a_piece(line)]
         images = sum(line["stop"] - line["start"] for line in lines)
         with ImageProgress("verifying", images) as progress:
             for line in lines:
@@ -196,26 +233,30 @@ class PartialStore:
                     self.rejected |= line["rejected"]
                 progress.advance(line["stop"] - line["start"])
 
-    def _names_a_piece(self, line: Any) -> bool:
+    def _is_a_piece(self, line: Any) -> bool:
         try:
             start, stop, rejected = line["start"], line["stop"], line["rejected"]
-            aligned = start % self._piece_length == 0 and stop == self._stop(start)
-            return aligned and all(start <= int(index) < stop for index in rejected)
+            aligned = 0 <= start < stop == self._stop(start) and start % self._piece_length == 0
+            known = {"stamp", "sha256", "remarks"} <= line.keys()
+            return aligned and known and all(start <= int(index) < stop for index in rejected)
         except (TypeError, KeyError, ValueError):  # someone has edited it
             return False
 
     def _is_whole(self, line: dict[str, Any]) -> bool:
-        start, stop = line["start"], line["stop"]
-        content = os.pread(self._images, (stop - start) * self._image_bytes, self._offset(start))
-        return hashlib.sha256(content).hexdigest() == line.get("sha256")
+        return hashlib.sha256(self._content(line["start"])).hexdigest() == line["sha256"]
+
+    def _content(self, start: int) -> bytes:
+        """The pixels of a piece, as far as they are there."""
+        length = self._offset(self._stop(start)) - self._offset(start)
+        return os.pread(self._images, length, self._offset(start))
 
     def _journal_head(self) -> dict[str, Any]:
-        """Whose pieces these are: pixels may differ between versions of Pillow, so none are mixed."""
+        """How these pieces are made: pixels may differ between versions of Pillow, so none are mixed."""
         return {
-            "identity": self._identity,
-            "pillow": metadata.version("pillow"),
-            "shape": list(self._shape),
-            "piece": self._piece_length,
+            "recipe": self._source.recipe,
+            "version of Pillow": metadata.version("pillow"),
+            "images in a piece": self._piece_length,
+            "source": self._source.name,
         }
 
     def _write_journal(self) -> None:
@@ -240,7 +281,12 @@ class PartialStore:
         with ImageProgress("hashing", len(keep)) as progress:
             for start in range(0, len(keep), self._piece_length):
                 stop = self._stop(start)
-                content = os.pread(self._images, (stop - start) * self._image_bytes, self._offset(start))
+                content = self._content(start)
+                if hashlib.sha256(content).hexdigest() != self._lines[start]["sha256"]:
+                    raise InputError(
+                        f"{self.folder / 'images.npy'}: altered by another process; the same command reads"
+                        " again what was"
+                    )
                 block = np.frombuffer(content, np.uint8).reshape(stop - start, -1)[keep[start:stop]]
                 if end != self._offset(start) or len(block) < stop - start:
                     _write_all(self._images, block.reshape(-1).data, end)
@@ -254,28 +300,31 @@ class PartialStore:
 
 
 @contextmanager
-def partial_store(out: Path, identity: str, shape: tuple[int, int, int, int]) -> Iterator[PartialStore]:
+def partial_store(out: Path, source: Source, *, restart: bool = False) -> Iterator[PartialStore]:
     """Opens the work on a store, an earlier process's or new, and locks it against a second writer.
 
     Args:
         out: the store to be; does not exist, or is an empty folder.
-        identity: of the source; work on another one is thrown away.
-        shape: (N, H, W, C) of all items, those that will be rejected included.
+        source: of its items; what was made of files that have changed since is made again.
+        restart: throw away what is there.
     Raises:
-        InputError: a shape that a store cannot hold; a second writer; a full disk, there or while the caller
-            writes.
+        InputError: a shape that a store cannot hold; work on another source or with another recipe; a second
+            writer; a full disk, there or while the caller writes.
     """
-    problem = image_shape_problem(shape)
+    problem = image_shape_problem(_shape(source))
     if problem:
         raise InputError(f"images: {problem}")
     folder = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
+        lock = WriterLock(folder)
     except OSError as error:
         raise InputError(f"{out}: cannot be created: {error.strerror or error}") from error
     try:
-        store = PartialStore(out, folder, identity, shape)
+        if is_taken(out):  # since the caller looked
+            raise BusyError(f"{out}: another process has just written it; run the same command again")
+        folder.mkdir(exist_ok=True)
+        store = PartialStore(out, folder, lock, source, restart)
         try:
             yield store
         finally:
@@ -286,7 +335,12 @@ def partial_store(out: Path, identity: str, shape: tuple[int, int, int, int]) ->
             " continues"
         ) from error
     finally:
-        os.close(lock)
+        lock.release()
+
+
+def _shape(source: Source) -> tuple[int, int, int, int]:
+    """(N, H, W, C) of all items, those that will be rejected included."""
+    return len(source.labels), source.resolution, source.resolution, source.image_channels
 
 
 def _write_all(descriptor: int, content: memoryview, offset: int) -> None:

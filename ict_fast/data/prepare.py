@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from ict_fast.data.partial_store import JOURNAL_NAME, PartialStore, partial_stor
 from ict_fast.data.progress import ImageProgress
 from ict_fast.data.reading import read_pieces
 from ict_fast.data.sources.source import Source
-from ict_fast.data.store import open_store, write_store
+from ict_fast.data.store import is_taken, open_store, place, write_store
 from ict_fast.errors import InputError
 
 # Beyond the share that is allowed, so many are still looked for: a person wants the list, not its first line.
@@ -20,13 +19,18 @@ _LISTED_AT_LEAST = 1000
 
 
 def prepare_store(
-    source: Source, out: Path, *, processes: int | None = None, max_rejected: float = 0.01
+    source: Source,
+    out: Path,
+    *,
+    processes: int | None = None,
+    max_rejected: float = 0.01,
+    restart: bool = False,
 ) -> Path:
     """Reads a source with all cores into a store, which is there whole or not at all.
 
-    A call that was stopped, by whatever, is continued by the next one with the same source. A finished store
-    of the same source is verified and not rebuilt. Memory does not grow with the number of images. Progress
-    goes to standard error.
+    A call that was stopped, by whatever, is continued by the next one with the same source; what was made of
+    files that have changed since is made again. A finished store of the same source is verified and not
+    rebuilt. Pixels do not gather in memory. Progress goes to standard error.
 
     Args:
         source: the images. It goes to processes that are spawned, so a script that calls this must do it
@@ -34,20 +38,18 @@ def prepare_store(
         out: the folder to create; it must not exist, be empty, or hold the store of the same source.
         processes: that read and decode; by default one per usable core. 1: this process alone.
         max_rejected: share of the items that may be unusable. They are left out, and listed in rejected.txt.
+        restart: delete what an earlier call has left unfinished.
     Returns:
         out.
     Raises:
-        InputError: `out` holds something else or another process is writing it; too many unusable items;
-            the source or the disk failed. What is done is kept.
+        InputError: `out` holds something else or another process is writing it; what was begun is of another
+            source or recipe; too many unusable items; the source or the disk failed. What is done is kept.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if is_taken(out):
         return _keep_finished(source, out)
-    out = out.resolve() if out.is_symlink() else out  # what a link names may be on a larger disk
-    if os.path.ismount(out):
-        raise InputError(f"{out}: is a mount point, which nothing can be renamed to; name a folder in it")
+    out = place(out)
     count = len(source.labels)
-    shape = (count, source.resolution, source.resolution, source.image_channels)
-    with partial_store(out, source.identity(), shape) as partial:
+    with partial_store(out, source, restart=restart) as partial:
         allowed = max_rejected * count
         if len(partial.rejected) > allowed:
             partial.forget_rejected()
@@ -64,7 +66,7 @@ def prepare_store(
                     break
         if partial.rejected:
             _list_rejected(source, partial, allowed)
-        partial.finish(source.labels, source=source.name, recipe=source.recipe, classes=source.classes)
+        partial.finish()
     return out
 
 
@@ -132,6 +134,6 @@ def _list_rejected(source: Source, partial: PartialStore, allowed: float) -> Non
         seen = len(source.labels) - sum(stop - start for start, stop in partial.missing())
         raise InputError(
             f"{len(names):,} of {seen:,} images cannot be used, such as {names[0]}"
-            f" ({partial.rejected[first]}); {path} lists them; repair or remove them, or allow a larger share"
-            " with --max-rejected"
+            f" ({partial.rejected[first]}); {path} lists them; repair them in place (to remove"
+            " one is to read again all behind it), or allow a larger share with --max-rejected"
         )

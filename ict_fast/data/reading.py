@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import signal
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -140,10 +141,11 @@ def _serve(connection: Connection, source: Source) -> None:
 
 
 def _read_piece(source: Source, start: int, stop: int) -> Piece:
-    pixels, rejected = source.read(start, stop)
+    remarks: Counter[str] = Counter()
+    pixels, rejected = source.read(start, stop, remarks)
     assert pixels.shape == (stop - start, source.resolution, source.resolution, source.image_channels)
     assert pixels.dtype == np.uint8
     pixels = np.require(pixels, requirements=("C", "W"))
     for index in rejected:
         pixels[index - start] = 0
-    return Piece(start, pixels, hashlib.sha256(pixels.data).hexdigest(), rejected)
+    return Piece(start, pixels, hashlib.sha256(pixels.data).hexdigest(), rejected, +remarks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from ict_fast.data.batches import Loader
 from ict_fast.data.staging import Staging
 from ict_fast.data.store import Store
 from ict_fast.errors import InputError
+from ict_fast.hardware import available_memory
 
 _BLOCK_BYTES = 1 << 26  # read and sent at a time
 
@@ -25,11 +25,9 @@ def free_bytes(device: torch.device) -> int:
     """Memory of a device that is free now, in bytes; for a CPU what the system can give without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            return int(amount.split()[0]) * 1024
-    raise AssertionError("/proc/meminfo has had MemAvailable since Linux 3.14")
+    available = available_memory()
+    assert available is not None, "/proc/meminfo has had MemAvailable since Linux 3.14"
+    return available
 
 
 class ResidentLoader(Loader):
@@ -56,6 +54,7 @@ class ResidentLoader(Loader):
         )
         rows = max(1, _BLOCK_BYTES // self._images.shape[1])
         for start in range(0, store.num_images, rows):
+            store.require_whole()
             block = np.array(store.images[start : start + rows])  # a copy: torch warns of a read-only map
             self._images[start : start + rows] = torch.from_numpy(block).flatten(1)
         self._labels = torch.from_numpy(store.labels).to(self._device)

@@ -8,25 +8,42 @@ rejected.txt, if the source had images that cannot be used: their names and why.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
-import io
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from ict_fast.data.store_format import (
+    FORMAT,
+    VERSION,
+    check_labels,
+    describe,
+    encode_labels,
+    file_entry,
+    image_shape_problem,
+    npy_header,
+)
 from ict_fast.durable import flush_directory, sha256_file, write_durably
 from ict_fast.errors import InputError
+from ict_fast.locks import WriterLock
+from ict_fast.screen import live_line
 
-FORMAT = "ict-fast store"
-VERSION = 1
 HASH_ALWAYS_BELOW = 1 << 30  # bytes; hashing ImageNet-64 (15.7 GB) at every start would cost 10 s or more
+
+_MADE_FROM = {  # where the presets look for their data
+    "digits": "digits",
+    "cifar10": "cifar10 --download",
+    "imagenet64": "imagenet ILSVRC2012_img_train.tar",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,16 @@ class Store:
     def num_classes(self) -> int:
         """0 where the images have no labels."""
         return len(self.meta["classes"])
+
+    def require_whole(self) -> None:
+        """To be called before images are read: to touch what a truncated file has lost is to die of SIGBUS.
+
+        Raises:
+            OSError: the file has become shorter, or its file system is gone.
+        """
+        mapped = cast(mmap.mmap, self.images.base)
+        if mapped.size() < self.meta["files"]["images.npy"]["bytes"]:  # of the file as it is now
+            raise OSError(errno.EIO, "truncated while it was in use", str(self.path / "images.npy"))
 
     @property
     def fingerprint(self) -> str:
@@ -100,19 +127,21 @@ def write_store(
     blocks = iter([images] if isinstance(images, np.ndarray) else images)
     about = describe(source, recipe, classes)
 
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if is_taken(out):
         return _keep_equal(out, about, blocks, labels)
 
-    out = out.resolve() if out.is_symlink() else out  # nothing can be renamed to a link
+    out = place(out)
     partial = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(partial)
+        lock = WriterLock(partial)
     except OSError as error:
         raise InputError(f"{out}: cannot be created: {error.strerror or error}") from error
     try:
-        for leftover in partial.iterdir():  # of a writer that was killed
-            leftover.unlink()
+        if is_taken(out):  # since we looked
+            return _keep_equal(out, about, blocks, labels)
+        shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
+        partial.mkdir()
         with (partial / "images.npy").open("wb") as file:
             image_entry = _write_images(file, blocks, len(labels), out)
             file.flush()
@@ -122,15 +151,17 @@ def write_store(
         files = {"images.npy": image_entry, "labels.npy": file_entry(encoded_labels)}
         write_durably(partial / "meta.json", json.dumps({**about, "files": files}, indent=1).encode())
         flush_directory(partial)
+        lock.require()
         os.replace(partial, out)
         flush_directory(out.parent)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock.is_held():
+            shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
         raise
     finally:
-        os.close(lock)
+        lock.release()
     return out
 
 
@@ -145,8 +176,7 @@ def open_store(path: Path, *, verify: bool = False) -> Store:
     Raises:
         InputError: naming the file that is missing, truncated, altered or foreign, and what to do.
     """
-    source = "digits" if path.name.startswith("digits") else "<source>"
-    make = f"`ict-fast prepare {source} --out {path}`"
+    make = f"`ict-fast prepare {_MADE_FROM.get(path.name, '<source>')} --out {path}`"
     if not path.exists():
         raise InputError(f"{path}: there is no data here; make it with {make}")
     if not path.is_dir():
@@ -173,22 +203,8 @@ def open_store(path: Path, *, verify: bool = False) -> Store:
     check_labels(labels, len(meta["classes"]), str(path / "labels.npy"))
 
     if verify or sum(entry["bytes"] for entry in meta["files"].values()) < HASH_ALWAYS_BELOW:
-        for name, entry in meta["files"].items():
-            if sha256_file(path / name) != entry["sha256"]:
-                raise InputError(f"{path / name}: altered, its SHA-256 is not that of meta.json; {again}")
+        _verify(path, meta["files"], again)
     return Store(path=path, images=images, labels=labels, meta=meta)
-
-
-def describe(source: str, recipe: str, classes: Sequence[str]) -> dict[str, Any]:
-    """What meta.json says of any store; its files, and what its writer knows of it, are added."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "source": source,
-        "recipe": recipe,
-        "num_classes": len(classes),
-        "classes": list(classes),
-    }
 
 
 def _keep_equal(out: Path, about: dict[str, Any], blocks: Iterator[np.ndarray], labels: np.ndarray) -> Path:
@@ -208,27 +224,21 @@ def _keep_equal(out: Path, about: dict[str, Any], blocks: Iterator[np.ndarray], 
     return out
 
 
-def lock_folder(partial: Path) -> int:
-    """Creates a writer's folder and locks it until the returned descriptor is closed, at death at the latest.
+def place(out: Path) -> Path:
+    """Where a store can be put by a rename: what `out`, if it is a link, leads to.
 
     Raises:
-        InputError: another process holds the lock, or has just renamed the folder into place.
-        OSError: it cannot be created.
+        InputError: a mount point.
     """
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(f"{partial}: another process is writing it; wait until it has finished") from None
-    except OSError:
-        pass  # a file system without locks
-    # Its owner may have renamed the folder into place between our opening and our locking it.
-    if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
-        os.close(descriptor)
-        raise InputError(f"{partial}: another process has just written it; run the same command again")
-    return descriptor
+    out = out.resolve() if out.is_symlink() else out  # what a link names may be on a larger disk
+    if os.path.ismount(out):
+        raise InputError(f"{out}: is a mount point, which nothing can be renamed to; name a folder in it")
+    return out
+
+
+def is_taken(out: Path) -> bool:
+    """Whether there is anything but an empty folder."""
+    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
 
 
 def _write_images(
@@ -269,41 +279,20 @@ def _write_images(
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 
-def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The first bytes of a .npy file in C order; what follows is the array's memory."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    )
-    return header.getvalue()
+def _verify(path: Path, files: dict[str, Any], again: str) -> None:
+    """Compares the content of the files with their SHA-256; shows how far it is if that takes long."""
+    total, done = sum(entry["bytes"] for entry in files.values()), 0
+    with live_line() if total >= HASH_ALWAYS_BELOW else nullcontext() as show:
 
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            if show is not None:
+                show(done / total, f"verifying {path}")
 
-def encode_labels(labels: np.ndarray) -> bytes:
-    """labels.npy."""
-    return npy_header(labels.shape, labels.dtype) + labels.tobytes()
-
-
-def file_entry(content: bytes) -> dict[str, Any]:
-    """What meta.json says of a file."""
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def image_shape_problem(shape: tuple[int, ...]) -> str:
-    """Why a store cannot hold images of that shape; empty if it can."""
-    if len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or 0 in shape:
-        return f"shape {shape}; it must be (N, H, W, C) with N > 0, H = W and C = 1 or 3"
-    return ""
-
-
-def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
-    """Raises InputError, which begins with `name`, unless labels (N,) are those of `num_classes` classes."""
-    if labels.ndim != 1 or len(labels) == 0:
-        raise InputError(f"{name}: shape {labels.shape}; it must be (N,) with N > 0")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= max(1, num_classes):
-        raise InputError(
-            f"{name}: labels from {low} to {high}; there are {num_classes} classes, counted from 0"
-        )
+        for name, entry in files.items():
+            if sha256_file(path / name, progress) != entry["sha256"]:
+                raise InputError(f"{path / name}: altered, its SHA-256 is not that of meta.json; {again}")
 
 
 def _read_meta(file: Path, make: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ict_fast.config import Config
-from ict_fast.data.store import image_shape_problem, open_store
+from ict_fast.data.store import open_store
+from ict_fast.data.store_format import image_shape_problem
 from ict_fast.durable import sha256_file
 from ict_fast.errors import InputError
 from ict_fast.evaluation.statistics import Statistics

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from ict_fast.config import Config
 from ict_fast.data.prepare import prepare_digits
 from ict_fast.data.store import Store, open_store
 from ict_fast.errors import InputError
+from ict_fast.locks import BusyError
 from ict_fast.presets import DIGITS
+from ict_fast.screen import say
 from ict_fast.training.run_directory import Run
+
+_PATIENCE = 60.0  # seconds; the digits take one
+_POLL_SECONDS = 0.1
 
 
 def prepare_if_bundled(config: Config) -> None:
-    """Prepares the digits, which come with scikit-learn, if the run needs them and they are not there yet."""
-    if will_prepare(config):
-        prepare_digits(Path(config.data.path))
+    """Prepares the digits, which come with scikit-learn, if the run needs them and they are not there yet.
+
+    Where other runs do it at the same time, one does, and the others wait.
+
+    Raises:
+        InputError: if they cannot be written, or the process that has begun does not end.
+    """
+    give_up, told = time.monotonic() + _PATIENCE, False
+    while will_prepare(config):
+        try:
+            prepare_digits(Path(config.data.path))
+        except BusyError as busy:
+            if time.monotonic() > give_up:
+                raise
+            if not told:
+                say(str(busy))
+            told = True
+            time.sleep(_POLL_SECONDS)
 
 
 def will_prepare(config: Config) -> bool:

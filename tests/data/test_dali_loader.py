@@ -103,6 +103,11 @@ def test_a_missing_dali_is_refused_with_the_line_that_installs_it(
         (ModuleNotFoundError("No module named 'nvidia'", name="nvidia"), "DALI is not installed"),
         (ModuleNotFoundError("No module named 'optree'", name="optree"), "DALI lacks the package optree"),
         (OSError("libcuda.so:\n not found"), "DALI cannot be imported (libcuda.so: not found)"),
+        (
+            TypeError("Descriptors cannot be created"),
+            "DALI cannot be imported (Descriptors cannot be created)",
+        ),
+        (AssertionError(), "DALI cannot be imported (AssertionError)"),
     ],
 )
 def test_a_broken_dali_is_told_from_a_missing_one(

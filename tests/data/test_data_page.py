@@ -28,7 +28,7 @@ def commands() -> list[list[str]]:
 
 def test_every_command_of_the_page_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     understood = []
-    for name in ("prepare", "train"):
+    for name in ("prepare", "train", "doctor"):
         options, _ = cli.COMMANDS[name]
         monkeypatch.setitem(cli.COMMANDS, name, (options, lambda given: understood.append(given) or 0))
     ours = [command[1:] for command in commands() if command[0] == "ict-fast"]

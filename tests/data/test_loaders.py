@@ -282,3 +282,22 @@ def test_on_a_gpu_dali_comes_before_resident_and_that_before_memmap(
 
 def test_what_is_asked_for_is_not_second_guessed(gpu_machine, store: Store) -> None:
     assert choose_loader("memmap", store, gpu_machine(None, 10**12)) == ("memmap", "as asked")
+
+
+def test_a_store_that_is_truncated_while_in_use_is_an_error_and_no_signal(kind: str, store: Store) -> None:
+    with new_loader(kind, store) as loader:
+        loader.micro_batches(0)
+        with (store.path / "images.npy").open("r+b") as file:
+            file.truncate(0)
+        if kind == "resident":
+            loader.micro_batches(5)  # which has its images
+            return
+        with pytest.raises((OSError, RuntimeError), match=r"truncated while it was in use.*images\.npy"):
+            loader.micro_batches(5)
+
+
+def test_a_store_that_is_deleted_while_in_use_goes_on(kind: str, store: Store) -> None:
+    with new_loader(kind, store) as loader:
+        loader.micro_batches(0)
+        (store.path / "images.npy").unlink()
+        loader.micro_batches(5)

@@ -4,9 +4,11 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +22,10 @@ from ict_fast.data import partial_store as partial_module
 from ict_fast.data import prepare as prepare_module
 from ict_fast.data.prepare import prepare_store
 from ict_fast.data.sources.folder_files import folder_source
+from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError
+from ict_fast.locks import BusyError
 
 REPOSITORY = Path(ict_fast.__file__).parents[1]
 COUNT = 100
@@ -40,6 +44,8 @@ class Numbers:
     bad: dict[int, str] = field(default_factory=dict)
     count: int = COUNT
     version: str = "1"
+    changed: dict[int, str] = field(default_factory=dict)
+    """Dates of items that are not those of their files' making."""
     reads: list[int] = field(default_factory=list)
     name: str = "numbers"
     recipe: str = "4x4 RGB, random"
@@ -52,12 +58,15 @@ class Numbers:
         return np.arange(self.count) % 2
 
     def identity(self) -> str:
-        return f"{self.version} {self.count}"
+        return f"{self.version} {self.count} {self.changed}"
+
+    def stamp(self, start: int, stop: int) -> str:
+        return f"{self.version} {[self.changed.get(index) for index in range(start, stop)]}"
 
     def item_name(self, index: int) -> str:
         return f"item {index}"
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
         self.reads += range(start, stop)
         pixels = np.stack([item(index) for index in range(start, stop)])
         return pixels, {index: why for index, why in self.bad.items() if start <= index < stop}
@@ -139,7 +148,7 @@ def test_memory_does_not_grow_with_the_number_of_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Blank(Numbers):
-        def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+        def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
             return np.zeros((stop - start, 64, 64, 3), np.uint8), {start: "bad"}
 
     monkeypatch.setattr(partial_module, "_PIECE_BYTES", 2**19)
@@ -161,8 +170,8 @@ def test_too_many_rejected_items_fail_with_the_list_and_keep_the_work(tmp_path: 
         prepare(source, out)
     listed = partial_of(out) / "rejected.txt"
     assert str(caught.value) == (
-        f"6 of 100 images cannot be used, such as item 0 (reason 0); {listed} lists them; repair or remove"
-        " them, or allow a larger share with --max-rejected"
+        f"6 of 100 images cannot be used, such as item 0 (reason 0); {listed} lists them; repair them in"
+        " place (to remove one is to read again all behind it), or allow a larger share with --max-rejected"
     )
     assert len(listed.read_text().splitlines()) == 6
     assert not out.exists()
@@ -181,6 +190,44 @@ def test_what_was_repaired_is_read_again(tmp_path: Path) -> None:
     assert source.reads == list(range(8, 16))
     assert store.num_images == COUNT
     assert not (out / "rejected.txt").exists()
+
+
+def test_a_repaired_file_is_read_again_with_its_piece_only(tmp_path: Path, capsys) -> None:
+    out, source = tmp_path / "a", Numbers(dict.fromkeys(range(8, 16), "cut short"))
+    with pytest.raises(InputError, match="8 of 100 images cannot be used"):
+        prepare(source, out)
+    repaired = Numbers(dict.fromkeys(range(9, 12), "cut short"), changed={8: "today", 15: "today"})
+    capsys.readouterr()
+    prepare(repaired, out)
+    assert repaired.reads == list(range(8, 16))
+    said = f"{partial_of(out)}: 1 of 13 pieces were made from files that have changed; they are read again"
+    assert capsys.readouterr().err.splitlines()[0] == said
+    assert content(out) == content(prepare(repaired, tmp_path / "b"))
+
+
+def test_a_removed_file_costs_what_lies_behind_it_and_no_more(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    for index in range(40):
+        Image.fromarray(item(index)).save(root / f"{index:02d}.png")
+    (root / "20.png").write_text("bad")
+
+    def images() -> ImageSource:
+        return folder_source(root, crop="none", resolution=4, image_channels=3)
+
+    with pytest.raises(InputError, match="1 of 40 images cannot be used"):
+        prepare_store(images(), tmp_path / "a", processes=1)
+    (root / "20.png").unlink()
+    read: list[int] = []
+
+    class Watched(ImageSource):
+        def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
+            read.extend(range(start, stop))
+            return super().read(start, stop, remarks)
+
+    prepare_store(Watched(**vars(images())), tmp_path / "a", processes=1)
+    assert read == list(range(16, 39))
+    assert content(tmp_path / "a") == content(prepare_store(images(), tmp_path / "b", processes=1))
 
 
 def test_a_hopeless_source_is_given_up_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,14 +303,68 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "a").is_symlink()
 
 
-def test_two_writers_do_not_mix(tmp_path: Path) -> None:
-    partial_of(tmp_path / "a").mkdir()
-    other = os.open(partial_of(tmp_path / "a"), os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another process is writing it"):
-        prepare(Numbers(), tmp_path / "a")
-    os.close(other)  # as when the other is killed
-    prepare(Numbers(), tmp_path / "a")
+class Disturbed(Numbers):
+    """Something happens when it comes to item 40."""
+
+    happens: Callable[[], object]
+
+    def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
+        if start == 40:
+            self.happens()
+        return super().read(start, stop, remarks)
+
+
+def no_locks(descriptor: int, operation: int) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_two_writers_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_locks: bool) -> None:
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+
+    def second() -> None:
+        with pytest.raises(BusyError, match="another process is writing it"):
+            prepare(Numbers(), tmp_path / "a")
+
+    source = Disturbed()
+    source.happens = second
+    prepare(source, tmp_path / "a")
+    assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_writer_that_was_robbed_of_its_folder_stops(tmp_path: Path) -> None:
+    def rob() -> None:  # as a person who takes it for left over
+        (tmp_path / ".a.partial.lock").unlink()
+        shutil.rmtree(partial_of(tmp_path / "a"))
+        prepare(Numbers(version="2"), tmp_path / "a")
+
+    source = Disturbed()
+    source.happens = rob
+    with pytest.raises(InputError, match=r"\.a\.partial\.lock is no longer this process's, which stops"):
+        prepare(source, tmp_path / "a")
+    assert open_store(tmp_path / "a", verify=True).meta["identity"] == "2 100 {}"
+
+
+@pytest.mark.parametrize("damage", [b"", b"?" * 48 * 8])
+def test_pieces_that_were_altered_after_they_were_written_are_not_taken(
+    tmp_path: Path, damage: bytes
+) -> None:
+    def alter() -> None:
+        with (partial_of(tmp_path / "a") / "images.npy").open("r+b") as file:
+            file.seek(128 + 16 * 48)
+            file.write(damage)
+            file.truncate()
+
+    source = Disturbed(count=48)
+    source.happens = alter
+    with pytest.raises(InputError, match=r"images\.npy: altered by another process; the same command reads"):
+        prepare(source, tmp_path / "a")
+    source = Numbers(count=48)
+    prepare(source, tmp_path / "a")
+    assert source.reads == [*range(16, 40)]
+    assert content(tmp_path / "a") == content(prepare(Numbers(count=48), tmp_path / "b"))
 
 
 # ----------------------------------------------------------------------------- interrupted
@@ -274,10 +375,10 @@ class Stopped(Numbers):
 
     error: BaseException = OSError(errno.EIO, "Input/output error")
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
         if start == 40:
             raise self.error
-        return super().read(start, stop)
+        return super().read(start, stop, remarks)
 
 
 def test_a_rerun_reads_only_what_is_missing(tmp_path: Path) -> None:
@@ -319,8 +420,8 @@ def test_a_journal_that_was_cut_short_or_altered_counts_as_far_as_it_goes(
     assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))
 
 
-@pytest.mark.parametrize("head", [b"", b"not JSON", b'{"identity": "other"}\n', b"\xff\xfe"])
-def test_work_without_a_journal_or_on_another_source_is_begun_anew(tmp_path: Path, head: bytes) -> None:
+@pytest.mark.parametrize("head", [b"", b"not JSON", b'{"recipe": "other"}\n', b"\xff\xfe"])
+def test_work_without_pieces_in_its_journal_is_begun_anew(tmp_path: Path, head: bytes) -> None:
     (interrupted(tmp_path / "a") / "journal.jsonl").write_bytes(head)
     source = Numbers()
     prepare(source, tmp_path / "a")
@@ -328,12 +429,37 @@ def test_work_without_a_journal_or_on_another_source_is_begun_anew(tmp_path: Pat
     assert content(tmp_path / "a") == content(prepare(Numbers(), tmp_path / "b"))
 
 
-def test_work_on_files_that_have_changed_is_begun_anew(tmp_path: Path, capsys) -> None:
+def test_work_on_files_that_have_all_changed_is_done_again(tmp_path: Path, capsys) -> None:
     interrupted(tmp_path / "a")
     source = Numbers(version="2")
     prepare(source, tmp_path / "a")
     assert source.reads == list(range(COUNT))
-    assert "begun from other files or with other options; starting anew" in capsys.readouterr().err
+    assert "5 of 5 pieces were made from files that have changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"recipe": "4x4 RGB, other"}, r'recipe \("4x4 RGB, random", now "4x4 RGB, other"\)'),
+        ({"recipe": "8x8 RGB", "resolution": 8}, r'recipe \("4x4 RGB, random", now "8x8 RGB"\)'),
+        ({"name": "letters", "version": "2"}, r'source \("numbers", now "letters"\)'),
+    ],
+)
+def test_work_with_other_options_is_kept_until_the_person_says_otherwise(
+    tmp_path: Path, change: dict, named: str
+) -> None:
+    interrupted(tmp_path / "a")
+    source = Numbers(**change)
+    with pytest.raises(InputError, match=f"5 pieces were made with another {named}; .* --restart, which del"):
+        prepare(source, tmp_path / "a")
+    assert source.reads == []
+    prepare(right := Numbers(), tmp_path / "a")
+    assert right.reads == list(range(40, COUNT))
+    if source.resolution == 4:
+        interrupted(tmp_path / "b")
+        prepare_store(source, tmp_path / "b", processes=1, restart=True)
+        assert source.reads == list(range(COUNT))
+        assert content(tmp_path / "b") == content(prepare(Numbers(**change), tmp_path / "c"))
 
 
 def test_a_disk_too_small_is_noticed_before_anything_is_read(
@@ -367,14 +493,16 @@ def test_a_disk_that_fills_up_is_one_line_and_a_rerun_completes(tmp_path: Path) 
 def test_pieces_of_another_pillow_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(tmp_path / "a")
     monkeypatch.setattr(partial_module.metadata, "version", lambda package: f"another {package}")
-    source = Numbers()
-    prepare(source, tmp_path / "a")
-    assert source.reads == list(range(COUNT))
+    with pytest.raises(InputError, match=r'another version of Pillow \(".*", now "another pillow"\)'):
+        prepare(Numbers(), tmp_path / "a")
+    prepare_store(Numbers(), tmp_path / "a", processes=1, restart=True)
     assert open_store(tmp_path / "a").meta["pillow"] == "another pillow"
 
 
 def test_want_of_memory_is_one_line_and_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Numbers, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self: Numbers, start: int, stop: int, remarks: object = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         raise MemoryError
 
     with monkeypatch.context() as patch:

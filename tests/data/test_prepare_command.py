@@ -61,6 +61,7 @@ def dhariwal(image: Image.Image, side: int) -> np.ndarray:
         ("digits x", 'prepare digits does not take PATH, which is "x"; it takes --out'),
         ("digits --processes 2", "prepare digits does not take --processes; it takes --out"),
         ("cifar10 x --crop none", "prepare cifar10 does not take --crop; it takes PATH, --processes,"),
+        ("digits --restart", "prepare digits does not take --restart; it takes --out"),
         (
             "imagenet x --channels 1",
             "prepare imagenet does not take --channels; it takes PATH, --resolution,",
@@ -114,14 +115,17 @@ def test_folders_of_synsets_become_imagenet_at_64_pixels(capsys) -> None:
         synset: [draw(Path(f"train/{synset}/{synset}_{i}.JPEG")) for i in range(2)] for synset in synsets
     }
     assert main(["prepare", "imagenet", "train", "--processes", "1"]) == 0
-    assert capsys.readouterr().out == "imagenet: data/imagenet64, 4 images of 64x64 RGB in 2 classes\n"
+    said, complained = capsys.readouterr()
+    assert said == "imagenet: data/imagenet64, 4 images of 64x64 RGB in 2 classes\n"
+    incomplete = "incomplete: 4 of 1,281,167 images, 2 of 1,000 classes"
+    assert f"ImageNet ILSVRC 2012, training set is {incomplete}\n" in complained
     store = open_store(Path("data/imagenet64"))
     expected = [dhariwal(image, 64) for synset in sorted(synsets) for image in drawn[synset]]
     np.testing.assert_array_equal(store.images, np.stack(expected))
     assert store.labels.tolist() == [0, 0, 1, 1]
     assert store.meta["classes"] == sorted(synsets)
     assert store.meta["recipe"] == "64x64 RGB, center-crop-dhariwal"
-    assert store.meta["source"] == "ImageNet ILSVRC 2012, training set"
+    assert store.meta["source"] == f"ImageNet ILSVRC 2012, training set ({incomplete})"
 
     assert main(["prepare", "imagenet", "train"]) == 0  # verified
     capsys.readouterr()
@@ -170,6 +174,37 @@ def test_a_folder_becomes_grey_images_and_a_list_of_those_left_out(capsys) -> No
     assert Path("data/folder/rejected.txt").read_text().startswith("ü.jpg\tnot an image")
 
 
+def test_a_packed_folder_gives_the_same_store_as_the_folder() -> None:
+    for number in range(4):
+        draw(Path(f"photos/{number % 2}/{number}.png"))
+    with zipfile.ZipFile("photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in Path("photos").rglob("*.png"):
+            archive.write(path)
+    for name in ("photos", "photos.zip"):
+        words = f"prepare folder {name} --resolution 8 --processes 1 --out data/{name}"
+        assert main(words.split()) == 0
+    stores = [open_store(Path("data") / name) for name in ("photos", "photos.zip")]
+    assert stores[0].fingerprint == stores[1].fingerprint
+    assert stores[0].meta["classes"] == stores[1].meta["classes"] == ["0", "1"]
+    assert stores[1].meta["source"] == "images of the archive photos.zip"
+
+
+def test_enlarged_and_oriented_images_are_counted(capsys) -> None:
+    draw(Path("photos/small.png"), (7, 30))
+    draw(Path("photos/large.png"), (30, 30))
+    for name, orientation in (("turned", 6), ("upright", 1), ("broken", 7000)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (9, 8)).save(f"photos/{name}.jpg", exif=exif)
+    words = "prepare folder photos --resolution 8 --processes 1 --out"
+    for _ in range(2):  # prepared, verified
+        assert main([*words.split(), "data/photos"]) == 0
+        assert capsys.readouterr().out == (
+            "folder: data/photos, 5 images of 8x8 RGB without classes; 1 have an EXIF orientation, which is"
+            " not applied; 1 were enlarged\n"
+        )
+
+
 def test_a_zip_of_edm_is_taken_as_it_is() -> None:
     pixels = RANDOM.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     with zipfile.ZipFile("edm.zip", "w") as archive:
@@ -198,10 +233,13 @@ class TwoImages:
     def identity(self) -> str:
         return "two"
 
+    def stamp(self, start: int, stop: int) -> str:
+        return "two"
+
     def item_name(self, index: int) -> str:
         return str(index)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
         return np.full((stop - start, 4, 4, 1), 7, np.uint8), {}
 
 

@@ -109,9 +109,9 @@ prepare_store(source, Path(sys.argv[2]), processes=2)
     read: list[int] = []
 
     class Watched(ImageSource):
-        def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+        def read(self, start: int, stop: int, remarks: object = None) -> tuple[np.ndarray, dict[int, str]]:
             read.extend(range(start, stop))
-            return super().read(start, stop)
+            return super().read(start, stop, remarks)
 
     prepare_store(Watched(**vars(source(images))), out, processes=1)
     assert len(read) == COUNT - 3 * 21 or len(read) == COUNT - 2 * 21 - COUNT % 21

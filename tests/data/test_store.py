@@ -1,6 +1,5 @@
 """A store comes back as it was written, or says which file is wrong and what to do."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -9,17 +8,19 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from ict_fast import cli, presets, screen
 from ict_fast.data import store as store_module
 from ict_fast.data.prepare import prepare_digits
 from ict_fast.data.store import open_store, write_store
 from ict_fast.errors import InputError
+from ict_fast.locks import BusyError, WriterLock
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
 LABELS = np.arange(12) % 2
@@ -120,13 +121,43 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
 
 
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:
-    (tmp_path / ".a.partial").mkdir()
-    other = os.open(tmp_path / ".a.partial", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another process is writing it"):
+    def blocks() -> Iterator[np.ndarray]:
+        with pytest.raises(BusyError, match=rf"another process is writing it \(process {os.getpid()} on"):
+            write_store(tmp_path / "a", IMAGES, LABELS, **ABOUT)
+        yield IMAGES
+
+    write_store(tmp_path / "a", blocks(), LABELS, **ABOUT)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_writer_that_was_robbed_of_its_folder_leaves_the_robbers_alone(tmp_path: Path) -> None:
+    def blocks() -> Iterator[np.ndarray]:
+        (tmp_path / ".a.partial.lock").write_text("process 1 on another host")
+        yield IMAGES
+
+    with pytest.raises(InputError, match=r"\.a\.partial\.lock is no longer this process's"):
+        write_store(tmp_path / "a", blocks(), LABELS, **ABOUT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", ".a.partial.lock"]
+
+
+def test_a_store_that_another_process_finishes_meanwhile_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lock_late(folder: Path) -> WriterLock:
+        monkeypatch.setattr(store_module, "WriterLock", WriterLock)
         write_store(tmp_path / "a", IMAGES, LABELS, **ABOUT)
-    os.close(other)  # as when the other is killed
+        return WriterLock(folder)
+
+    monkeypatch.setattr(store_module, "WriterLock", lock_late)
     write_store(tmp_path / "a", IMAGES, LABELS, **ABOUT)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(InputError, match=r"disk: is a mount point.*name a folder in it"):
+        prepare_digits(tmp_path / "disk")
 
 
 @pytest.mark.parametrize(
@@ -335,8 +366,24 @@ def test_a_missing_folder_names_the_command_that_makes_it(tmp_path: Path) -> Non
         open_store(tmp_path / "digits")
 
 
-def test_a_large_store_is_hashed_only_when_asked(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("preset", presets.names())
+def test_a_preset_without_its_data_names_the_command_that_makes_it(preset: str, capsys) -> None:
+    with pytest.raises(InputError) as caught:
+        open_store(Path(presets.get(preset).data.path))
+    (command,) = re.findall(r"`ict-fast (prepare .*)`", str(caught.value))
+    assert "<source>" not in command
+    words = command.replace("ILSVRC2012_img_train.tar", "nowhere").replace("--download", "nowhere").split()
+    assert cli.main(["prepare", *words[1:-1], "setup.py"]) == 2  # understood, but for its place
+    assert "--out is setup.py, but" in capsys.readouterr().err
+
+
+def test_a_large_store_is_hashed_only_when_asked(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.setattr(store_module, "HASH_ALWAYS_BELOW", 100)
+    monkeypatch.setattr(screen, "LINE_INTERVAL", 0.0)
+    open_store(store_path, verify=True)
+    assert re.search(rf"verifying {store_path} \(\d+%\), ETA 0:00:00\n", capsys.readouterr().err)
     _flip_byte(store_path / "images.npy", -1)
     open_store(store_path)
     with pytest.raises(InputError, match="SHA-256"):

@@ -11,6 +11,7 @@ import json
 import posixpath
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -19,6 +20,7 @@ import numpy as np
 
 from ict_fast.data.progress import narrated
 from ict_fast.data.sources.batch_files import open_npz_batch, open_pickled_batch, pickled_entry
+from ict_fast.data.sources.ilsvrc import named_with_what_is_missing
 from ict_fast.data.sources.planar_images import PlanarBatch, PlanarImages
 from ict_fast.errors import InputError
 from ict_fast.restricted_unpickler import load_restricted
@@ -92,11 +94,17 @@ class Cifar10Source:
         """SHA-256 over the recipe, the labels and the MD5 of what is read."""
         return _identity(self, self._md5s)
 
+    def stamp(self, start: int, stop: int) -> str:
+        """The identity: the files are the published ones."""
+        return self.identity()
+
     def item_name(self, index: int) -> str:
         """Such as data_batch_1[17]."""
         return self._images.item_name(index)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self, start: int, stop: int, remarks: Counter[str] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """Images start, ..., stop - 1 as uint8 (n, 32, 32, 3); none is ever rejected.
 
         Raises:
@@ -141,23 +149,34 @@ class ImagenetNpzSource:
             labels_of.append(labels)
         self.resolution = batches[0].resolution
         size = f"{self.resolution}x{self.resolution}"
-        self.name = f"ImageNet, training split, downsampled to {size} by Chrabaszcz et al."
         self.recipe = f"{size} RGB, chrabaszcz"
         self.classes = tuple(sorted(synsets))
         position = {synset: number for number, synset in enumerate(self.classes)}
         in_sorted_order = np.array([position[synset] for synset in synsets], dtype=np.int64)
         self.labels = in_sorted_order[np.concatenate(labels_of) - 1]
+        self.name = named_with_what_is_missing(
+            f"ImageNet, training split, downsampled to {size} by Chrabaszcz et al.",
+            len(self.labels),
+            len(np.unique(self.labels)),
+        )
         self._images = PlanarImages(batches)
 
     def identity(self) -> str:
         """SHA-256 over the recipe, the labels, and the names, sizes and dates of the files."""
         return _identity(self, self._files)
 
+    def stamp(self, start: int, stop: int) -> str:
+        """SHA-256 over names, sizes and dates of the batches that hold start, ..., stop - 1."""
+        files = self._files[self._images.batches_of(start, stop)]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
     def item_name(self, index: int) -> str:
         """Such as train_data_batch_1[17]."""
         return self._images.item_name(index)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self, start: int, stop: int, remarks: Counter[str] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """Images start, ..., stop - 1 as uint8 (n, R, R, 3); none is ever rejected.
 
         Raises:

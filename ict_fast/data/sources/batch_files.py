@@ -11,13 +11,13 @@ import math
 import mmap
 import struct
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
 
+from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.data.sources.planar_images import PlanarBatch
 from ict_fast.errors import InputError
 from ict_fast.restricted_unpickler import ARRAYS, PickledArray, load_restricted
@@ -130,7 +130,7 @@ def open_npz_batch(file: Path) -> tuple[PlanarBatch, np.ndarray]:
         return batch, labels.astype(np.int64)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (EOFError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED_ZIP as error:
         raise InputError(f"{file}: cut short, or not an .npz ({error}); get it again") from error
 
 

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "digits": (),
-    "cifar10": ("path", "processes", "download"),
-    "imagenet": ("path", "resolution", "crop", "processes", "max_rejected"),
-    "imagenet-npz": ("path", "processes"),
-    "edm-zip": ("path", "processes", "max_rejected"),
-    "folder": ("path", "resolution", "crop", "channels", "processes", "max_rejected"),
+    "cifar10": ("path", "processes", "download", "restart"),
+    "imagenet": ("path", "resolution", "crop", "processes", "max_rejected", "restart"),
+    "imagenet-npz": ("path", "processes", "restart"),
+    "edm-zip": ("path", "processes", "max_rejected", "restart"),
+    "folder": ("path", "resolution", "crop", "channels", "processes", "max_rejected", "restart"),
 }
 """What each source takes beside --out."""
 
@@ -71,6 +71,7 @@ def open_source(source: str, given: Mapping[str, Any]) -> Source:
     Raises:
         InputError: as the sources themselves; a download that fails.
     """
+    from ict_fast.data.sources.archives import archive_source
     from ict_fast.data.sources.array_sources import Cifar10Source, ImagenetNpzSource
     from ict_fast.data.sources.download import download_cifar10
     from ict_fast.data.sources.edm_zip import edm_zip_source
@@ -88,7 +89,8 @@ def open_source(source: str, given: Mapping[str, Any]) -> Source:
     if source == "imagenet":
         open_ilsvrc = ilsvrc_tar_source if path.is_file() else ilsvrc_folder_source
         return open_ilsvrc(path, crop=crop, resolution=resolution)
-    return folder_source(path, crop=crop, resolution=resolution, image_channels=int(given["channels"] or 3))
+    open_images = archive_source if path.is_file() else folder_source
+    return open_images(path, crop=crop, resolution=resolution, image_channels=int(given["channels"] or 3))
 
 
 def _spelled(option: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import http.client
 import os
 import shutil
@@ -28,6 +27,7 @@ from rich.progress import (
 from ict_fast.data.sources.array_sources import CIFAR10_ARCHIVE, CIFAR10_MD5, md5_file
 from ict_fast.durable import flush_directory
 from ict_fast.errors import InputError
+from ict_fast.locks import lock_file
 from ict_fast.screen import say
 
 CIFAR10_ADDRESS = f"https://www.cs.toronto.edu/~kriz/{CIFAR10_ARCHIVE}"
@@ -53,15 +53,23 @@ def download_cifar10(
     Returns:
         the path of the file, whose MD5 is right.
     Raises:
-        InputError: no connection, or one that breaks; a full disk; another file than the published one.
+        InputError: `folder` is a file or named as an archive; no connection, or one that breaks; a full disk;
+            another file than the published one.
     """
+    if folder.is_file() or (not folder.is_dir() and folder.name.endswith((".gz", ".tgz", ".tar"))):
+        raise InputError(
+            f"PATH is {folder}; with --download it names the folder that {CIFAR10_ARCHIVE} comes into,"
+            " without it that file"
+        )
     final = folder / CIFAR10_ARCHIVE
     partial = folder / f"{CIFAR10_ARCHIVE}.part"
+    created: list[Path] = []
     try:
         if final.exists():
             if md5_file(final) != md5:
                 raise InputError(f"{final}: is not the published file (its MD5 is not {md5}); move it away")
             return final
+        created = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with partial.open("ab") as file:
             _lock(file, partial)
@@ -82,8 +90,13 @@ def download_cifar10(
                 )
             os.replace(partial, final)
         flush_directory(folder)
-    except OSError as error:
-        raise InputError(f"{error.filename or partial}: {error.strerror or error}") from error
+    except BaseException as error:
+        for each in created:
+            with contextlib.suppress(OSError):  # something has come into it
+                each.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{error.filename or partial}: {error.strerror or error}") from error
+        raise
     return final
 
 
@@ -132,13 +145,11 @@ def _require_space(file: BinaryIO, begun: int, total: int | None) -> None:
 def _lock(file: BinaryIO, partial: Path) -> None:
     """Until the file is closed, or its process has died."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file.fileno())  # where there are no locks, the MD5 tells what two have made
     except BlockingIOError:
         raise InputError(
             f"{partial}: another process is downloading it; wait until it has finished"
         ) from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _why(reason: object) -> str:

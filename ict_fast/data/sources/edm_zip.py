@@ -6,72 +6,25 @@ The images are at their final size: nothing is resampled.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import stat
 import zipfile
-import zlib
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ict_fast.data.progress import narrated
-from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage, image_layout
+from ict_fast.data.sources.damage import DAMAGED_ZIP
+from ict_fast.data.sources.image_decoding import RejectedImage, image_layout
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.sources.name_table import NameTable
+from ict_fast.data.sources.zip_files import ZipFiles, check_members, zip_files
 from ict_fast.errors import InputError
 
 # ImageNet's takes 50 MB.
 _MAX_JSON_BYTES = 2**29
 # A label is a class's number, and every number below the highest names a class.
 _MAX_CLASSES = 100_000
-
-
-@dataclass(frozen=True)
-class ZipFiles:
-    """Stored members of a ZIP; `EncodedFiles`. zipfile itself would take 650 MB in every worker."""
-
-    archive: Path
-    names: NameTable
-    headers: np.ndarray
-    """int64 (N,), of the members' local headers in the archive, in bytes."""
-    sizes: np.ndarray
-    """int64 (N,), bytes."""
-    checksums: np.ndarray
-    """uint32 (N,), CRC-32 of the members' content."""
-    modified: int
-    """The archive's date of change, in nanoseconds."""
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, index: int) -> str:
-        """The member's name."""
-        return self.names[index]
-
-    def stamp(self) -> str:
-        """As `EncodedFiles.stamp`."""
-        digest = hashlib.sha256(repr((self.modified, *self.names)).encode())
-        for column in (self.headers, self.sizes, self.checksums):
-            digest.update(column.tobytes())
-        return digest.hexdigest()
-
-    def read(self, index: int) -> bytes:
-        """As `EncodedFiles.read`."""
-        size, start = int(self.sizes[index]), int(self.headers[index])
-        if size > MAX_ENCODED_BYTES:
-            raise RejectedImage(f"a file of {size} bytes, more than {MAX_ENCODED_BYTES}")
-        with self.archive.open("rb", buffering=0) as file:
-            header = os.pread(file.fileno(), 30, start)
-            # The local header repeats the name, and may have another extra field than the directory's.
-            lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            content = os.pread(file.fileno(), size, start + 30 + lengths)
-        if header[:4] != b"PK\x03\x04" or zlib.crc32(content) != self.checksums[index]:
-            raise RejectedImage("damaged: not what the archive's checksum says")
-        return content
 
 
 def edm_zip_source(archive: Path) -> ImageSource:
@@ -91,11 +44,12 @@ def edm_zip_source(archive: Path) -> ImageSource:
         with zipfile.ZipFile(archive) as opened:
             members = opened.infolist()
             status = archive.stat()
-            _check_members(archive, members, status.st_size)
+            check_members(archive, members, status.st_size)
+            _require_stored_png(archive, members)
             described = _read_json(archive, opened)
     except OSError as error:
         raise InputError(f"{archive}: cannot be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+    except DAMAGED_ZIP as error:
         raise InputError(f"{archive}: not a whole ZIP ({error}); get it again") from error
     images = sorted(
         (member for member in members if not member.is_dir() and member.filename != "dataset.json"),
@@ -103,14 +57,7 @@ def edm_zip_source(archive: Path) -> ImageSource:
     )
     if not images:
         raise InputError(f"{archive}: has no images")
-    files = ZipFiles(
-        archive,
-        NameTable(member.filename for member in images),
-        np.array([member.header_offset for member in images], np.int64),
-        np.array([member.file_size for member in images], np.int64),
-        np.array([member.CRC for member in images], np.uint32),
-        status.st_mtime_ns,
-    )
+    files = zip_files(archive, images, status.st_mtime_ns)
     labels, num_classes = _labels(archive, files.names, described)
     resolution, image_channels = _layout(archive, files)
     return ImageSource(
@@ -124,22 +71,11 @@ def edm_zip_source(archive: Path) -> ImageSource:
     )
 
 
-def _check_members(archive: Path, members: list[zipfile.ZipInfo], archive_bytes: int) -> None:
-    seen: set[str] = set()
+def _require_stored_png(archive: Path, members: list[zipfile.ZipInfo]) -> None:
     for member in members:
-        path = PurePosixPath(member.filename)
-        if path.is_absolute() or ".." in path.parts:
-            raise InputError(f"{archive}: member {member.filename!r} leads elsewhere; it is refused")
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise InputError(f"{archive}: member {member.filename!r} is a link; it is refused")
-        if str(path) in seen:
-            raise InputError(f"{archive}: has the member {member.filename} twice; it is refused")
-        seen.add(str(path))
-        if member.flag_bits & 1:
-            raise InputError(f"{archive}: member {member.filename} is encrypted")
         if member.is_dir() or member.filename == "dataset.json":
             continue
-        if path.suffix.lower() != ".png":
+        if not member.filename.lower().endswith(".png"):
             raise InputError(
                 f"{archive}: member {member.filename} is not a PNG; only EDM data sets of pixels are read"
             )
@@ -147,10 +83,6 @@ def _check_members(archive: Path, members: list[zipfile.ZipInfo], archive_bytes:
             raise InputError(
                 f"{archive}: member {member.filename} is compressed; a data set of EDM stores its images as"
                 " they are (zip -0)"
-            )
-        if not 0 <= member.header_offset <= archive_bytes - member.file_size:
-            raise InputError(
-                f"{archive}: member {member.filename} lies beyond the archive's end; get it again"
             )
 
 

@@ -1,15 +1,15 @@
 """Images in folders: any folder, with a class per subfolder or without, and ILSVRC's folders of synsets.
 
-Files are told by their suffix, in any case, and other files and hidden ones are passed over. What lies deeper
-than a class's folder belongs to that class. Links to files are followed everywhere, links to folders only
-where they stand for a class: a ring of links would have no end.
+Files are told by their suffix, in any case; others are passed over and counted, hidden ones passed over. What
+lies deeper than a class's folder belongs to that class. Links to files are followed everywhere, links to
+folders only where they stand for a class, and lead to no folder above it: a ring would have no end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from ict_fast.data.progress import narrated
+from ict_fast.data.sources.ilsvrc import PACKED_AT, SYNSET, training_set
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.sources.name_table import NameTable
 from ict_fast.errors import InputError
+from ict_fast.screen import say
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-SYNSET = re.compile(r"n\d{8}")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class FolderFiles:
     root: Path
     names: NameTable
     """Relative to the root."""
-    listing: str
-    """SHA-256 over names, sizes and dates of change."""
+    listing: np.ndarray
+    """uint8 (N, 16): a digest of each file's name, size and date of change."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -43,9 +44,9 @@ class FolderFiles:
         """The file's path relative to the folder."""
         return self.names[index]
 
-    def stamp(self) -> str:
+    def stamp(self, start: int, stop: int) -> str:
         """As `EncodedFiles.stamp`."""
-        return self.listing
+        return hashlib.sha256(self.listing[start:stop].tobytes()).hexdigest()
 
     def read(self, index: int) -> bytes:
         """As `EncodedFiles.read`. A file that cannot be read is a bad image: the others may be good."""
@@ -75,13 +76,15 @@ def folder_source(root: Path, *, crop: str, resolution: int, image_channels: int
     """
     _require_folder(root)
     classes = _subfolders(root)
-    top = [entry.name for entry in _entries(root) if _is_image(entry.name)]
+    passed_over: Counter[str] = Counter()
+    top = _images_of(_entries(root), passed_over)
     if top and classes:
         raise InputError(
             f"{root}: has images ({min(top)}) beside folders ({classes[0]}); a folder has either images"
             " without labels, or one folder per class"
         )
-    files, labels = _list_classes(root, classes) if classes else (_list_files(root, sorted(top)), None)
+    files, labels = _list_classes(root, classes, passed_over) if classes else (_list_files(root, top), None)
+    say_passed_over(root, passed_over)
     return ImageSource(
         name=f"images of the folder {root.absolute().name}",
         files=files,
@@ -93,10 +96,21 @@ def folder_source(root: Path, *, crop: str, resolution: int, image_channels: int
     )
 
 
+def say_passed_over(place: Path, passed_over: Counter[str]) -> None:
+    """A line for the person if there are files whose suffix is none of an image that is read."""
+    if passed_over:
+        suffixes = ", ".join(f"{count:,} {suffix}" for suffix, count in passed_over.most_common(5))
+        more = ", ..." if len(passed_over) > 5 else ""
+        say(
+            f"{place}: passed over {passed_over.total():,} files that are no images by name: {suffixes}{more}"
+        )
+
+
 def ilsvrc_folder_source(root: Path, *, crop: str, resolution: int) -> ImageSource:
     """The extracted training set of ILSVRC 2012: one folder per synset, `n01440764/n01440764_10026.JPEG`.
 
-    A class is a synset, in the order of their names. Fewer than 1,000 are taken for a chosen subset.
+    A class is a synset, in the order of their names. Fewer than 1,000 are taken for a chosen subset, and the
+    name says so.
 
     Args:
         root: the folder of the synsets' folders; what else lies there is passed over.
@@ -108,12 +122,15 @@ def ilsvrc_folder_source(root: Path, *, crop: str, resolution: int) -> ImageSour
     _require_folder(root)
     classes = [name for name in _subfolders(root) if SYNSET.fullmatch(name)]
     if not classes:
-        below = [name for name in _subfolders(root) if any(map(SYNSET.fullmatch, _subfolders(root / name)))]
-        hint = f"; {root / below[0]} has some" if below else ""
+        inside = [root / name for name in (*PACKED_AT, *_subfolders(root))]
+        below = [path for path in inside if path.is_dir() and any(map(SYNSET.fullmatch, _subfolders(path)))]
+        hint = f"; {below[0]} has some" if below else ""
         raise InputError(f"{root}: has no folder named as a synset, such as n01440764{hint}")
-    files, labels = _list_classes(root, classes)
+    passed_over: Counter[str] = Counter()
+    files, labels = _list_classes(root, classes, passed_over)
+    say_passed_over(root, passed_over)
     return ImageSource(
-        name="ImageNet ILSVRC 2012, training set",
+        name=training_set(len(files), len(classes)),
         files=files,
         crop=crop,
         resolution=resolution,
@@ -128,11 +145,13 @@ def _require_folder(root: Path) -> None:
         raise InputError(f"{root}: {'is not a folder' if root.exists() else 'there is nothing here'}")
 
 
-def _list_classes(root: Path, classes: list[str]) -> tuple[FolderFiles, np.ndarray]:
+def _list_classes(
+    root: Path, classes: list[str], passed_over: Counter[str]
+) -> tuple[FolderFiles, np.ndarray]:
     """The images of all classes and their labels, int64 (N,)."""
     names, counts = [], []
     for name in classes:
-        found = sorted(_images_below(root, name))
+        found = sorted(_images_below(root, name, passed_over))
         if not found:
             raise InputError(
                 f"{root / name}: a class without images ({', '.join(IMAGE_SUFFIXES)}); remove the folder"
@@ -145,15 +164,15 @@ def _list_classes(root: Path, classes: list[str]) -> tuple[FolderFiles, np.ndarr
 def _list_files(root: Path, names: list[str]) -> FolderFiles:
     if not names:
         raise InputError(f"{root}: has no images ({', '.join(IMAGE_SUFFIXES)})")
-    digest = hashlib.sha256()
+    listing = bytearray()
     for name in narrated(names, lambda name: f"listing the images of {root}: {name}"):
         try:
             status = os.stat(root / name)
             seen = (name, status.st_size, status.st_mtime_ns)
         except OSError:  # a link that leads nowhere; reading it will say so
             seen = (name, -1, -1)
-        digest.update(repr(seen).encode())
-    return FolderFiles(root, NameTable(names), digest.hexdigest())
+        listing += hashlib.blake2b(repr(seen).encode(), digest_size=16).digest()
+    return FolderFiles(root, NameTable(names), np.frombuffer(bytes(listing), np.uint8).reshape(-1, 16))
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -165,16 +184,41 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _subfolders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in _entries(root) if entry.is_dir() and not _is_image(entry.name))
+    """Names of the folders in it, but for images and for links that lead back."""
+    found = []
+    for entry in _entries(root):
+        if not _is_image(entry.name) and _is_folder(entry):
+            if entry.is_symlink() and root.resolve().is_relative_to(Path(entry.path).resolve()):
+                say(f"{entry.path}: passed over, a link to a folder that it lies in")
+            else:
+                found.append(entry.name)
+    return sorted(found)
 
 
-def _images_below(root: Path, folder: str) -> Iterator[str]:
-    for entry in _entries(root / folder):
-        name = f"{folder}/{entry.name}"
-        if _is_image(entry.name):
-            yield name
-        elif entry.is_dir(follow_symlinks=False):
-            yield from _images_below(root, name)
+def _images_of(entries: list[os.DirEntry[str]], passed_over: Counter[str]) -> list[str]:
+    """Sorted names of those that are images; counts the other files by suffix."""
+    passed_over.update(
+        Path(entry.name).suffix.lower() or "without a suffix"
+        for entry in entries
+        if not _is_image(entry.name) and not _is_folder(entry)
+    )
+    return sorted(entry.name for entry in entries if _is_image(entry.name))
+
+
+def _images_below(root: Path, folder: str, passed_over: Counter[str]) -> Iterator[str]:
+    entries = _entries(root / folder)
+    for name in _images_of(entries, passed_over):
+        yield f"{folder}/{name}"
+    for entry in entries:
+        if not _is_image(entry.name) and entry.is_dir(follow_symlinks=False):
+            yield from _images_below(root, f"{folder}/{entry.name}", passed_over)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_image(name: str) -> bool:

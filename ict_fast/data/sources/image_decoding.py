@@ -11,10 +11,10 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 # Decoded, 200 MB of RGB. A PNG of 236 KB can hold 81 megapixels.
 MAX_PIXELS = 2**26
@@ -54,6 +54,16 @@ def image_layout(encoded: bytes) -> tuple[int, int, int]:
     """
     with _opened(encoded) as image:
         return image.width, image.height, 1 if image.mode[0] in "1LI" else 3
+
+
+def is_oriented(image: Image.Image) -> bool:
+    """Whether EXIF wants a decoded image to be turned or mirrored before it is looked at."""
+    if "exif" not in image.info:
+        return False
+    with warnings.catch_warnings(), suppress(Exception):  # what is broken there says nothing
+        warnings.simplefilter("ignore")
+        return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    return False
 
 
 @contextmanager

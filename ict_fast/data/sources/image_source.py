@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from ict_fast.data.sources.crops import CROPS
-from ict_fast.data.sources.image_decoding import RejectedImage, decode_image
+from ict_fast.data.sources.image_decoding import RejectedImage, decode_image, is_oriented
 
 
 class EncodedFiles(Protocol):
@@ -21,8 +22,8 @@ class EncodedFiles(Protocol):
     def name(self, index: int) -> str:
         """What the person knows the file as."""
 
-    def stamp(self) -> str:
-        """SHA-256 over the names, sizes and dates: another one means other files."""
+    def stamp(self, start: int, stop: int) -> str:
+        """SHA-256 over names, sizes and dates of start, ..., stop - 1: another one means other files."""
 
     def read(self, index: int) -> bytes:
         """The content of one file.
@@ -63,17 +64,24 @@ class ImageSource:
 
     def identity(self) -> str:
         """As `Source.identity`."""
-        about = (self.files.stamp(), self.recipe, *self.classes)
+        about = (self.stamp(0, len(self.files)), self.recipe, *self.classes)
         digest = hashlib.sha256(repr(about).encode())
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
+
+    def stamp(self, start: int, stop: int) -> str:
+        """As `Source.stamp`."""
+        return self.files.stamp(start, stop)
 
     def item_name(self, index: int) -> str:
         """The file's name."""
         return self.files.name(index)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self, start: int, stop: int, remarks: Counter[str] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """As `Source.read`."""
+        remarks = Counter() if remarks is None else remarks
         pixels = np.zeros((stop - start, self.resolution, self.resolution, self.image_channels), np.uint8)
         rejected: dict[int, str] = {}
         for index in range(start, stop):
@@ -84,4 +92,6 @@ class ImageSource:
                 rejected[index] = str(reason)
             else:
                 pixels[index - start] = np.asarray(cropped).reshape(pixels.shape[1:])
+                remarks["were enlarged"] += min(image.size) < self.resolution
+                remarks["have an EXIF orientation, which is not applied"] += is_oriented(image)
         return pixels, rejected

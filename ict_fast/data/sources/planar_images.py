@@ -11,7 +11,6 @@ import gzip
 import io
 import itertools
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,10 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.errors import InputError
+
+_DAMAGED: tuple[type[Exception], ...] = (OSError, *DAMAGED_ZIP)
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,15 @@ class PlanarImages:
             done += count
         return images
 
+    def batches_of(self, start: int, stop: int) -> slice:
+        """Which batches hold the images start, ..., stop - 1."""
+        return slice(self._number(start), self._number(stop - 1) + 1)
+
+    def _number(self, index: int) -> int:
+        return bisect.bisect_right(self._first, index) - 1
+
     def _place(self, index: int) -> tuple[PlanarBatch, int]:
-        number = bisect.bisect_right(self._first, index) - 1
+        number = self._number(index)
         return self._batches[number], index - self._first[number]
 
     def _rows(self, batch: PlanarBatch, row: int, count: int) -> np.ndarray:
@@ -111,7 +120,7 @@ class PlanarImages:
                 length = stream.readinto(rows.data)
             if length != rows.nbytes:
                 raise EOFError("it ends before its last image")
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             self._close()
             why = getattr(error, "strerror", None) or error
             raise InputError(

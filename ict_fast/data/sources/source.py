@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -36,17 +37,24 @@ class Source(Protocol):
         """1 for grey, 3 for RGB."""
 
     def identity(self) -> str:
-        """SHA-256, hexadecimal, over all that determines the pixels: names, sizes, dates, labels, recipe.
+        """SHA-256, hexadecimal, over all that determines the store: names, sizes, dates, labels, recipe."""
 
-        Work that was begun under another identity is not continued.
+    def stamp(self, start: int, stop: int) -> str:
+        """SHA-256, hexadecimal, over what the items start, ..., stop - 1 are made from: names, sizes, dates.
+
+        What was read under another stamp is read again.
         """
 
     def item_name(self, index: int) -> str:
         """What the person knows item `index` as; for rejected.txt."""
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self, start: int, stop: int, remarks: Counter[str] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """The items start, ..., stop - 1.
 
+        Args:
+            remarks: counts what the person should know of items that can be used: "were enlarged".
         Returns:
             uint8 (stop - start, H, W, C), and for each item that cannot be used its index (start <= index <
             stop) and why; its pixels are ignored.

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from ict_fast.data.progress import narrated
-from ict_fast.data.sources.folder_files import IMAGE_SUFFIXES, SYNSET
+from ict_fast.data.sources.folder_files import IMAGE_SUFFIXES, say_passed_over
+from ict_fast.data.sources.ilsvrc import SYNSET, training_set
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.sources.name_table import NameTable
@@ -45,11 +47,11 @@ class TarFiles:
         """The member's name."""
         return self.names[index]
 
-    def stamp(self) -> str:
+    def stamp(self, start: int, stop: int) -> str:
         """As `EncodedFiles.stamp`."""
-        digest = hashlib.sha256(repr((self.modified, *self.names)).encode())
-        digest.update(self.offsets.tobytes())
-        digest.update(self.sizes.tobytes())
+        digest = hashlib.sha256(repr((self.modified, *self.names[start:stop])).encode())
+        digest.update(self.offsets[start:stop].tobytes())
+        digest.update(self.sizes[start:stop].tobytes())
         return digest.hexdigest()
 
     def read(self, index: int) -> bytes:
@@ -76,14 +78,16 @@ def ilsvrc_tar_source(archive: Path, *, crop: str, resolution: int) -> ImageSour
         crop: a key of `CROPS`.
         resolution: R, pixels.
     Raises:
-        InputError: not such an archive, truncated, with a class that has no images, or with a member that
-            could mean harm: a link, a device, an absolute name, `..`, a name that comes twice.
+        InputError: not such an archive, truncated, with a class that has no images, with synsets in more than
+            one folder, or with a member that could mean harm: a link, a device, an absolute name, `..`, a
+            name that comes twice.
     """
+    passed_over: Counter[str] = Counter()
     try:
         with archive.open("rb") as file:
             status = os.fstat(file.fileno())
             found = narrated(
-                _images(file, archive, 0, ""),
+                _images(file, archive, 0, "", passed_over),
                 lambda member: f"listing {archive}: {100 * member.offset // status.st_size} %",
             )
             members = sorted(found)
@@ -94,6 +98,7 @@ def ilsvrc_tar_source(archive: Path, *, crop: str, resolution: int) -> ImageSour
             raise InputError(f"{archive}: has the member {member.name} twice; it is refused")
     if not members:
         raise InputError(f"{archive}: has no images ({', '.join(IMAGE_SUFFIXES)})")
+    say_passed_over(archive, passed_over)
     classes = sorted({member.synset for member in members})
     files = TarFiles(
         archive,
@@ -103,7 +108,7 @@ def ilsvrc_tar_source(archive: Path, *, crop: str, resolution: int) -> ImageSour
         status.st_mtime_ns,
     )
     return ImageSource(
-        name="ImageNet ILSVRC 2012, training set",
+        name=training_set(len(files), len(classes)),
         files=files,
         crop=crop,
         resolution=resolution,
@@ -113,18 +118,17 @@ def ilsvrc_tar_source(archive: Path, *, crop: str, resolution: int) -> ImageSour
     )
 
 
-def _images(file: BinaryIO, archive: Path, start: int, synset: str) -> Iterator[_Member]:
+def _images(
+    file: BinaryIO, archive: Path, start: int, synset: str, passed_over: Counter[str]
+) -> Iterator[_Member]:
     """The images of the archive that begins at byte `start`; inside a synset's own archive, all are its."""
     inside = f" inside {synset}.tar" if synset else ""
     archives: set[str] = set()
     as_folders: set[str] = set()
     with_images: set[str] = set()
-    for member in _members(file, archive, start, inside):
+    parent: str | None = None
+    for member in tar_members(file, archive, start, inside):
         path = PurePosixPath(member.name)
-        if path.is_absolute() or ".." in path.parts:
-            raise InputError(f"{archive}: member {member.name!r}{inside} leads elsewhere; it is refused")
-        if not (member.isdir() or member.isreg()) or member.issparse():
-            raise InputError(f"{archive}: member {member.name!r}{inside} is not a plain file; it is refused")
         if any(part.startswith(".") for part in path.parts):
             continue
         folder = path if member.isdir() else path.parent
@@ -134,7 +138,8 @@ def _images(file: BinaryIO, archive: Path, start: int, synset: str) -> Iterator[
             if path.stem in archives:
                 raise InputError(f"{archive}: has {path.name} twice; it is refused")
             archives.add(path.stem)
-            found = list(_images(file, archive, member.offset_data, path.stem))
+            parent = _one_parent(archive, parent, path)
+            found = list(_images(file, archive, member.offset_data, path.stem, passed_over))
             end = member.offset_data + member.size
             if any(image.offset + image.size > end for image in found):
                 raise InputError(f"{archive}: {member.name} has members beyond its end; it is refused")
@@ -147,14 +152,38 @@ def _images(file: BinaryIO, archive: Path, start: int, synset: str) -> Iterator[
                 raise InputError(
                     f"{archive}: {member.name!r} lies in no folder named as a synset, such as n01440764"
                 )
+            if not synset:
+                parent = _one_parent(archive, parent, path)
             with_images.update(folders[-1:])
             yield _Member(synset or folders[-1], str(path), member.offset_data, member.size)
+        elif member.isreg():
+            passed_over[path.suffix.lower() or "without a suffix"] += 1
     if not synset and as_folders - with_images:
         raise InputError(f"{archive}: {min(as_folders - with_images)} is a class without images")
 
 
-def _members(file: BinaryIO, archive: Path, start: int, inside: str) -> Iterator[tarfile.TarInfo]:
-    """Every member, from the headers alone."""
+def _one_parent(archive: Path, before: str | None, path: PurePosixPath) -> str:
+    """The folder that holds the synset of `path`; must be the one of those before."""
+    parts = itertools.takewhile(lambda part: not SYNSET.fullmatch(part.removesuffix(".tar")), path.parts)
+    found = "/".join(parts) or "."
+    if before not in (None, found):
+        raise InputError(
+            f"{archive}: has synsets in {before} and in {found}, as of a training and a validation set; pack"
+            " one of them alone, or unpack it and name its folder"
+        )
+    return found
+
+
+def tar_members(file: BinaryIO, archive: Path, start: int = 0, inside: str = "") -> Iterator[tarfile.TarInfo]:
+    """Every member of the archive that begins at byte `start`, from the headers alone.
+
+    Args:
+        file: the archive, open for reading.
+        archive: its path.
+        inside: words for an archive inside it.
+    Raises:
+        InputError: a truncated or damaged archive, or one with a member that could mean harm.
+    """
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as opened:
@@ -163,6 +192,12 @@ def _members(file: BinaryIO, archive: Path, start: int, inside: str) -> Iterator
                     raise InputError(f"{archive}: damaged at byte {member.offset}{inside}; get it again")
                 # It keeps them all: 600 MB for ImageNet.
                 opened.members.clear()  # type: ignore[attr-defined]
+                path = PurePosixPath(member.name)
+                said = f"{archive}: member {member.name!r}{inside}"
+                if path.is_absolute() or ".." in path.parts:
+                    raise InputError(f"{said} leads elsewhere; it is refused")
+                if not (member.isdir() or member.isreg()) or member.issparse():
+                    raise InputError(f"{said} is not a plain file; it is refused")
                 yield member
             end = opened.offset
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:

@@ -190,5 +190,23 @@ def test_a_disk_too_small_is_noticed_before_writing(
 
 def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a file")
-    with pytest.raises(InputError, match=r"/a: (File exists|Not a directory)"):
-        download_cifar10(tmp_path / "a", address="http://127.0.0.1:9/file", md5=MD5)
+    with pytest.raises(InputError, match=r"/a/b.*: (File exists|Not a directory)"):
+        download_cifar10(tmp_path / "a/b", address="http://127.0.0.1:9/file", md5=MD5)
+
+
+@pytest.mark.parametrize("name", ["a", NAME, "new.tgz"])
+def test_a_file_is_no_place_to_download_into(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(InputError, match=rf"PATH is .*/{name}; with --download it names the folder that"):
+        download_cifar10(tmp_path / name, address="http://127.0.0.1:9/file", md5=MD5)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_folders_are_left_only_if_something_has_come_into_them(server: FileServer, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="404"):
+        download_cifar10(tmp_path / "new/folder", address=f"{server.address}/gone", md5=MD5)
+    assert list(tmp_path.iterdir()) == []
+    server.breaks_after = 1000
+    with pytest.raises(InputError, match="the same command continues"):
+        download_cifar10(tmp_path / "new/folder", address=server.address, md5=MD5)
+    assert (tmp_path / f"new/folder/{NAME}.part").stat().st_size == 1000

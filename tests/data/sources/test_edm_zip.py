@@ -215,3 +215,35 @@ def test_what_is_no_data_set_of_edm_is_refused(archive: Path, tmp_path: Path) ->
         opened.writestr("a.png", encode(PIXELS[0]))
     with pytest.raises(InputError, match=r"has no dataset\.json"):
         edm_zip_source(archive)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_no_damage_is_more_than_a_refusal_or_a_rejected_image(archive: Path, compression: int) -> None:
+    with zipfile.ZipFile(archive, "w") as opened:
+        for name, pixels in zip(NAMES, PIXELS, strict=True):
+            opened.writestr(name, encode(pixels))
+        opened.writestr("dataset.json", json.dumps({"labels": PAIRS}), compression)
+    whole = archive.read_bytes()
+    directory = whole.index(b"dataset.json")  # its content, and then the list of the members
+    random = np.random.default_rng(2)
+    refused = 0
+    for sample in range(150):
+        damaged = bytearray(whole)
+        place = int(random.integers(directory if sample % 4 else 0, len(whole)))
+        damaged[place] = int(random.integers(256))
+        archive.write_bytes(damaged[:place] if sample % 10 == 0 else damaged)
+        try:
+            edm_zip_source(archive).read(0, 6)
+        except InputError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_member_without_a_name_is_refused(archive: Path) -> None:
+    content = bytearray(write(archive, None).read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    length = len(NAMES[0])
+    content[entry + 28 : entry + 32] = bytes((0, 0, length, 0))  # the name is taken for an extra field
+    archive.write_bytes(content)
+    with pytest.raises(InputError, match=r"not a whole ZIP|is not a PNG"):
+        edm_zip_source(archive)

@@ -94,6 +94,36 @@ def test_links_to_files_and_to_classes_are_followed_and_rings_are_not(tmp_path: 
     assert names(folder_source(root, **FOLDER)) == ["a/1.png", "a/2.png", "b/1.png"]
 
 
+def test_links_that_lead_back_are_passed_over_and_said(tmp_path: Path, capsys) -> None:
+    root = tmp_path / "root"
+    draw(root / "a/1.png")
+    (root / "self").symlink_to(".")
+    (root / "up").symlink_to(tmp_path)
+    (root / "ring").symlink_to("ring")  # neither a folder nor a file
+    (root / "dangling").symlink_to("nowhere")
+    (root / "a/ring").symlink_to("ring")
+    source = folder_source(root, **FOLDER)
+    assert (list(source.classes), names(source)) == (["a"], ["a/1.png"])
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(said)[:2] == [
+        f"{root}/{name}: passed over, a link to a folder that it lies in" for name in ("self", "up")
+    ]
+    assert said[2:] == [f"{root}: passed over 3 files that are no images by name: 3 without a suffix"]
+
+
+def test_files_of_other_formats_are_counted(tmp_path: Path, capsys) -> None:
+    for name in ("a/1.jfif", "a/2.jpe", "b/3.JPG"):
+        draw(tmp_path / name, kind="JPEG")
+    for name in ("a/4.tiff", "a/deep/5.TIFF", "b/6.avif", "b/.hidden.jp2", "README"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    source = folder_source(tmp_path, **FOLDER)
+    assert names(source) == ["a/1.jfif", "a/2.jpe", "b/3.JPG"]
+    assert source.read(0, 3)[1] == {}
+    counted = "passed over 4 files that are no images by name: 2 .tiff, 1 without a suffix, 1 .avif"
+    assert capsys.readouterr().err == f"{tmp_path}: {counted}\n"
+
+
 def test_unusable_files_are_rejected_each_with_its_reason(tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
     draw(tmp_path / "dot.png", size=(1, 1))
@@ -182,6 +212,9 @@ def test_ilsvrcs_folders_are_told_from_others(tmp_path: Path) -> None:
     draw(tmp_path / "train/n01440764/1.JPEG")
     with pytest.raises(InputError, match=r"has no folder named as a synset.*; .*/train has some"):
         ilsvrc_folder_source(tmp_path, **ILSVRC)
+    draw(tmp_path / "kaggle/ILSVRC/Data/CLS-LOC/train/n01440764/1.JPEG")
+    with pytest.raises(InputError, match=r"; .*kaggle/ILSVRC/Data/CLS-LOC/train has some"):
+        ilsvrc_folder_source(tmp_path / "kaggle", **ILSVRC)
     (tmp_path / "train/n01443537").mkdir()
     with pytest.raises(InputError, match="n01443537: a class without images"):
         ilsvrc_folder_source(tmp_path / "train", **ILSVRC)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ict_fast.data.sources.folder_files import ilsvrc_folder_source
+from ict_fast.data.sources.ilsvrc import training_set
 from ict_fast.data.sources.tar_files import ilsvrc_tar_source
 from ict_fast.errors import InputError
 
@@ -92,6 +93,42 @@ def test_a_bad_image_is_rejected_and_not_the_archive(archive: Path) -> None:
     rejected = ilsvrc_tar_source(archive, **OPTIONS).read(0, 2)[1]
     assert list(rejected) == [1]
     assert "not an image" in rejected[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "places"),
+    [
+        ("train/n01440764/a.JPEG", "val/n01440764/b.JPEG", "train and in val"),
+        ("n01440764/a.JPEG", "val/n01443537/b.JPEG", r"\. and in val"),
+        ("x/train/n01440764.tar", "x/val/n01443537/b.JPEG", "x/train and in x/val"),
+        ("train/n01440764/n01440764/a.JPEG", "n01443537/b.JPEG", r"train and in \."),
+    ],
+)
+def test_a_training_and_a_validation_set_are_not_mixed(
+    archive: Path, first: str, second: str, places: str
+) -> None:
+    content = tar({"a.JPEG": jpeg(0)}) if first.endswith(".tar") else jpeg(0)
+    archive.write_bytes(tar({first: content, second: jpeg(1)}))
+    with pytest.raises(InputError, match=f"has synsets in {places}, as of a training and a validation set"):
+        ilsvrc_tar_source(archive, **OPTIONS)
+
+
+def test_what_is_passed_over_and_what_is_missing_is_said(archive: Path, capsys) -> None:
+    members = {"n01440764/a.JPEG": jpeg(0), "n01440764/b.tiff": b"x", "README": b"x", ".hidden": b"x"}
+    archive.write_bytes(tar(members))
+    name = "ImageNet ILSVRC 2012, training set"
+    incomplete = "incomplete: 1 of 1,281,167 images, 1 of 1,000 classes"
+    assert ilsvrc_tar_source(archive, **OPTIONS).name == f"{name} ({incomplete})"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{archive}: passed over 2 files that are no images by name: 1 .tiff, 1 without a suffix",
+        f"{name} is {incomplete}",
+    ]
+
+
+def test_the_whole_training_set_is_called_so(capsys) -> None:
+    assert training_set(1_281_167, 1_000) == "ImageNet ILSVRC 2012, training set"
+    assert capsys.readouterr().err == ""
+    assert "(not the published one: 1,281,168 of" in training_set(1_281_168, 1_000)
 
 
 def hostile(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:

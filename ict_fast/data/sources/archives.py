@@ -1,0 +1,115 @@
+"""A folder of images that somebody has packed: a tar that is not compressed, or a ZIP; read in place."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from ict_fast.data.progress import narrated
+from ict_fast.data.sources.damage import DAMAGED_ZIP
+from ict_fast.data.sources.folder_files import IMAGE_SUFFIXES, say_passed_over
+from ict_fast.data.sources.image_source import EncodedFiles, ImageSource
+from ict_fast.data.sources.name_table import NameTable
+from ict_fast.data.sources.tar_files import TarFiles, tar_members
+from ict_fast.data.sources.zip_files import check_members, zip_files
+from ict_fast.errors import InputError
+
+
+def archive_source(archive: Path, *, crop: str, resolution: int, image_channels: int) -> ImageSource:
+    """The images of an archive: classes by folder, in the order of their names, or none.
+
+    Folders that hold all of the images, such as the one that was packed, do not count.
+
+    Args:
+        archive: a tar or a ZIP.
+        crop, resolution, image_channels: as `folder_source`.
+    Raises:
+        InputError: no such archive, a damaged one, or one with a member that could mean harm; no images, or
+            images beside folders of images.
+    """
+    try:
+        with archive.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+        files = _in_zip(archive) if is_zip else _in_tar(archive)
+    except OSError as error:
+        raise InputError(f"{archive}: cannot be read: {error.strerror or error}") from error
+    folders = [folder for folder, _ in _places(files.name(index) for index in range(len(files)))]
+    classes = sorted(set(folders) - {""})
+    if classes and "" in folders:
+        top = files.name(folders.index(""))
+        raise InputError(
+            f"{archive}: has images ({top}) beside folders ({classes[0]}); it must hold either images without"
+            " labels, or one folder per class"
+        )
+    labels = np.searchsorted(np.array(classes), folders) if classes else np.zeros(len(files))
+    return ImageSource(
+        name=f"images of the archive {archive.name}",
+        files=files,
+        crop=crop,
+        resolution=resolution,
+        image_channels=image_channels,
+        classes=classes,
+        labels=labels.astype(np.int64),
+    )
+
+
+def _in_zip(archive: Path) -> EncodedFiles:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members, status = opened.infolist(), archive.stat()
+        check_members(archive, members, status.st_size)
+        by_name = {member.filename: member for member in members if not member.is_dir()}
+    except DAMAGED_ZIP as error:
+        raise InputError(f"{archive}: not a whole ZIP ({error}); get it again") from error
+    chosen = [by_name[name] for name in _images(archive, by_name)]
+    for member in chosen:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(f"{archive}: {member.filename} is neither stored nor deflated; pack it as usual")
+    return zip_files(archive, chosen, status.st_mtime_ns)
+
+
+def _in_tar(archive: Path) -> EncodedFiles:
+    by_name: dict[str, tuple[int, int]] = {}
+    with archive.open("rb") as file:
+        status = os.fstat(file.fileno())
+        for member in narrated(tar_members(file, archive), lambda each: f"listing {archive}: {each.name}"):
+            name = str(PurePosixPath(member.name))
+            if name in by_name:
+                raise InputError(f"{archive}: has the member {name} twice; it is refused")
+            if member.isreg():
+                by_name[name] = member.offset_data, member.size
+    names = _images(archive, by_name)
+    places = np.array([by_name[name] for name in names], np.int64)
+    return TarFiles(archive, NameTable(names), places[:, 0], places[:, 1], status.st_mtime_ns)
+
+
+def _images(archive: Path, names: Iterable[str]) -> list[str]:
+    """Those that are images and not hidden, by class and then by name; says how many others there are."""
+    found, passed_over = [], Counter[str]()
+    for name in names:
+        path = PurePosixPath(name)
+        if any(part.startswith(".") for part in path.parts):
+            continue
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            found.append(name)
+        else:
+            passed_over[path.suffix.lower() or "without a suffix"] += 1
+    if not found:
+        raise InputError(f"{archive}: has no images ({', '.join(IMAGE_SUFFIXES)})")
+    say_passed_over(archive, passed_over)
+    return [name for _, name in sorted(zip(_places(found), found, strict=True))]
+
+
+def _places(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The folder of the class, empty if there is none, and the path in it, of each name."""
+    paths = [PurePosixPath(name).parts for name in names]
+    folders = [path[:-1] for path in paths]
+    ends = zip(min(folders), max(folders), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+    return [(path[shared] if len(path) > shared + 1 else "", "/".join(path[shared:])) for path in paths]

@@ -353,7 +353,7 @@ def test_a_plan_can_be_overridden(norms_of_networks):
         tuned = [each for each in launches if each.kernel.__name__ not in merging]
         assert len(tuned) == 2
         assert {(each.num_warps, each.maxnreg, each.arguments["ROWS"]) for each in tuned} == {(8, 96, 32)}
-        assert {each.maxnreg for each in launches if each not in tuned} == {None}
+        assert 96 not in {each.maxnreg for each in launches if each not in tuned}
         with planned(groups=16):  # by itself it would be 4, or 1
             assert cases.plan_of(small, backward).groups == 16
             assert cases.case_of(small, backward).launches[0].arguments["BUNDLE"] == 16 * 18

@@ -288,7 +288,7 @@ def _dali(has_gpu: bool) -> Check:
         version = _version(name)
         if version is not None:
             return Check("DALI", "ok", f"{name} {version}")
-    advice = 'pip install "ict-fast[dali]" (CUDA 13) or "ict-fast[dali-cu12]"' if has_gpu else ""
+    advice = 'pip install -c constraints.txt -e ".[dali]" (CUDA 13) or ".[dali-cu12]"' if has_gpu else ""
     return Check("DALI", "none", "not installed; optional, feeds a GPU", advice)
 
 

@@ -579,6 +579,15 @@ def test_evaluate_writes_its_measures_beside_the_checkpoint(model, run_folder, c
     assert capsys.readouterr().out == f"the table\nwritten: {written}\n"
 
 
+def test_a_measurement_of_few_samples_says_what_it_replaces(model, run_folder, capsys):
+    written = run_folder / "checkpoints/evaluation.json"
+    for before, warned in (("{}", False), ("[", False), ('{"count": 9}', False), ('{"count": 5000}', True)):
+        written.write_text(before)
+        assert main(["evaluate", str(run_folder), "--reference", "real", "--count", "10"]) == 0
+        said = f"warning: {written} is of 5,000 samples, and is replaced by a measurement of 10"
+        assert (said in capsys.readouterr().err.replace("\n", " ")) == warned
+
+
 def test_evaluate_writes_where_it_is_told(model, run_folder, capsys, tmp_path):
     out = tmp_path / "new/result.json"
     assert main(["evaluate", str(run_folder), "--reference", "real", "--out", str(out)]) == 0

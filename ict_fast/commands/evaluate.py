@@ -104,6 +104,11 @@ def run(options: EvaluateOptions) -> int:
     if out.is_dir():
         raise InputError(f"--out is {out}, a folder; name a file to write, such as {out / 'evaluation.json'}")
     results.require_place(out.parent, "the run" if options.out is None else "--out")
+    if options.count is not None and (larger := _count_in(out)) > options.count:
+        say(
+            f"ict-fast: warning: {out} is of {larger:,} samples, and is replaced by a measurement of"
+            f" {options.count:,}; with --out another file it stays"
+        )
 
     try:
         with live_line() as progress, results.unfinished(out) as folder:
@@ -122,7 +127,7 @@ def run(options: EvaluateOptions) -> int:
             )
             average = {} if options.ema is None else {"ema": group.removeprefix("ema-")}
             result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **average, **result}
-            results.write(out, (json.dumps(result, indent=2) + "\n").encode())
+            results.write(out, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     except KeyboardInterrupt:
         print("ict-fast: interrupted; the same command continues", file=sys.stderr)
         return errors.EXIT_SIGINT
@@ -139,6 +144,15 @@ def _default_out(checkpoint: Checkpoint, group: str) -> Path:
     if "reconstruction" in checkpoint.state:
         return folder / "evaluation.json"
     return folder.parent / f"evaluation{group.removeprefix('ema')}.json"
+
+
+def _count_in(out: Path) -> int:
+    """The number of samples of the measurement that is there; 0 if none is."""
+    try:
+        count = json.loads(out.read_text(encoding="utf-8"))["count"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return count if type(count) is int else 0
 
 
 def _devices(first: torch.device, count: int) -> list[torch.device]:

@@ -79,11 +79,13 @@ def run(options: SearchSigmaOptions) -> int:
     from ict_fast.evaluation import DistanceToReference
     from ict_fast.evaluation.reference import labels_as_in
     from ict_fast.evaluation.sigma_search import search_sampling_sigmas
+    from ict_fast.interop.description import check_state
     from ict_fast.training.launch import configure_torch, resolve_device
 
     device = resolve_device(options.device, None)
     configure_torch(device, deterministic=False)
     checkpoint = open_checkpoint(options.run)
+    check_state(checkpoint)
     model = load_model(checkpoint.path).to(device)
     reference = options.reference or Path(model.config.data.path)
     if options.reference is None and not reference.exists():
@@ -123,7 +125,7 @@ def run(options: SearchSigmaOptions) -> int:
         "reference_path": str(reference),
         "reference_fingerprint": distance.reference.fingerprint,
     }
-    results.write(out, (json.dumps(result, indent=2) + "\n").encode())
+    results.write(out, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     for number, search in enumerate(searches, start=2):
         for sigma, measured in sorted(search.tried):
             print(f"  sigma {sigma:9.4f}  distance {measured:.4f}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ict_fast.config import MethodConfig
+from ict_fast.errors import InputError
 
 
 class Stage(NamedTuple):
@@ -14,6 +17,13 @@ class Stage(NamedTuple):
     first_step: int
     end_step: int
     num_scales: int
+
+
+class Extension(NamedTuple):
+    """Until `step` a run's curriculum was one for `total_steps`; then it was extended."""
+
+    step: int
+    total_steps: int
 
 
 def num_scales(step: int, total_steps: int, method: MethodConfig) -> int:
@@ -56,6 +66,45 @@ def stages(total_steps: int, method: MethodConfig) -> list[Stage]:
         plan.append(Stage(first, high, scales))
         first = high
     return plan
+
+
+def stages_trained(total_steps: int, method: MethodConfig, extensions: Sequence[Extension]) -> list[Stage]:
+    """The stages of a run that was extended: up to each extension those of the plan until then."""
+    trained: list[Stage] = []
+    for end, total in (*extensions, Extension(total_steps, total_steps)):
+        begun = trained[-1].end_step if trained else 0
+        for first, last, scales in stages(total, method):
+            first, last = max(first, begun), min(last, end)
+            if first < last and trained and trained[-1].num_scales == scales:
+                trained[-1] = trained[-1]._replace(end_step=last)
+            elif first < last:
+                trained.append(Stage(first, last, scales))
+    return trained
+
+
+def read_extensions(state: Mapping[str, Any], file: Path, total_steps: int) -> list[Extension]:
+    """The extensions of a run, in their order: those that a checkpoint records, and the one at it, if any.
+
+    Args:
+        state: of the checkpoint.
+        file: where it stands, for messages.
+        total_steps: of the run now.
+    Raises:
+        InputError: if they are altered.
+    """
+    try:
+        extensions = [Extension(*entry) for entry in state.get("extended", [])]
+        before = state.get("config", {}).get("training", {}).get("total_steps", total_steps)
+        if before != total_steps:
+            extensions.append(Extension(state["step"], before))
+        if any(type(n) is not int for entry in extensions for n in entry):
+            raise ValueError
+        steps = [0, *(extension.step for extension in extensions)]
+        if any(not 0 < step <= total for step, total in extensions) or steps != sorted(steps):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{file}: its record of --extend is altered") from None
+    return extensions
 
 
 def teacher_ema_decay(scales: int, method: MethodConfig) -> float:

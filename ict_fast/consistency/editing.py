@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ict_fast.config import MethodConfig
-from ict_fast.consistency.model import ConsistencyModel
+from ict_fast.consistency.model import ConsistencyModel, check_classes
 from ict_fast.consistency.sampling import BATCH_SIZE, sampling_step
 from ict_fast.errors import InputError
 
@@ -263,11 +263,8 @@ def _checked_labels(model: ConsistencyModel, images: Tensor, labels: Labels) -> 
         return None
     if labels is None:
         raise InputError(f"the model is conditional on {network.num_classes} classes; say the images' labels")
-    labels = torch.as_tensor(labels, dtype=torch.int64)
+    labels = torch.as_tensor(labels)
     if labels.shape != (len(images),):
         raise InputError(f"labels have shape {tuple(labels.shape)}; they must be one per image")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < network.num_classes:
-        raise InputError(
-            f"labels must lie in 0..{network.num_classes - 1}; seen: {labels.min()}..{labels.max()}"
-        )
-    return labels
+    check_classes(labels, network.num_classes)
+    return labels.to(torch.int64)

@@ -47,7 +47,11 @@ class ConsistencyModel(nn.Module):
             labels: (N,) int64 class numbers for a class-conditional model.
         Returns:
             (N, C, H, W) fp32.
+        Raises:
+            InputError: for images or labels that the model was not built for.
         """
+        if labels is not None and self.config.network.num_classes and _can_be_read(labels):
+            check_classes(labels, self.config.network.num_classes)
         method = self.config.method
         x = x.float()
         sigma_n = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
@@ -59,6 +63,28 @@ class ConsistencyModel(nn.Module):
         skip = c_skip(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.identity_sigma)
         out = c_out(sigma_n111, sigma_data=method.sigma_data, sigma_min=method.identity_sigma)
         return skip * x + out * output
+
+
+def check_classes(labels: Tensor, num_classes: int) -> None:
+    """Refuses labels (N,) that are no class numbers, which it reads on the host: a network ignores some.
+
+    Raises:
+        InputError: with the type or the numbers seen.
+    """
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        dtype = str(labels.dtype).removeprefix("torch.")
+        raise InputError(f"labels are of type {dtype}; they must be whole numbers")
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise InputError(f"labels must lie in 0..{num_classes - 1}; seen: {labels.min()}..{labels.max()}")
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    """Whether its values are known: not while torch compiles or captures."""
+    return not (
+        tensor.is_meta
+        or torch.compiler.is_compiling()
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def build_seeded_network(config: Config) -> nn.Module:

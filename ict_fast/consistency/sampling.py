@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ict_fast.config import MethodConfig
-from ict_fast.consistency.model import ConsistencyModel
+from ict_fast.consistency.model import ConsistencyModel, check_classes
 from ict_fast.errors import InputError, TrainingError
 from ict_kernels.philox import INITIAL, normal
 
@@ -54,8 +54,8 @@ def check_sampling(
         raise InputError("labels were given, but the model is unconditional")
     if labels is not None and labels.shape != (count,):
         raise InputError(f"labels have shape {tuple(labels.shape)}; they must be one per image, ({count},)")
-    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise InputError(f"labels must lie in 0..{num_classes - 1}; seen: {labels.min()}..{labels.max()}")
+    if labels is not None:
+        check_classes(labels, num_classes)
     return levels
 
 
@@ -183,12 +183,12 @@ def _batches(
     network = model.config.network
     method = model.config.method
     if labels is not None:
-        labels = torch.as_tensor(labels, dtype=torch.int64)
+        labels = torch.as_tensor(labels)
     levels = (method.sigma_max, *check_sampling(model, count, steps, sigmas, labels))
     if labels is None and network.num_classes:
         labels = torch.arange(first, first + count) % network.num_classes
     device = next(model.parameters()).device
-    labels = None if labels is None else labels.to(device)
+    labels = None if labels is None else labels.to(device, torch.int64)
 
     for done in range(0, count, BATCH_SIZE):
         size = min(BATCH_SIZE, count - done)

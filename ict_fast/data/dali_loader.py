@@ -54,8 +54,8 @@ class DaliLoader(Loader):
         problem = dali_problem()
         if problem is not None:
             raise InputError(
-                f'--data.loader is dali, but {problem}: pip install "ict-fast[dali]" (CUDA 13 or a CPU;'
-                " ict-fast[dali-cu12] for CUDA 12), or choose --data.loader memmap"
+                f'--data.loader is dali, but {problem}: pip install -c constraints.txt -e ".[dali]" (CUDA 13'
+                ' or a CPU; ".[dali-cu12]" for CUDA 12), or choose --data.loader memmap'
             )
         self._images = np.asarray(store.images)
         self._pipeline: Any = None

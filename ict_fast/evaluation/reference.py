@@ -173,6 +173,9 @@ def _open_archive(path: Path) -> Reference:
     kinds = "an .npz with mu and sigma, or with arr_0, or the folder of a prepared store"
     arrays, shape = {}, None
     try:
+        with path.open("rb") as file:
+            if not file.read(6).startswith((b"PK", b"\x93NUMPY")):  # which numpy would call a pickle
+                raise InputError(f"{path}: no .npz, or truncated or damaged; --reference takes {kinds}")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{path}: is a single array; --reference takes {kinds}")
@@ -220,15 +223,21 @@ def _shape_in_archive(path: Path) -> tuple[int, ...]:
 
 
 def _checked_statistics(path: Path, mean: np.ndarray, covariance: np.ndarray) -> Statistics:
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or mean.dtype.kind != "f":
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise InputError(
             f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}; they must be (D,) and (D, D)"
         )
+    if (mean.dtype.kind, covariance.dtype.kind) != ("f", "f"):
+        raise InputError(f"{path}: mu is {mean.dtype} and sigma {covariance.dtype}; they must be floats")
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise InputError(f"{path}: mu or sigma hold NaN or infinite values; get the file again")
+    # Beyond any network's features, and their squares can still be summed.
+    if not (np.abs(mean).max() < 1e50 and np.abs(covariance).max() < 1e100):
+        raise InputError(f"{path}: mu or sigma hold NaN, infinite or huge values; get the file again")
     if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-8 * max(1.0, np.abs(covariance).max())):
         raise InputError(f"{path}: sigma is not symmetric, so it is no covariance")
+    values = torch.linalg.eigvalsh(torch.from_numpy(covariance))
+    if values[0] < -1e-3 * values[-1]:  # what single precision leaves of a singular one is less
+        raise InputError(f"{path}: sigma has the eigenvalue {float(values[0]):.3g}, so it is no covariance")
     return Statistics(mean, covariance)
 
 

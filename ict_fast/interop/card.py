@@ -9,6 +9,7 @@ from typing import Any
 
 from ict_fast.checkpoint import Checkpoint
 from ict_fast.config import Config, from_dict, to_dict
+from ict_fast.consistency.curriculum import read_extensions
 from ict_fast.interop.imported import KINDS
 from ict_fast.version import __version__
 
@@ -31,6 +32,8 @@ def model_card(
         weights: "ema" or "weights".
         form: "safetensors" or "diffusers".
         usage: how to sample from it, in Markdown; by default with ict-fast.
+    Raises:
+        InputError: if the checkpoint's record of extensions is altered; see `check_state` for the others.
     """
     network, method = config.network, config.method
     state = checkpoint.state
@@ -78,6 +81,10 @@ def model_card(
         if began:
             path = began if isinstance(began, str) else began["path"]
             lines += ["", f"Its training began with the weights of `{path}`."]
+        if origin is None:
+            file = checkpoint.path / "state.json"
+            for at, total in read_extensions(state, file, config.training.total_steps):
+                lines += ["", f"Until step {at:,} its curriculum was one for {total:,} steps (`--extend`)."]
     lines += [
         "",
         "## How to sample",

@@ -27,7 +27,11 @@ def describe(
 
     Where its model comes from is what the first export said, however often it was imported and exported
     since then (`imported.origin`).
+
+    Raises:
+        InputError: see `check_state`.
     """
+    check_state(checkpoint)
     initial = checkpoint.state.get("init")
     return {
         "format": FORMAT,
@@ -41,6 +45,24 @@ def describe(
         "imported": checkpoint.state.get("imported"),
         "config": to_dict(config),
     }
+
+
+def check_state(checkpoint: Checkpoint) -> None:
+    """Checks what a checkpoint, which a stranger may have written, says of where its weights come from.
+
+    Raises:
+        InputError: naming what is altered in `imported` or `init`.
+    """
+    file, source = checkpoint.path / "state.json", checkpoint.state.get("imported")
+    if source is not None:
+        _source(file, source)
+        if source.get("origin") is not None:
+            _origin(file, source["origin"])
+    initial = checkpoint.state.get("init")
+    if initial is not None:
+        if not isinstance(initial, dict):
+            raise InputError(f"{file}: altered, its record of --init is a {type(initial).__name__}")
+        _text(file, initial, "path")
 
 
 @dataclass(frozen=True)
@@ -108,12 +130,6 @@ def _origin(file: Path, values: Any) -> dict[str, Any]:
     step, source = values.get("step"), values.get("imported")
     if type(step) is not int or not 0 <= step < 2**63:
         raise InputError(f"{file}: altered, its step is no number of steps")
-    if source is not None:
-        if not isinstance(source, dict):
-            raise InputError(f"{file}: altered, its record of an import is a {type(source).__name__}")
-        source = {name: _text(file, source, name) for name in _TEXTS_OF_SOURCE}
-        if source["kind"] not in KINDS:
-            raise InputError(f"{file}: altered, it says kind {source['kind'][:80]!r}")
     return {
         "ict_fast": _text(file, values, "ict_fast"),
         "step": step,
@@ -122,9 +138,19 @@ def _origin(file: Path, values: Any) -> dict[str, Any]:
             name: None if values.get(name) is None else _text(file, values, name)
             for name in ("data_fingerprint", "init")
         },
-        "imported": source,
+        "imported": None if source is None else _source(file, source),
         "config": to_dict(from_dict(values["config"], str(file))),
     }
+
+
+def _source(file: Path, source: Any) -> dict[str, str]:
+    """What is recorded of an import, as far as it is passed on."""
+    if not isinstance(source, dict):
+        raise InputError(f"{file}: altered, its record of an import is a {type(source).__name__}")
+    texts = {name: _text(file, source, name) for name in _TEXTS_OF_SOURCE}
+    if texts["kind"] not in KINDS:
+        raise InputError(f"{file}: altered, it says kind {texts['kind'][:80]!r}")
+    return texts
 
 
 def _text(file: Path, values: Mapping[str, Any], name: str) -> str:

@@ -139,6 +139,11 @@ def check_groups(path: Path, network: NetworkConfig, values: Mapping[str, Any]) 
     if type(theirs) is not int or groups != {theirs}:
         here = " or ".join(map(str, sorted(groups)))
         raise InputError(f"{path}: norm_num_groups is {theirs!r}; a network of these widths has {here} here")
+    # Of the attention in the middle alone. None: as many, or with scale_shift no norm at all.
+    middle = values.get("attn_norm_num_groups")
+    is_same = middle is None and values.get("resnet_time_scale_shift", "default") == "default"
+    if middle != theirs and not is_same:
+        raise InputError(f"{path}: attn_norm_num_groups is {middle!r}; its other norms have {theirs} groups")
 
 
 def split(network: NetworkConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -62,7 +62,8 @@ def check_inputs(config: NetworkConfig, x_nchw: Tensor, noise_n: Tensor, labels_
     """Refuses what the network was not built for.
 
     Raises:
-        InputError: naming the shape seen and the one expected.
+        InputError: naming the shape or type seen and the one expected. To look for a class that there is not
+            would be to wait for the device; `ConsistencyModel` does it.
     """
     expected = (config.image_channels, config.resolution, config.resolution)
     if x_nchw.ndim != 4 or tuple(x_nchw.shape[1:]) != expected:
@@ -79,6 +80,9 @@ def check_inputs(config: NetworkConfig, x_nchw: Tensor, noise_n: Tensor, labels_
         raise InputError("labels given; this network was built without classes")
     elif labels_n.shape != (count,):
         raise InputError(f"labels of shape {tuple(labels_n.shape)}; {count} images need ({count},)")
+    elif labels_n.dtype not in (torch.int32, torch.int64):
+        dtype = str(labels_n.dtype).removeprefix("torch.")
+        raise InputError(f"labels of type {dtype}; they are class numbers, int64")
 
 
 class FirDownsample(nn.Module):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import statistics
 from html import escape
 
-from ict_fast.consistency.curriculum import stages
 from ict_fast.report.curves import Line, curve, heat_map
-from ict_fast.report.run_record import RunRecord
+from ict_fast.report.run_record import RunRecord, is_figure
 
 _NOTE = (
     "Dashed lines are the borders of the curriculum's stages, the numbers above them the noise levels N of"
@@ -17,8 +16,7 @@ _NOTE = (
 
 def charts(record: RunRecord) -> str:
     """All curves as HTML; empty if there are none."""
-    method, total = record.config.method, record.config.training.total_steps
-    plan = stages(total, method)
+    total, plan = record.config.training.total_steps, record.stages
     cards = []
 
     def add(title: str, words: str, svg: str) -> None:
@@ -62,11 +60,11 @@ def _loss_by_sigma(record: RunRecord, total: int) -> str:
     """Mean loss by step and noise level, if the log has it and it is known which levels they are."""
     edges = record.about.get("sigma_edges")
     found = [line for line in record.log if isinstance(line.get("loss_by_sigma"), list)]
-    if not isinstance(edges, list):
+    if not isinstance(edges, list) or not all(is_figure(edge) and edge > 0 for edge in edges):
         return ""
     found = [line for line in found if len(line["loss_by_sigma"]) == len(edges) - 1]
     rows = [line["loss_by_sigma"] for line in found]
-    if not any(isinstance(value, int | float) and value > 0 for row in rows for value in row):
+    if not any(value is not None and value > 0 for row in rows for value in row):
         return ""
     svg = heat_map("Loss by noise level", [line["step"] for line in found], rows, edges, total)
     return f"<figure class='card'><h3>Loss by noise level <small>weighted means</small></h3>{svg}</figure>\n"

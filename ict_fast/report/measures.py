@@ -5,9 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from ict_fast.consistency.curriculum import stages
 from ict_fast.report.curves import Line, curve
-from ict_fast.report.run_record import RunRecord
+from ict_fast.report.run_record import RunRecord, is_figure
 
 _COLUMNS = (
     ("frechet_distance", "Fréchet distance", "{:.4g}"),
@@ -58,8 +57,15 @@ def in_words(key: str) -> str:
     return key.replace("_", " ") + ("" if key == "one_step" else "s")
 
 
+def measured_with(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What two measurements must have in common to be compared."""
+    features = result.get("features")
+    network = features.get("sha256") if isinstance(features, dict) else features
+    return result.get("count"), network, result.get("reference_fingerprint")
+
+
 def _number(values: dict[str, Any], field: str) -> bool:
-    return isinstance(values.get(field), int | float)
+    return is_figure(values.get(field))
 
 
 def _cell(values: dict[str, Any], field: str, form: str) -> str:
@@ -99,7 +105,7 @@ def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
 
 
 def _curves(record: RunRecord) -> str:
-    total, method = record.config.training.total_steps, record.config.method
+    total = record.config.training.total_steps
     keys = dict.fromkeys(key for line in record.evaluations for key in line if key.endswith("_step"))
     cards = []
     for field, title, _ in _COLUMNS:
@@ -115,6 +121,6 @@ def _curves(record: RunRecord) -> str:
                 lines.append(Line(steps, values, in_words(key), marked=True))
         if lines and (field == "frechet_distance" or len(lines[0].steps) > 1):
             top = 1.0 if field in ("precision", "recall") else None
-            svg = curve(title, lines, total_steps=total, stages=stages(total, method), top=top)
+            svg = curve(title, lines, total_steps=total, stages=record.stages, top=top)
             cards.append(f"<figure class='card'><h3>{escape(title)} while training</h3>{svg}</figure>\n")
     return f"<div class='charts'>{''.join(cards)}</div>"

@@ -10,10 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ict_fast.consistency.curriculum import stages
 from ict_fast.report.charts import charts
-from ict_fast.report.measures import in_words, measures
-from ict_fast.report.run_record import Field, RunRecord
+from ict_fast.report.measures import in_words, measured_with, measures
+from ict_fast.report.run_record import Field, RunRecord, is_figure
 from ict_fast.report.style import STYLE
 from ict_fast.version import __version__
 
@@ -67,15 +66,18 @@ def _facts(record: RunRecord) -> str:
     """The few numbers that one looks for first."""
     facts: list[tuple[str, str]] = []
     newest, best = record.measured or {}, record.best_measured or {}
+    if measured_with(newest) != measured_with(best):  # 500 samples have another distance than 50,000
+        best = {}
     first = next((key for key in best if key.endswith("_step")), "")  # which it is the best in
     for words, measured, keys in (("", newest, ("one_step", "two_step")), ("best ", best, (first,))):
         step, ema = measured.get("step"), measured.get("ema")
         where = f", at step {step:,}" if isinstance(step, int) else ""
         where += f", average {ema}" if ema else ""
+        where += f", {measured['count']:,} samples" if type(measured.get("count")) is int else ""
         for key in keys:
             found = measured.get(key)
             value = found.get("frechet_distance") if isinstance(found, dict) else None
-            if isinstance(value, int | float):
+            if is_figure(value):
                 facts.append((f"{value:.4g}", f"{words}Fréchet, {in_words(key)}{where}"))
     batch = record.config.training.batch_size
     facts.append((f"{record.step:,}", f"steps of {batch:,} images"))
@@ -184,11 +186,17 @@ def _repeat(record: RunRecord) -> str:
         f"<p class='note'>Data fingerprint <code>{escape(str(fingerprint))}</code></p>" if fingerprint else ""
     )
     begun = " and the weights that it began with" if record.initial else ""
-    return (
-        f"<pre>{escape(record.command())}</pre>\n<p class='note'>On a CPU with the same number of threads and"
-        " processes, and on a GPU with <code class='option'>--training.deterministic</code>, the same"
-        f" versions{begun} give the same weights.</p>\n{data}"
+    same = (
+        "On a CPU with the same number of threads and processes, and on a GPU with <code class='option'>"
+        f"--training.deterministic</code>, the same versions{begun} give the same weights."
     )
+    if record.extensions:
+        plans = ", ".join(f"{total:,} until step {step:,}" for step, total in record.extensions)
+        same = (
+            f"The run was extended: its curriculum was one for {plans}. The command trains for all steps from"
+            " the start, which is another curriculum and gives other weights."
+        )
+    return f"<pre>{escape(record.command())}</pre>\n<p class='note'>{same}</p>\n{data}"
 
 
 def _versions(record: RunRecord) -> str:
@@ -204,12 +212,12 @@ def _versions(record: RunRecord) -> str:
         rows.append(("began with", f"{initial.get('path')}, {at}, sha256 {initial.get('sha256')}"))
     if state.get("trunk_dtype"):
         rows.append(("arithmetic of the trunk, at the end", str(state["trunk_dtype"])))
-    if isinstance(about.get("flops_per_image"), int | float):
+    if is_figure(about.get("flops_per_image")):
         rows.append(("GFLOP per image and training step", f"{about['flops_per_image'] / 1e9:.4g}"))
-    plan = stages(record.config.training.total_steps, record.config.method)
+    plan = record.stages
     rows.append(("stages of the curriculum", f"{len(plan):,}, N = {_levels([s.num_scales for s in plan])}"))
     rows += [(name, str(value)) for name, value in _items(state.get("versions"))]
-    if times := [line["time"] for line in record.log if isinstance(line.get("time"), int | float)]:
+    if times := record.series("time")[1]:
         first, last = (datetime.fromtimestamp(time, UTC) for time in (times[0], times[-1]))
         rows.append(
             ("first and last line of the log", f"{first:%Y-%m-%d %H:%M} and {last:%Y-%m-%d %H:%M} UTC")

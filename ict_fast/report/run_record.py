@@ -11,7 +11,22 @@ from typing import Any
 from ict_fast import presets
 from ict_fast.checkpoint import checkpoint_steps, pointed_name
 from ict_fast.config import Config, from_dict, to_dict
+from ict_fast.consistency.curriculum import Extension, Stage, read_extensions, stages_trained
 from ict_fast.errors import InputError
+
+_FIGURES = (
+    "loss",
+    "num_scales",
+    "gradient_norm",
+    "images_per_second",
+    "mfu",
+    "data_wait",
+    "memory_gb",
+    "loss_scale",
+    "skipped",
+    "time",
+)
+"""What a log line has as one number."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,8 @@ class RunRecord:
     """state.json of the newest checkpoint: versions, fingerprint of the data."""
     initial: dict[str, Any] = field(default_factory=dict)
     """init.json: what the weights began with, if not at random; path, step, sha256."""
+    extensions: list[Extension] = field(default_factory=list)
+    """Each time that `train --extend` lengthened it."""
     best: str = ""
     """Name of the best checkpoint of those that were measured while training."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +76,12 @@ class RunRecord:
     def step(self) -> int:
         """Steps done, as far as the log or a checkpoint tells."""
         logged = self.log[-1]["step"] if self.log else 0
-        return max(logged, int(self.state.get("step", 0)))
+        return max(logged, self.state.get("step", 0))
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The curriculum's, done and to come."""
+        return stages_trained(self.config.training.total_steps, self.config.method, self.extensions)
 
     @property
     def measured(self) -> dict[str, Any] | None:
@@ -78,7 +100,7 @@ class RunRecord:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one figure of the log, where it has one."""
-        found = [(line["step"], line[name]) for line in self.log if isinstance(line.get(name), int | float)]
+        found = [(line["step"], line[name]) for line in self.log if line.get(name) is not None]
         return [step for step, _ in found], [float(value) for _, value in found]
 
     def command(self) -> str:
@@ -112,6 +134,9 @@ def read_run(path: Path) -> RunRecord:
         raise InputError(f"{path}: is not a folder; name the folder of a run")
     missing: list[str] = []
     state = _newest_state(path)
+    if not _is_step(state.get("step", 0)):
+        missing.append("the step of the newest checkpoint: its state.json is damaged")
+        state["step"] = 0
     stored = _json(path / "config.json", missing, "the configuration") or state.get("config")
     if not isinstance(stored, dict):
         raise InputError(f"{path}: holds no run (no config.json, no checkpoint); name the folder of a run")
@@ -122,17 +147,21 @@ def read_run(path: Path) -> RunRecord:
         config=config,
         fields=_fields(config, missing),
         log=_lines(path / "log.jsonl", missing, "curves"),
-        evaluations=_lines(path / "evaluations.jsonl", None, "measurements"),
+        evaluations=_lines(path / "evaluations.jsonl", missing),
         evaluation=_json(evaluation, None, "metrics"),
         grids=_grids(path / "grids", missing),
         state=state,
         initial=_json(path / "init.json", None, "what it began with") or _initial(state),
+        extensions=_extensions(state, config, missing),
         best=_pointed(path / "checkpoints" / "best"),
         about=_json(path / "run.json", None, "the devices") or {},
         missing=missing,
     )
     if record.evaluation is None and not record.evaluations:
-        missing.append(f"metrics: the run was not measured; `ict-fast evaluate {path}` does it")
+        network = config.network
+        digits = (network.resolution, network.image_channels) == (8, 1)  # for which features are at hand
+        features = "" if digits else " --features FILE.pt"
+        missing.append(f"metrics: the run was not measured; `ict-fast evaluate {path}{features}` does it")
     return record
 
 
@@ -140,6 +169,14 @@ def _initial(state: dict[str, Any]) -> dict[str, Any]:
     """What the newest checkpoint says that the run began with."""
     initial = state.get("init")
     return initial if isinstance(initial, dict) else {}
+
+
+def _extensions(state: dict[str, Any], config: Config, missing: list[str]) -> list[Extension]:
+    try:
+        return read_extensions(state, Path("state.json"), config.training.total_steps)
+    except InputError as error:
+        missing.append(str(error))
+        return []
 
 
 def _pointed(file: Path) -> str:
@@ -198,12 +235,37 @@ def _json(file: Path, missing: list[str] | None, what: str) -> dict[str, Any] | 
     return value
 
 
-def _lines(file: Path, missing: list[str] | None, what: str) -> list[dict[str, Any]]:
-    """The lines of a log that are whole, a later one of a step in place of an earlier one."""
+def is_figure(value: object) -> bool:
+    """Whether it is a number that was measured: 0, or of a size that can be reckoned and drawn with."""
+    return type(value) in (int, float) and (value == 0 or 1e-100 < abs(value) < 1e100)  # type: ignore[arg-type]
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_line(line: object) -> bool:
+    """Whether all figures of a log line can be used; None is one that was not finite."""
+    if not isinstance(line, dict) or not _is_step(line.get("step")):
+        return False
+    buckets = line.get("loss_by_sigma", [])
+    if not isinstance(buckets, list):
+        return False
+    if not all(value is None or is_figure(value) for value in (*map(line.get, _FIGURES), *buckets)):
+        return False
+    return line.get("time") is None or 0 <= line["time"] < 1e11  # seconds; a year of four digits
+
+
+def _lines(file: Path, missing: list[str], what: str = "") -> list[dict[str, Any]]:
+    """The lines of a log that are whole, a later one of a step in place of an earlier one.
+
+    Args:
+        missing: told of damage, and with `what`, which cannot be shown then, of a file without lines.
+    """
     try:
         texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        if missing is not None:
+        if what:
             missing.append(f"{what}: there is no {file.name}")
         return []
     found: dict[int, dict[str, Any]] = {}
@@ -211,12 +273,15 @@ def _lines(file: Path, missing: list[str] | None, what: str) -> list[dict[str, A
     for text in texts:
         try:
             line = json.loads(text)
-            found[int(line["step"])] = line
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, RecursionError):
+            line = None
+        if _is_line(line):
+            found[line["step"]] = line
+        else:
             broken += bool(text.strip())
-    if missing is not None and not found:
+    if what and not found:
         missing.append(f"{what}: {file.name} has no whole line")
-    elif missing is not None and broken:
+    elif broken:
         missing.append(f"{broken} line{'s' if broken > 1 else ''} of {file.name}: damaged, and left out")
     return [found[step] for step in sorted(found)]
 
@@ -234,7 +299,7 @@ def _grids(folder: Path, missing: list[str]) -> list[tuple[int, Path]]:
         except (OSError, ValueError, SyntaxError):
             missing.append(f"{picture.name}: cannot be read as a picture")
             continue
-        if number.isdigit():
+        if number.isdecimal():
             found.append((int(number), picture))
     if not found:
         missing.append("pictures: the run has kept no grids; --logging.grid-every sets how often one is made")

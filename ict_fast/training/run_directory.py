@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ict_fast.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, step_folders
 from ict_fast.config import Config, differences, from_dict, to_dict
+from ict_fast.consistency.curriculum import Extension, read_extensions
 from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
 from ict_fast.training.initial import RECORD_NAME, Initial, settle_initial
@@ -35,6 +36,8 @@ class Run:
     """Steps of the checkpoints that were there when `checkpoint` was chosen, whole or not."""
     initial: Initial | None = None
     """What its weights began with; None if at random."""
+    extensions: tuple[Extension, ...] = ()
+    """Each time that it was extended after its first steps."""
 
     @property
     def step(self) -> int:
@@ -128,7 +131,11 @@ def open_run(
         raise InputError(f"the run in {out} has no checkpoint to resume from; --resume auto starts it again")
     if checkpoint is None and (logged := _last_logged_step(out / LOG_NAME)):
         warn(f"{out} has a log of {logged:,} steps and no checkpoint; the run starts again, and its log too")
-    return Run(out, config, checkpoint, steps_seen, settle_initial(out, checkpoint, init))
+    extensions: list[Extension] = []
+    if checkpoint is not None:
+        origin = checkpoint.path / "state.json"
+        extensions = read_extensions(checkpoint.state, origin, config.training.total_steps)
+    return Run(out, config, checkpoint, steps_seen, settle_initial(out, checkpoint, init), tuple(extensions))
 
 
 @contextmanager

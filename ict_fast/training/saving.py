@@ -86,6 +86,8 @@ class Saver:
         }
         if self._run.initial is not None:
             state["init"] = self._run.initial.record()
+        if self._run.extensions:
+            state["extended"] = list(self._run.extensions)
         self._writing = (step, self._thread.submit(self._write, step, copies, state, best))
 
     def _write(

@@ -638,6 +638,8 @@ def _per_sample(value: Tensor, like: Tensor, name: str = "weight") -> Tensor:
     """(N,) from (N,) or (N, 1, ..., 1); anything else could broadcast to a matrix of losses."""
     count = like.shape[0]
     ones = (count,) + (1,) * (like.dim() - 1)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor of shape ({count},) or {ones}, got {value!r}")
     if tuple(value.shape) not in ((count,), ones):
         raise ValueError(f"{name} must have shape ({count},) or {ones}, got {tuple(value.shape)}")
     return value.reshape(count)
@@ -646,6 +648,6 @@ def _per_sample(value: Tensor, like: Tensor, name: str = "weight") -> Tensor:
 def _checked_c(c: float | None, elements: int) -> float:
     if c is None:
         return default_huber_c(elements)
-    if not c >= 0.0:
-        raise ValueError(f"c must be at least 0, got {c}")
+    if not 0.0 <= c < math.inf:
+        raise ValueError(f"c must be at least 0 and finite, got {c}")
     return c

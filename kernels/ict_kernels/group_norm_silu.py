@@ -28,6 +28,7 @@ The kernels work on channels_last; other layouts are converted on the way in and
 is taken in an order that depends on timing: equal inputs give equal bits.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -1395,7 +1396,8 @@ def group_norm_silu(
     Returns:
         The shape, dtype and memory layout of x.
     Raises:
-        ValueError: for arguments whose shapes do not fit x, an unknown activation, or dropout outside [0, 1).
+        ValueError: for arguments whose shapes do not fit x, an unknown activation, dropout outside [0, 1), or
+            a negative eps.
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point (N, C, ...), got {x.dtype} of shape {tuple(x.shape)}")
@@ -1416,6 +1418,8 @@ def group_norm_silu(
             )
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
     threshold = dropout_threshold(dropout)
     if get_backend() == "apex":
         extras = {"scale": scale, "shift": shift, "pre_bias": pre_bias, "dropout": threshold or None}

@@ -225,7 +225,7 @@ def noise_images(
     Returns:
         (student_input, teacher_input), fp32 (N, C, H, W), channels last in memory; also under autocast.
     Raises:
-        ValueError: for images, levels or flip of another shape or dtype.
+        ValueError: for images, levels or flip of another shape or dtype, also for bytes (N, C, H, W).
     """
     if images.dim() != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise ValueError(
@@ -233,6 +233,11 @@ def noise_images(
             f"got {images.dtype} of shape {tuple(images.shape)}"
         )
     count = images.shape[0]
+    if images.dtype == torch.uint8 and images.shape[1] <= 4 < images.shape[3]:
+        raise ValueError(
+            f"uint8 images are (N, H, W, C); {tuple(images.shape)} looks like (N, C, H, W): give"
+            " images.permute(0, 2, 3, 1)"
+        )
     for name, value in (
         ("levels.sigma", levels.sigma),
         ("levels.sigma_next", levels.sigma_next),

@@ -151,7 +151,7 @@ def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
             tensor: every new int may be a new compilation.
         device: where the draw will happen.
     Raises:
-        ValueError: if a tensor seed has another shape or dtype.
+        ValueError: if a tensor seed has another shape or dtype, or a number is no int.
     """
     if seed is None:
         drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
@@ -163,6 +163,8 @@ def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
                 f"got {seed.dtype} of shape {tuple(seed.shape)}"
             )
         return seed.to(device).contiguous()  # kernels read it by its address
+    if isinstance(seed, float):  # which torch would cut off
+        raise ValueError(f"a seed is an int, an int64 tensor (run seed, step) or None; got {seed}")
     if not -(2**63) <= seed < 2**63:  # only then: under torch.compile an int may be symbolic, of 64 bits
         seed = (seed + 2**63) % 2**64 - 2**63
     return torch.tensor([seed, 0], dtype=torch.int64, device=device)

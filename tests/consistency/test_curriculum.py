@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from ict_fast import presets
 from ict_fast.config import MethodConfig
-from ict_fast.consistency.curriculum import num_scales, stages, teacher_ema_decay
+from ict_fast.consistency.curriculum import (
+    Extension,
+    num_scales,
+    read_extensions,
+    stages,
+    stages_trained,
+    teacher_ema_decay,
+)
+from ict_fast.errors import InputError
 
 ICT = MethodConfig()
 SQUARE_ROOT = replace(ICT, curriculum="square-root", s0=2, s1=150)
@@ -76,3 +86,28 @@ def test_ema_teacher_decay_is_the_2023_formula() -> None:
     method = presets.get("cifar10-ct2023").method
     assert teacher_ema_decay(2, method) == pytest.approx(0.9)
     assert teacher_ema_decay(151, method) == pytest.approx(0.9 ** (2 / 151))
+
+
+def test_the_stages_of_an_extended_run_are_those_of_the_plan_of_each_time() -> None:
+    """24 steps of 24, extended to 32, stopped at 28, extended to 64: as N(k) says step by step."""
+    totals = [24] * 24 + [32] * 4 + [64] * 36
+    expected = [num_scales(k, total, ICT) for k, total in enumerate(totals)]
+    plan = stages_trained(64, ICT, [Extension(24, 24), Extension(28, 32)])
+    assert [stage.num_scales for stage in plan for _ in range(stage.first_step, stage.end_step)] == expected
+    assert all(one.num_scales != other.num_scales for one, other in itertools.pairwise(plan))
+    assert stages_trained(64, ICT, []) == stages(64, ICT)
+
+
+def test_a_plan_that_changed_since_the_checkpoint_is_an_extension() -> None:
+    state = {"step": 24, "extended": [[8, 8]], "config": {"training": {"total_steps": 24}}}
+    assert read_extensions(state, Path("state.json"), 24) == [(8, 8)]
+    assert read_extensions(state, Path("state.json"), 32) == [(8, 8), (24, 24)]
+
+
+@pytest.mark.parametrize(
+    "altered",
+    ["x", 3, None, [3], [[1]], [[1, 2, 3]], [[0, 8]], [[9, 8]], [[8, 8], [4, 8]], [[1.0, 8]]],
+)
+def test_an_altered_record_of_extensions_is_refused(altered: object) -> None:
+    with pytest.raises(InputError, match=r"state\.json: its record of --extend is altered"):
+        read_extensions({"extended": altered}, Path("state.json"), 8)

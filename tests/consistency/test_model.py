@@ -10,6 +10,7 @@ import torch
 
 from ict_fast.config import Config
 from ict_fast.consistency.model import ConsistencyModel, build_seeded_network, noise_condition
+from ict_fast.errors import InputError
 
 
 def _awake(model: ConsistencyModel) -> ConsistencyModel:
@@ -47,6 +48,15 @@ def test_forward_equals_the_equation_in_float64(tiny: Config) -> None:
         assert float(seen["noise"][i]) == pytest.approx(math.log(s) / 4, rel=1e-6)
         expected = c_skip * x[i].double() + c_out * seen["output"][i].double()
         torch.testing.assert_close(denoised[i].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([3, 20]), torch.tensor([-1, 3]), torch.tensor([3, 1.9])])
+def test_labels_of_no_class_are_refused(tiny: Config, labels: torch.Tensor) -> None:
+    """NCSN++, which looks for each class among the labels, would leave an unknown one out."""
+    model = ConsistencyModel(replace(tiny, network=replace(tiny.network, num_classes=10)))
+    with pytest.raises(InputError, match=r"labels must lie in|must be whole numbers"):
+        model(torch.randn(2, 1, 8, 8), 1.0, labels)
+    assert model(torch.randn(2, 1, 8, 8), 1.0, labels.long().clamp(0, 9)).shape == (2, 1, 8, 8)
 
 
 def test_adm_noise_condition_is_openais() -> None:

@@ -137,3 +137,6 @@ def test_labels_must_be_classes_of_the_model(tiny: Config) -> None:
         sample(model, 2, labels=[0, 10])
     with pytest.raises(InputError, match="one per image"):
         sample(model, 2, labels=[0])
+    for labels in ([0, 1.9], [True, False]):
+        with pytest.raises(InputError, match="must be whole numbers"):
+            sample(model, 2, labels=labels)

@@ -93,7 +93,7 @@ def test_a_missing_dali_is_refused_with_the_line_that_installs_it(
     with pytest.raises(InputError) as refusal:
         DaliLoader(store, **ARGUMENTS)
     assert str(refusal.value).startswith(
-        '--data.loader is dali, but DALI is not installed: pip install "ict-fast[dali]"'
+        '--data.loader is dali, but DALI is not installed: pip install -c constraints.txt -e ".[dali]"'
     )
 
 

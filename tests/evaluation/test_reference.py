@@ -65,6 +65,16 @@ def test_a_file_with_both_keeps_its_statistics_and_a_part_of_the_images(tmp_path
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu has shape \(3,\) and sigma \(4, 4\)"),
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "hold NaN"),
         ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "not symmetric"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu has shape \(0,\)"),
+        (
+            {"mu": np.zeros(3), "sigma": np.full((3, 3), "1")},
+            "sigma <U1; they must be floats",
+        ),
+        ({"mu": np.zeros(3), "sigma": 1j * np.eye(3)}, "sigma complex128; they must be floats"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "sigma has the eigenvalue -1, so it is no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2], [2, 1]])}, "sigma has the eigenvalue -1, so"),
+        ({"mu": np.zeros(3), "sigma": 1e308 * np.eye(3)}, "or huge values"),
+        ({"mu": np.full(3, 1e200), "sigma": np.eye(3)}, "or huge values"),
         ({"mu": np.zeros(3)}, "holds mu; --reference takes an .npz with mu and sigma"),
         ({"x": np.zeros(3)}, "holds x; --reference takes"),
         ({"arr_0": np.zeros((4, 8, 8, 3))}, "arr_0 is float64"),
@@ -76,6 +86,14 @@ def test_a_file_that_cannot_be_a_reference_is_refused(tmp_path, arrays, said):
     with pytest.raises(InputError, match=said) as refused:
         open_reference(save(tmp_path / "reference.npz", **arrays))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n", b"mu 0 sigma 1\n", b"\x80\x04K\x01."])
+def test_a_file_of_another_kind_is_not_said_to_hold_a_pickle(tmp_path, content):
+    path = tmp_path / "reference.npz"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"reference\.npz: no \.npz, or truncated or damaged; "):
+        open_reference(path)
 
 
 @pytest.mark.parametrize("keep", [0, 100, -30])
@@ -125,3 +143,12 @@ def test_another_resolution_is_refused(tmp_path):
     samples = open_reference(save(tmp_path / "samples.npz", arr_0=images(size=16)))
     with pytest.raises(InputError, match=r"holds images of 16x16 .* the model makes 8x8"):
         check_reference(samples, Config(), allow_other_recipe=False)
+
+
+def test_a_singular_covariance_in_single_precision_is_one(tmp_path):
+    """Of fewer samples than features; rounding leaves eigenvalues of both signs."""
+    samples = np.random.default_rng(0).normal(size=(20, 300))
+    covariance = np.cov(samples, rowvar=False).astype(np.float32)
+    assert np.linalg.eigvalsh(covariance.astype(np.float64))[0] < 0
+    reference = open_reference(save(tmp_path / "stats.npz", mu=samples.mean(0), sigma=covariance))
+    assert reference.statistics is not None

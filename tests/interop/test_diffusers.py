@@ -152,6 +152,11 @@ def test_the_scheduler_reaches_any_second_sigma(sigma: float) -> None:
         ({"norm_eps": 1e-6}, "norm_eps"),
         ({"norm_num_groups": 16}, "norm_num_groups is 16; a network of these widths has 32 here"),
         ({"norm_num_groups": [32]}, "norm_num_groups"),
+        ({"attn_norm_num_groups": 16}, "attn_norm_num_groups is 16; its other norms have 32 groups"),
+        (
+            {"attn_norm_num_groups": None, "resnet_time_scale_shift": "scale_shift"},
+            "attn_norm_num_groups is None; its other norms have 32",
+        ),
         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
         ({"layers_per_block": "many"}, "network.num_blocks"),
     ],

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ict_fast.checkpoint import open_checkpoint, write_checkpoint
 from ict_fast.cli import main
 
 CLAIM = 10 * 2**30
@@ -357,6 +358,44 @@ def test_an_altered_export(trained: Path, tmp_path: Path, capsys: Any, change: d
     assert main(["import", "safetensors", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 2
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+_THEIRS = {"file": "a.pkl", "sha256": "0", "layout": "edm"}
+_ORIGIN = {"config": {}, "step": 1, "ict_fast": "0", "weights": "ema"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"imported": "x"}, "its record of an import is a str"),
+        ({"imported": {}}, "its file is no line of text"),
+        ({"imported": {"kind": "consistency"}}, "its file is no line of text"),
+        ({"imported": {**_THEIRS, "kind": "zzz"}}, "it says kind 'zzz'"),
+        ({"imported": {**_THEIRS, "kind": "denoiser", "origin": "z"}}, "the model's origin holds no config"),
+        (
+            {"imported": {**_THEIRS, "kind": "denoiser", "origin": {**_ORIGIN, "imported": 3}}},
+            "its record of an import is a int",
+        ),
+        ({"init": "x"}, "its record of --init is a str"),
+        ({"init": {"path": 3}}, "its path is no line of text"),
+        ({"extended": 3}, "its record of --extend is altered"),
+    ],
+)
+def test_an_altered_state_of_a_checkpoint(
+    trained: Path, tmp_path: Path, capsys: Any, change: dict, reason: str
+) -> None:
+    """By somebody who has written a manifest for it, too."""
+    model = open_checkpoint(trained)
+    state = model.state | change
+    folder = write_checkpoint(tmp_path / "run", model.step, {"ema": model.tensors("ema")}, state, keep=2)
+    for form in ("safetensors", "diffusers"):
+        assert main(["export", form, str(folder), "--out", str(tmp_path / form)]) == 2
+        error = capsys.readouterr().err
+        assert reason in error.replace("\n", " "), error
+        assert not (tmp_path / form).exists()
+    if "extended" not in change:  # the search does not ask for it
+        assert main(["search-sigma", str(folder)]) == 2
+        assert reason in capsys.readouterr().err.replace("\n", " ")
 
 
 # ---- the command's own refusals ----

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ict_fast.checkpoint import Checkpoint, open_checkpoint
+from ict_fast.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from ict_fast.cli import main
 from ict_fast.config import MethodConfig
 from ict_fast.consistency import load_model
@@ -195,6 +195,15 @@ def test_the_card_says_what_the_weights_are(trained: Path, tmp_path: Path) -> No
         assert fact in card, fact
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written["config"]["network"]["channels"] == 8
+
+
+def test_the_card_says_that_the_run_was_extended(trained: Path, tmp_path: Path) -> None:
+    model = open_checkpoint(trained)
+    state = model.state | {"extended": [[8, 12]]}
+    folder = write_checkpoint(tmp_path, model.step, {"ema": model.tensors("ema")}, state, keep=2)
+    export_safetensors(open_checkpoint(folder), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Until step 8 its curriculum was one for 12 steps (`--extend`)." in card
 
 
 def test_an_import_takes_another_second_sigma(

@@ -166,6 +166,7 @@ def test_other_bad_arguments_are_named():
         ({"target": target.long()}, "floating point"),
         ({"c": -1.0}, "c must be at least 0"),
         ({"c": math.nan}, "c must be at least 0"),
+        ({"c": math.inf}, "c must be at least 0 and finite"),
         ({"norm": "l2"}, "norm must be"),
         ({"reduction": "avg"}, "reduction must be"),
     ):

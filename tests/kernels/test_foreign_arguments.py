@@ -8,9 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ict_kernels import GroupNormSiLU, NoiseLevels, consistency_loss, group_norm_silu, pseudo_huber_loss
+from ict_kernels import (
+    GroupNormSiLU,
+    NoiseLevels,
+    consistency_loss,
+    group_norm_silu,
+    noise_images,
+    pseudo_huber_loss,
+    sample_noise_levels,
+)
 from ict_kernels.adapters import diffusers_cm, kinyugo
 from ict_kernels.adapters.ect import ECMLoss
+from ict_kernels.philox import normal
 
 SHAPES = [(4, 3), (4, 3, 16), (4, 3, 8, 8), (4, 3, 2, 8, 8), (1, 3, 8, 8), (0, 3, 8, 8), (4, 1, 1, 1)]
 # Functions of (prediction, target, weight) that give a scalar, a loss per sample, and one to multiply.
@@ -151,3 +160,28 @@ def test_a_replaced_network_takes_an_empty_batch():
 def test_ects_loss_takes_video():
     loss = ECMLoss(c=0.03)(lambda x, sigma, labels: 0.5 * x, torch.randn(2, 3, 4, 5, 5))
     assert loss.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a, b: pseudo_huber_loss(a, b, 2.0), r"weight must be a tensor of shape \(2,\) .* got 2\.0"),
+        (lambda a, b: pseudo_huber_loss(a, b, 1), r"weight must be a tensor .* got 1"),
+        (lambda a, b: group_norm_silu(a, 1, None, None, eps=-1.0), "eps must be at least 0 .* got -1"),
+        (lambda a, b: group_norm_silu(a, 1, None, None, eps=math.nan), "eps must be at least 0"),
+        (lambda a, b: normal((2, 3), seed=0.9), r"a seed is an int.* got 0\.9"),
+        (lambda a, b: sample_noise_levels(2, 11, seed=0.0), r"a seed is an int.* got 0\.0"),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused_and_not_rounded(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*pair((2, 3, 4, 4)))
+
+
+def test_bytes_with_channels_first_are_not_taken_for_channels_last():
+    levels = sample_noise_levels(2, 11, seed=0)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\) looks like \(N, C, H, W\)"):
+        noise_images(images, levels, seed=0)
+    student, teacher = noise_images(images.permute(0, 2, 3, 1), levels, seed=0)
+    assert student.shape == teacher.shape == images.shape

@@ -167,3 +167,5 @@ def test_wrong_inputs_are_refused(
             network(images, noise)
         with pytest.raises(InputError, match=r"labels of shape \(2,\)"):
             network(images, noise, labels[:2])
+        with pytest.raises(InputError, match="labels of type float32; they are class numbers, int64"):
+            network(images, noise, labels.float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -77,27 +78,48 @@ def test_the_newest_measurement_is_the_runs(run: Path) -> None:
     """evaluation.json of step 400 before the line of step 400, and behind one of step 600."""
     assert read_run(run).measured == read_run(run).evaluation
     with (run / "evaluations.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 600, "two_step": {"frechet_distance": 0.75}}) + "\n")
+        file.write(json.dumps({"step": 600, "two_step": {"frechet_distance": 0.75}, "count": 500}) + "\n")
     (run / "checkpoints/best").write_text("step-00000200\n")
     record = read_run(run)
     assert record.measured == record.evaluations[-1]
     text = page(record)
-    assert "<b>0.75</b><span>Fréchet, two steps, at step 600</span>" in text
-    assert "<b>1.609</b><span>best Fréchet, one step, at step 200</span>" in text
+    assert "<b>0.75</b><span>Fréchet, two steps, at step 600, 500 samples</span>" in text
+    assert "<b>1.609</b><span>best Fréchet, one step, at step 200, 500 samples</span>" in text
     assert "best Fréchet, two steps" not in text
+
+
+def test_the_best_of_few_samples_is_not_set_beside_a_measurement_of_many(run: Path) -> None:
+    """evaluation.json is of 10,000 samples, evaluations.jsonl of 500: their distances do not compare."""
+    (run / "checkpoints/best").write_text("step-00000200\n")
+    text = page(read_run(run))
+    assert "<span>Fréchet, one step, at step 400, 10,000 samples</span>" in text
+    assert "best Fréchet" not in text
 
 
 def test_a_result_of_another_average_is_named(run: Path) -> None:
     file = run / "checkpoints/evaluation.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"ema": "power-0.05"}))
     text = page(read_run(run))
-    assert "<span>Fréchet, one step, at step 400, average power-0.05</span>" in text
+    assert "<span>Fréchet, one step, at step 400, average power-0.05, 10,000 samples</span>" in text
     assert "Step 400; average power-0.05 of the weights; 10,000 samples" in text
 
 
 def test_the_command_of_a_run_on_cpus_says_so(run: Path) -> None:
     (run / "run.json").write_text(json.dumps({"device": "cpu", "processes": 2}))
     assert "--device cpu --processes 2" in read_run(run).command()
+
+
+def test_an_extended_run_is_not_said_to_be_repeatable(run: Path) -> None:
+    """Its curriculum was another one than that of a run of as many steps from the start."""
+    file = run / "checkpoints/step-00000400/state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"extended": [[80, 80], [240, 240]]}))
+    record = read_run(run)
+    assert {stage.first_step for stage in record.stages} >= {10, 20, 70, 80, 90, 240, 250}
+    text = page(record)
+    assert "give the same weights" not in text
+    assert "The run was extended: its curriculum was one for 80 until step 80, 240 until step 240." in text
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"extended": "often"}))
+    assert read_run(run).missing == ["state.json: its record of --extend is altered"]
 
 
 def test_a_gap_in_the_log_is_a_gap(run: Path) -> None:
@@ -114,6 +136,64 @@ def test_damaged_lines_are_left_out_and_counted(run: Path) -> None:
     assert record.missing == ["3 lines of log.jsonl: damaged, and left out"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": Infinity}',
+        '{"step": "130"}',
+        '{"step": 130.5}',
+        '{"step": true}',
+        '{"step": -1}',
+        '{"step": 1%s}' % ("0" * 400),
+        '{"step": 130, "time": 1e30}',
+        '{"step": 130, "skipped": "x"}',
+        '{"step": 130, "loss": NaN}',
+        '{"step": 130, "loss": 1e308}',
+        '{"step": 130, "images_per_second": 5e-324}',
+        '{"step": 130, "loss_by_sigma": ["x", 1, 1, 1, 1, 1]}',
+        '{"step": 130, "loss_by_sigma": 3}',
+        "[" * 100_000,
+    ],
+)
+def test_a_line_with_what_is_no_figure_is_left_out_and_counted(run: Path, line: str) -> None:
+    for name in ("log.jsonl", "evaluations.jsonl"):
+        with (run / name).open("a") as file:
+            file.write(line + "\n")
+    record = read_run(run)
+    assert record.missing == [
+        f"1 line of {name}: damaged, and left out" for name in ("log.jsonl", "evaluations.jsonl")
+    ]
+    assert len(record.log) == 20
+
+
+@pytest.mark.parametrize("step", ["abc", [1], -1, 1e30, None])
+def test_a_damaged_state_is_said_to_be(run: Path, step: object) -> None:
+    file = run / "checkpoints/step-00000400/state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": step}))
+    record = read_run(run)
+    assert record.missing == ["the step of the newest checkpoint: its state.json is damaged"]
+    assert record.step == 400, "the log's"
+
+
+@pytest.mark.parametrize("edges", [["a"] * 7, [10**400] * 7])
+def test_damaged_borders_of_noise_levels_cost_one_picture(run: Path, edges: list) -> None:
+    (run / "run.json").write_text(json.dumps({"sigma_edges": edges, "flops_per_image": 10**400}))
+    text = page(read_run(run))
+    assert "Loss by noise level" not in text
+    assert 'aria-label="Loss"' in text
+
+
+def test_a_measurement_that_is_no_figure_is_not_drawn(run: Path) -> None:
+    measured = {"frechet_distance": math.inf, "recall": math.nan, "precision": 10**400, "recall_std": True}
+    line = json.dumps({"step": 400, "one_step": measured}) + "\n"
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write(line)
+    (run / "checkpoints/evaluation.json").write_text(line)
+    text = page(read_run(run))
+    assert "<th></th></tr>" in text, "no column"
+    assert "Fréchet, one step" not in text
+
+
 def test_a_run_that_has_left_only_its_configuration_says_what_is_missing(run: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -121,6 +201,16 @@ def test_a_run_that_has_left_only_its_configuration_says_what_is_missing(run: Pa
     record = read_run(bare)
     assert [text.partition(":")[0] for text in record.missing] == ["curves", "pictures", "metrics"]
     assert record.step == 0
+
+
+def test_a_run_of_other_images_than_digits_is_told_to_name_features(run: Path) -> None:
+    for name in ("checkpoints/evaluation.json", "evaluations.jsonl"):
+        (run / name).unlink()
+    assert read_run(run).missing == [f"metrics: the run was not measured; `ict-fast evaluate {run}` does it"]
+    values = json.loads((run / "config.json").read_text())
+    values["network"]["image_channels"] = 3
+    (run / "config.json").write_text(json.dumps(values))
+    assert f"`ict-fast evaluate {run} --features FILE.pt` does it" in read_run(run).missing[-1]
 
 
 def test_a_picture_that_is_none_is_left_out(run: Path) -> None:

@@ -144,6 +144,9 @@ def test_execution_may_differ_on_resume_and_extend_continues(
     assert "N = 1281" in shown, "the new curriculum is printed"
     assert _records(out)[-1]["step"] == 32
     assert train(other, out=out, device="cpu", extend=32).message.endswith("32 steps are done")
+    train(other, out=out, device="cpu", extend=40)
+    state = json.loads((out / "checkpoints/step-00000040/state.json").read_text())
+    assert state["extended"] == [[24, 24], [32, 32]], "no run of 40 steps from the start has these weights"
     with pytest.raises(InputError, match="--extend is 8"):
         train(other, out=out, device="cpu", extend=8)
 

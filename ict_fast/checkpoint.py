@@ -150,6 +150,7 @@ def write_whole(
     state_content = _encode_state(state)
     _refuse_non_finite(tensors)
     folder = final.parent
+    is_new = not folder.exists()
     partial = folder / f"{_UNFINISHED}{final.name}"
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -178,8 +179,9 @@ def write_whole(
         flush_directory(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # `ict-fast import` takes an empty folder again
-            folder.rmdir()
+        if is_new:  # `ict-fast import` takes an empty place only, the next time too
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
     return final
 

@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 
 from ict_fast.durable import flush_directory, replace_durably, sha256_file, write_durably
-from ict_fast.errors import InputError, TrainingError, did_you_mean
+from ict_fast.errors import InputError, TrainingError, did_you_mean, visible
 
 FORMAT = "ict-fast checkpoint"
 VERSION = 1
@@ -66,6 +66,10 @@ class Checkpoint:
         Raises:
             InputError: if this checkpoint has no such group, or it cannot be read.
         """
+        if name.startswith("ema-") and name not in self.names:  # named by --ema without its "ema-"
+            averages = [other.removeprefix("ema-") for other in self.names if other.startswith("ema-")]
+            hint = did_you_mean(name.removeprefix("ema-"), averages) or "; it holds the run's own alone"
+            raise InputError(f"{self.path}: has no average {name.removeprefix('ema-')}{hint}")
         if name not in self.names:
             raise InputError(f"{self.path}: has no {name}.safetensors{did_you_mean(name, self.names)}")
         file = self.path / f"{name}.safetensors"
@@ -146,11 +150,11 @@ def write_whole(
     state_content = _encode_state(state)
     _refuse_non_finite(tensors)
     folder = final.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    is_new = not folder.exists()
     partial = folder / f"{_UNFINISHED}{final.name}"
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(parent for parent in final.parents if parent.exists())).free
     if free < size + _HEADERS:
         raise OSError(
             errno.ENOSPC,
@@ -159,7 +163,7 @@ def write_whole(
         )
 
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         files = {}
         for name, group in tensors.items():
             assert _FILE_NAME.fullmatch(name), name
@@ -175,6 +179,9 @@ def write_whole(
         flush_directory(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if is_new:  # `ict-fast import` takes an empty place only, the next time too
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
     return final
 
@@ -384,4 +391,4 @@ def _delete_unfinished(folder: Path) -> None:
 
 
 def _warn_on_standard_error(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {visible(message)}", file=sys.stderr)

@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return errors.EXIT_BROKEN_PIPE
+    except (RuntimeError, MemoryError) as error:
+        if not errors.is_out_of_memory(error):
+            raise
+        reason = str(error) or type(error).__name__
+        return _give_up(TrainingError(f"out of memory: {reason}; fewer images need less"), errors.EXIT_FAILED)
     except OSError as error:  # a folder without permission, a name too long, a full disk
         where = f"{error.filename}: " if error.filename else ""
         return _give_up(InputError(f"{where}{error.strerror or error}"), errors.EXIT_BAD_INPUT)
@@ -106,10 +111,8 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [
-        f"{name:<14}{(kind.__doc__ or '').split('. ')[0].rstrip('.')}."
-        for name, (kind, _) in COMMANDS.items()
-    ]
+    firsts = {name: (kind.__doc__ or "").partition("\n")[0] for name, (kind, _) in COMMANDS.items()}
+    lines = [f"{name:<14}{first.split('. ')[0].rstrip('.')}." for name, first in firsts.items()]
     return "\n".join(
         (
             f"usage: {PROGRAM} COMMAND [OPTIONS]",

@@ -1,7 +1,7 @@
 """What a user sees when something goes wrong: one clear line and an exit code, never a traceback.
 
-Exit codes: 0 done, 1 training failed, 2 bad input, 130 SIGINT and 143 SIGTERM after saving, 141 when the
-reader of the output has gone (`ict-fast ... | head`).
+Exit codes: 0 done, 1 training failed or memory ran out, 2 bad input, 130 SIGINT and 143 SIGTERM after saving,
+141 when the reader of the output has gone (`ict-fast ... | head`).
 """
 
 from __future__ import annotations
@@ -45,8 +45,23 @@ def visible(message: object) -> str:
     text = " ".join(str(message).split())
     if len(text) > _LONGEST_LINE:
         text = f"{text[: _LONGEST_LINE - 300]} ... {text[-300:]}"  # what would be right is said at the end
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    r"""Letters as a terminal shows them: an escape character is \x1b, a new line \n."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was not to be had, the machine's or the GPU's; told without torch."""
+    # The CPU's allocator raises a plain RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "allocate memory" in str(error)
     )
 
 

@@ -13,6 +13,7 @@ from ict_fast.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from PIL import Image
 
 
@@ -29,30 +30,66 @@ def run_folder(path: Path) -> Path:
 
 def require_place(folder: Path, option: str) -> None:
     """Raises InputError unless `folder` is, or can become, a folder that can be written into."""
-    nearest = folder.absolute()
-    while not os.path.lexists(nearest):
-        nearest = nearest.parent
+    nearest = _nearest(folder)
     if not nearest.is_dir():
         raise InputError(f"{option} is {folder}, but {nearest} is not a folder; choose another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{option} is {folder}, but {nearest} cannot be written; choose another place")
 
 
-def require_sample_place(out: Path, count: int) -> None:
-    """Raises InputError unless `save_samples` can write `count` images to `out`."""
-    if out.is_dir() or not out.suffix:
+def require_file_place(file: Path, option: str, name: str) -> None:
+    """Raises InputError unless `file` can be written.
+
+    Args:
+        option: what names it, for the message.
+        name: one that the file could have in a folder.
+    """
+    if file.is_dir():
+        raise InputError(f"{option} is {file}, a folder; name a file to write, such as {file / name}")
+    require_place(file.parent, option)
+
+
+def require_sample_place(out: Path, count: int, sources: Sequence[Path] = ()) -> None:
+    """Raises InputError unless `save_samples` can write `count` images to `out`.
+
+    Args:
+        sources: files that are read, none of which may be lost.
+    """
+    if _is_folder(out):
         require_place(out, "--out")
-        names = {_image_name(number) for number in range(count)}
-        others = sorted({entry.name for entry in out.iterdir()} - names) if out.is_dir() else []
+        others = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+        others = [name for name in others if not _is_image_name(name, count)]
         if others:
             raise InputError(f"--out is {out}, which holds {others[0]}; images need a folder of their own")
     elif out.suffix in (".png", ".npz"):
         require_place(out.parent, "--out")
     else:
         raise InputError(f"--out is {out}; it must end with .png or .npz, or name a folder")
+    place = out.resolve()
+    for source in sources:
+        for file in (source.resolve(), source.parent.resolve() / source.name):
+            inside = file.parent == place and _is_image_name(file.name, count)
+            if inside or file == place:
+                raise InputError(f"--out is {out}, which would overwrite {source}; choose another place")
 
 
-def save_samples(images: np.ndarray, labels: Sequence[int] | None, out: Path) -> None:
+def require_room(out: Path, size: int) -> None:
+    """Raises InputError unless `size` bytes of pixels fit into memory, and on the disk if they go to an .npz.
+
+    What PNGs will take is not known before.
+    """
+    rooms = {"memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    if out.suffix == ".npz" and not _is_folder(out):
+        rooms[f"disk left for {out}"] = shutil.disk_usage(_nearest(out.parent)).free
+    for room, free in rooms.items():
+        if size > free:
+            raise InputError(
+                f"the images take {size / 1e9:,.1f} GB, and there are {free / 1e9:,.1f} GB of {room};"
+                " make fewer at a time"
+            )
+
+
+def save_samples(images: np.ndarray, labels: Sequence[int] | torch.Tensor | None, out: Path) -> None:
     """Writes images as a grid (.png), as arrays (.npz: arr_0, arr_1), or as one PNG each (a folder).
 
     Args:
@@ -68,9 +105,9 @@ def save_samples(images: np.ndarray, labels: Sequence[int] | None, out: Path) ->
     from ict_fast.durable import replacing
 
     with _writing(out):
-        if out.suffix == ".png" and not out.is_dir():
+        if not _is_folder(out) and out.suffix == ".png":
             save_png(image_grid(images), out)
-        elif out.suffix == ".npz" and not out.is_dir():
+        elif not _is_folder(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             with replacing(out) as file:  # the arrays of 50,000 images are 0.6 GB: never twice in memory
                 np.savez(file, images, *([] if labels is None else [np.asarray(labels, dtype=np.int64)]))
@@ -123,15 +160,17 @@ def write_picture(path: Path, picture: Image.Image) -> None:
         save_png(picture, path)
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes, option: str = "--out") -> None:
     """Writes a file whole or not at all, creating its folder.
 
+    Args:
+        option: what names it, for the message.
     Raises:
         InputError: if it cannot be written; an older file is then untouched.
     """
     from ict_fast.durable import replace_durably
 
-    with _writing(path):
+    with _writing(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_durably(path, content)
 
@@ -140,11 +179,30 @@ def _image_name(number: int) -> str:
     return f"{number:06d}.png"
 
 
+def _is_image_name(name: str, count: int) -> bool:
+    """Whether `name` is `_image_name` of a number below `count`."""
+    number = name.removesuffix(".png")
+    return number.isdecimal() and int(number) < count and name == _image_name(int(number))
+
+
+def _is_folder(out: Path) -> bool:
+    """Whether samples go into a folder of that name."""
+    return out.is_dir() or not out.suffix
+
+
+def _nearest(path: Path) -> Path:
+    """What is there of a path: itself, or the first of its parents."""
+    nearest = path.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    return nearest
+
+
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, option: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written: {error.strerror or error}; choose another --out"
+            f"{path} cannot be written: {error.strerror or error}; choose another {option}"
         ) from error

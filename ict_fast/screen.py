@@ -12,14 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from ict_fast.errors import printable
+
 LINE_INTERVAL = 10.0
 """Off a terminal a line about progress is printed at most this often, in seconds."""
 
 
 def say(text: str) -> None:
-    """A line for the person; one that cannot be written (full disk, closed, none) never ends the work."""
+    """Lines for the person, what a terminal would obey made visible.
+
+    What cannot be written (full disk, closed, none) never ends the work.
+    """
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(text, file=sys.stderr, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def live_bar(doing: str) -> Progress | None:

@@ -248,6 +248,21 @@ def test_too_little_space_is_noticed_before_writing(tmp_path: Path, monkeypatch:
         write(tmp_path, 2)
     assert caught.value.errno == errno.ENOSPC
     assert content(tmp_path) == before
+    with pytest.raises(OSError, match="a checkpoint needs"):
+        write(tmp_path / "new", 1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_first_write_that_fails_leaves_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "new", 1)
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 @pytest.mark.parametrize("call", range(1, 12))

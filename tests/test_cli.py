@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ict_fast
@@ -161,7 +162,9 @@ def test_a_name_that_ict_fast_lacks_is_an_attribute_error():
 def test_the_overview_lists_every_command(capsys, words):
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {command} " in out for command in COMMANDS)
+    listed = out.split("\n\n")[2].splitlines()  # a line each
+    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    assert all(line.startswith("  ") and line.endswith(".") for line in listed)
 
 
 def test_a_complaint_is_text_that_the_terminal_does_not_obey(capsys):
@@ -397,6 +400,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("evaluate {run} --steps 0,1", "--steps is 0; it must be at least 1"),
         ("evaluate {run} --count 1", "--count is 1; it must be at least 2"),
         (
+            "report {run} --out {run}",
+            "--out is {run}, a folder; name a file to write, such as {run}/report.html",
+        ),
+        (
             "evaluate {run} --features-sha256 ab",
             "--features-sha256 is the SHA-256 of --features, which is not given",
         ),
@@ -542,6 +549,34 @@ def test_a_disk_that_fails_is_bad_input_not_a_traceback(model, run_folder, monke
     assert (
         said == f"{run_folder}/samples.png cannot be written: No space left on device; choose another --out"
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(model, run_folder, monkeypatch, capsys, error):
+    def sample(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(sys.modules["ict_fast.consistency"], "sample_pixels", sample)
+    assert main(["sample", str(run_folder)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("ict-fast: error: out of memory: ")
+    assert said.count("\n") == 1
+
+
+def test_another_runtime_error_is_a_bug(model, run_folder, monkeypatch):
+    def sample(*arguments, **options):
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr(sys.modules["ict_fast.consistency"], "sample_pixels", sample)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["sample", str(run_folder)])
 
 
 def test_an_empty_argument_is_refused(capsys):

@@ -13,12 +13,13 @@ from ict_fast.cli import main
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Two grey pictures of 8x8, one of 4x4, a mask, and a text."""
+    """Two grey pictures of 8x8, one of 4x4, one 8 wide and 4 high, a mask, and a text."""
     random = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):
         Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"in/{name}.png")
     Image.fromarray(random.integers(0, 256, (4, 4), dtype=np.uint8)).save(tmp_path / "small.png")
+    Image.fromarray(random.integers(0, 256, (4, 8), dtype=np.uint8)).save(tmp_path / "wide.png")
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 6:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
@@ -74,6 +75,29 @@ def test_a_folder_gets_a_picture_each(trained: Path, pictures: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("stroke IN --input IN/numbered --out IN/numbered", "numbered/000001.png"),
+        ("stroke IN --input IN/numbered/000001.png --out IN/other/../numbered", "numbered/000001.png"),
+        ("stroke IN --input IN/in --out IN/in/a.png", "in/a.png"),
+        ("stroke IN --input IN/link.png --out IN/in/a.png", "link.png"),
+        ("stroke IN --input IN/link.png --out IN/link.png", "link.png"),
+        ("inpaint IN --input IN/in --mask IN/mask.png --out IN/mask.png", "mask.png"),
+    ],
+)
+def test_what_is_read_is_never_overwritten(
+    pictures: Path, capsys: pytest.CaptureFixture, words: str, lost: str
+) -> None:
+    for name in ("numbered", "other"):
+        (pictures / name).mkdir()
+    (pictures / "in/b.png").rename(pictures / "numbered/000001.png")
+    (pictures / "link.png").symlink_to(pictures / "in/a.png")
+    variants = " --variants 2" if "numbered" in words else ""
+    assert _edit(pictures, pictures, words + variants) == 2  # before the model is looked for: there is none
+    assert f"which would overwrite {pictures / lost}; choose another place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "reason"),
     [
         ("inpaint RUN --input IN/in", "inpaint needs --mask"),
@@ -83,7 +107,10 @@ def test_a_folder_gets_a_picture_each(trained: Path, pictures: Path) -> None:
         ("inpaint RUN --input IN/text.png --mask left", "not an image"),
         ("inpaint RUN --input IN/nothing.png --mask left", "does not exist"),
         ("stroke RUN --input IN/in/a.png IN/small.png", "images of one size"),
-        ("stroke RUN --input IN/small.png", "this model takes"),
+        ("stroke RUN --input IN/small.png", "IN/small.png: 4x4; the model makes 8x8"),
+        ("stroke RUN --input IN/wide.png", "IN/wide.png: 8x4; the model makes 8x8"),
+        ("upscale RUN --input IN/wide.png", "images of 8x4; this model makes 8x8"),
+        ("stroke RUN --input IN/in --variants 1000000000000", "of memory; make fewer at a time"),
         ("upscale RUN --input IN/in", "a whole part"),
         ("upscale RUN --input IN/small.png --sigma 3", "--sigma belongs to stroke"),
         ("colorize RUN --input IN/in", "grey images"),
@@ -98,6 +125,6 @@ def test_what_cannot_be_edited_is_one_line(
 ) -> None:
     assert _edit(trained, pictures, f"{words} --out IN/edited.png") == 2
     error = capsys.readouterr().err
-    assert reason in error
+    assert reason.replace("IN", str(pictures)) in error
     assert error.count("\n") == 1
     assert not (pictures / "edited.png").exists()

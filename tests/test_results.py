@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ict_fast.errors import InputError
-from ict_fast.results import save_samples, unfinished
+from ict_fast.results import require_room, save_samples, unfinished
 
 
 def test_an_npz_of_samples_has_the_arrays_of_openais_evaluator(tmp_path: Path) -> None:
@@ -50,6 +52,18 @@ def test_an_npz_that_cannot_be_written_whole_leaves_the_one_before(
         save_samples(np.ones((2, 8, 8, 1), np.uint8), None, out)
     assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_more_pixels_than_there_is_room_for_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    require_room(tmp_path / "new/a.npz", 10**6)
+    require_room(tmp_path / "a.png", 10**6 + 1)  # how small it will be is not known
+    with pytest.raises(InputError, match=r"of disk left for .*a\.npz; make fewer"):
+        require_room(tmp_path / "new/a.npz", 10**6 + 1)
+    with pytest.raises(InputError, match="of memory; make fewer"):
+        require_room(tmp_path / "a.png", 10**15)
 
 
 def test_two_processes_do_not_share_unfinished_work(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -60,7 +59,8 @@ def run(options: EditOptions) -> int:
     results.require_run(options.run)
     files = _files(options.input)
     out = results.run_folder(options.run) / "edited.png" if options.out is None else options.out
-    results.require_sample_place(out, len(files) * options.variants)
+    masks = [Path(options.mask)] if options.mask is not None and options.mask not in _HOLES else []
+    results.require_sample_place(out, len(files) * options.variants, [*files, *masks])
 
     import torch
 
@@ -72,7 +72,14 @@ def run(options: EditOptions) -> int:
     configure_torch(device, deterministic=False)
     model = load_model(options.run).to(device)
     network = model.config.network
+    total = len(files) * options.variants
+    results.require_room(out, total * network.image_channels * network.resolution**2)
     images = _read(files, 1 if options.how == "colorize" else network.image_channels)
+    height, width = images.shape[-2:]
+    if options.how != "upscale" and (height, width) != (network.resolution,) * 2:
+        raise InputError(
+            f"{files[0]}: {width}x{height}; the model makes {network.resolution}x{network.resolution}"
+        )
     labels = _labels(options, len(files), network.num_classes)
     more: dict[str, Any] = {} if options.steps is None else {"steps": options.steps}
     if options.how == "inpaint":
@@ -82,12 +89,11 @@ def run(options: EditOptions) -> int:
     work = {name: getattr(editing, name) for name in ("inpaint", "colorize", "upscale", "stroke")}
 
     # A batch holds all variants, because the noise of an image follows from its number in the batch.
-    total = len(files) * options.variants
     with live_line() as progress:
         edited = work[options.how](
             model,
             images.repeat(options.variants, 1, 1, 1),
-            labels=None if labels is None else labels * options.variants,
+            labels=labels,
             seed=options.seed,
             progress=lambda done: progress(done / total, "editing"),
             **more,
@@ -100,8 +106,7 @@ def run(options: EditOptions) -> int:
         grid = image_grid(to_uint8(torch.cat([shown, edited.cpu()])), columns=len(files))
         results.write_picture(out, grid)
     else:
-        repeated = None if labels is None else labels * options.variants
-        results.save_samples(to_uint8(edited), repeated, out)
+        results.save_samples(to_uint8(edited), labels, out)
     print(f"{options.how}: {len(files)} images, {options.variants} of each: {out}")
     return errors.EXIT_DONE
 
@@ -183,14 +188,18 @@ def _hole(mask: str, resolution: int) -> torch.Tensor:
     return hole
 
 
-def _labels(options: EditOptions, count: int, num_classes: int) -> list[int] | None:
+def _labels(options: EditOptions, count: int, num_classes: int) -> torch.Tensor | None:
+    """The classes of all variants of `count` images."""
+    import torch
+
     if options.labels is None:
         if num_classes:
             raise InputError(f"the model is conditional on {num_classes} classes; --labels says the images'")
         return None
     if len(options.labels) not in (1, count):
         raise InputError(f"--labels has {len(options.labels)} values for {count} images; give 1 or {count}")
-    return list(itertools.islice(itertools.cycle(options.labels), count))
+    classes = torch.tensor(options.labels)
+    return classes[torch.arange(count * options.variants) % len(classes)]
 
 
 def _known(how: str, images: torch.Tensor, hole: torch.Tensor | None, resolution: int) -> torch.Tensor:

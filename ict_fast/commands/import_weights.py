@@ -90,7 +90,7 @@ def run(options: ImportOptions) -> int:
     parameters = sum(tensor.numel() for tensor in model.tensors.values())
     print(f"{options.path}: {network.name}, {size}, {classes}, {parameters:,} numbers in {out}")
     for note in model.notes:
-        print(f"  {note}")
+        print(f"  {errors.visible(note)}")  # it may quote the file
     print(f"This is {KINDS[model.kind]}.")
     return errors.EXIT_DONE
 

@@ -72,7 +72,9 @@ def run(options: PlanOptions) -> int:
     except InputError as error:  # these options have the same names here, without the section
         raise InputError(str(error).replace("training.", "")) from None
     if options.json is not None:
-        results.require_place(options.json.parent, "--json")
+        results.require_file_place(options.json, "--json", "plan.json")
+    if options.results is not None and not options.results.is_dir():
+        raise InputError(f"--results is {options.results}, which is no folder")
 
     from ict_fast.planning import make_plan, tables
     from ict_fast.planning.tables import rate_in_words, to_dict
@@ -85,6 +87,6 @@ def run(options: PlanOptions) -> int:
     for warning in plan.warnings:
         say(f"ict-fast: warning: {warning}")
     if options.json is not None:
-        results.write(options.json, (json.dumps(to_dict(plan), indent=2) + "\n").encode())
+        results.write(options.json, (json.dumps(to_dict(plan), indent=2) + "\n").encode(), "--json")
         print(f"written: {options.json}")
     return errors.EXIT_DONE

@@ -60,16 +60,20 @@ def run(options: SampleOptions) -> int:
     out = options.out if options.out is not None else results.run_folder(options.run) / "samples.png"
     results.require_sample_place(out, options.count)
 
+    import torch
+
     from ict_fast.consistency import load_model, sample_pixels
     from ict_fast.training.launch import configure_torch, resolve_device
 
     device = resolve_device(options.device, None)
     configure_torch(device, deterministic=False)
     model = load_model(options.run, weights=group_of(options.ema)).to(device)
-    num_classes = model.config.network.num_classes
-    labels: list[int] | None = None
-    if num_classes or options.labels:
-        labels = list(itertools.islice(itertools.cycle(options.labels or range(num_classes)), options.count))
+    network = model.config.network
+    results.require_room(out, options.count * network.image_channels * network.resolution**2)
+    labels = None
+    if network.num_classes or options.labels:
+        classes = torch.tensor(options.labels or range(network.num_classes))
+        labels = classes[torch.arange(options.count) % len(classes)]
     with live_line() as progress:
         pixels = sample_pixels(
             model,

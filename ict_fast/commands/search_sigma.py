@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +18,7 @@ from ict_fast.screen import live_line, say
 
 if TYPE_CHECKING:
     from ict_fast.checkpoint import Checkpoint
+    from ict_fast.evaluation.sigma_search import SigmaSearch
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class SearchSigmaOptions:
     out: Annotated[
         Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: <run>/search-sigma.json)")
     ] = None
-    """Where the trace is written: every sigma that was tried, and its distance."""
+    """Where the trace is written: every sigma that was tried, and its distance. Until the search has ended it
+    is in FILE.json.partial."""
     seed: int = 0
     """Seed of the noise, the same for every candidate."""
     device: Device = "auto"
@@ -72,7 +76,8 @@ def run(options: SearchSigmaOptions) -> int:
         )
     results.require_run(options.run)
     out = results.run_folder(options.run) / "search-sigma.json" if options.out is None else options.out
-    results.require_place(out.parent, "--out")
+    results.require_file_place(out, "the run" if options.out is None else "--out", "search-sigma.json")
+    partial = out.with_name(f"{out.name}.partial")
 
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
@@ -94,38 +99,53 @@ def run(options: SearchSigmaOptions) -> int:
     with live_line() as progress:
         progress(0.0, "measuring the real images")
         distance = DistanceToReference(
-            model.config,
+            model,
             reference,
             features=options.features,
             features_sha256=options.features_sha256,
             allow_other_recipe=options.allow_other_recipe,
-            device=device,
-        )
-        searches = search_sampling_sigmas(
-            model,
-            distance.to,
-            count=options.count,
-            steps=options.steps,
-            interval=(options.low, options.high),
-            tolerance=options.tolerance,
-            labels=labels_as_in(distance.reference, model.config.network.num_classes, options.count),
-            seed=options.seed,
             progress=progress,
         )
+
+    def trace(searches: list[SigmaSearch]) -> bytes:
+        result = {
+            "checkpoint": checkpoint.path.name,
+            "step": checkpoint.step,
+            "sigmas": [search.best[0] for search in searches],
+            "searches": [search.as_dict() for search in searches],
+            "count": options.count,
+            "seed": options.seed,
+            "reference_path": str(reference),
+            "reference_fingerprint": distance.reference.fingerprint,
+        }
+        return (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
+
+    def keep(searches: list[SigmaSearch]) -> None:
+        with suppress(InputError):  # there may be room at the end
+            results.write(partial, trace(searches))
+
+    partial.unlink(missing_ok=True)
+    try:
+        with live_line() as progress:  # whose clock begins after the reference
+            searches = search_sampling_sigmas(
+                model,
+                distance.to,
+                count=options.count,
+                steps=options.steps,
+                interval=(options.low, options.high),
+                tolerance=options.tolerance,
+                labels=labels_as_in(distance.reference, model.config.network.num_classes, options.count),
+                seed=options.seed,
+                progress=progress,
+                tried=keep,
+            )
+    except KeyboardInterrupt:
+        kept = f"what was tried is in {partial}" if partial.exists() else "nothing was tried yet"
+        print(f"ict-fast: interrupted; {kept}", file=sys.stderr)
+        return errors.EXIT_SIGINT
     for warning in distance.warnings:
         say(f"warning: {warning}")
     sigmas = [search.best[0] for search in searches]
-    result = {
-        "checkpoint": checkpoint.path.name,
-        "step": checkpoint.step,
-        "sigmas": sigmas,
-        "searches": [search.as_dict() for search in searches],
-        "count": options.count,
-        "seed": options.seed,
-        "reference_path": str(reference),
-        "reference_fingerprint": distance.reference.fingerprint,
-    }
-    results.write(out, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     for number, search in enumerate(searches, start=2):
         for sigma, measured in sorted(search.tried):
             print(f"  sigma {sigma:9.4f}  distance {measured:.4f}")
@@ -145,6 +165,8 @@ def run(options: SearchSigmaOptions) -> int:
     if len(sigmas) == 1:
         for line in _how_to_keep(checkpoint, shown):
             print(line)
+    results.write(out, trace(searches))
+    partial.unlink(missing_ok=True)
     print(f"written: {out}")
     return errors.EXIT_DONE
 

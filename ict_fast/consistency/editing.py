@@ -190,7 +190,7 @@ def upscale(
     resolution, size = model.config.network.resolution, images.shape[-1]
     if images.shape[-2] != size or not 0 < size < resolution or resolution % size:
         raise InputError(
-            f"images of {images.shape[-2]}x{size}; this model makes {resolution}x{resolution}, of which they"
+            f"images of {size}x{images.shape[-2]}; this model makes {resolution}x{resolution}, of which they"
             " must be a whole part"
         )
     factor = resolution // size

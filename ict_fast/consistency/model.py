@@ -102,9 +102,15 @@ def load_model(
     Args:
         path: a run's directory (its newest whole checkpoint) or a checkpoint's.
         weights: "ema" for the average, "weights" for the trained weights themselves.
+        device: where to.
     Raises:
-        InputError: if nothing whole is there, or the weights do not fit the stored configuration.
+        InputError: if nothing whole is there, the weights do not fit the stored configuration, or there is no
+            such GPU.
     """
+    device = torch.device(device)
+    seen = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= seen:
+        raise InputError(f"device is {device}, but torch sees {seen} GPUs; `ict-fast doctor` says why")
     from ict_fast.checkpoint import open_checkpoint  # needs safetensors, which training on its own does not
 
     checkpoint = open_checkpoint(Path(path))
@@ -112,7 +118,7 @@ def load_model(
     if "config" not in checkpoint.state:
         raise InputError(f"{state_file} holds no configuration; it was not written by ict-fast")
     imported = checkpoint.state.get("imported")
-    if isinstance(imported, dict) and imported.get("caution"):
+    if isinstance(imported, dict) and isinstance(imported.get("caution"), str):
         from ict_fast.screen import say  # needs rich, which training on its own does not
 
         say(f"warning: {path} is {imported['caution']}")

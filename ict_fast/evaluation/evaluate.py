@@ -61,13 +61,13 @@ DEFAULT_DIGITS_COUNT = 10_000
 
 def evaluate(
     model: ConsistencyModel,
-    reference: Path,
+    reference: str | Path,
     *,
     steps: Sequence[int] = (1, 2),
     count: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    features: Path | None = None,
+    features: str | Path | None = None,
     features_sha256: str | None = None,
     allow_other_recipe: bool = False,
     devices: Sequence[torch.device | str] = (),
@@ -108,7 +108,8 @@ def evaluate(
         TrainingError: the samples hold NaN or infinite values.
     """
     report = progress or (lambda fraction, text: None)
-    opened = open_reference(reference)
+    opened = open_reference(Path(reference))
+    features = None if features is None else Path(features)
     steps = _checked_steps(steps)
     if count is not None and count < 2:
         raise InputError(

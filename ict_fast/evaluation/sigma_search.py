@@ -81,7 +81,7 @@ def search_sigma(
     high: float,
     *,
     tolerance: float = DEFAULT_TOLERANCE,
-    started: Callable[[int], None] | None = None,
+    advanced: Callable[[SigmaSearch], None] = lambda search: None,
 ) -> SigmaSearch:
     """Searches for the sigma with the smallest distance.
 
@@ -92,7 +92,7 @@ def search_sigma(
         measure: the distance at a sigma.
         low, high: the interval to search, 0 < low < high.
         tolerance: the ratio of the interval's ends at which the search stops, above 1.
-        started: called before each measurement with the number of those done.
+        advanced: called at the beginning and after each measurement with the search so far.
     Returns:
         the trace; `best` is the smallest distance seen.
     Raises:
@@ -103,14 +103,14 @@ def search_sigma(
     if not 1 < tolerance < high / low:
         raise InputError(f"the tolerance is {tolerance}; it must be above 1 and below {high / low:.4g}")
     search = SigmaSearch(low, high)
+    advanced(search)
     for _ in range(evaluations(low, high, tolerance) // 2):
         logs = math.log(search.low), math.log(search.high)
         third = (logs[1] - logs[0]) / 3
         pair = math.exp(logs[0] + third), math.exp(logs[1] - third)
         for sigma in pair:
-            if started is not None:
-                started(len(search.tried))
             search.tried.append((sigma, measure(sigma)))
+            advanced(search)
         (_, left), (_, right) = search.tried[-2:]
         if left <= right:
             search.high = pair[1]
@@ -130,6 +130,7 @@ def search_sampling_sigmas(
     labels: Tensor | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    tried: Callable[[list[SigmaSearch]], None] = lambda searches: None,
 ) -> list[SigmaSearch]:
     """Searches for the level of the second step, then with that one fixed for that of the third, and so on.
 
@@ -146,6 +147,7 @@ def search_sampling_sigmas(
         labels: (count,) for a class-conditional model.
         seed: of the noise.
         progress: called with the fraction done in [0, 1] and what is being done.
+        tried: called after each candidate with the searches so far.
     Returns:
         a search for each step after the first.
     Raises:
@@ -164,7 +166,8 @@ def search_sampling_sigmas(
     size = network.resolution
     start = torch.zeros(count, network.image_channels, size, size)
     report(0.0, f"sampling {count:,} images in one step")
-    images, found = _stepped(model, start, method.sigma_max, 0, labels, seed), []
+    images = _stepped(model, start, method.sigma_max, 0, labels, seed)
+    found: list[SigmaSearch] = []
     low, high = interval
     for number in range(1, steps):
         before, total = images, evaluations(low, high, tolerance)
@@ -172,11 +175,14 @@ def search_sampling_sigmas(
         def measure(sigma: float, before: Tensor = before, number: int = number) -> float:
             return distance(to_uint8(_stepped(model, before, sigma, number, labels, seed)))
 
-        def started(done: int, number: int = number, total: int = total) -> None:
+        def advanced(search: SigmaSearch, number: int = number, total: int = total) -> None:
+            done = len(search.tried)
+            if done:
+                tried([*found, search])
             share = (number - 1 + done / total) / (steps - 1)
-            report(share, f"step {number + 1}: candidate {done + 1} of {total}")
+            report(share, f"step {number + 1}: {done} of {total} candidates")
 
-        search = search_sigma(measure, low, high, tolerance=tolerance, started=started)
+        search = search_sigma(measure, low, high, tolerance=tolerance, advanced=advanced)
         search.without = distance(to_uint8(before))
         found.append(search)
         if number < steps - 1:

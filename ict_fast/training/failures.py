@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from ict_fast.config import Config
 from ict_fast.data.loaders import Loader
-from ict_fast.errors import TrainingError
+from ict_fast.errors import TrainingError, is_out_of_memory
 from ict_fast.training.monitor import reason
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import World
@@ -32,9 +30,7 @@ def explained() -> Iterator[None]:
             f"{where}{reason(error)}; the same command resumes from the last checkpoint"
         ) from error
     except (RuntimeError, MemoryError) as error:
-        # torch.OutOfMemoryError is the GPU's; the CPU's allocator raises a plain RuntimeError.
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not out_of_memory and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             f"out of memory: {reason(error)}; a smaller --training.micro-batch needs less"

@@ -110,6 +110,13 @@ def test_what_cannot_work_is_one_line(
     assert not Path("other").exists(), "refused before a run is started"
 
 
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images.npy").touch()
+    assert cli.main([*WORDS, "--out", str(tmp_path)]) == 2
+    assert "is not empty and holds no ablation; choose another --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["images.npy"]
+
+
 def test_the_list_names_every_variant_and_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from ict_fast.config import Config
-from ict_fast.consistency.model import ConsistencyModel, build_seeded_network, noise_condition
+from ict_fast.checkpoint import write_checkpoint
+from ict_fast.config import Config, to_dict
+from ict_fast.consistency.model import ConsistencyModel, build_seeded_network, load_model, noise_condition
 from ict_fast.errors import InputError
 
 
@@ -20,6 +22,22 @@ def _awake(model: ConsistencyModel) -> ConsistencyModel:
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def test_a_foreign_caution_is_shown_and_not_obeyed(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {"ema": ConsistencyModel(tiny).network.state_dict()}
+    for step, caution in enumerate(("ev\x1b[31mil", ["\x1b[31m"])):
+        state = {"config": to_dict(tiny), "imported": {"caution": caution}}
+        write_checkpoint(tmp_path, step, tensors, state, keep=2)
+        load_model(tmp_path)
+    assert capsys.readouterr().err == f"warning: {tmp_path} is ev\\x1b[31mil\n"
+
+
+def test_a_gpu_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="device is cuda:99, but torch sees"):
+        load_model(tmp_path, device="cuda:99")
 
 
 def test_f_at_sigma_min_is_the_identity_to_the_last_bit(tiny: Config) -> None:

@@ -81,7 +81,8 @@ def test_a_model_that_returns_real_digits_is_as_near_as_real_halves(good):
 
 
 def test_a_model_that_returns_noise_scores_as_noise(store):
-    result = evaluate(Paints(lambda x: torch.erf(x / 80 / 2**0.5)), store, steps=(1,), count=2000)
+    noise = Paints(lambda x: torch.erf(x / 80 / 2**0.5))
+    result = evaluate(noise, str(store), steps=(1,), count=2000)
     assert result["one_step"]["relative_to_noise"] == pytest.approx(1, abs=0.05)
 
 

@@ -15,10 +15,12 @@ import torch
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.cli import main
 from ict_fast.commands.search_sigma import _how_to_keep
-from ict_fast.consistency import load_model, sample
+from ict_fast.config import Config
+from ict_fast.consistency import ConsistencyModel, load_model, sample
 from ict_fast.data.pictures import to_uint8
-from ict_fast.data.store import open_store
+from ict_fast.data.store import open_store, write_store
 from ict_fast.errors import InputError
+from ict_fast.evaluation import DistanceToReference, evaluate
 from ict_fast.evaluation.sigma_search import SigmaSearch, evaluations, search_sampling_sigmas, search_sigma
 
 
@@ -110,6 +112,59 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     assert torchmetrics_distance(real, images) == pytest.approx(best["distance"], rel=1e-3)
 
 
+def test_an_interrupted_search_keeps_every_candidate_and_the_result_before(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, calls = DistanceToReference.to, 0
+
+    def interrupted(self: DistanceToReference, images: np.ndarray) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return measure(self, images)
+
+    monkeypatch.setattr(DistanceToReference, "to", interrupted)
+    out = tmp_path / "search.json"
+    out.write_text("an earlier search")
+    words = ["search-sigma", str(trained), "--count", "8", "--low", "0.2", "--high", "4", "--tolerance", "4"]
+    assert main([*words, "--out", str(out)]) == 130
+    assert capsys.readouterr().err.endswith(f"interrupted; what was tried is in {out}.partial\n")
+    [search] = json.loads((tmp_path / "search.json.partial").read_text())["searches"]
+    assert len(search["tried"]) == 2
+    assert out.read_text() == "an earlier search"
+    monkeypatch.undo()
+    assert main([*words, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["searches"][0]["tried"][:2] == search["tried"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_reference_is_measured_once_by_the_search_and_by_evaluate(tmp_path: Path, inception: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
+    store = write_store(
+        tmp_path / "store", images, np.zeros(100, np.int64), source="test", recipe="none", classes=[]
+    )
+    network = replace(Config().network, num_classes=0, image_channels=3, channels=8)
+    model = ConsistencyModel(replace(Config(), network=network))
+    told: list[float] = []
+
+    def distance() -> float:
+        opened = DistanceToReference(
+            model, store, features=inception, progress=lambda fraction, text: told.append(fraction)
+        )
+        return opened.to(images[:50])
+
+    first = distance()
+    assert told[-1] == 1
+    [kept] = (store / "evaluation").iterdir()
+    result = evaluate(model, store, features=inception, steps=(1,), count=50)
+    assert [kept] == list((store / "evaluation").iterdir())
+    assert result["reference"]["count"] == 100
+    told.clear()
+    assert distance() == first
+    assert told == []
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -128,6 +183,13 @@ def test_what_cannot_be_searched_is_one_line(
     assert main(["search-sigma", str(trained), *words.split(), "--out", str(out)]) == 2
     assert reason in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_folder_in_place_of_the_trace_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["search-sigma", str(tmp_path), "--out", str(tmp_path)]) == 2  # there is no model there
+    assert f"name a file to write, such as {tmp_path}/search-sigma.json" in capsys.readouterr().err
 
 
 def test_the_models_mode_and_torchs_generator_stay(trained: Path) -> None:

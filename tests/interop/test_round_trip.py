@@ -256,3 +256,20 @@ def test_an_export_that_fails_leaves_nothing(
     assert main(["export", "safetensors", str(trained), "--out", str(tmp_path / "out")]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_import_that_fails_can_be_tried_again(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from ict_fast import checkpoint
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    assert main(["export", "safetensors", str(trained), "--out", str(tmp_path / "exported")]) == 0
+    words = ["import", "safetensors", str(tmp_path / "exported"), "--out", str(tmp_path / "in")]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_durably", full)
+        assert main(words) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert main(words) == 0

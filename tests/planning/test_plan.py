@@ -282,6 +282,8 @@ def test_a_short_run_is_given_in_minutes_and_its_rate_is_doubted(capsys: pytest.
         (["--mfu", "1.2"], "--mfu is 1.2; it must be a share"),
         (["--micro-batch", "512", "--gpu", "h100"], "needs 110 GB on each GPU for 512 images"),
         (["--json", "/dev/null/plan.json"], "--json is /dev/null, but /dev/null is not a folder"),
+        (["--json", "/"], "--json is /, a folder; name a file to write, such as /plan.json"),
+        (["--results", "/dev/null"], "--results is /dev/null, which is no folder"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,7 +193,9 @@ def test_sample_and_evaluate_take_an_average_by_its_name(
     capsys.readouterr()
     for command in ("sample", "evaluate"):
         assert main([command, str(out), "--ema", "0.95"]) == 2
-        assert 'has no ema-0.95.safetensors; did you mean "ema-0.9"?' in capsys.readouterr().err
+        assert 'has no average 0.95; did you mean "0.9"?' in capsys.readouterr().err
+    assert main(["sample", str(out), "--ema", "ema"]) == 2
+    assert "has no average ema; choose one of: 0.8, 0.9, power-0.05" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gpu_baselines import compiled_variants, error_record
+from gpu_baselines import INDUCTOR, TUNED, compiled_variants, error_record
 from gpu_timing import OURS, Comparison, Stage, buffer_sets, differentiable
 from kernel_cases.group_norm_silu import Norm, case_of
 from torch import Tensor
@@ -248,6 +248,18 @@ def _variants(case: NormCase, arguments: Arguments, device: torch.device) -> dic
     if _why_not_apex(case, arguments) is None:
         variants["apex"] = stages(by_apex, arguments.ours)
     return variants
+
+
+def compile_baselines(case: NormCase) -> None:
+    """Runs what Inductor makes of a norm once, on a GPU: for `compile_beside`."""
+    device = torch.device("cuda")
+    arguments = Arguments(case, case.samples, 1, device)
+    for name, stages in _variants(case, arguments, device).items():
+        if name in (INDUCTOR, TUNED):
+            stages["backward"](0, stages["forward"](0, None))
+    torch.cuda.synchronize()
+    del arguments, stages
+    torch.cuda.empty_cache()
 
 
 def _why_not_apex(case: NormCase, arguments: Arguments) -> str | None:

@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 
 report_in: Any = importlib.import_module("reports").report_in
-gpu_step: Any = importlib.import_module("gpu_step")
 machine: Any = importlib.import_module("machine")
 results_index: Any = importlib.import_module("results_index")
 run_gpu: Any = importlib.import_module("run_gpu")
@@ -120,6 +119,7 @@ def test_part_kernels_runs_the_kernels_themselves_in_the_interpreter(tmp_path: P
         assert figures["minimum_bytes"] == figures["bytes_moved"] == tensors * 2 * 4 * 24 * 4 * 4
         copy = min(figures["ms"]["copy"], figures["ms"]["copy by a kernel"])
         assert figures["percent_of_copy"] == pytest.approx(100 * copy / figures["ms"]["ict_kernels"])
+        assert figures["percent_of_minimum_copy"] == pytest.approx(figures["percent_of_copy"])
         assert set(figures["times_faster_than"]) == {"eager"}
     # An ulp of bf16 at 8, which no output of unit variance reaches; the interpreter truncates to bf16.
     assert 0 < result["errors"]["y"]["max_error"] < 2**-4
@@ -257,67 +257,6 @@ def test_what_the_budget_does_not_reach_is_named_and_no_failure(
     assert 0 < sum(measured) < len(names)
     assert measured == sorted(measured, reverse=True)
     assert all("100 s was used up" in each["not_measured"] for each in results if "figure" not in each)
-
-
-# ------------------------------------------------------------------------------------- whole steps, and parts
-
-
-@pytest.fixture
-def measured_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """The record of both variants of the digits' step at 32 images; `fits(name, images)` says what runs."""
-
-    def measure(fits: Callable[[str, int], bool], budget: float = 600.0) -> dict[str, Any]:
-        def time_variant(name: str, config: Any, device: torch.device) -> dict[str, Any]:
-            images = config.training.batch_size
-            if not fits(name, images):
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            figures = {"ms_all": [float(images)], "host_ms": 1.0, "matrix_tflop_per_s": None}
-            return figures | {"first_step_s": 1.0, "parameters": 1, "peak_memory_bytes": None}
-
-        monkeypatch.setattr(gpu_step, "_time_variant", time_variant)
-        monkeypatch.setattr(gpu_step, "ceilings", lambda kind: {"matrix_tflop_per_s": {"fp32": 1.0}})
-        monkeypatch.setattr(gpu_step, "count_step", lambda preset, images: {"flops": 1e9 * images})
-        *_, record = gpu_step.measure_steps("digits", 32, CPU, budget)
-        return dict(record)
-
-    return measure
-
-
-def test_a_baseline_that_does_not_fit_takes_all_variants_to_half_the_batch(
-    measured_steps: Callable[..., dict[str, Any]],
-) -> None:
-    record = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16)
-    assert record["batch_size"] == 16
-    assert {name: each["ms_per_step"] for name, each in record["variants"].items()} == dict.fromkeys(
-        gpu_step.CPU_VARIANTS, 16.0
-    )
-    assert record["failed"] == record["left_out"] == {}
-    assert "error" not in record
-    assert record["larger_batches"]["32"].keys() == {gpu_step.CPU_VARIANTS[0]}
-    late = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16, budget=0.0)
-    assert late["batch_size"] == 32, "without time for all variants, those that ran keep their figures"
-    assert late["variants"].keys() == {gpu_step.CPU_VARIANTS[0]}
-
-
-def test_variants_that_all_fail_are_an_error(
-    measured_steps: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    record = measured_steps(lambda name, images: False)
-    assert "out of memory at 8 images" in record["error"]
-    assert run_with(monkeypatch, tmp_path, {"step": lambda: record}) == 1
-
-
-def test_max_autotune_has_to_be_asked_for(tmp_path: Path) -> None:
-    gpu = torch.device("cuda")
-    assert list(gpu_step.part_step(gpu, run_gpu.Session(tmp_path, 1.0))) == [
-        "step, imagenet64",
-        "step, cifar10",
-    ]
-    asked = gpu_step.part_step(gpu, run_gpu.Session(tmp_path, 1.0, "max-autotune"))
-    assert [name for name in asked if "max-autotune" in name] == [
-        "step, imagenet64, max-autotune",
-        "step, cifar10, max-autotune",
-    ]
 
 
 def test_a_part_that_does_not_end_is_killed(

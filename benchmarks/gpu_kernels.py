@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from compilers import compile_beside
+from compilers import compile_beside, dismiss
 from gpu_baselines import by_definition, compiled_variants, definitions, error_record
 from gpu_group_norm import NormCase, compare_norm, compile_baselines, in_other_dtypes, norm_cases
 from gpu_timing import OURS, Comparison, Stage, buffer_sets, differentiable, measure
@@ -43,8 +43,9 @@ def part_kernels(device: torch.device, session: Any) -> dict[str, Callable[[], d
     to_compile = [case for name, case in norms.items() if session.only in name]
 
     def measured(name: str, prepare: Callable[[], Comparison]) -> dict[str, Any]:
-        if name in norms:
+        if name in norms and to_compile:
             compile_beside([partial(compile_baselines, case) for case in to_compile], session.left() / 2)
+            dismiss()
             to_compile.clear()
         return measure(prepare(), device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 
 report_in: Any = importlib.import_module("reports").report_in
+gpu_tests: Any = importlib.import_module("gpu_tests")
 machine: Any = importlib.import_module("machine")
 results_index: Any = importlib.import_module("results_index")
 run_gpu: Any = importlib.import_module("run_gpu")
@@ -275,3 +277,25 @@ def test_all_parts_are_those_that_measure_what_is_here(
     assert run_gpu.main(["--part", "all", "--out", str(tmp_path)]) == 0
     assert tuple(ran) == results_index.PARTS
     assert set(run_gpu.PARTS) - set(ran) == {"tune"}
+
+
+def test_the_commands_of_the_readme_choose_what_there_is_and_end_in_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in text.splitlines() if "timeout -k" in line and "--part" in line]
+    assert {words[words.index("--part") + 1] for words in commands} >= set(run_gpu.PARTS) - {"dropin"}
+    chosen: list[Any] = []
+    offered: dict[str, Any] = {}
+    monkeypatch.setattr(run_gpu, "run_part", lambda *arguments: chosen.append(arguments) or 0)
+    for number, words in enumerate(commands):
+        words[words.index("$OUT")] = str(tmp_path)
+        script = words.index("benchmarks/run_gpu.py")
+        assert run_gpu.main(words[script + 1 :]) == 0
+        part, out, seconds, only, variants = chosen[number]
+        if part not in offered:
+            session = run_gpu.Session(out, seconds, "", variants)
+            offered[part] = run_gpu.PARTS[part](torch.device("cuda"), session)
+        assert any(only in name for name in offered[part])
+        grace = gpu_tests.GRACE_SECONDS if part == "tests" and "sanitizer" not in only else 10
+        assert int(words[3]) > seconds + grace, "what runs when the budget ends is to end"

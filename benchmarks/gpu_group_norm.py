@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,8 @@ class NormCase:
         return f"group_norm_silu, {self.preset}, {dtype}{self.norm}"
 
 
-def norm_cases(preset: str, samples: int) -> list[NormCase]:
+@cache
+def norm_cases(preset: str, samples: int) -> tuple[NormCase, ...]:
     """The distinct norms of a preset's network, those first that see the most elements in a step."""
     config = presets.get(preset).network
     uses: Counter[Norm] = Counter()
@@ -90,7 +91,7 @@ def norm_cases(preset: str, samples: int) -> list[NormCase]:
                 module.register_forward_pre_hook(count, with_kwargs=True)
         network(x, torch.empty(2), labels, dropout_seed=torch.empty(2, dtype=torch.int64))
     elements = {norm: times * norm.channels * norm.size**2 for norm, times in uses.items()}
-    return [
+    return tuple(
         NormCase(
             preset,
             norm,
@@ -101,7 +102,7 @@ def norm_cases(preset: str, samples: int) -> list[NormCase]:
             config.dropout if norm.dropout else 0.0,
         )
         for norm in sorted(elements, key=lambda each: (-elements[each], each))
-    ]
+    )
 
 
 def in_other_dtypes(case: NormCase) -> list[NormCase]:

@@ -87,6 +87,13 @@ def test_a_goal_is_judged_by_its_worst_figure(
     assert f"| {met} |" in row
 
 
+def test_inductor_is_found_by_both_of_its_names() -> None:
+    for name in ("inductor", "inductor, mix_order_reduction off"):
+        record = {"times_faster_than": {name: 1.2, f"{name}, other": 2.0}}
+        assert goals._step_against("inductor")(record) == 1.2
+    assert goals._step_against("inductor")({}) is None
+
+
 def test_a_miss_has_a_place_for_its_analysis_until_somebody_writes_it(
     page: tuple[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,3 +171,26 @@ def test_times_of_steps_that_were_skipped_or_lost_their_loss_are_no_times(
         monkeypatch.setitem(gpu_step.VARIANTS, gpu_step.OURS, variant)
         with pytest.raises(FloatingPointError, match=problem) if problem else nullcontext():
             gpu_step._time_variant(gpu_step.OURS, None, CPU)
+
+
+@pytest.mark.parametrize(("name", "resets"), [(gpu_step.OURS, [0, 5]), (gpu_step.CAPTURED, [0])])
+def test_peak_memory_is_of_steps_after_the_first_ones_unless_they_are_captured(
+    name: str, resets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    seen: list[int] = []
+    state = SimpleNamespace(
+        network=torch.nn.Linear(1, 1),
+        optimizer=SimpleNamespace(skipped=0),
+        losses=SimpleNamespace(count=15),
+    )
+    monkeypatch.setitem(
+        gpu_step.VARIANTS, name, lambda config, device: (lambda k, batches: ran.append(k), state)
+    )
+    monkeypatch.setattr(gpu_step, "synthetic_batches", lambda config, device: [])
+    monkeypatch.setattr(gpu_step, "seconds_of", lambda run, device: run() or 1.0)
+    monkeypatch.setattr(gpu_step, "_matrix_rate", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append(len(ran)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert gpu_step._time_variant(name, None, SimpleNamespace(type="cuda"))["peak_memory_bytes"] == 7
+    assert (seen, len(ran)) == (resets, 15)

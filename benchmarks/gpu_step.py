@@ -17,9 +17,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from compilers import compile_beside, dismiss
 from gpu_baselines import INDUCTOR, TUNED
-from gpu_step_blocks import COMPILED, OURS, block_work, compile_as
+from gpu_step_blocks import OURS, compile_as, compile_beforehand
 from gpu_step_floor import measure_floor
 from machine import ceilings, matrix_tflop_per_s, seconds_of
 from plain_network import make_plain
@@ -119,7 +118,7 @@ WORDS = {
 }
 # Tries many kernels for each convolution: by itself it can use up a part's time, so it has to be asked for.
 _ON_REQUEST = (AUTOTUNED,)
-_UNCOMPILED = (PLAIN, UNCOMPILED)
+_QUICK = (FLOOR, PLAIN, UNCOMPILED)  # nothing is compiled for them
 CPU_VARIANTS = (UNCOMPILED, PLAIN)
 
 
@@ -184,7 +183,7 @@ def measure_steps(
 
     def time_is_up(name: str) -> bool:
         """A variant's first pass is expected to take what the longest of its kind has taken."""
-        alike = [took[each] for each in took if (each in _UNCOMPILED) == (name in _UNCOMPILED)]
+        alike = [took[each] for each in took if (each in _QUICK) == (name in _QUICK)]
         return left() < max(alike, default=0.0)
 
     to_come, compiled_for = list(names), 0
@@ -197,13 +196,8 @@ def measure_steps(
             yield from _add_floor(record, config, device, left)
             continue
         if device.type == "cuda" and compiled_for != config.training.batch_size:
-            compiled_for, begun = config.training.batch_size, time.monotonic()
-            chosen = [each for each in COMPILED if each in names]
-            work = [block for each in chosen for block in block_work(each, config)]
-            ended = compile_beside(work, left() / 2)
-            dismiss()
-            seconds = round(time.monotonic() - begun, 1)
-            record["compiled_beforehand"] = {"blocks": len(work), "ended": sum(ended), "seconds": seconds}
+            compiled_for = config.training.batch_size
+            record["compiled_beforehand"] = compile_beforehand(names, config, left() / 2)
         begun = time.monotonic()
         fits = _measure_variant(name, config, device, record, halve=not time_is_up(name))
         took[name] = time.monotonic() - begun

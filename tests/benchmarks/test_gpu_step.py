@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from ict_fast.networks import build_network
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+gpu_step_blocks: Any = importlib.import_module("gpu_step_blocks")
 gpu_step: Any = importlib.import_module("gpu_step")
 run_gpu: Any = importlib.import_module("run_gpu")
 
@@ -109,12 +112,16 @@ def steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[s
                 clock[0] += 5.0
                 yield {"ms": 8.0 * share, "share_of_flops": share}
 
-        def compile_beside(work: Sequence[Any], most: float) -> list[bool]:
+        def compile_beforehand(names: Sequence[str], config: Any, most: float) -> dict[str, Any]:
             clock[0] += min(60.0, most)
-            return [True] * len(work)
+            return {}
 
-        fakes = {"_time_variant": time_variant, "measure_floor": floor, "compile_beside": compile_beside}
-        fakes |= {"clean_up": lambda device: None, "block_work": lambda name, config: [name]}
+        fakes = {
+            "_time_variant": time_variant,
+            "measure_floor": floor,
+            "compile_beforehand": compile_beforehand,
+        }
+        fakes |= {"clean_up": lambda device: None}
         fakes["ceilings"] = lambda kind: {"matrix_tflop_per_s": {"bf16": 1.0}}
         fakes["count_step"] = lambda preset, images: {"flops": 1e9}
         fakes["trunk_dtype"] = lambda precision, device: torch.bfloat16
@@ -130,17 +137,16 @@ def steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[s
 def test_what_is_compiled_comes_first_then_the_floor_and_what_the_time_does_not_reach_is_the_rest(
     steps_on_a_gpu: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0) | {gpu_step.PLAIN: 15.0, gpu_step.UNCOMPILED: 15.0}
-    records = steps_on_a_gpu(seconds, 225.0)
-    compiled = list(gpu_step.COMPILED)
+    seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0) | {gpu_step.PLAIN: 12.0, gpu_step.UNCOMPILED: 12.0}
+    records = steps_on_a_gpu(seconds, 219.0)
+    compiled = [gpu_step.OURS, gpu_step.TUNED, gpu_step.INDUCTOR]
     assert [list(each["variants"]) for each in records[:3]] == [compiled[:1], compiled[:2], compiled]
     # Before the last of the floor its sum is of a part, and says so.
     assert [each["floor"]["share_of_flops"] for each in records[3:5]] == [0.5, 1.0]
     assert records[4]["times_the_floor"] == 10.0 / 8.0
-    # 60 + 3 x 40 + 10 s; after the 15 s that one takes no compiled one fits, but another like it.
+    # After 60 + 3 x 40 s nothing compiled fits any more, but the floor, and what is not compiled.
     assert list(records[-1]["variants"]) == [*compiled, gpu_step.PLAIN, gpu_step.UNCOMPILED]
     assert list(records[-1]["left_out"]) == [gpu_step.CAPTURED]
-    assert records[-1]["compiled_beforehand"] == {"blocks": 3, "ended": 3, "seconds": 60.0}
 
 
 def test_a_second_pass_takes_half_and_the_floor_alone_can_be_measured(
@@ -194,3 +200,27 @@ def test_peak_memory_is_of_steps_after_the_first_ones_unless_they_are_captured(
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
     assert gpu_step._time_variant(name, None, SimpleNamespace(type="cuda"))["peak_memory_bytes"] == 7
     assert (seen, len(ran)) == (resets, 15)
+
+
+def test_every_kind_of_block_is_compiled_beforehand_for_the_images_that_it_sees() -> None:
+    config = gpu_step.step_config("imagenet64", 128)
+    with torch.device("meta"):
+        blocks = list(build_network(config.network).blocks())
+
+    def kind(block: Any) -> tuple[Any, ...]:
+        resample, attention = type(block.resample), block.attention is not None
+        return block.in_channels, block.out_channels, resample, attention, block.norm1.dropout
+
+    sides: dict[Any, set[int]] = {}
+    for name in gpu_step_blocks.COMPILED:
+        work = [each.args for each in gpu_step_blocks.block_work(name, config)]
+        assert {kind(blocks[number]) for _, _, number, _ in work} == set(map(kind, blocks))
+        for _, _, number, (samples, channels, height, width) in work:
+            assert (samples, channels) == (128, blocks[number].in_channels)
+            assert height == width
+            sides.setdefault(blocks[number].attention is not None, set()).add(height)
+    assert sides[True] <= set(config.network.attention_resolutions) | {8}, "the middle attends too"
+    ours = gpu_step_blocks.block_work(gpu_step.OURS, config)
+    # A place of dropout has its number in its code.
+    dropping = sum(block.norm1.dropout > 0 for block in blocks)
+    assert dropping < len(ours) < len(blocks)

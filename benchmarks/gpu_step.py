@@ -23,6 +23,7 @@ from gpu_step_floor import measure_floor
 from machine import ceilings, matrix_tflop_per_s, seconds_of
 from plain_network import make_plain
 from step_counts import count_step
+from torch._dynamo.utils import counters
 
 from ict_fast import presets
 from ict_fast.config import Config
@@ -260,11 +261,9 @@ def _measure_variant(
         if config.training.batch_size == batch:
             record["failed"][name] = problem
         return config
-    entry = record["variants"].setdefault(
-        name, {"passes": [], "first_step_s": figures["first_step_s"], "parameters": figures["parameters"]}
-    )
-    entry["passes"].append({key: figures[key] for key in ("ms_all", "host_ms", "matrix_tflop_per_s")})
-    entry["peak_memory_bytes"] = figures["peak_memory_bytes"]
+    of_pass = {key: figures.pop(key) for key in ("ms_all", "host_ms", "matrix_tflop_per_s")}
+    entry = record["variants"].setdefault(name, {"passes": [], **figures})
+    entry["passes"].append(of_pass)
     return config
 
 
@@ -285,7 +284,9 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
         torch.cuda.reset_peak_memory_stats()
     step, state = VARIANTS[name](config, device)
     batches = synthetic_batches(config, device)
+    counters.clear()
     first = seconds_of(lambda: step(0, batches), device)
+    graphs = {each: counters["inductor"][f"fxgraph_cache_{each}"] for each in ("hit", "miss")}
     for k in range(1, WARM_UP_STEPS):
         step(k, batches)
     rate = _matrix_rate(device)
@@ -309,6 +310,7 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
         )
     return {
         "first_step_s": round(first, 2),
+        "graphs_in_cache": graphs,  # whether what was compiled beforehand is what the step needs
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "ms_all": times,
         "host_ms": statistics.median(host),

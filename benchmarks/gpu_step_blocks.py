@@ -78,6 +78,7 @@ def _compile_block(name: str, config: Config, number: int, shape: tuple[int, ...
     """In another process: runs a block as a step does, on whatever stands in memory."""
     device = torch.device("cuda")
     configure_torch(device, deterministic=False)
+    torch.backends.cudnn.benchmark = False  # tries algorithms for nobody, and is in no key of the caches
     torch.compiler.reset()
     with torch.device("meta"):
         network = build_network(config.network)

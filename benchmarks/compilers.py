@@ -76,17 +76,21 @@ def compile_beside(work: Sequence[Callable[[], object]], seconds: float) -> list
     except BrokenExecutor:
         late, broken = set(), True
     if late or broken:
-        dismiss()
+        dismiss(kill=True)
     ended = [each.done() and each not in late for each in futures]
     return ended + [False] * (len(work) - len(ended))
 
 
-def dismiss() -> None:
-    """Ends the processes, which hold memory of the GPU; the next work starts others."""
+def dismiss(kill: bool = False) -> None:
+    """Ends the processes, which hold memory of the GPU; the next work starts others.
+
+    Args:
+        kill: do not wait for what they are at.
+    """
     if _processes.cache_info().currsize:
         processes = _processes()
         _processes.cache_clear()
-        for child in multiprocessing.active_children():
+        for child in multiprocessing.active_children() if kill else ():
             child.kill()
         processes.shutdown(cancel_futures=True)
 

@@ -165,6 +165,21 @@ def write_results(folder: Path) -> None:
         ],
         "train": [train_result()],
         "profile": [profile_result()],
+        "precision": [
+            {
+                "name": "gradients by precision, digits",
+                "batches": 24,
+                "batch_size": 128,
+                "stages": [
+                    {
+                        "num_scales": 11,
+                        "precisions": {
+                            "bf16": {"cosine": 0.9, "cosine_of_mean": 0.95, "norm": 0.8765, "noise": 0.1}
+                        },
+                    }
+                ],
+            }
+        ],
     }
     ceilings = {"copy_gb_per_s": 3000.0, "matrix_tflop_per_s": {"bf16": 700.0, "fp32": 50.0}}
     for part, results in parts.items():

@@ -115,6 +115,7 @@ def test_what_has_no_json_is_not_measured_yet(page: tuple[str, Path], tmp_path: 
     assert not (tmp_path / "plots").exists()
     text = page[0]
     assert "#### In other code bases\n\nnot measured yet" in text
+    assert "| 11 | 0.9000 | 0.9500 | 0.8765 | 0.1000 |" in text
     assert "noise_images, cifar10: the budget of 420 s was used up" in text
 
 

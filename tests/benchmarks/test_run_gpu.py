@@ -77,13 +77,15 @@ def test_part_step_needs_torch_alone_and_writes_raw_json(tmp_path: Path) -> None
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize(("part", "absent"), [("train", ()), ("profile", ()), ("profile", ("numpy",))])
-def test_parts_train_and_profile_run(part: str, absent: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "absent"), [("train", ()), ("profile", ()), ("profile", ("numpy",)), ("precision", ())]
+)
+def test_long_parts_run(part: str, absent: tuple[str, ...], tmp_path: Path) -> None:
     arguments = ("--part", part, "--out", str(tmp_path), "--budget-seconds", "20")
     finished = run_bare(*arguments, absent=(*ABSENT, *absent))
     assert finished.returncode == 0, finished.stderr
     (result,) = report_in(tmp_path, part)["results"]
-    assert result.get("one_step" if part == "train" else "profiles")
+    assert result.get({"train": "one_step", "profile": "profiles", "precision": "stages"}[part])
 
 
 def test_what_the_parts_import_is_on_a_bare_machine() -> None:

@@ -15,11 +15,11 @@ def _product(query: Sequence[int], key: Sequence[int]) -> int:
     return 2 * count * heads * queries * key[2] * channels
 
 
-def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
+def attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
     return 2 * _product(query, key)
 
 
-def _attention_backward(gradient: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
+def attention_backward(gradient: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
     """The weights again, and two products for each of the two: as torch counts a GPU's."""
     return 5 * _product(query, key)
 
@@ -30,8 +30,8 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(
         display=False,
         custom_mapping={
-            operations._scaled_dot_product_flash_attention_for_cpu: _attention,
-            operations._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+            operations._scaled_dot_product_flash_attention_for_cpu: attention,
+            operations._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
         },
     )
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_step import INDUCTOR, TUNED
+from gpu_baselines import WITHOUT_REDUCTIONS
+from gpu_optimizer import RADAM
 from gpu_timing import COPIES, OURS
 from results_index import Entry, Results
 
@@ -108,6 +109,14 @@ def _against(name: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda figures: figures["times_faster_than"].get(name)
 
 
+def _against_radam(figures: dict[str, Any]) -> float | None:
+    """The smaller of two ratios: in a CUDA graph, where torch's RAdam must be capturable, and queued."""
+    queued = figures.get("queued_ms", {})
+    ours, theirs = queued.get(OURS), queued.get(RADAM)
+    in_graph: float = figures["times_faster_than"][RADAM]
+    return min(in_graph, theirs / ours) if ours and theirs else None
+
+
 def _adm_step(value: Callable[[dict[str, Any]], float | None]) -> Callable[[Results], Iterator[Reached]]:
     def figures(results: Results) -> Iterator[Reached]:
         for gpu, name, entry in results.of_part("step"):
@@ -198,7 +207,13 @@ def _of_ours(key: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 def _step_against(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda record: record.get("times_faster_than", {}).get(name)
+    """Inductor's name depends on torch's version, see gpu_baselines.py."""
+
+    def value(record: dict[str, Any]) -> float | None:
+        ratios = record.get("times_faster_than", {})
+        return ratios.get(name, ratios.get(name + WITHOUT_REDUCTIONS))
+
+    return value
 
 
 def _copy(figures: dict[str, Any]) -> float:
@@ -245,12 +260,10 @@ GOALS = (
     ),
     Goal(
         "optimizer-foreach",
-        "RAdamEMA: faster than torch's foreach RAdam with a foreach average",
+        "RAdamEMA: faster than torch's foreach RAdam with a foreach average, in a CUDA graph and queued",
         3,
         "x",
-        lambda results: _worst(
-            results.of_part("optimizer"), _against("torch.optim.RAdam, foreach, + foreach EMA")
-        ),
+        lambda results: _worst(results.of_part("optimizer"), _against_radam),
     ),
     Goal(
         "step-floor",
@@ -269,17 +282,17 @@ GOALS = (
     ),
     Goal(
         "step-inductor",
-        "ADM-64 step: faster than Inductor (its defaults, mix_order_reduction off)",
+        "ADM-64 step: faster than Inductor (its defaults)",
         1.12,
         "x",
-        _adm_step(_step_against(INDUCTOR)),
+        _adm_step(_step_against("inductor")),
     ),
     Goal(
         "step-tuned",
-        "ADM-64 step: faster than Inductor (raised thresholds, mix_order_reduction off)",
+        "ADM-64 step: faster than Inductor (raised thresholds)",
         1.05,
         "x",
-        _adm_step(_step_against(TUNED)),
+        _adm_step(_step_against("inductor, raised thresholds")),
     ),
     Goal(
         "train-learns",

@@ -1,7 +1,8 @@
 """What the kernels are compared with: functions compiled by Inductor, and the package's own definitions.
 
-Inductor runs without the reductions that give wrong gradients in torch 2.13, as it does in the trainer (see
-ict_fast/training/compilation.py); and where its results can be compared with eager torch's, they are.
+Inductor runs as it comes, but for the reductions that give wrong gradients in torch 2.13 (see
+ict_fast/training/compilation.py): there it runs without them, and its name says so. Where its results can be
+compared with eager torch's, they are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ RAISED_THRESHOLDS: dict[str, Any] = {
     "realize_opcount_threshold": 500,
     "realize_acc_reads_threshold": 64,
 }
+# pytorch issue 193061
+REDUCTIONS_ARE_WRONG = torch.__version__.startswith("2.13.")
+WITHOUT_REDUCTIONS = ", mix_order_reduction off"
+_SUFFIX = WITHOUT_REDUCTIONS if REDUCTIONS_ARE_WRONG else ""
+INDUCTOR, TUNED = f"inductor{_SUFFIX}", f"inductor, raised thresholds{_SUFFIX}"
 # Compiling for a CPU takes a minute for each shape, and says nothing about a GPU.
 COMPILED_ON = ("cuda",)
 
@@ -32,15 +38,17 @@ def compiled_variants(function: Callable[..., Any], device: torch.device) -> dic
     if device.type not in COMPILED_ON:
         return {}
     torch.compiler.reset()  # else all cases count against one limit of recompilations
-    triton = torch._inductor.config.triton
-    if hasattr(triton, "mix_order_reduction"):  # pytorch issue 193061
-        triton.mix_order_reduction = False
+    set_reductions()
     return {
-        "inductor": torch.compile(function, fullgraph=True, dynamic=False),
-        "inductor, raised thresholds": torch.compile(
-            function, fullgraph=True, dynamic=False, options=RAISED_THRESHOLDS
-        ),
+        INDUCTOR: torch.compile(function, fullgraph=True, dynamic=False),
+        TUNED: torch.compile(function, fullgraph=True, dynamic=False, options=RAISED_THRESHOLDS),
     }
+
+
+def set_reductions() -> None:
+    """As they come, unless they are wrong; the trainer's `compile_blocks` always turns them off."""
+    if hasattr(torch._inductor.config.triton, "mix_order_reduction"):
+        torch._inductor.config.triton.mix_order_reduction = not REDUCTIONS_ARE_WRONG
 
 
 @contextmanager

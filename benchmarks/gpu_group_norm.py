@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gpu_baselines import compiled_variants, error_record
+from gpu_baselines import INDUCTOR, TUNED, compiled_variants, error_record
 from gpu_timing import OURS, Comparison, Stage, buffer_sets, differentiable
 from kernel_cases.group_norm_silu import Norm, case_of
 from torch import Tensor
@@ -61,7 +61,8 @@ class NormCase:
         return f"group_norm_silu, {self.preset}, {dtype}{self.norm}"
 
 
-def norm_cases(preset: str, samples: int) -> list[NormCase]:
+@cache
+def norm_cases(preset: str, samples: int) -> tuple[NormCase, ...]:
     """The distinct norms of a preset's network, those first that see the most elements in a step."""
     config = presets.get(preset).network
     uses: Counter[Norm] = Counter()
@@ -90,7 +91,7 @@ def norm_cases(preset: str, samples: int) -> list[NormCase]:
                 module.register_forward_pre_hook(count, with_kwargs=True)
         network(x, torch.empty(2), labels, dropout_seed=torch.empty(2, dtype=torch.int64))
     elements = {norm: times * norm.channels * norm.size**2 for norm, times in uses.items()}
-    return [
+    return tuple(
         NormCase(
             preset,
             norm,
@@ -101,7 +102,7 @@ def norm_cases(preset: str, samples: int) -> list[NormCase]:
             config.dropout if norm.dropout else 0.0,
         )
         for norm in sorted(elements, key=lambda each: (-elements[each], each))
-    ]
+    )
 
 
 def in_other_dtypes(case: NormCase) -> list[NormCase]:
@@ -248,6 +249,18 @@ def _variants(case: NormCase, arguments: Arguments, device: torch.device) -> dic
     if _why_not_apex(case, arguments) is None:
         variants["apex"] = stages(by_apex, arguments.ours)
     return variants
+
+
+def compile_baselines(case: NormCase) -> None:
+    """Runs what Inductor makes of a norm once, on a GPU: for `compile_beside`."""
+    device = torch.device("cuda")
+    arguments = Arguments(case, case.samples, 1, device)
+    for name, stages in _variants(case, arguments, device).items():
+        if name in (INDUCTOR, TUNED):
+            stages["backward"](0, stages["forward"](0, None))
+    torch.cuda.synchronize()
+    del arguments, stages
+    torch.cuda.empty_cache()
 
 
 def _why_not_apex(case: NormCase, arguments: Arguments) -> str | None:

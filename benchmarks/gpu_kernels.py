@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from compilers import compile_beside, dismiss
 from gpu_baselines import by_definition, compiled_variants, definitions, error_record
-from gpu_group_norm import compare_norm, in_other_dtypes, norm_cases
+from gpu_group_norm import NormCase, compare_norm, compile_baselines, in_other_dtypes, norm_cases
 from gpu_timing import OURS, Comparison, Stage, buffer_sets, differentiable, measure
 from torch import Tensor
 
@@ -30,13 +31,25 @@ SCALE_SHIFT_PRESET = ("imagenet64-ct2023", 128)
 SIGMA_DATA = 0.5
 
 
-def part_kernels(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What to measure, by name; on a CPU a few small shapes."""
+def part_kernels(device: torch.device, session: Any) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What to measure, by name; on a CPU a few small shapes.
+
+    Args:
+        session: whose `only` chooses names, and whose `left()` is the seconds that are left: with the first
+            norm the baselines of all chosen ones are compiled, in half of that time at most.
+    """
     sizes = SIZES if device.type == "cuda" else SMALL_SIZES
-    return {
-        name: lambda prepare=prepare: measure(prepare(), device)  # type: ignore[misc]
-        for name, prepare in comparisons(sizes, device).items()
-    }
+    norms = {case.name: case for case in _norms(sizes, device) if device.type == "cuda"}
+    to_compile = [case for name, case in norms.items() if session.only in name]
+
+    def measured(name: str, prepare: Callable[[], Comparison]) -> dict[str, Any]:
+        if name in norms and to_compile:
+            compile_beside([partial(compile_baselines, case) for case in to_compile], session.left() / 2)
+            dismiss()
+            to_compile.clear()
+        return measure(prepare(), device)
+
+    return {name: partial(measured, name, prepare) for name, prepare in comparisons(sizes, device).items()}
 
 
 def comparisons(
@@ -59,13 +72,17 @@ def comparisons(
             ("sample_noise_levels", compare_levels),
         ):
             made[f"{op}, {preset}"] = partial(compare, (*shape, shape[-1]), device)
+    return made | {case.name: partial(compare_norm, case, device) for case in _norms(sizes, device)}
+
+
+def _norms(sizes: Sequence[tuple[str, int, int, int]], device: torch.device) -> list[NormCase]:
     networks = [norm_cases(preset, samples) for preset, samples, _, _ in sizes]
     cases = sorted((case for network in networks for case in network), key=lambda case: -case.share)
     if device.type == "cuda":
         cases += [each for network in networks for each in in_other_dtypes(network[0])]
         seen = {case.norm for case in cases}
         cases += [case for case in norm_cases(*SCALE_SHIFT_PRESET) if case.norm not in seen]
-    return made | {case.name: partial(compare_norm, case, device) for case in cases}
+    return cases
 
 
 # --------------------------------------------------------------------------------------------------- the loss

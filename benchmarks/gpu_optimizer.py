@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from gpu_baselines import error_record
-from gpu_timing import OURS, Comparison, Stage, measure, time_in_turn
+from gpu_timing import HEAD_START_CYCLES, OURS, Comparison, Stage, measure, time_in_turn
 from torch import Tensor, nn
 
 from ict_fast import presets
@@ -27,6 +27,7 @@ WARM_UP_STEPS = 6
 # Outside a graph a round is this many steps: what the host needs for one shows where the device is faster.
 STEPS_IN_A_ROW = 10
 ROUNDS = 5
+QUEUED_ROUNDS = 9
 CHECKED_STEPS = 10
 
 
@@ -37,7 +38,12 @@ def part_optimizer(device: torch.device) -> dict[str, Callable[[], dict[str, Any
 
 
 def measure_optimizer(preset: str, device: torch.device) -> dict[str, Any]:
-    """A step's time in a CUDA graph, and called one by one from Python; errors against float64."""
+    """A step's time in a CUDA graph, behind a backlog, and called from Python; errors against float64.
+
+    For a graph torch's optimizers must be capturable, which costs them thousands of small kernels. As one
+    uses them they are not: so each is timed on the device once more, called from Python while the device is
+    held until the host has queued the whole step.
+    """
     parameters = network_parameters(preset, device)
     count = sum(p.numel() for p in parameters)
     errors = _errors(parameters)
@@ -55,9 +61,32 @@ def measure_optimizer(preset: str, device: torch.device) -> dict[str, Any]:
         device,
     )
     del steps
-    return record | {
-        "called_from_python_ms": _time_calls(optimizer_steps(parameters, capturable=False), device)
-    }
+    steps = optimizer_steps(parameters, capturable=False)
+    if device.type == "cuda":
+        record["stages"]["step"]["queued_ms"] = {name: queued_ms(step) for name, step in steps.items()}
+    return record | {"called_from_python_ms": _time_calls(steps, device)}
+
+
+def queued_ms(step: Callable[[], object]) -> float | None:
+    """Milliseconds of a step on the GPU, which never waits for the host: the median of QUEUED_ROUNDS.
+
+    None if the host cannot queue a whole step, because it waits for the device or has too many launches.
+    """
+    times: list[float] = []
+    cycles = 20 * HEAD_START_CYCLES
+    while len(times) < QUEUED_ROUNDS:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        start.record()
+        step()
+        end.record()
+        if not start.query():  # the device was still held when the step had been queued
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        elif (cycles := 2 * cycles) > 1000 * HEAD_START_CYCLES:
+            return None
+    return statistics.median(times)
 
 
 def network_parameters(preset: str, device: torch.device) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ from torch import Tensor, nn  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck")
 BINARY = "compute-sanitizer"
-# What the tool answers with if it has found something.
-_FOUND = 99
+MOST_SECONDS = 60.0
+# What the tool answers with if it has found something, and says where the machine does not let it.
+_FOUND, _REFUSED = 99, "Device not supported"
 # (samples, channels, height, width), groups: resident with masks; with a second part; split, with a tail of
 # pixels and of channels; a single pixel.
 _NORMS = (
@@ -44,7 +46,7 @@ def sanitize(tool: str, seconds_left: Callable[[], float]) -> dict[str, Any]:
 
     Args:
         tool: of TOOLS.
-        seconds_left: after which the run is ended.
+        seconds_left: after which the run is ended, or after MOST_SECONDS.
     Returns:
         kernels: the names of those that ran; findings: the tool's own last lines; `error` if there are any.
     """
@@ -57,20 +59,25 @@ def sanitize(tool: str, seconds_left: Callable[[], float]) -> dict[str, Any]:
     command += ["--target-processes", "application-only"]  # not the compilers that it starts
     command += [sys.executable, str(Path(__file__).resolve())]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        finished = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=max(1.0, seconds_left()),
-            check=False,
-        )
-    except subprocess.TimeoutExpired as expired:
-        return {"not_measured": f"did not end within the {expired.timeout:.0f} s that were left"}
-    return verdict(tool, finished.returncode, finished.stdout, finished.stderr)
+    seconds = max(1.0, min(MOST_SECONDS, seconds_left()))
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started too
+            return {"not_measured": f"did not end within {seconds:.0f} s"}
+    if _REFUSED in printed + errors:
+        return {"not_measured": f"{BINARY}: {_REFUSED}"}
+    return verdict(tool, process.returncode, printed, errors)
 
 
 def verdict(tool: str, code: int, printed: str, errors: str) -> dict[str, Any]:
@@ -101,9 +108,9 @@ def _names_of_launches() -> Iterator[set[str]]:
     names: set[str] = set()
     original = triton_support.launch
 
-    def noted(kernel: Any, *arguments: Any, **named: Any) -> None:
+    def noted(kernel: Any, *arguments: Any, **named: Any) -> Any:
         names.add(kernel.fn.__name__)
-        original(kernel, *arguments, **named)
+        return original(kernel, *arguments, **named)
 
     for module in modules:
         module.launch = noted  # type: ignore[union-attr]

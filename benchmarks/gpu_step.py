@@ -2,8 +2,8 @@
 
 Variants follow one another, each in its own network, since compiled blocks of several would share one cache
 of torch's; then once more in reverse order while the budget lasts (A B C C B A), so that a drift of the clock
-shows and cancels. Beside them, timed alone: the step's convolutions and attention, which nothing here can
-make faster. The record is given anew after every variant.
+shows and cancels. The compiled ones come first, then the floor: the step's convolutions and attention timed
+alone, which nothing here can make faster. The record is given anew after every variant.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from gpu_baselines import RAISED_THRESHOLDS
+from gpu_baselines import INDUCTOR, TUNED
+from gpu_step_blocks import OURS, compile_as, compile_beforehand
 from gpu_step_floor import measure_floor
-from machine import ceilings, median_seconds, seconds_of
+from machine import ceilings, matrix_tflop_per_s, seconds_of
 from plain_network import make_plain
 from step_counts import count_step
+from torch._dynamo.utils import counters
 
 from ict_fast import presets
 from ict_fast.config import Config
-from ict_fast.training.compilation import compile_blocks
 from ict_fast.training.step import TrainStep, trunk_dtype
 
 # (preset, images): the step with the goals goes first.
@@ -87,35 +88,39 @@ def _plain(config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
     return step, step
 
 
-def _inductor(
-    options: dict[str, Any] | None, config: Config, device: torch.device
-) -> tuple[Advance, TrainStep]:
+def _inductor(name: str, config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
     """Plain torch in compiled blocks, as ours are."""
     _, step = _plain(config, device)
-    compile_blocks(step.network)
-    if options is not None:
-        for block in step.network.blocks():  # type: ignore[operator]
-            block.compile(fullgraph=True, dynamic=False, options=options)
+    compile_as(name, step.network)
     return step, step
 
 
-OURS, PLAIN, AUTOTUNED = "ict-fast", "torch, uncompiled", "ict-fast, max-autotune"
-# Like ours, without the reductions that give wrong gradients in torch 2.13 (see compilation.py).
-INDUCTOR = "inductor, mix_order_reduction off"
-TUNED = "inductor, raised thresholds, mix_order_reduction off"
-# In the order of measuring; one more variant is one more line.
+PLAIN, CAPTURED, UNCOMPILED = "torch, uncompiled", "ict-fast, CUDA graph", "ict-fast, uncompiled"
+AUTOTUNED, FLOOR = "ict-fast, max-autotune", "convolutions and attention alone"
 VARIANTS: dict[str, Variant] = {
     OURS: partial(_ours, "on"),
-    INDUCTOR: partial(_inductor, None),
-    TUNED: partial(_inductor, RAISED_THRESHOLDS),
+    TUNED: partial(_inductor, TUNED),
+    INDUCTOR: partial(_inductor, INDUCTOR),
     PLAIN: _plain,
-    "ict-fast, CUDA graph": _captured,
-    "ict-fast, uncompiled": partial(_ours, "off"),
+    CAPTURED: _captured,
+    UNCOMPILED: partial(_ours, "off"),
     AUTOTUNED: partial(_ours, "max-autotune"),
+}
+# In the order of measuring, with the words that `--variants` takes.
+WORDS = {
+    "ours": OURS,
+    "tuned": TUNED,
+    "inductor": INDUCTOR,
+    "floor": FLOOR,
+    "plain": PLAIN,
+    "graph": CAPTURED,
+    "uncompiled": UNCOMPILED,
+    "max-autotune": AUTOTUNED,
 }
 # Tries many kernels for each convolution: by itself it can use up a part's time, so it has to be asked for.
 _ON_REQUEST = (AUTOTUNED,)
-CPU_VARIANTS = ("ict-fast, uncompiled", PLAIN)
+_QUICK = (FLOOR, PLAIN, UNCOMPILED)  # nothing is compiled for them
+CPU_VARIANTS = (UNCOMPILED, PLAIN)
 
 
 # ---------------------------------------------------------------------------------------------- the measuring
@@ -125,19 +130,16 @@ def part_step(device: torch.device, session: Any) -> dict[str, Callable[[], Iter
     """What to measure, by name; on a CPU the digits' small network.
 
     Args:
-        session: whose `share()` is the seconds that the measurement which asks may take; max-autotune is
-            offered to `--only max-autotune`.
+        session: whose `share()` is the seconds that the measurement which asks may take, and whose `variants`
+            are words of WORDS; none for all but max-autotune, whose measurement has another name.
     """
-    sizes = CPU_SIZES if device.type == "cpu" else GPU_SIZES
-    kinds: dict[str, Sequence[str]] = {"": ()}
-    if "max-autotune" in session.only:
-        kinds[", max-autotune"] = (OURS, AUTOTUNED)
+    names = [name for word, name in WORDS.items() if word in session.variants]
+    suffix = ", max-autotune" if AUTOTUNED in names else ""
     return {
-        f"step, {preset}{suffix}": lambda preset=preset, images=images, names=names: measure_steps(  # type: ignore[misc]
+        f"step, {preset}{suffix}": lambda preset=preset, images=images: measure_steps(  # type: ignore[misc]
             preset, images, device, session.share(), names
         )
-        for suffix, names in kinds.items()
-        for preset, images in sizes
+        for preset, images in (CPU_SIZES if device.type == "cpu" else GPU_SIZES)
     }
 
 
@@ -157,12 +159,12 @@ def measure_steps(
         images: in a step; halved until every variant fits into the device's memory. What was measured of a
             larger batch stays in the record, under `larger_batches`.
         budget_seconds: no variant is begun after this time; what is left out is named.
-        names: the variants to measure; by default all that make sense on the device.
+        names: what to measure, values of WORDS; by default all that make sense on the device.
     Yields:
-        The record so far, after every variant.
+        The record so far, after every variant, and while the floor is measured.
     """
     started, config = time.monotonic(), step_config(preset, images)
-    names = list(names) or [name for name in VARIANTS if name not in _ON_REQUEST]
+    names = list(names) or [name for name in WORDS.values() if name not in _ON_REQUEST]
     if device.type == "cpu":
         names = [name for name in CPU_VARIANTS if name in names] or names
     peak = ceilings(device.type)["matrix_tflop_per_s"]["bf16" if device.type == "cuda" else "fp32"]
@@ -175,46 +177,65 @@ def measure_steps(
         "left_out": {},
         "failed": {},
     }
-    longest = 0.0
+    took: dict[str, float] = {}
 
-    def time_is_up() -> bool:
-        return time.monotonic() - started + longest > budget_seconds
+    def left() -> float:
+        return budget_seconds - (time.monotonic() - started)
 
-    to_come = list(names)
+    def time_is_up(name: str) -> bool:
+        """A variant's first pass is expected to take what the longest of its kind has taken."""
+        alike = [took[each] for each in took if (each in _QUICK) == (name in _QUICK)]
+        return left() < max(alike, default=0.0)
+
+    to_come, compiled_for = list(names), 0
     while to_come:
         name = to_come.pop(0)
-        if record["variants"] and time_is_up():
+        if record["variants"] and time_is_up(name):
             record["left_out"][name] = f"the {budget_seconds:.0f} s of this network were used up"
             continue
+        if name == FLOOR:
+            yield from _add_floor(record, config, device, left)
+            continue
+        if device.type == "cuda" and compiled_for != config.training.batch_size:
+            compiled_for = config.training.batch_size
+            record["compiled_beforehand"] = compile_beforehand(names, config, left() / 2)
         begun = time.monotonic()
-        fits = _measure_variant(name, config, device, record, halve=not time_is_up())
-        longest = max(longest, (time.monotonic() - begun) / 2)  # later ones find most of the code compiled
+        fits = _measure_variant(name, config, device, record, halve=not time_is_up(name))
+        took[name] = time.monotonic() - begun
         if fits is not config:  # all variants take the same batch, so they begin anew
             if record["variants"]:
                 record.setdefault("larger_batches", {})[str(config.training.batch_size)] = record["variants"]
             config, to_come = fits, list(names)
-            record |= {"batch_size": config.training.batch_size, "variants": {}, "failed": {}}
+            record |= {"batch_size": config.training.batch_size, "variants": {}, "failed": {}, "left_out": {}}
+            record.pop("floor", None)
             continue
         _summarise(record, config)
         yield record
-    if not record["variants"] or names[0] in record["failed"]:
+    if not (record["variants"] or "floor" in record) or names[0] in record["failed"]:
         record["error"] = "; ".join(f"{name}: {reason}" for name, reason in record["failed"].items())
         yield record
         return
-    if device.type == "cuda" and not time_is_up():
-        try:
-            record["floor"] = measure_floor(preset, record["batch_size"], device)
-        except Exception as error:
-            record["failed"]["convolutions and attention alone"] = _in_a_line(error)
-        clean_up(device)
-        _summarise(record, config)
-        yield record
     for name in reversed(list(record["variants"])):
-        if time_is_up():
+        if left() < took[name] / 2:  # its code is in the caches
             break
         _measure_variant(name, config, device, record, halve=False)
         _summarise(record, config)
         yield record
+
+
+def _add_floor(
+    record: dict[str, Any], config: Config, device: torch.device, left: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    if device.type != "cuda":
+        return
+    try:
+        for floor in measure_floor(record["preset"], record["batch_size"], device, left):
+            record["floor"] = floor
+            _summarise(record, config)
+            yield record
+    except Exception as error:
+        record["failed"][FLOOR] = _in_a_line(error)
+    clean_up(device)
 
 
 def _measure_variant(
@@ -240,11 +261,9 @@ def _measure_variant(
         if config.training.batch_size == batch:
             record["failed"][name] = problem
         return config
-    entry = record["variants"].setdefault(
-        name, {"passes": [], "first_step_s": figures["first_step_s"], "parameters": figures["parameters"]}
-    )
-    entry["passes"].append({key: figures[key] for key in ("ms_all", "host_ms", "matrix_tflop_per_s")})
-    entry["peak_memory_bytes"] = figures["peak_memory_bytes"]
+    of_pass = {key: figures.pop(key) for key in ("ms_all", "host_ms", "matrix_tflop_per_s")}
+    entry = record["variants"].setdefault(name, {"passes": [], **figures})
+    entry["passes"].append(of_pass)
     return config
 
 
@@ -265,10 +284,15 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
         torch.cuda.reset_peak_memory_stats()
     step, state = VARIANTS[name](config, device)
     batches = synthetic_batches(config, device)
+    counters.clear()
     first = seconds_of(lambda: step(0, batches), device)
+    graphs = {each: counters["inductor"][f"fxgraph_cache_{each}"] for each in ("hit", "miss")}
     for k in range(1, WARM_UP_STEPS):
         step(k, batches)
     rate = _matrix_rate(device)
+    # What cuDNN and Inductor take to choose their kernels is no step's. A captured step has all it takes.
+    if device.type == "cuda" and name != CAPTURED:
+        torch.cuda.reset_peak_memory_stats()
     times, host = [], []
     for k in range(WARM_UP_STEPS, WARM_UP_STEPS + TIMED_STEPS):
 
@@ -278,13 +302,20 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
             host.append(1e3 * (time.perf_counter() - begun))
 
         times.append(1e3 * seconds_of(run, device))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    skipped, finite = int(state.optimizer.skipped), int(state.losses.count)
+    if skipped or finite < WARM_UP_STEPS + TIMED_STEPS:
+        raise FloatingPointError(
+            f"{skipped} steps skipped, {finite} of the losses finite: the times are no step's"
+        )
     return {
         "first_step_s": round(first, 2),
+        "graphs_in_cache": graphs,  # whether what was compiled beforehand is what the step needs
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "ms_all": times,
         "host_ms": statistics.median(host),
         "matrix_tflop_per_s": rate,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "peak_memory_bytes": peak,
     }
 
 
@@ -292,9 +323,7 @@ def _matrix_rate(device: torch.device) -> float | None:
     """The rate of a matrix product now: whether the clock is what it was for the variant before."""
     if device.type != "cuda":
         return None
-    size = 4096
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: a @ b, device) / 1e12
+    return matrix_tflop_per_s(*(torch.randn(4096, 4096, device=device).bfloat16() for _ in range(2)))
 
 
 def _summarise(record: dict[str, Any], config: Config) -> None:

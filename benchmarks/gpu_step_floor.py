@@ -8,8 +8,11 @@ left out: a fused kernel could do their work elsewhere.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import flops
 import torch
 import torch.nn.functional as F
 from gpu_timing import OURS, Stage, buffer_sets, differentiable, time_variants
@@ -18,31 +21,65 @@ from torch import Tensor
 
 # Where an operation's schema has the number of groups.
 _GROUPS = {"convolution": 8, "convolution_backward": 9}
+_ATTENTION = {"attention": flops.attention, "attention backward": flops.attention_backward}
 
 
-def measure_floor(preset: str, images: int, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of a step's convolutions and attention.
+def measure_floor(
+    preset: str, images: int, device: torch.device, left: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step's convolutions and attention, those first that have most of the FLOPs.
 
-    Returns:
-        ms in all; ms by operation; one entry for each distinct call: operation, shapes, dtype, count, ms of
-        one.
+    Args:
+        left: seconds that are left; no call is timed after them, so that the sum is of a part.
+    Yields:
+        After every call: share_of_flops that the sums cover; ms in all; ms by operation; one entry for each
+        distinct call: operation, shapes, dtype, count, ms of one.
     """
-    found = []
+    calls = floor_calls(heavy_calls(preset, images))
+    work = {call: count * flops_of_call(call) for call, count in calls.items()}
+    found: list[dict[str, Any]] = []
     by_operation: dict[str, float] = {}
-    for call, count in floor_calls(heavy_calls(preset, images)).items():
+    covered = 0
+    for call in sorted(calls, key=lambda each: -work[each]):
+        if left() <= 0:
+            return
         milliseconds = time_call(call, device)
-        by_operation[call.operation] = by_operation.get(call.operation, 0.0) + count * milliseconds
+        by_operation[call.operation] = by_operation.get(call.operation, 0.0) + calls[call] * milliseconds
+        covered += work[call]
         tensors = [each for each in call.arguments if isinstance(each, TensorOf)]
         found.append(
             {
                 "operation": call.operation,
                 "shapes": [each.shape for each in tensors[:3]],
                 "dtype": str(tensors[0].dtype).removeprefix("torch."),
-                "count": count,
+                "count": calls[call],
                 "ms": milliseconds,
             }
         )
-    return {"ms": sum(by_operation.values()), "ms_by_operation": by_operation, "calls": found}
+        yield {
+            "share_of_flops": covered / sum(work.values()),
+            "ms": sum(by_operation.values()),
+            "ms_by_operation": dict(by_operation),
+            "calls": list(found),
+        }
+
+
+def flops_of_call(call: Call) -> int:
+    """2 per multiply-add, as torch's counter has them."""
+    if call.operation in _ATTENTION:
+        return _ATTENTION[call.operation](
+            *(each.shape for each in call.arguments if isinstance(each, TensorOf))
+        )
+    operation = getattr(torch.ops.aten, call.operation).default
+    return flops.flops_of(lambda: operation(*(_made(each, torch.device("meta")) for each in call.arguments)))
+
+
+def _made(argument: Any, device: torch.device, generator: torch.Generator | None = None) -> Any:
+    """A random tensor of a shape, strides and dtype; anything else as it is."""
+    if not isinstance(argument, TensorOf):
+        return argument
+    values = torch.empty_strided(argument.shape, argument.stride, dtype=argument.dtype, device=device)
+    return values if generator is None else values.normal_(generator=generator)
 
 
 def floor_calls(calls: Counter[Call]) -> Counter[Call]:
@@ -61,14 +98,7 @@ def time_call(call: Call, device: torch.device) -> float:
     tensors = [each for each in call.arguments if isinstance(each, TensorOf)]
     moved = sum(each.numel * each.dtype.itemsize for each in tensors)
     sets = buffer_sets(moved, device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def made(each: Any) -> Any:
-        if not isinstance(each, TensorOf):
-            return each
-        values = torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device=device)
-        return values.normal_(generator=generator)
-
+    made = partial(_made, device=device, generator=torch.Generator(device).manual_seed(0))
     if call.operation.startswith("attention"):
         stages = _attention_stages(call, [[made(each) for each in tensors] for _ in range(sets)])
     else:

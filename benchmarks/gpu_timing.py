@@ -202,6 +202,8 @@ def measure(comparison: Comparison, device: torch.device) -> dict[str, Any]:
             "copied_bytes": copied[stage],
             "copy_gb_per_s": copied[stage] / copy / 1e6,
             "percent_of_copy": 100 * copy / ours,
+            # Of the bytes that any algorithm must move, at the rate of the copy.
+            "percent_of_minimum_copy": 100 * copy / ours * comparison.minimum_bytes[stage] / copied[stage],
             "times_faster_than": {
                 name: ms / ours for name, ms in medians.items() if name not in (OURS, *COPIES)
             },

@@ -72,17 +72,17 @@ def train_config(device: torch.device) -> Config:
     )
 
 
-def enlarged_digits(folder: Path) -> Store:
-    """The digits as 32x32 images: each pixel a block of 4x4."""
+def digits_store(folder: Path, block: int = BLOCK) -> Store:
+    """The digits, each pixel a block of so many by so many: 32x32 images by default."""
     digits = digits_copy.load()
-    images = digits["images"].repeat(BLOCK, axis=1).repeat(BLOCK, axis=2)
+    images = digits["images"].repeat(block, axis=1).repeat(block, axis=2)
     return open_store(
         write_store(
             folder,
             images,
             digits["labels"].astype(np.int64),
             source="scikit-learn load_digits",
-            recipe="8x8 grey, each pixel a block of 4x4",
+            recipe=f"8x8 grey, each pixel a block of {block}x{block}",
             classes=[str(digit) for digit in range(10)],
         )
     )
@@ -106,7 +106,7 @@ def measure_training(config: Config, device: torch.device, budget_seconds: float
         return
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        store = enlarged_digits(Path(folder) / "store")
+        store = digits_store(Path(folder) / "store")
         train_step = TrainStep(config, device)
         loader, reason = make_loader(config, store, device)
         record: dict[str, Any] = {

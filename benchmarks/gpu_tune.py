@@ -6,23 +6,20 @@ the warps that its size asks for, then warps and registers of the best of them. 
 to the present plan's before it is timed, in turn with it and with a copy of the fewest bytes that must move.
 The best plan of each shape is printed, as what would be changed in `_plan`, with what that saves of a step.
 
-On a GPU other processes compile what is to be timed, a core each: Triton's cache on the disk hands it on.
-They have ended their work before anything is timed.
+On a GPU other processes compile what is to be timed, see compilers.py.
 """
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
+from compilers import compile_beside
 from gpu_group_norm import EPS, LAYER, Arguments, NormCase, norm_cases, samples_that_fit
 from gpu_kernels import SIZES, SMALL_SIZES
 from gpu_timing import COPIES, OURS, Stage, buffer_sets, copies, relative_difference, time_variants
@@ -106,7 +103,12 @@ def tune(
             choose(case, samples, direction, record["best"] or {}), case, samples, direction, tried
         )
         if wishes and (not record["plans"] or seconds_left() > 0):
-            _compile_beside(case, direction, wishes, device, seconds_left())
+            if device.type == "cuda":
+                work = [partial(_compile, case, direction, each) for each in wishes]
+                ended = compile_beside(work, seconds_left())
+                late = [each for each, done in zip(wishes, ended, strict=True) if not done]
+                record["failed"] |= {label(each): "was not compiled when the time was up" for each in late}
+                wishes = [each for each in wishes if each not in late]
             _time(case, direction, arguments, wishes, device, record)
             yield record
 
@@ -326,30 +328,6 @@ def _summarise(case: NormCase, direction: str, record: dict[str, Any]) -> None:
 
 
 # --------------------------------------------------------------------------------------- compiling beforehand
-
-
-def _compile_beside(
-    case: NormCase, direction: str, wishes: Sequence[Wishes], device: torch.device, seconds: float
-) -> None:
-    """Leaves the plans' machine code in Triton's cache on the disk. What fails here fails again, and is said
-    there.
-    """
-    if device.type != "cuda" or len(wishes) < 3:
-        return
-    try:
-        futures = [_compilers().submit(_compile, case, direction, each) for each in wishes]
-        wait(futures, timeout=max(30.0, seconds))
-        broken = any(each.done() and isinstance(each.exception(), BrokenExecutor) for each in futures)
-    except BrokenExecutor:
-        broken = True
-    if broken:  # one has crashed; the next shape gets others
-        _compilers.cache_clear()
-
-
-@cache
-def _compilers() -> ProcessPoolExecutor:
-    count = max(1, min(12, (os.cpu_count() or 2) - 2))
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _compile(case: NormCase, direction: str, wishes: Wishes) -> None:

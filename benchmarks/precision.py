@@ -26,11 +26,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from ict_fast.checkpoint import open_checkpoint  # noqa: E402
 from ict_fast.config import Config, from_dict  # noqa: E402
 from ict_fast.consistency.curriculum import stages  # noqa: E402
 from ict_fast.data.loaders import Batch, make_loader  # noqa: E402
 from ict_fast.data.store import open_store  # noqa: E402
+from ict_fast.training.launch import configure_torch  # noqa: E402
 from ict_fast.training.step import TrainStep  # noqa: E402
 
 PRECISIONS = ("fp32", "bf16", "fp16", "tf32")
@@ -126,10 +126,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args(argv)
+    from ict_fast.checkpoint import open_checkpoint  # needs safetensors, which the rest does not
+
     checkpoint = open_checkpoint(options.run)
     config = from_dict(checkpoint.state["config"])
     training = replace(config.training, batch_size=options.batch_size, micro_batch=0, compile="off")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    configure_torch(device, deterministic=False)  # else a GPU's fp32 is TF32
     steps = {}
     for name in PRECISIONS:
         steps[name] = TrainStep(replace(config, training=replace(training, precision=name)), device)

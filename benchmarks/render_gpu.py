@@ -9,6 +9,7 @@ from typing import Any
 from gpu_timing import COPIES, OURS
 from page import NOT_YET, link, table
 from plots import machine_plots
+from precision import table as gradient_table
 from profile_step import table_of
 from results_index import PARTS, Entry, Results
 
@@ -21,6 +22,7 @@ PART_TITLES = {
     "train": "A run that learns",
     "dropin": "In other code bases",
     "profile": "Profiles",
+    "precision": "Gradients by precision",
 }
 
 
@@ -109,12 +111,27 @@ def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
                     f"{figures['ms'][OURS]:.4f}",
                     f"{figures['gb_per_s']:.0f}",
                     f"{figures['percent_of_copy']:.0f} %",
+                    f"{figures['percent_of_minimum_copy']:.0f} %",
                     ", ".join(f"{ratio:.2f}x {other}" for other, ratio in others.items()),
                     link(entry.file),
                 )
             )
-    head = ("case", "direction", "algorithm", "ms", "GB/s", "of a copy", "faster than", "file")
+    head = (
+        "case",
+        "direction",
+        "algorithm",
+        "ms",
+        "GB/s",
+        "of a copy",
+        "of the least",
+        "faster than",
+        "file",
+    )
     if rows:
+        yield (
+            "*Of a copy* is against a copy of the bytes that the algorithm moves, a split norm's second read"
+            " among them, which L2 may serve; *of the least* against one of the bytes that any must move."
+        )
         yield table(head, rows, right=3)
     errors = [
         (name, f"{each['max_error']:.3g}", f"{each['torch_max_error']:.3g}", link(entry.file))
@@ -134,6 +151,15 @@ def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
     ]
     if failed:
         yield "Variants that could not run:\n\n" + "\n".join(failed)
+
+
+def optimizer_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    yield from kernel_blocks(found)
+    for name, entry in found.items():
+        queued = entry.record.get("stages", {}).get("step", {}).get("queued_ms", {})
+        times = ", ".join(f"{each} {ms:.3f} ms" for each, ms in queued.items() if ms)
+        if times:
+            yield f"{name}, called from Python (torch's not capturable), the device never waiting: {times}."
 
 
 def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
@@ -156,11 +182,19 @@ def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
         ]
         yield table(("variant", "ms", "images/s", "MFU", "peak GiB", "first step, s"), rows, right=1)
         if "floor" in record:
-            parts = ", ".join(f"{kind} {ms:.1f}" for kind, ms in record["floor"]["ms_by_operation"].items())
-            yield (
-                f"Convolutions and attention alone: {record['floor']['ms']:.1f} ms ({parts}); the step takes"
-                f" {record['times_the_floor']:.2f} times that."
+            floor = record["floor"]
+            parts = ", ".join(f"{kind} {ms:.1f}" for kind, ms in floor["ms_by_operation"].items())
+            of = (
+                ""
+                if floor["share_of_flops"] == 1
+                else f", {100 * floor['share_of_flops']:.0f} % of their FLOPs"
             )
+            times = (
+                f"; the step takes {record['times_the_floor']:.2f} times that"
+                if "times_the_floor" in record
+                else ""
+            )
+            yield f"Convolutions and attention alone{of}: {floor['ms']:.1f} ms ({parts}){times}."
         for batch, variants in record.get("larger_batches", {}).items():
             times = ", ".join(f"{each} {figures['ms_per_step']:.1f} ms" for each, figures in variants.items())
             yield f"At {batch} images, for which not every variant has the memory: {times}."
@@ -236,6 +270,14 @@ def profile_blocks(found: dict[str, Entry]) -> Iterator[str]:
             yield from _without_figures(entry.record)
 
 
+def precision_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    for name, entry in found.items():
+        if entry.record.get("stages"):
+            record = entry.record
+            yield f"{name}: {record['batches']} batches of {record['batch_size']} ({link(entry.file)}):"
+            yield gradient_table(record).strip()
+
+
 def other_blocks(found: dict[str, Entry]) -> Iterator[str]:
     yield "\n".join(
         f"* {name}: {entry.record.get('summary', 'see the file')} ({link(entry.file)})"
@@ -247,10 +289,11 @@ def other_blocks(found: dict[str, Entry]) -> Iterator[str]:
 PART_BLOCKS = {
     "tests": tests_blocks,
     "kernels": kernel_blocks,
-    "optimizer": kernel_blocks,
+    "optimizer": optimizer_blocks,
     "step": step_blocks,
     "data": data_blocks,
     "train": train_blocks,
     "dropin": other_blocks,
     "profile": profile_blocks,
+    "precision": precision_blocks,
 }

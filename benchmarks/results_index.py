@@ -10,7 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-PARTS = ("tests", "kernels", "optimizer", "step", "data", "train", "dropin", "profile")
+PARTS = ("tests", "kernels", "optimizer", "step", "data", "train", "dropin", "profile", "precision")
 
 
 @dataclass(frozen=True)

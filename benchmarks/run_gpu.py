@@ -4,12 +4,12 @@ Needs torch and Triton alone (the parts data and train numpy too), no installati
 path. Without a GPU it runs the same code on the CPU, at sizes that say nothing about speed (the suite does,
 so that the script never rots). Parts, each in its gpu_*.py: tests, those that need a GPU; kernels, the loss
 among them; optimizer; step, whole training steps; data, the loaders; train, a run that learns; dropin, the
-kernels in other code bases; profile, where a step's time goes; and, asked for by itself, tune, other plans of
-group norm beside the present ones. Every part fits into its budget, compilation included: what the time does
-not reach is named, and `--only TEXT` gives all of it to some. Both networks' steps with every variant take
-two calls: `--part step --only imagenet64`, `--part step --only cifar10`. Compiled by max-autotune they are
-measured by `--part step --only max-autotune` alone. Where the files came without git, ICT_FAST_COMMIT says of
-which commit they are. benchmarks/README.md says in which order half an hour on a GPU is best used.
+kernels in other code bases; profile, where a step's time goes; precision, gradients of a trunk in less than
+fp32; and, asked for by itself, tune, other plans of group norm beside the present ones. Every part fits into
+its budget, compilation included: what the time does not reach is named, and `--only TEXT` gives all of it to
+some, `--variants` to some variants of a step: `--part step --only cifar10 --variants ours max-autotune`.
+Where the files came without git, ICT_FAST_COMMIT says of which commit they are. benchmarks/README.md says in
+which order a quarter of an hour on a GPU is best used.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+
+import compilers  # noqa: E402
+
+if __name__ == "__main__":
+    compilers.settle()
 
 import torch  # noqa: E402
 from gpu_timing import OURS  # noqa: E402
@@ -54,14 +59,16 @@ class Session:
         out: folder for the JSON, which exists.
         seconds: of the whole part.
         only: what has this text in its name is measured; "" for all.
+        variants: of a step, see gpu_step.py; none for all.
         to_come: measurements that have not been finished.
         begun: names of what runs already beside what is being measured: it is asked for whatever the time is.
     """
 
-    def __init__(self, out: Path, seconds: float, only: str = "") -> None:
+    def __init__(self, out: Path, seconds: float, only: str = "", variants: Sequence[str] = ()) -> None:
         self.out = out
         self.seconds = seconds
         self.only = only
+        self.variants = variants
         self.to_come = 1
         self.begun: set[str] = set()
         self._started = time.monotonic()
@@ -103,13 +110,14 @@ def _part(
 # In the order of `--part all`. Each: (device, session) -> what to measure.
 PARTS: dict[str, Callable[[torch.device, Session], Measurements]] = {
     "tests": _part("tests", "gpu_tests", asks=True),
-    "kernels": _part("kernels", "gpu_kernels"),
+    "kernels": _part("kernels", "gpu_kernels", asks=True),
     "optimizer": _part("optimizer", "gpu_optimizer"),
     "step": _part("step", "gpu_step", asks=True),
     "data": _part("data", "gpu_data", "numpy"),
     "train": _part("train", "gpu_train", "numpy", asks=True),
     "dropin": _part("dropin", "gpu_dropin", asks=True),
     "profile": _part("profile", "profile_step", asks=True),
+    "precision": _part("precision", "gpu_precision", "numpy", asks=True),
     "tune": _part("tune", "gpu_tune", asks=True),
 }
 # By itself it says nothing of what is here: what it finds is written into the kernels, and measured then.
@@ -127,7 +135,15 @@ def main(argv: list[str] | None = None) -> int:
         help="start nothing new in a part after this time, and name what was not measured (default: 420)",
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only what has this text in its name")
+    parser.add_argument(
+        "--variants", nargs="+", default=(), metavar="WORD", help="of part step: ours, tuned, inductor, ..."
+    )
     arguments = parser.parse_args(argv)
+    if arguments.variants:
+        from gpu_step import WORDS
+
+        if arguments.part != "step" or not set(arguments.variants) <= WORDS.keys():
+            parser.error(f"--variants: for part step, some of {', '.join(WORDS)}")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,10 +152,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only {arguments.only}: choose one --part with it")
     if arguments.part == "all":
         return max(_run_alone(part, arguments) for part in PARTS if part not in ON_REQUEST)
-    return run_part(arguments.part, arguments.out, arguments.budget_seconds, arguments.only)
+    return run_part(
+        arguments.part, arguments.out, arguments.budget_seconds, arguments.only, arguments.variants
+    )
 
 
-def run_part(part: str, out: Path, budget_seconds: float, only: str = "") -> int:
+def run_part(
+    part: str, out: Path, budget_seconds: float, only: str = "", variants: Sequence[str] = ()
+) -> int:
     """Measures one part and writes its JSON anew after every result, so that a killed run loses none.
 
     Args:
@@ -147,11 +167,12 @@ def run_part(part: str, out: Path, budget_seconds: float, only: str = "") -> int
         out: folder for the JSON, which exists.
         budget_seconds: nothing new is started after this time.
         only: a text that the names of what is measured have; "" for all.
+        variants: of a step, see gpu_step.py; none for all.
     Returns:
         0; 1 if something could not be measured or a test failed; 2 if `only` fits nothing.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    session = Session(out, budget_seconds, only)
+    session = Session(out, budget_seconds, only, variants)
     report, path = header(part, out)
     report |= {"budget_seconds": budget_seconds, "only": only}
     if report["commit"] is None:
@@ -196,7 +217,7 @@ def header(part: str, out: Path) -> tuple[Record, Path]:
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
         "hardware": hardware(),
-        "versions": versions(),
+        "versions": versions() | {"ptxas": compilers.assembler()},
         "ceilings": ceilings("cuda") if device.type == "cuda" else None,
         "complete": False,
         "results": [],

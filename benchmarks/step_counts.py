@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +149,11 @@ def count_step(preset: str, batch_size: int) -> dict[str, Any]:
     return {"preset": preset, **count_config(presets.get(preset), batch_size)}
 
 
+def heavy_calls(preset: str, batch_size: int) -> Counter[Call]:
+    """The convolutions and attention of one step, each distinct one with its number of times."""
+    return _counted(presets.get(preset), batch_size)[1]
+
+
 def count_config(config: Config, batch_size: int) -> dict[str, Any]:
     """FLOPs, bytes and launches of one training step.
 
@@ -155,11 +161,17 @@ def count_config(config: Config, batch_size: int) -> dict[str, Any]:
         flops: matrix FLOPs, 2 per multiply-add, as torch's counter has them; bytes by category; launches of
         our kernels by name, and of torch's operations by name.
     """
+    return _counted(config, batch_size)[0]
+
+
+@cache
+def _counted(config: Config, batch_size: int) -> tuple[dict[str, Any], Counter[Call]]:
+    """`count_config` and `heavy_calls`, which take seconds of a large network."""
     counting, flops, network = _run_step(config, batch_size)
     parameters = sum(p.numel() for p in network.parameters())
     counting.kernels.update(_optimizer_launches(network))
     counting.bytes_moved[OPTIMIZER] += 40 * parameters
-    return {
+    counts = {
         "batch_size": batch_size,
         "parameters": parameters,
         "flops": flops,
@@ -169,11 +181,7 @@ def count_config(config: Config, batch_size: int) -> dict[str, Any]:
         "kernels": dict(sorted(counting.kernels.items())),
         "operations": dict(sorted(counting.operations.items())),
     }
-
-
-def heavy_calls(preset: str, batch_size: int) -> Counter[Call]:
-    """The convolutions and attention of one step, each distinct one with its number of times."""
-    return _run_step(presets.get(preset), batch_size)[0].heavy
+    return counts, counting.heavy
 
 
 def _run_step(config: Config, batch_size: int) -> tuple[Counting, int, nn.Module]:

@@ -75,6 +75,11 @@ def _configure() -> None:
     # Importing Inductor has set the name to a folder in /tmp unless the user had: that is not kept for long.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
+    # What Inductor does itself when it compiles its first kernel, after some of ours: Triton asks for the
+    # version of its assembler once, and would keep what the two made under one name.
+    ptxas = Path(torch.__file__).parent / "bin/ptxas"
+    if os.access(ptxas, os.X_OK):
+        os.environ.setdefault("TRITON_PTXAS_PATH", str(ptxas))
 
 
 def cache_folder() -> Path:

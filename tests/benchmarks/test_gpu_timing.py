@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 
 gpu_group_norm: Any = importlib.import_module("gpu_group_norm")
+gpu_optimizer: Any = importlib.import_module("gpu_optimizer")
 gpu_timing: Any = importlib.import_module("gpu_timing")
 
 CPU = torch.device("cpu")
@@ -178,3 +179,30 @@ def test_a_baseline_with_wrong_results_is_no_rival() -> None:
     assert timings.failed["wrong"] == "ValueError: wrong: result 0 differs from that of eager by 0.01"
     assert "by nan" in timings.failed["none"]
     assert timings.differences["rounds"] == pytest.approx(1e-5, rel=0.1)
+
+
+@pytest.mark.parametrize(("host", "expected"), [(30, 2.0), (5000, None)])
+def test_a_queued_step_is_timed_while_the_device_never_waits_or_not_at_all(
+    host: int, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host takes `host` of the head starts that the device is held for."""
+    held = [0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.record = self.synchronize = lambda: None
+
+        def query(self) -> bool:
+            return host >= held[0] // gpu_timing.HEAD_START_CYCLES
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0
+
+    fakes = {
+        "Event": Event,
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: held.__setitem__(0, cycles),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert gpu_optimizer.queued_ms(lambda: None) == expected

@@ -39,7 +39,7 @@ def test_its_distance_is_torchmetrics(torchmetrics_distance: Callable[..., float
 
 
 def test_means_over_blocks_give_the_digits_back(tmp_path: Path) -> None:
-    store = gpu_train.enlarged_digits(tmp_path / "store")
+    store = gpu_train.digits_store(tmp_path / "store")
     assert store.images.shape == (1797, 32, 32, 1)
     pixels = torch.from_numpy(np.array(store.images[:50])).permute(0, 3, 1, 2)
     images = pixels.float() / 127.5 - 1

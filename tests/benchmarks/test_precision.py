@@ -44,10 +44,14 @@ def test_equal_trunks_agree_and_a_scaled_one_differs_in_its_norm_alone(short: Co
     assert found["doubled"] == pytest.approx({"cosine": 1, "cosine_of_mean": 1, "norm": 2, "noise": 1})
 
 
-def test_the_command_writes_a_row_for_every_stage(short: Config, tmp_path: Path) -> None:
+def test_the_command_writes_a_row_for_every_stage(
+    short: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as torch has it
     train(short, out=tmp_path / "run", device="cpu")
     words = [str(tmp_path / "run"), "--batches", "2", "--batch-size", "8", "--out", str(tmp_path / "out")]
     assert precision.main(words) == 0
+    assert not torch.backends.cudnn.allow_tf32, "fp32 is what the others are compared with"
     report = json.loads((tmp_path / "out/precision.json").read_text())
     assert [stage["num_scales"] for stage in report["stages"]] == [11, 21, 41, 81, 161, 321, 641, 1281]
     for stage in report["stages"]:

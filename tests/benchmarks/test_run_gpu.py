@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 
 report_in: Any = importlib.import_module("reports").report_in
-gpu_step: Any = importlib.import_module("gpu_step")
+gpu_tests: Any = importlib.import_module("gpu_tests")
 machine: Any = importlib.import_module("machine")
 results_index: Any = importlib.import_module("results_index")
 run_gpu: Any = importlib.import_module("run_gpu")
@@ -76,13 +77,15 @@ def test_part_step_needs_torch_alone_and_writes_raw_json(tmp_path: Path) -> None
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize(("part", "absent"), [("train", ()), ("profile", ()), ("profile", ("numpy",))])
-def test_parts_train_and_profile_run(part: str, absent: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "absent"), [("train", ()), ("profile", ()), ("profile", ("numpy",)), ("precision", ())]
+)
+def test_long_parts_run(part: str, absent: tuple[str, ...], tmp_path: Path) -> None:
     arguments = ("--part", part, "--out", str(tmp_path), "--budget-seconds", "20")
     finished = run_bare(*arguments, absent=(*ABSENT, *absent))
     assert finished.returncode == 0, finished.stderr
     (result,) = report_in(tmp_path, part)["results"]
-    assert result.get("one_step" if part == "train" else "profiles")
+    assert result.get({"train": "one_step", "profile": "profiles", "precision": "stages"}[part])
 
 
 def test_what_the_parts_import_is_on_a_bare_machine() -> None:
@@ -120,6 +123,7 @@ def test_part_kernels_runs_the_kernels_themselves_in_the_interpreter(tmp_path: P
         assert figures["minimum_bytes"] == figures["bytes_moved"] == tensors * 2 * 4 * 24 * 4 * 4
         copy = min(figures["ms"]["copy"], figures["ms"]["copy by a kernel"])
         assert figures["percent_of_copy"] == pytest.approx(100 * copy / figures["ms"]["ict_kernels"])
+        assert figures["percent_of_minimum_copy"] == pytest.approx(figures["percent_of_copy"])
         assert set(figures["times_faster_than"]) == {"eager"}
     # An ulp of bf16 at 8, which no output of unit variance reaches; the interpreter truncates to bf16.
     assert 0 < result["errors"]["y"]["max_error"] < 2**-4
@@ -259,67 +263,6 @@ def test_what_the_budget_does_not_reach_is_named_and_no_failure(
     assert all("100 s was used up" in each["not_measured"] for each in results if "figure" not in each)
 
 
-# ------------------------------------------------------------------------------------- whole steps, and parts
-
-
-@pytest.fixture
-def measured_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """The record of both variants of the digits' step at 32 images; `fits(name, images)` says what runs."""
-
-    def measure(fits: Callable[[str, int], bool], budget: float = 600.0) -> dict[str, Any]:
-        def time_variant(name: str, config: Any, device: torch.device) -> dict[str, Any]:
-            images = config.training.batch_size
-            if not fits(name, images):
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            figures = {"ms_all": [float(images)], "host_ms": 1.0, "matrix_tflop_per_s": None}
-            return figures | {"first_step_s": 1.0, "parameters": 1, "peak_memory_bytes": None}
-
-        monkeypatch.setattr(gpu_step, "_time_variant", time_variant)
-        monkeypatch.setattr(gpu_step, "ceilings", lambda kind: {"matrix_tflop_per_s": {"fp32": 1.0}})
-        monkeypatch.setattr(gpu_step, "count_step", lambda preset, images: {"flops": 1e9 * images})
-        *_, record = gpu_step.measure_steps("digits", 32, CPU, budget)
-        return dict(record)
-
-    return measure
-
-
-def test_a_baseline_that_does_not_fit_takes_all_variants_to_half_the_batch(
-    measured_steps: Callable[..., dict[str, Any]],
-) -> None:
-    record = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16)
-    assert record["batch_size"] == 16
-    assert {name: each["ms_per_step"] for name, each in record["variants"].items()} == dict.fromkeys(
-        gpu_step.CPU_VARIANTS, 16.0
-    )
-    assert record["failed"] == record["left_out"] == {}
-    assert "error" not in record
-    assert record["larger_batches"]["32"].keys() == {gpu_step.CPU_VARIANTS[0]}
-    late = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16, budget=0.0)
-    assert late["batch_size"] == 32, "without time for all variants, those that ran keep their figures"
-    assert late["variants"].keys() == {gpu_step.CPU_VARIANTS[0]}
-
-
-def test_variants_that_all_fail_are_an_error(
-    measured_steps: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    record = measured_steps(lambda name, images: False)
-    assert "out of memory at 8 images" in record["error"]
-    assert run_with(monkeypatch, tmp_path, {"step": lambda: record}) == 1
-
-
-def test_max_autotune_has_to_be_asked_for(tmp_path: Path) -> None:
-    gpu = torch.device("cuda")
-    assert list(gpu_step.part_step(gpu, run_gpu.Session(tmp_path, 1.0))) == [
-        "step, imagenet64",
-        "step, cifar10",
-    ]
-    asked = gpu_step.part_step(gpu, run_gpu.Session(tmp_path, 1.0, "max-autotune"))
-    assert [name for name in asked if "max-autotune" in name] == [
-        "step, imagenet64, max-autotune",
-        "step, cifar10, max-autotune",
-    ]
-
-
 def test_a_part_that_does_not_end_is_killed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,3 +279,25 @@ def test_all_parts_are_those_that_measure_what_is_here(
     assert run_gpu.main(["--part", "all", "--out", str(tmp_path)]) == 0
     assert tuple(ran) == results_index.PARTS
     assert set(run_gpu.PARTS) - set(ran) == {"tune"}
+
+
+def test_the_commands_of_the_readme_choose_what_there_is_and_end_in_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in text.splitlines() if "timeout -k" in line and "--part" in line]
+    assert {words[words.index("--part") + 1] for words in commands} >= set(run_gpu.PARTS) - {"dropin"}
+    chosen: list[Any] = []
+    offered: dict[str, Any] = {}
+    monkeypatch.setattr(run_gpu, "run_part", lambda *arguments: chosen.append(arguments) or 0)
+    for number, words in enumerate(commands):
+        words[words.index("$OUT")] = str(tmp_path)
+        script = words.index("benchmarks/run_gpu.py")
+        assert run_gpu.main(words[script + 1 :]) == 0
+        part, out, seconds, only, variants = chosen[number]
+        if part not in offered:
+            session = run_gpu.Session(out, seconds, "", variants)
+            offered[part] = run_gpu.PARTS[part](torch.device("cuda"), session)
+        assert any(only in name for name in offered[part])
+        grace = gpu_tests.GRACE_SECONDS if part == "tests" and "sanitizer" not in only else 10
+        assert int(words[3]) > seconds + grace, "what runs when the budget ends is to end"

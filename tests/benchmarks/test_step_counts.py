@@ -61,6 +61,20 @@ def test_every_norm_is_launched_twice_forward_and_once_backward() -> None:
         assert kernels[kernel] == 1
 
 
+def test_the_floor_takes_what_has_most_flops_first_and_says_how_much_it_covers() -> None:
+    total = step_counts.count_step("digits", 4)["flops"]
+    calls = gpu_step_floor.heavy_calls("digits", 4)
+    work = {call: count * gpu_step_floor.flops_of_call(call) for call, count in calls.items()}
+    # The rest are the linear layers of the embedding.
+    assert 0.99 * total < sum(work.values()) < total
+    seconds = iter([1.0, 1.0, 1.0, 0.0])
+    *_, floor = gpu_step_floor.measure_floor("digits", 4, torch.device("cpu"), lambda: next(seconds))
+    largest = sorted((work[call] for call in gpu_step_floor.floor_calls(calls)), reverse=True)
+    assert floor["share_of_flops"] == pytest.approx(sum(largest[:3]) / sum(largest))
+    assert floor["ms"] == pytest.approx(sum(each["count"] * each["ms"] for each in floor["calls"]))
+    assert len(floor["calls"]) == 3
+
+
 def test_the_floor_is_all_dense_convolutions_and_the_attention() -> None:
     calls = step_counts.heavy_calls("digits", 4)
     kept = gpu_step_floor.floor_calls(calls)

@@ -87,8 +87,15 @@ def test_levels_and_masks_are_the_cpus_bit_for_bit_and_noise_to_rounding() -> No
         torch.testing.assert_close(noise[0], noise[1].cpu(), rtol=0, atol=2e-6)
 
 
+@pytest.fixture
+def cudnns_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's own choice of algorithm: what it finds to be fastest may be Winograd's, which is less exact."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.usefixtures("cudnns_choice")
 def test_the_ends_are_not_rounded_to_tf32() -> None:
-    configure_torch(torch.device("cuda"), deterministic=False)
     x = torch.randn(8, 32, 32, 32, device="cuda")
     weight = torch.randn(64, 32, 3, 3, device="cuda")
     exact = torch.nn.functional.conv2d(x.double(), weight.double())
@@ -96,9 +103,9 @@ def test_the_ends_are_not_rounded_to_tf32() -> None:
     assert float(error) < 1e-6
 
 
+@pytest.mark.usefixtures("cudnns_choice")
 def test_tf32_is_the_trunks_alone() -> None:
     """One block: its convolutions round their operands; a linear layer and what comes after do not."""
-    configure_torch(torch.device("cuda"), deterministic=False)
     layer = TrunkConv2d(64, 64, 3, padding=1, bias=False).cuda()
     x = torch.randn(8, 64, 32, 32, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
     exact = torch.nn.functional.conv2d(x.detach().double(), layer.weight.detach().double(), padding=1)

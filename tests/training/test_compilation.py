@@ -243,6 +243,22 @@ def test_auto_compiles_on_a_gpu_alone() -> None:
     assert [compiles(asked, cpu) for asked in ("on", "max-autotune")] == [True, True]
 
 
+def test_our_kernels_have_the_assembler_that_inductors_will_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch/__init__.py"))
+    compile_blocks(torch.nn.Identity())
+    assert "TRITON_PTXAS_PATH" not in os.environ, "this torch brings none"
+    (tmp_path / "torch/bin").mkdir(parents=True)
+    ptxas = tmp_path / "torch/bin/ptxas"
+    ptxas.touch(mode=0o755)
+    compile_blocks(torch.nn.Identity())
+    assert os.environ["TRITON_PTXAS_PATH"] == str(ptxas)
+
+
 def test_compiled_code_is_kept_by_version_and_device_where_the_user_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

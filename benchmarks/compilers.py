@@ -1,0 +1,111 @@
+"""What compiles for run_gpu.py: which assembler, which caches, and processes that compile beforehand.
+
+Compiling takes most of the time that a measurement on a new machine takes, and one core of it. So other
+processes, a core each, run what is to be measured once, on whatever stands in memory; the caches on the disk
+hand on what they compiled. They have ended their work, or are ended, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
+from functools import cache
+from pathlib import Path
+
+_ASSEMBLER = "TRITON_PTXAS_PATH"
+
+
+def settle() -> None:
+    """Makes one assembler and one set of caches serve all that is compiled, in child processes too.
+
+    By itself Triton takes the ptxas that it brings until Inductor has compiled a first kernel, then torch's;
+    its cache, which asks for the version once, does not tell apart what the two made. And Inductor moves
+    Triton's cache into a folder of its own, where it does not find what was compiled before. To be called
+    before either is imported. What is set already stays.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ict-fast/run_gpu"
+    os.environ.setdefault("TRITON_CACHE_DIR", str(home / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "inductor"))
+    torchs = _folder_of("torch") / "bin/ptxas"
+    if os.access(torchs, os.X_OK):
+        os.environ.setdefault(_ASSEMBLER, str(torchs))
+        os.environ.setdefault("TRITON_PTXAS_BLACKWELL_PATH", str(torchs))
+
+
+def assembler() -> str | None:
+    """The version of the ptxas that Triton runs, such as "13.0.88 (torch's)"; None where there is none."""
+    try:
+        tritons = str(_folder_of("triton") / "backends/nvidia/bin/ptxas")
+        path = os.environ.get(_ASSEMBLER, tritons)
+        printed = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    version = re.search(r"V([\d.]+)", printed)
+    return f"{version[1] if version else printed.strip()} ({'Triton' if path == tritons else 'torch'}'s)"
+
+
+def _folder_of(package: str) -> Path:
+    """Where a package is installed, which is not imported; OSError if it is not."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"{package} is not installed")
+    return Path(spec.origin).parent
+
+
+def compile_beside(work: Sequence[Callable[[], object]], seconds: float) -> list[bool]:
+    """Runs pieces of work in other processes, in their order, for what they leave in the caches.
+
+    Args:
+        work: functions of modules, with their arguments by `partial`. What fails there fails again where it
+            is measured, and is said there.
+        seconds: after which what has not ended is given up, and its process killed.
+    Returns:
+        Of each whether it has ended, well or not.
+    """
+    futures = []
+    try:
+        for each in work:
+            futures.append(_processes().submit(each))
+        _, late = wait(futures, timeout=max(1.0, seconds))
+        broken = any(isinstance(each.exception(), BrokenExecutor) for each in futures if each.done())
+    except BrokenExecutor:
+        late, broken = set(), True
+    if late or broken:
+        dismiss(kill=True)
+    ended = [each.done() and each not in late for each in futures]
+    return ended + [False] * (len(work) - len(ended))
+
+
+def dismiss(kill: bool = False) -> None:
+    """Ends the processes, which hold memory of the GPU; the next work starts others.
+
+    Args:
+        kill: do not wait for what they are at.
+    """
+    if _processes.cache_info().currsize:
+        processes = _processes()
+        _processes.cache_clear()
+        for child in multiprocessing.active_children() if kill else ():
+            child.kill()
+        processes.shutdown(cancel_futures=True)
+
+
+@cache
+def _processes() -> ProcessPoolExecutor:
+    count = max(1, min(12, (os.cpu_count() or 2) - 2))
+    return ProcessPoolExecutor(count, initializer=_alone, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _alone() -> None:
+    """Without processes of its own; and which of Inductor's variants is fastest is not found on a GPU that
+    others use.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1
+    torch._inductor.config.autotune_local_cache = False

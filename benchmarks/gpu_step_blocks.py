@@ -1,0 +1,102 @@
+"""The compiled blocks of part `step`: as each variant has them, and one by one beforehand in other processes.
+
+A step of ADM-64 runs some thirty different blocks, each with and without gradients, and every variant has
+code of its own: minutes on one core. A block needs its inputs' shapes and no network around it, so that a
+core each can compile them; Inductor's cache knows them again.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from compilers import compile_beside, dismiss
+from gpu_baselines import INDUCTOR, RAISED_THRESHOLDS, TUNED, set_reductions
+from plain_network import use_torchs_norms
+from torch import Tensor
+
+from ict_fast.config import Config
+from ict_fast.networks import build_network
+from ict_fast.training.compilation import compile_blocks
+from ict_fast.training.launch import configure_torch
+from ict_fast.training.step import trunk_dtype
+
+OURS = "ict-fast"
+COMPILED = (OURS, TUNED, INDUCTOR)
+
+
+def compile_as(name: str, network: Any) -> None:
+    """Compiles the blocks of a network, in place, as the variant of COMPILED does; its norms are in it."""
+    compile_blocks(network)
+    if name != OURS:
+        set_reductions()
+    if name == TUNED:
+        for block in network.blocks():
+            block.compile(fullgraph=True, dynamic=False, options=RAISED_THRESHOLDS)
+
+
+def compile_beforehand(names: Sequence[str], config: Config, seconds: float) -> dict[str, Any]:
+    """Compiles the blocks of the variants that are among the names, in their order.
+
+    Returns:
+        The number of blocks, of those that had ended, and the seconds that it took, at most about `seconds`.
+    """
+    started = time.monotonic()
+    work = [block for name in COMPILED if name in names for block in block_work(name, config)]
+    ended = compile_beside(work, seconds)
+    dismiss()
+    return {"blocks": len(work), "ended": sum(ended), "seconds": round(time.monotonic() - started, 1)}
+
+
+def block_work(name: str, config: Config) -> list[Callable[[], None]]:
+    """What compiles the distinct blocks of a variant, for `compile_beside`."""
+    with torch.device("meta"):  # where torch's norms cannot be called
+        network = build_network(config.network)
+    shapes: list[tuple[int, ...]] = []
+    for block in network.blocks():
+        block.register_forward_pre_hook(lambda module, inputs: shapes.append((id(module), *inputs[0].shape)))
+    sizes = config.network
+    with torch.device("meta"):
+        x = torch.empty(config.training.batch_size, sizes.image_channels, sizes.resolution, sizes.resolution)
+        labels = torch.zeros(len(x), dtype=torch.int64) if sizes.num_classes else None
+        network(x, torch.empty(len(x)), labels)
+    shape_of = {module: shape for module, *shape in shapes}
+    work = {}
+    for number, block in enumerate(network.blocks()):
+        # Only our dropout has the number of its place in its code.
+        numbers = r"dropout=0(\.0)?, layer=\d+" if name == OURS else r"layer=\d+"
+        described, shape = re.sub(numbers, "", repr(block)), tuple(shape_of[id(block)])
+        work.setdefault((described, shape), partial(_compile_block, name, config, number, shape))
+    return list(work.values())
+
+
+def _compile_block(name: str, config: Config, number: int, shape: tuple[int, ...]) -> None:
+    """In another process: runs a block as a step does, on whatever stands in memory."""
+    device = torch.device("cuda")
+    configure_torch(device, deterministic=False)
+    torch.backends.cudnn.benchmark = False  # tries algorithms for nobody, and is in no key of the caches
+    torch.compiler.reset()
+    with torch.device("meta"):
+        network = build_network(config.network)
+    if name != OURS:
+        use_torchs_norms(network)
+    compile_as(name, network)
+    block = list(network.blocks())[number].to_empty(device=device)
+    dtype = trunk_dtype(config.training.precision, device)
+    x = torch.empty(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    embedding = torch.empty(shape[0], 4 * config.network.channels, device=device)
+    dropout: tuple[int | Tensor, ...] = (0, 0)
+    if name == OURS:
+        dropout = torch.zeros(2, dtype=torch.int64, device=device), torch.tensor(0, device=device)
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=False):
+        with torch.no_grad():
+            block(x, embedding, *dropout)
+        y = block(x.requires_grad_(), embedding.requires_grad_(), *dropout)
+    y.backward(torch.empty_like(y))
+    torch.cuda.synchronize()
+    del block, network, x, y
+    torch.cuda.empty_cache()

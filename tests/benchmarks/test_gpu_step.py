@@ -1,0 +1,226 @@
+"""Part step of run_gpu.py: which variants are measured, in which order, and what is no figure."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ict_fast.networks import build_network
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+gpu_step_blocks: Any = importlib.import_module("gpu_step_blocks")
+gpu_step: Any = importlib.import_module("gpu_step")
+run_gpu: Any = importlib.import_module("run_gpu")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def measured_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """The record of both variants of the digits' step at 32 images; `fits(name, images)` says what runs."""
+
+    def measure(fits: Callable[[str, int], bool], budget: float = 600.0) -> dict[str, Any]:
+        def time_variant(name: str, config: Any, device: torch.device) -> dict[str, Any]:
+            images = config.training.batch_size
+            if not fits(name, images):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            figures = {"ms_all": [float(images)], "host_ms": 1.0, "matrix_tflop_per_s": None}
+            return figures | {"first_step_s": 1.0, "parameters": 1, "peak_memory_bytes": None}
+
+        monkeypatch.setattr(gpu_step, "_time_variant", time_variant)
+        monkeypatch.setattr(gpu_step, "ceilings", lambda kind: {"matrix_tflop_per_s": {"fp32": 1.0}})
+        monkeypatch.setattr(gpu_step, "count_step", lambda preset, images: {"flops": 1e9 * images})
+        *_, record = gpu_step.measure_steps("digits", 32, CPU, budget)
+        return dict(record)
+
+    return measure
+
+
+def test_a_baseline_that_does_not_fit_takes_all_variants_to_half_the_batch(
+    measured_steps: Callable[..., dict[str, Any]],
+) -> None:
+    record = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16)
+    assert record["batch_size"] == 16
+    assert {name: each["ms_per_step"] for name, each in record["variants"].items()} == dict.fromkeys(
+        gpu_step.CPU_VARIANTS, 16.0
+    )
+    assert record["failed"] == record["left_out"] == {}
+    assert "error" not in record
+    assert record["larger_batches"]["32"].keys() == {gpu_step.CPU_VARIANTS[0]}
+    late = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16, budget=0.0)
+    assert late["batch_size"] == 32, "without time for all variants, those that ran keep their figures"
+    assert late["variants"].keys() == {gpu_step.CPU_VARIANTS[0]}
+
+
+def test_variants_that_all_fail_are_an_error(
+    measured_steps: Callable[..., dict[str, Any]],
+) -> None:
+    record = measured_steps(lambda name, images: False)
+    assert "out of memory at 8 images" in record["error"]
+
+
+def test_max_autotune_has_to_be_asked_for_and_goes_by_another_name(tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    session = run_gpu.Session(tmp_path, 1.0)
+    assert list(gpu_step.part_step(gpu, session)) == ["step, imagenet64", "step, cifar10"]
+    session.variants = ["ours", "max-autotune"]
+    named = ["step, imagenet64, max-autotune", "step, cifar10, max-autotune"]
+    assert list(gpu_step.part_step(gpu, session)) == named
+
+
+def test_variants_are_chosen_by_words_and_another_word_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(
+        gpu_step, "measure_steps", lambda *arguments: chosen.extend(arguments[-1]) or iter([{"summary": ""}])
+    )
+    words = ["--part", "step", "--out", str(tmp_path), "--variants"]
+    assert run_gpu.main([*words, "floor", "ours"]) == 0
+    assert chosen == [gpu_step.OURS, gpu_step.FLOOR], "in the order of measuring"
+    with pytest.raises(SystemExit) as stopped:
+        run_gpu.main([*words, "our"])
+    assert stopped.value.code == 2
+    assert "ours, tuned, inductor, floor" in capsys.readouterr().err
+
+
+@pytest.fixture
+def steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """The records of measure_steps on a GPU where a variant's first pass takes `seconds`, another half."""
+
+    def measure(seconds: dict[str, float], budget: float, *names: str) -> list[dict[str, Any]]:
+        clock, passed = [0.0], set()
+
+        def time_variant(name: str, config: Any, device: torch.device) -> dict[str, Any]:
+            clock[0] += seconds[name] / (2 if name in passed else 1)
+            passed.add(name)
+            figures = {"ms_all": [10.0], "host_ms": 1.0, "matrix_tflop_per_s": None}
+            return figures | {"first_step_s": 1.0, "parameters": 1, "peak_memory_bytes": 1}
+
+        def floor(preset: str, images: int, device: Any, left: Callable[[], float]) -> Iterator[Any]:
+            for share in (0.5, 1.0):
+                clock[0] += 5.0
+                yield {"ms": 8.0 * share, "share_of_flops": share}
+
+        def compile_beforehand(names: Sequence[str], config: Any, most: float) -> dict[str, Any]:
+            clock[0] += min(60.0, most)
+            return {}
+
+        fakes = {
+            "_time_variant": time_variant,
+            "measure_floor": floor,
+            "compile_beforehand": compile_beforehand,
+        }
+        fakes |= {"clean_up": lambda device: None}
+        fakes["ceilings"] = lambda kind: {"matrix_tflop_per_s": {"bf16": 1.0}}
+        fakes["count_step"] = lambda preset, images: {"flops": 1e9}
+        fakes["trunk_dtype"] = lambda precision, device: torch.bfloat16
+        for name, fake in fakes.items():
+            monkeypatch.setattr(gpu_step, name, fake)
+        monkeypatch.setattr(gpu_step.time, "monotonic", lambda: clock[0])
+        found = gpu_step.measure_steps("digits", 32, SimpleNamespace(type="cuda"), budget, names)
+        return [copy.deepcopy(each) for each in found]
+
+    return measure
+
+
+def test_what_is_compiled_comes_first_then_the_floor_and_what_the_time_does_not_reach_is_the_rest(
+    steps_on_a_gpu: Callable[..., list[dict[str, Any]]],
+) -> None:
+    seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0) | {gpu_step.PLAIN: 12.0, gpu_step.UNCOMPILED: 12.0}
+    records = steps_on_a_gpu(seconds, 219.0)
+    compiled = [gpu_step.OURS, gpu_step.TUNED, gpu_step.INDUCTOR]
+    assert [list(each["variants"]) for each in records[:3]] == [compiled[:1], compiled[:2], compiled]
+    # Before the last of the floor its sum is of a part, and says so.
+    assert [each["floor"]["share_of_flops"] for each in records[3:5]] == [0.5, 1.0]
+    assert records[4]["times_the_floor"] == 10.0 / 8.0
+    # After 60 + 3 x 40 s nothing compiled fits any more, but the floor, and what is not compiled.
+    assert list(records[-1]["variants"]) == [*compiled, gpu_step.PLAIN, gpu_step.UNCOMPILED]
+    assert list(records[-1]["left_out"]) == [gpu_step.CAPTURED]
+
+
+def test_a_second_pass_takes_half_and_the_floor_alone_can_be_measured(
+    steps_on_a_gpu: Callable[..., list[dict[str, Any]]],
+) -> None:
+    seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0)
+    record = steps_on_a_gpu(seconds, 145.0, gpu_step.OURS, gpu_step.TUNED)[-1]
+    passes = {name: len(each["passes"]) for name, each in record["variants"].items()}
+    assert passes == {gpu_step.OURS: 1, gpu_step.TUNED: 1}  # 60 + 2 x 40 s, and 5 s are left
+    record = steps_on_a_gpu(seconds, 160.0, gpu_step.OURS, gpu_step.TUNED)[-1]
+    assert [len(each["passes"]) for each in record["variants"].values()] == [1, 2]
+    record = steps_on_a_gpu(seconds, 100.0, gpu_step.FLOOR)[-1]
+    assert record["floor"]["ms"] == 8.0
+    assert "error" not in record
+
+
+def test_times_of_steps_that_were_skipped_or_lost_their_loss_are_no_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def state(skipped: int, finite: int) -> Any:
+        network = torch.nn.Linear(1, 1)
+        optimizer, losses = SimpleNamespace(skipped=skipped), SimpleNamespace(count=finite)
+        return SimpleNamespace(network=network, optimizer=optimizer, losses=losses)
+
+    monkeypatch.setattr(gpu_step, "synthetic_batches", lambda config, device: [])
+    for found, problem in (((0, 15), None), ((1, 15), "1 steps skipped"), ((0, 14), "14 of the losses")):
+        variant = lambda config, device, found=found: (lambda step, batches: None, state(*found))  # noqa: E731
+        monkeypatch.setitem(gpu_step.VARIANTS, gpu_step.OURS, variant)
+        with pytest.raises(FloatingPointError, match=problem) if problem else nullcontext():
+            gpu_step._time_variant(gpu_step.OURS, None, CPU)
+
+
+@pytest.mark.parametrize(("name", "resets"), [(gpu_step.OURS, [0, 5]), (gpu_step.CAPTURED, [0])])
+def test_peak_memory_is_of_steps_after_the_first_ones_unless_they_are_captured(
+    name: str, resets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    seen: list[int] = []
+    state = SimpleNamespace(
+        network=torch.nn.Linear(1, 1),
+        optimizer=SimpleNamespace(skipped=0),
+        losses=SimpleNamespace(count=15),
+    )
+    monkeypatch.setitem(
+        gpu_step.VARIANTS, name, lambda config, device: (lambda k, batches: ran.append(k), state)
+    )
+    monkeypatch.setattr(gpu_step, "synthetic_batches", lambda config, device: [])
+    monkeypatch.setattr(gpu_step, "seconds_of", lambda run, device: run() or 1.0)
+    monkeypatch.setattr(gpu_step, "_matrix_rate", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append(len(ran)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert gpu_step._time_variant(name, None, SimpleNamespace(type="cuda"))["peak_memory_bytes"] == 7
+    assert (seen, len(ran)) == (resets, 15)
+
+
+def test_every_kind_of_block_is_compiled_beforehand_for_the_images_that_it_sees() -> None:
+    config = gpu_step.step_config("imagenet64", 128)
+    with torch.device("meta"):
+        blocks = list(build_network(config.network).blocks())
+
+    def kind(block: Any) -> tuple[Any, ...]:
+        resample, attention = type(block.resample), block.attention is not None
+        return block.in_channels, block.out_channels, resample, attention, block.norm1.dropout
+
+    sides: dict[Any, set[int]] = {}
+    for name in gpu_step_blocks.COMPILED:
+        work = [each.args for each in gpu_step_blocks.block_work(name, config)]
+        assert {kind(blocks[number]) for _, _, number, _ in work} == set(map(kind, blocks))
+        for _, _, number, (samples, channels, height, width) in work:
+            assert (samples, channels) == (128, blocks[number].in_channels)
+            assert height == width
+            sides.setdefault(blocks[number].attention is not None, set()).add(height)
+    assert sides[True] <= set(config.network.attention_resolutions) | {8}, "the middle attends too"
+    ours = gpu_step_blocks.block_work(gpu_step.OURS, config)
+    # A place of dropout has its number in its code.
+    dropping = sum(block.norm1.dropout > 0 for block in blocks)
+    assert dropping < len(ours) < len(blocks)

@@ -14,8 +14,8 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -35,7 +35,6 @@ from ict_fast.data.store_format import (
 from ict_fast.durable import flush_directory, sha256_file, write_durably
 from ict_fast.errors import InputError
 from ict_fast.locks import WriterLock
-from ict_fast.screen import live_line
 
 HASH_ALWAYS_BELOW = 1 << 30  # bytes; hashing ImageNet-64 (15.7 GB) at every start would cost 10 s or more
 
@@ -282,7 +281,7 @@ def _write_images(
 def _verify(path: Path, files: dict[str, Any], again: str) -> None:
     """Compares the content of the files with their SHA-256; shows how far it is if that takes long."""
     total, done = sum(entry["bytes"] for entry in files.values()), 0
-    with live_line() if total >= HASH_ALWAYS_BELOW else nullcontext() as show:
+    with _live_line(total) as show:
 
         def progress(count: int) -> None:
             nonlocal done
@@ -293,6 +292,14 @@ def _verify(path: Path, files: dict[str, Any], again: str) -> None:
         for name, entry in files.items():
             if sha256_file(path / name, progress) != entry["sha256"]:
                 raise InputError(f"{path / name}: altered, its SHA-256 is not that of meta.json; {again}")
+
+
+def _live_line(total: int) -> AbstractContextManager[Callable[[float, str], None] | None]:
+    if total < HASH_ALWAYS_BELOW:
+        return nullcontext()
+    from ict_fast.screen import live_line  # loaders are measured where its libraries are not installed
+
+    return live_line()
 
 
 def _read_meta(file: Path, make: str) -> dict[str, Any]:

@@ -284,6 +284,8 @@ def _power_of_2(number: int) -> int:
 
 # ----------------------------------------------------------------------------------- kernels: what they share
 
+_FEW = tl.constexpr(1024)  # elements of a tile of which a thread may have one row
+
 # What changes from call to call, or from layer to layer, is no reason to compile again.
 _VARYING = ["offset", "philox_stream", "threshold", "start"]
 
@@ -457,18 +459,41 @@ def _part(
 
 
 @jit
+def _rounded(products):
+    """Products that a sum must not be fused with. Lanes that add theirs to each other's would each round all
+    but their own: the sum would differ from lane to lane, and it would be a race which of them stores it."""
+    return products + 0.0
+
+
+@jit
+def _rounded_if_few(products):
+    """`_rounded`, where a thread may have one row: else it adds its own first, and those may be fused."""
+    if products.numel <= _FEW:
+        products = _rounded(products)
+    return products
+
+
+@jit
+def _square(x):
+    square = x * x
+    if x.numel <= _FEW:  # `_rounded` would be left out: a square is never -0
+        square = tl.where(square >= 0.0, square, float("nan"))
+    return square
+
+
+@jit
 def _to_groups(values, member):
-    return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
+    return tl.sum(tl.where(member, _rounded(values)[:, None], 0.0), axis=0)
 
 
 @jit
 def _to_channels(values, member):
-    return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
+    return tl.sum(tl.where(member, _rounded(values)[None, :], 0.0), axis=1)
 
 
 @jit
 def _sum_of_squares(x, mask, FULL: tl.constexpr):
-    return tl.sum(x * x if FULL else tl.where(mask, x * x, 0.0), axis=0)
+    return tl.sum(_square(x) if FULL else tl.where(mask, _square(x), 0.0), axis=0)
 
 
 @jit
@@ -543,7 +568,7 @@ def resident_forward(
 
     x0 -= (_to_channels(mean, member0) - pre0)[None, :]
     if FILLED:
-        squares = _sums_of_groups(x0 * x0, GROUPS)
+        squares = _sums_of_groups(_square(x0), GROUPS)
     else:
         squares = _to_groups(_sum_of_squares(x0, mask0, FULL0), member0)
     if WIDTH1 > 0:
@@ -598,7 +623,7 @@ def _first_half(
     x -= centre[None, :]
     z = x * (q * rstd)[None, :] + b[None, :]
     dz = _silu_backward(z, dy, SILU)
-    s1, s2 = tl.sum(dz, axis=0), tl.sum(dz * x, axis=0) * rstd
+    s1, s2 = tl.sum(_rounded_if_few(dz), axis=0), tl.sum(_rounded_if_few(dz * x), axis=0) * rstd
     _store_gradients_of_affine(n, c, inside, s1, s2, affine, outputs, CHANNELS)
     return dz, _to_groups(q * s1, member), _to_groups(q * s2, member)
 

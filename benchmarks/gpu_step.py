@@ -2,8 +2,9 @@
 
 Variants follow one another, each in its own network, since compiled blocks of several would share one cache
 of torch's; then once more in reverse order while the budget lasts (A B C C B A), so that a drift of the clock
-shows and cancels. The compiled ones come first, then the floor: the step's convolutions and attention timed
-alone, which nothing here can make faster. The record is given anew after every variant.
+shows and cancels. Ours comes first, then the floor: the step's convolutions and attention timed alone, which
+nothing here can make faster. The record is given anew after every variant. After it has been timed, two steps
+of each are profiled.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gpu_step_floor import measure_floor
 from machine import ceilings, matrix_tflop_per_s, seconds_of
 from plain_network import make_plain
 from step_counts import count_step
+from step_profile import profile_steps
 from torch._dynamo.utils import counters
 
 from ict_fast import presets
@@ -33,7 +35,7 @@ from ict_fast.training.step import TrainStep, trunk_dtype
 GPU_SIZES = (("imagenet64", 128), ("cifar10", 512))
 CPU_SIZES = (("digits", 32),)
 # A captured step runs three times before it is captured.
-WARM_UP_STEPS, TIMED_STEPS = 5, 10
+WARM_UP_STEPS, TIMED_STEPS, PROFILED_STEPS = 5, 10, 2
 
 
 class SyntheticBatch(NamedTuple):
@@ -109,9 +111,9 @@ VARIANTS: dict[str, Variant] = {
 # In the order of measuring, with the words that `--variants` takes.
 WORDS = {
     "ours": OURS,
-    "tuned": TUNED,
-    "inductor": INDUCTOR,
     "floor": FLOOR,
+    "inductor": INDUCTOR,
+    "tuned": TUNED,
     "plain": PLAIN,
     "graph": CAPTURED,
     "uncompiled": UNCOMPILED,
@@ -308,6 +310,8 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
         raise FloatingPointError(
             f"{skipped} steps skipped, {finite} of the losses finite: the times are no step's"
         )
+    after = WARM_UP_STEPS + TIMED_STEPS
+    profiled, _ = profile_steps(lambda k: step(k, batches), range(after, after + PROFILED_STEPS), device)
     return {
         "first_step_s": round(first, 2),
         "graphs_in_cache": graphs,  # whether what was compiled beforehand is what the step needs
@@ -316,6 +320,7 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
         "host_ms": statistics.median(host),
         "matrix_tflop_per_s": rate,
         "peak_memory_bytes": peak,
+        "profile": profiled,
     }
 
 

@@ -115,6 +115,8 @@ class Workers:
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # what happens to be installed changes nothing
             # Else each of them starts a process for every core, to compile.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            # Else the definitions that run on the CPU want every core for each process.
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
             worker.FOLDER: self._folder.name,
             worker.DEADLINE: str(self._deadline),
             worker.LARGE: str(int(large)),

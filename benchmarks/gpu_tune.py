@@ -128,6 +128,7 @@ def plan_of(case: NormCase, samples: int, direction: str, wishes: Wishes | None 
             norm.num_groups,
             case.dtype.itemsize,
             direction == "backward",
+            case.dropout > 0,
         )
 
 

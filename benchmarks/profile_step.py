@@ -4,8 +4,7 @@
 is, on a CPU uncompiled. Each is profiled over a few steps fed by the resident loader, or by the same batch
 again where numpy is absent. Written to --out: a Kineto trace of each (open it in Perfetto or
 chrome://tracing), and profile-*.json with the milliseconds of a step by category and its most expensive
-operations. Categories go by name, see step_categories.py: on a GPU by the kernel's, on a CPU by torch's
-operation (its own time, without what it calls). Idle: no kernel ran, or torch did not.
+operations, see step_profile.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import math
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,17 +34,15 @@ from gpu_step import (  # noqa: E402
     synthetic_batches,
 )
 from machine import absent  # noqa: E402
-from step_categories import CATEGORIES, DATA, IDLE, category  # noqa: E402
-from torch.autograd import DeviceType  # noqa: E402
-from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
+from step_categories import CATEGORIES  # noqa: E402
+from step_profile import LOADER, profile_steps  # noqa: E402
+from torch.profiler import record_function  # noqa: E402
 
 from ict_fast.config import Config  # noqa: E402
 
 BEFORE_AND_AFTER = {"cuda": (INDUCTOR, OURS), "cpu": (PLAIN, CPU_VARIANTS[0])}
 SIZES = {"cuda": (("imagenet64", 128), ("cifar10", 512)), "cpu": (("digits", 96),)}
 WARM_UP_STEPS, PROFILED_STEPS = 4, 3
-_LOADER = "ict-fast: loader"
-_SHOWN = 25
 
 
 def part_profile(device: torch.device, session: Any) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
@@ -142,88 +138,16 @@ def profile_variant(name: str, preset: str, images: int, device: torch.device, t
         step, _ = VARIANTS[name](config, device)
 
         def run(k: int) -> None:
-            with record_function(_LOADER):
+            with record_function(LOADER):
                 batches = batches_of(k)
             step(k, batches)
 
         for k in range(WARM_UP_STEPS):
             run(k)
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-            torch.cuda.synchronize()
-        with profile(activities=activities) as profiler:
-            started = time.perf_counter()
-            for k in range(WARM_UP_STEPS, WARM_UP_STEPS + PROFILED_STEPS):
-                run(k)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            wall = 1e3 * (time.perf_counter() - started)
+        steps = range(WARM_UP_STEPS, WARM_UP_STEPS + PROFILED_STEPS)
+        record, profiler = profile_steps(run, steps, device)
     profiler.export_chrome_trace(str(trace))
-    if device.type == "cuda":
-        spans = [
-            (each.name, each.time_range.start, each.time_range.end)
-            for each in profiler.events()
-            if each.device_type == DeviceType.CUDA and not getattr(each, "is_user_annotation", False)
-        ]
-        table = by_category([(kernel, (end - start) / 1e3) for kernel, start, end in spans])
-        idle = wall - covered([(start / 1e3, end / 1e3) for _, start, end in spans])
-    else:
-        events = profiler.key_averages()
-        table = by_category(
-            [(each.key, each.self_cpu_time_total / 1e3, each.count) for each in events]  # type: ignore[misc]
-        )
-        idle = wall - sum(table["ms"].values())
-    table["ms"][IDLE] = max(0.0, idle)
-    per_step = {
-        key: {each: value / PROFILED_STEPS for each, value in table[key].items()}
-        for key in table
-        if key != "top"
-    }
-    top = [
-        {
-            "name": each,
-            "category": category_of(each),
-            "ms": ms / PROFILED_STEPS,
-            "calls": calls / PROFILED_STEPS,
-        }
-        for each, ms, calls in table["top"]
-    ]
-    return {"wall_ms": wall / PROFILED_STEPS, **per_step, "top": top, "trace": trace.name}
-
-
-def category_of(name: str) -> str:
-    """`category`, knowing what this file itself names."""
-    return DATA if name == _LOADER else category(name)
-
-
-def by_category(timed: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
-    """Sums (name, ms) or (name, ms, calls): ms and launches by category; the names that took most."""
-    milliseconds: dict[str, float] = defaultdict(float)
-    launches: Counter[str] = Counter()
-    names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for name, ms, *calls in timed:
-        count = calls[0] if calls else 1
-        found = category_of(name)
-        milliseconds[found] += ms
-        launches[found] += count
-        names[name][0] += ms
-        names[name][1] += count
-    most = sorted(names.items(), key=lambda item: -item[1][0])[:_SHOWN]
-    return {
-        "ms": {each: milliseconds[each] for each in CATEGORIES if each in milliseconds},
-        "launches": dict(launches),
-        "top": [(name[:160], ms, calls) for name, (ms, calls) in most],
-    }
-
-
-def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """The length of the union of intervals: kernels of two streams may run at once."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
+    return {**record, "trace": trace.name}
 
 
 def table_of(profiles: dict[str, dict[str, Any]]) -> str:

@@ -76,7 +76,7 @@ def norms_of(preset: str) -> set[Norm]:
 def plan_of(each: Norm, backward: bool, count: int = 64) -> Any:
     """What `_plan` says of a norm."""
     itemsize = 4 if each.fp32 else 2
-    return norm._plan(count, each.channels, each.size**2, each.num_groups, itemsize, backward)
+    return norm._plan(count, each.channels, each.size**2, each.num_groups, itemsize, backward, each.dropout)
 
 
 def case_of(each: Norm, backward: bool) -> Case:

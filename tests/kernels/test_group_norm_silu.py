@@ -268,6 +268,8 @@ def test_every_norm_of_the_networks_has_the_algorithm_of_the_table(norms_of_netw
     for norm in norms:
         plan = cases.plan_of(norm, backward)
         expected = norm.channels in (SPLIT_BACKWARD if backward else SPLIT_FORWARD)[norm.size]
+        if backward and norm.size == 32 and not norm.dropout:
+            expected = True
         assert plan.resident != expected, norm
 
 
@@ -286,7 +288,7 @@ def test_every_tile_fits_and_holds_whole_groups(norms_of_networks, backward):
             assert width <= sum(plan.widths) < 1.15 * width, norm
         else:
             assert norm.channels % sum(plan.widths) == 0, norm
-            shape = (norm.channels, norm.size**2, norm.num_groups, itemsize, backward)
+            shape = (norm.channels, norm.size**2, norm.num_groups, itemsize, backward, norm.dropout)
             assert plan.chunk == 64
             chunk = sys.modules["ict_kernels.group_norm_silu"]._plan(64, *shape, 20 * 2**20).chunk
             sample = norm.channels * norm.size**2 * itemsize * (1 + backward)

@@ -51,6 +51,7 @@ class MachineCode:
         stack_bytes: local memory per thread: anything but 0 is a spill, or an array that is indexed.
         loads, stores: global accesses by width in bits.
         fp64: fp64 arithmetic instructions.
+        fused_sums: products fused with what another lane adds to them, so that lanes end with other sums.
         instructions_per_element: static instructions, times threads, over the elements that they handle.
     """
 
@@ -61,6 +62,7 @@ class MachineCode:
     loads: dict[int, int]
     stores: dict[int, int]
     fp64: int
+    fused_sums: int
     instructions: int
     instructions_per_element: float | None
 
@@ -99,11 +101,32 @@ def compile_launch(launch: Launch, architecture: int, scalar: str = "fp32") -> M
         loads=_widths(opcodes, "LDG"),
         stores=_widths(opcodes, "STG"),
         fp64=sum(opcode.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for opcode in opcodes),
+        fused_sums=fused_sums(sass),
         instructions=len(opcodes),
         instructions_per_element=round(len(opcodes) * threads / launch.elements, 2)
         if launch.elements
         else None,
     )
+
+
+def fused_sums(sass: str) -> int:
+    """How often a product is added, unrounded, to that of another lane: FMUL, SHFL of it, FFMA."""
+    products: dict[str, frozenset[str]] = {}
+    shuffled: dict[str, frozenset[str]] = {}
+    found = 0
+    for opcode, operands in re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*) ([^;]*);", sass):
+        names = [each.strip().removesuffix(".reuse").lstrip("-") for each in operands.split(",")]
+        if opcode == "FFMA" and shuffled.get(names[3]) == {*names[1:3]}:
+            found += 1
+        target = names[1] if opcode.startswith("SHFL") else names[0]
+        product = products.get(names[2]) if opcode.startswith("SHFL.BFLY") else None
+        for register, known in ((products, None), (shuffled, product)):
+            register.pop(target, None)
+            if known is not None:
+                register[target] = known
+        if opcode == "FMUL":
+            products[target] = frozenset(names[1:3])
+    return found
 
 
 def specialised(
@@ -177,6 +200,7 @@ _COLUMNS = (
     "loads",
     "stores",
     "fp64",
+    "fused sums",
     "instr/elt",
     "B/elt (min)",
 )
@@ -226,6 +250,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 widths(record["loads"]),
                 widths(record["stores"]),
                 str(record["fp64"]),
+                str(record["fused_sums"]),
                 "-" if each is None else f"{each:.1f}",
                 f"{record['bytes_per_element']:g} ({record['minimum_bytes_per_element']:g})",
             )

@@ -60,6 +60,7 @@ def check(record: dict[str, Any]) -> None:
     assert record["stack_bytes"] == 0, "spills"
     # The scalars of an optimizer step are fp64; elements never are.
     assert record["fp64"] == 0 or record["kernel"] == "_scalars_kernel"
+    assert record["fused_sums"] == 0, "compute-sanitizer's racecheck finds lanes that store unequal sums"
     if record["kernel"] not in SMALL and not record["shape"].startswith(UNALIGNED_SHAPES):
         assert 128 in record["stores"] or not record["stores"] or record["kernel"] in NO_WIDE_STORES
         assert 128 in record["loads"] or record["kernel"] in WIDE_STORES_ONLY

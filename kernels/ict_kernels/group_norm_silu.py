@@ -234,8 +234,8 @@ def _plan(
     most of the time. There split was 1.24 to 1.28 times as fast on an H200, though not with dropout, which it
     would draw twice (0.83).
 
-    A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to 1.14
-    times as fast there, and once 0.99.
+    A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
+    1.14 times as fast there, and once 0.99.
     """
     wishes = _wishes
     rows = _power_of_2(pixels)

@@ -743,8 +743,10 @@ def resident_backward(
             p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
         )
         x1, dy1 = _load(x_ptr + at1, mask1, FULL1), _load(dy_ptr + at1, mask1, FULL1)
-    if not DROP:  # whose numbers take as long to draw, and the registers
-        tl.debug_barrier()  # all loads are under way before the first is waited for: else they are spread
+    # All loads are under way before the first is waited for: else the compiler spreads them. With dropout, to
+    # draw its numbers meanwhile would take the registers of a third program on a processor.
+    if not DROP or ROWS >= 1024:
+        tl.debug_barrier()
 
     dz0, s10, s20, means = _first_half(
         x0, dy0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine, draw, CHANNELS,

@@ -19,6 +19,8 @@ from gpu_timing import OURS, Stage, buffer_sets, differentiable, time_variants
 from step_counts import Call, TensorOf, heavy_calls
 from torch import Tensor
 
+# Of a call: a step has more than a hundred distinct ones, whose sum is what counts.
+_ROUNDS = 5
 # Where an operation's schema has the number of groups.
 _GROUPS = {"convolution": 8, "convolution_backward": 9}
 _ATTENTION = {"attention": flops.attention, "attention backward": flops.attention_backward}
@@ -105,7 +107,7 @@ def time_call(call: Call, device: torch.device) -> float:
         operation = getattr(torch.ops.aten, call.operation).default
         arguments = [[made(each) for each in call.arguments] for _ in range(sets)]
         stages = {"forward": lambda number, _: operation(*arguments[number])}
-    timings = time_variants({OURS: stages}, sets, device)
+    timings = time_variants({OURS: stages}, sets, device, rounds=_ROUNDS)
     return timings.medians(list(stages)[-1])[OURS]
 
 

@@ -147,6 +147,7 @@ def time_variants(
     sets: int,
     device: torch.device,
     held_to: Mapping[str, str] | None = None,
+    rounds: int = ROUNDS,
 ) -> Timings:
     """Times every stage of every variant.
 
@@ -155,12 +156,13 @@ def time_variants(
         sets: number of buffer sets.
         device: where the stages run.
         held_to: see `Comparison`.
+        rounds: how often each takes its turn, on a GPU.
     Returns:
         Times of one call, that is of one buffer set. A variant that cannot run is named with the reason, and
         the others are timed all the same; that of this package must run.
     """
     timings = Timings()
-    warm_up_rounds, rounds = (2, ROUNDS) if device.type == "cuda" else (0, 2)
+    warm_up_rounds, rounds = (2, rounds) if device.type == "cuda" else (0, 2)
     replays: list[tuple[str, str, Callable[[], object]]] = []
     with _own_stream(device):
         for name, stages in variants.items():

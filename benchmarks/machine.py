@@ -73,12 +73,12 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with `-dirty` where files differ from it.
+    """What ICT_FAST_COMMIT says: files copied to another machine may lie on an older checkout there.
 
-    Where the files came without git's, what ICT_FAST_COMMIT says; None without that too.
+    Without it the commit that is checked out, with `-dirty` where files differ from it; None without git's.
     """
-    found = output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-    return found or os.environ.get("ICT_FAST_COMMIT") or None
+    said = os.environ.get("ICT_FAST_COMMIT")
+    return said or output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
 
 
 def output_of(*command: str) -> str | None:

@@ -195,6 +195,10 @@ def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
                 else ""
             )
             yield f"Convolutions and attention alone{of}: {floor['ms']:.1f} ms ({parts}){times}."
+        profiles = {each: of["profile"] for each, of in record["variants"].items() if "profile" in of}
+        if profiles:
+            yield "Where the time of a step goes, from two more that were profiled:"
+            yield table_of(profiles).strip()
         for batch, variants in record.get("larger_batches", {}).items():
             times = ", ".join(f"{each} {figures['ms_per_step']:.1f} ms" for each, figures in variants.items())
             yield f"At {batch} images, for which not every variant has the memory: {times}."

@@ -18,9 +18,18 @@ from ict_fast.consistency.curriculum import stages
 from ict_fast.errors import InputError
 from ict_fast.planning import make_plan
 from ict_fast.planning.gpus import GPUS
-from ict_fast.planning.plan import DEFAULT_MFU, MOST_GPUS, calibrated_batches
+from ict_fast.planning.network_cost import network_cost
+from ict_fast.planning.plan import (
+    DEFAULT_MFU,
+    MOST_GPUS,
+    RUNTIME_BYTES,
+    calibrated_batches,
+    memory_bytes,
+)
 from ict_fast.training.precision import BATCHES, choice_is_due
 from ict_fast.training.step import TrainStep
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64, 512])
@@ -75,6 +84,21 @@ def test_what_a_run_keeps_is_what_a_training_step_holds(tiny: Config, teacher: s
         held["EMA teacher"] = sum(groups["teacher"][name].nbytes for name in names)
     assert {kind: plan.memory[kind] for kind in held} == held
     assert ("EMA teacher" in plan.memory) == (teacher == "ema")
+
+
+MEASURED = sorted(RESULTS.glob("step-*-*-*.json"))
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_the_memory_of_a_measured_step_is_what_the_plan_says(path: Path) -> None:
+    for record in json.loads(path.read_text())["results"]:
+        preset, images = record["preset"], record["batch_size"]
+        config = presets.get(preset)
+        expected = memory_bytes(config, network_cost(config.network), images)
+        # A step calibrates nothing, and torch's allocator knows nothing of the context and the libraries.
+        of_step = sum(expected.values()) - expected["calibration"] - RUNTIME_BYTES
+        peak = record["variants"]["ict-fast"]["peak_memory_bytes"]
+        assert 0.9 < peak / of_step < 1.02, f"{preset}, {images} images: {peak / 1e9} of {of_step / 1e9} GB"
 
 
 def test_communication_that_computing_does_not_hide_costs_time() -> None:

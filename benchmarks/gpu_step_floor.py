@@ -1,14 +1,15 @@
 """The time of a step's convolutions and attention alone: every distinct call of the step, repeated by itself.
 
 The calls are those that step_counts.py meets on fake tensors. Each is timed in a CUDA graph over buffers that
-L2 does not hold, and counted as often as the step makes it. Depthwise convolutions, which only resample, are
+L2 does not hold, and counted as often as the step makes it. A 1 x 1 convolution is timed as matrix products
+too, which Inductor makes of it, and counts as the faster. Depthwise convolutions, which only resample, are
 left out: a fused kernel could do their work elsewhere.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -107,8 +108,39 @@ def time_call(call: Call, device: torch.device) -> float:
         operation = getattr(torch.ops.aten, call.operation).default
         arguments = [[made(each) for each in call.arguments] for _ in range(sets)]
         stages = {"forward": lambda number, _: operation(*arguments[number])}
-    timings = time_variants({OURS: stages}, sets, device, rounds=_ROUNDS)
-    return timings.medians(list(stages)[-1])[OURS]
+    variants = {OURS: stages}
+    if call.operation in _GROUPS and _is_pointwise(call):
+        variants["matrix products"] = _product_stages(call, arguments)
+    timings = time_variants(variants, sets, device, rounds=_ROUNDS)
+    return min(timings.medians(list(stages)[-1]).values())
+
+
+def _is_pointwise(call: Call) -> bool:
+    """Whether a convolution is a matrix product of every pixel: 1 x 1, without stride."""
+    place = _GROUPS[call.operation]
+    weight, stride = call.arguments[place - 7], call.arguments[place - 5]
+    return weight.shape[2:] == (1, 1) and set(stride) == {1} and call.arguments[place] == 1
+
+
+def _product_stages(call: Call, arguments: Sequence[Sequence[Any]]) -> dict[str, Stage]:
+    """The matrix products of a 1 x 1 convolution, of channels-last images; those that the call asks for."""
+
+    def rows(image: Tensor) -> Tensor:
+        return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+
+    def forward(number: int, _: Any) -> Tensor:
+        x, weight, bias = arguments[number][:3]
+        product = rows(x), weight.flatten(1).t()
+        return torch.mm(*product) if bias is None else torch.addmm(bias, *product)
+
+    def backward(number: int, _: Any) -> list[Tensor]:
+        gradient, x, weight = arguments[number][:3]
+        of_x, of_weight, of_bias = arguments[number][-1]
+        found = [torch.mm(rows(gradient), weight.flatten(1))] if of_x else []
+        found += [torch.mm(rows(gradient).t(), rows(x))] if of_weight else []
+        return found + ([rows(gradient).sum(0)] if of_bias else [])
+
+    return {"forward": backward if call.operation == "convolution_backward" else forward}
 
 
 def _attention_stages(call: Call, inputs: list[list[Tensor]]) -> dict[str, Stage]:

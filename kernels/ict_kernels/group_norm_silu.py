@@ -742,8 +742,8 @@ def resident_backward(
             p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
         )
         x1, dy1 = _load(x_ptr + at1, mask1, FULL1), _load(dy_ptr + at1, mask1, FULL1)
-    # All loads are under way before the first is waited for: else the compiler spreads them. With dropout, to
-    # draw its numbers meanwhile would take the registers of a third program on a processor.
+    # All loads are under way before the first is waited for: else the compiler spreads them. With dropout that
+    # would take the registers of a third program on a processor, where there is room for one.
     if not DROP or ROWS >= 1024:
         tl.debug_barrier()
 
@@ -957,17 +957,12 @@ def split_backward(
     z = x * (q * rstd)[None, :] + b[None, :]
     dz = _silu_backward(z, dy, SILU)
     if dx_ptr is None:
-        if sx_ptr is None:
-            s1, s2 = tl.split(tl.sum(tl.join(dz, dz * x), axis=0))
-        else:
-            inner = x if FULL else tl.where(mask, x, 0.0)
-            sums = tl.sum(tl.join(tl.join(dz, inner), tl.join(dz * x, inner)), axis=0)
-            s1_sx, s2_sx = tl.split(sums)
-            s1, sx = tl.split(s1_sx)
-            s2, _ = tl.split(s2_sx)
-            tl.store(sx_ptr + place + c, sx * rstd, mask=inside)
+        s1, s2 = tl.split(tl.sum(tl.join(dz, dz * x), axis=0))
         tl.store(s1_ptr + place + c, s1, mask=inside)
         tl.store(s2_ptr + place + c, s2 * rstd, mask=inside)
+        if sx_ptr is not None:
+            sx = tl.sum(x if FULL else tl.where(mask, x, 0.0), axis=0)
+            tl.store(sx_ptr + place + c, sx * rstd, mask=inside)
     else:
         m1, m2 = _pair_of_group(means_ptr, n - start, c, inside, GROUP, CHANNELS)
         dx = dz * (q * rstd)[None, :] - (x * (m2 * rstd * rstd)[None, :] + (m1 * rstd)[None, :])

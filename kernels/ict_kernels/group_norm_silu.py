@@ -742,8 +742,8 @@ def resident_backward(
             p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
         )
         x1, dy1 = _load(x_ptr + at1, mask1, FULL1), _load(dy_ptr + at1, mask1, FULL1)
-    # All loads are under way before the first is waited for: else the compiler spreads them. With dropout that
-    # would take the registers of a third program on a processor, where there is room for one.
+    # All loads are under way before the first is waited for: else the compiler spreads them. With dropout
+    # that would take the registers of a third program on a processor, where there is room for one.
     if not DROP or ROWS >= 1024:
         tl.debug_barrier()
 

@@ -249,10 +249,10 @@ def test_a_wrong_argument_is_named_with_what_would_be_right():
 
 # ----------------------------------------------------------------------------------------- the kernels' plan
 
-# What is split at each resolution; everything else of the networks is resident.
+# What is split at each resolution, and backward all at 32 x 32 that has no dropout; everything else of the
+# networks is resident.
 SPLIT_FORWARD = {64: {192, 384, 576}, 32: {192, 384, 576, 768, 960}, 16: {1344}, 8: set()}
 SPLIT_BACKWARD = {64: {192, 384, 576}, 32: {192, 384, 576, 768, 960}, 16: {960, 1344}, 8: set()}
-# Backward at 32 x 32 without dropout, whatever the width.
 
 
 @pytest.fixture(scope="module")

@@ -72,8 +72,8 @@ def by_definition(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def error_record(ours: Tensor, exact: Tensor, torchs: Tensor) -> dict[str, float | None]:
-    """Largest absolute errors against float64, and the largest absolute value of what is exact; `ratio` is ours
-    over torch's, None where torch's is 0.
+    """Largest absolute errors against float64, and the largest absolute value there; `ratio` is ours over
+    torch's, None where torch's is 0.
     """
     error = float((ours.double() - exact).abs().max())
     torchs_error = float((torchs.double() - exact).abs().max())

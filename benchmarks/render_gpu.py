@@ -150,8 +150,8 @@ def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
     ]
     if errors:
         yield (
-            "Largest error against float64, of the tensor that compares worst. (Losses at N = 1281 are a million and"
-            " more, where neighbours in fp32 lie 0.125 apart and farther.)"
+            "Largest error against float64, of the tensor that compares worst. (Losses at N = 1281 are a"
+            " million and more, where neighbours in fp32 lie 0.125 apart and farther.)"
         )
         yield table(("case", "ours", "torch's", "largest value", "file"), errors, right=1)
     failed = [

@@ -14,22 +14,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from gpu_baselines import INDUCTOR, TUNED
-from gpu_step_blocks import OURS, compile_as, compile_beforehand
+from gpu_step_blocks import OURS, compile_beforehand
 from gpu_step_floor import measure_floor
+from gpu_step_variants import AUTOTUNED, CAPTURED, CPU_VARIANTS, FLOOR, ON_REQUEST, QUICK, VARIANTS, WORDS
 from machine import ceilings, matrix_tflop_per_s, seconds_of
-from plain_network import make_plain
 from step_counts import count_step
 from step_profile import profile_steps
 from torch._dynamo.utils import counters
 
 from ict_fast import presets
 from ict_fast.config import Config
-from ict_fast.training.step import TrainStep, trunk_dtype
+from ict_fast.training.step import trunk_dtype
 
 # (preset, images): the step with the goals goes first.
 GPU_SIZES = (("imagenet64", 128), ("cifar10", 512))
@@ -62,67 +60,6 @@ def synthetic_batches(config: Config, device: torch.device) -> list[Any]:
         )
         for offset in range(0, training.batch_size, size)
     ]
-
-
-# ----------------------------------------------------------------------------------------------- the variants
-
-Advance = Callable[[int, Sequence[Any]], None]
-# -> what advances a run by a step, and the state that it advances.
-Variant = Callable[[Config, torch.device], tuple[Advance, TrainStep]]
-
-
-def _ours(compiled: str, config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
-    step = TrainStep(replace(config, training=replace(config.training, compile=compiled)), device)
-    return step, step
-
-
-def _captured(config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
-    """`--training.cuda-graph`: the whole compiled step as one graph."""
-    from ict_fast.training.graph import CapturedStep
-
-    _, step = _ours("on", config, device)
-    return CapturedStep(step), step
-
-
-def _plain(config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
-    _, step = _ours("off", config, device)
-    make_plain(step)
-    return step, step
-
-
-def _inductor(name: str, config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
-    """Plain torch in compiled blocks, as ours are."""
-    _, step = _plain(config, device)
-    compile_as(name, step.network)
-    return step, step
-
-
-PLAIN, CAPTURED, UNCOMPILED = "torch, uncompiled", "ict-fast, CUDA graph", "ict-fast, uncompiled"
-AUTOTUNED, FLOOR = "ict-fast, max-autotune", "convolutions and attention alone"
-VARIANTS: dict[str, Variant] = {
-    OURS: partial(_ours, "on"),
-    TUNED: partial(_inductor, TUNED),
-    INDUCTOR: partial(_inductor, INDUCTOR),
-    PLAIN: _plain,
-    CAPTURED: _captured,
-    UNCOMPILED: partial(_ours, "off"),
-    AUTOTUNED: partial(_ours, "max-autotune"),
-}
-# In the order of measuring, with the words that `--variants` takes.
-WORDS = {
-    "ours": OURS,
-    "floor": FLOOR,
-    "inductor": INDUCTOR,
-    "tuned": TUNED,
-    "plain": PLAIN,
-    "graph": CAPTURED,
-    "uncompiled": UNCOMPILED,
-    "max-autotune": AUTOTUNED,
-}
-# Tries many kernels for each convolution: by itself it can use up a part's time, so it has to be asked for.
-_ON_REQUEST = (AUTOTUNED,)
-_QUICK = (FLOOR, PLAIN, UNCOMPILED)  # nothing is compiled for them
-CPU_VARIANTS = (UNCOMPILED, PLAIN)
 
 
 # ---------------------------------------------------------------------------------------------- the measuring
@@ -166,7 +103,7 @@ def measure_steps(
         The record so far, after every variant, and while the floor is measured.
     """
     started, config = time.monotonic(), step_config(preset, images)
-    names = list(names) or [name for name in WORDS.values() if name not in _ON_REQUEST]
+    names = list(names) or [name for name in WORDS.values() if name not in ON_REQUEST]
     if device.type == "cpu":
         names = [name for name in CPU_VARIANTS if name in names] or names
     peak = ceilings(device.type)["matrix_tflop_per_s"]["bf16" if device.type == "cuda" else "fp32"]
@@ -187,7 +124,7 @@ def measure_steps(
     def time_is_up(name: str) -> bool:
         """A variant's first pass is expected to take half of what the longest of its kind has taken: with the
         first, cuDNN tried its algorithms for all."""
-        alike = [took[each] for each in took if (each in _QUICK) == (name in _QUICK)]
+        alike = [took[each] for each in took if (each in QUICK) == (name in QUICK)]
         return left() < max(alike, default=0.0) / 2
 
     to_come, compiled_for = list(names), 0

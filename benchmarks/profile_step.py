@@ -23,16 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from gpu_step import (  # noqa: E402
-    CPU_VARIANTS,
-    INDUCTOR,
-    OURS,
-    PLAIN,
-    VARIANTS,
-    clean_up,
-    step_config,
-    synthetic_batches,
-)
+from gpu_step import clean_up, step_config, synthetic_batches  # noqa: E402
+from gpu_step_variants import CPU_VARIANTS, INDUCTOR, OURS, PLAIN, VARIANTS  # noqa: E402
 from machine import absent  # noqa: E402
 from step_categories import CATEGORIES  # noqa: E402
 from step_profile import LOADER, profile_steps  # noqa: E402

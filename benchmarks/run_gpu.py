@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.variants:
-        from gpu_step import WORDS
+        from gpu_step_variants import WORDS
 
         if arguments.part != "step" or not set(arguments.variants) <= WORDS.keys():
             parser.error(f"--variants: for part step, some of {', '.join(WORDS)}")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from flops import flops_of
-from gpu_step import CPU_VARIANTS, GPU_SIZES, VARIANTS, measure_steps, synthetic_batches
+from gpu_step import GPU_SIZES, measure_steps, synthetic_batches
+from gpu_step_variants import CPU_VARIANTS, VARIANTS
 
 from ict_fast import presets
 from ict_fast.config import Config

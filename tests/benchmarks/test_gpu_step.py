@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 gpu_step_blocks: Any = importlib.import_module("gpu_step_blocks")
 gpu_step: Any = importlib.import_module("gpu_step")
+variants: Any = importlib.import_module("gpu_step_variants")
 run_gpu: Any = importlib.import_module("run_gpu")
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def measured_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, A
 def test_a_baseline_that_does_not_fit_takes_all_variants_to_half_the_batch(
     measured_steps: Callable[..., dict[str, Any]],
 ) -> None:
-    record = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16)
+    record = measured_steps(lambda name, images: name != variants.PLAIN or images <= 16)
     assert record["batch_size"] == 16
     assert {name: each["ms_per_step"] for name, each in record["variants"].items()} == dict.fromkeys(
         gpu_step.CPU_VARIANTS, 16.0
@@ -57,7 +58,7 @@ def test_a_baseline_that_does_not_fit_takes_all_variants_to_half_the_batch(
     assert record["failed"] == record["left_out"] == {}
     assert "error" not in record
     assert record["larger_batches"]["32"].keys() == {gpu_step.CPU_VARIANTS[0]}
-    late = measured_steps(lambda name, images: name != gpu_step.PLAIN or images <= 16, budget=0.0)
+    late = measured_steps(lambda name, images: name != variants.PLAIN or images <= 16, budget=0.0)
     assert late["batch_size"] == 32, "without time for all variants, those that ran keep their figures"
     assert late["variants"].keys() == {gpu_step.CPU_VARIANTS[0]}
 
@@ -137,16 +138,16 @@ def steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[s
 def test_ours_comes_first_then_the_floor_and_what_the_time_does_not_reach_is_the_rest(
     steps_on_a_gpu: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0) | {gpu_step.PLAIN: 12.0, gpu_step.UNCOMPILED: 12.0}
-    records = steps_on_a_gpu(seconds, 205.0)
-    compiled = [gpu_step.OURS, gpu_step.INDUCTOR, gpu_step.TUNED]
+    seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0) | {variants.PLAIN: 12.0, variants.UNCOMPILED: 12.0}
+    records = steps_on_a_gpu(seconds, 209.0)
+    compiled = [gpu_step.OURS, variants.INDUCTOR, variants.TUNED]
     found = [list(each["variants"]) for each in records[:5]]
     assert found == [*[compiled[:1]] * 3, compiled[:2], compiled]
     # Before the last of the floor its sum is of a part, and says so.
     assert [each["floor"]["share_of_flops"] for each in records[1:3]] == [0.5, 1.0]
     assert records[2]["times_the_floor"] == 10.0 / 8.0
     # After 60 + 10 + 3 x 40 s nothing compiled fits any more, half as long, but what is not compiled.
-    assert list(records[-1]["variants"]) == [*compiled, gpu_step.PLAIN, gpu_step.UNCOMPILED]
+    assert list(records[-1]["variants"]) == [*compiled, variants.PLAIN, variants.UNCOMPILED]
     assert list(records[-1]["left_out"]) == [gpu_step.CAPTURED]
 
 
@@ -154,10 +155,10 @@ def test_a_second_pass_takes_half_and_the_floor_alone_can_be_measured(
     steps_on_a_gpu: Callable[..., list[dict[str, Any]]],
 ) -> None:
     seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0)
-    record = steps_on_a_gpu(seconds, 145.0, gpu_step.OURS, gpu_step.TUNED)[-1]
+    record = steps_on_a_gpu(seconds, 145.0, gpu_step.OURS, variants.TUNED)[-1]
     passes = {name: len(each["passes"]) for name, each in record["variants"].items()}
-    assert passes == {gpu_step.OURS: 1, gpu_step.TUNED: 1}  # 60 + 2 x 40 s, and 5 s are left
-    record = steps_on_a_gpu(seconds, 160.0, gpu_step.OURS, gpu_step.TUNED)[-1]
+    assert passes == {gpu_step.OURS: 1, variants.TUNED: 1}  # 60 + 2 x 40 s, and 5 s are left
+    record = steps_on_a_gpu(seconds, 160.0, gpu_step.OURS, variants.TUNED)[-1]
     assert [len(each["passes"]) for each in record["variants"].values()] == [1, 2]
     record = steps_on_a_gpu(seconds, 100.0, gpu_step.FLOOR)[-1]
     assert record["floor"]["ms"] == 8.0

@@ -31,9 +31,9 @@ WIDE_STORES_ONLY = {"_noise_kernel"}
 # Instructions per element, by what comes with the norm. Forward it is what a memory-bound kernel can afford
 # at 4 bytes per element, and 40 with dropout. Backward it is what is reached now, and must not grow: the 132
 # processors of an H100 or H200 issue about 29e12 instructions of threads a second, which at 6 bytes per
-# element allow 58 on an H100 (3.0 TB/s) and 40 on an H200 (4.3). Beyond an H200's budget are, at 16 x 16 on
-# sm_90, 384 (55.4), 768 (54.1) and 576 (51.3) channels with dropout, the same with scale and shift (48.3,
-# 47.0, 42.8) and 256 with dropout (40.8; 42.0 at 8 x 8); and 1344 at 8 x 8 (40.3). 256 alone takes 26.4.
+# element allow 58 on an H100 (3.0 TB/s) and 40 on an H200 (4.3), if they overlapped with the reading. Beyond
+# an H200's budget are, on sm_90, 768 (54.1 at 8 x 8), 384 (53.5) and 576 (49.0) channels with dropout, with
+# scale and shift (47.3, 46.6, 40.5), and 256 with dropout (42.4 at 8 x 8); 256 alone takes 26.1 at 16 x 16.
 MOST_INSTRUCTIONS = {
     "resident_forward": {"": 27, "scale_shift": 27, "dropout": 40},
     "resident_backward": {"": 41, "scale_shift": 49, "dropout": 56},

@@ -82,6 +82,25 @@ def test_box_resampling_is_mean_and_repetition() -> None:
     torch.testing.assert_close(NearestUpsample()(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_nearest_upsampling_is_torchs_bit_for_bit_and_channels_last(layout: torch.memory_format) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = random(2, 12, 5, 7).to(dtype).contiguous(memory_format=layout)
+        doubled = NearestUpsample()(x)
+        assert torch.equal(doubled, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert doubled.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_gradient_of_nearest_upsampling_is_torchs_and_channels_last() -> None:
+    x = random(2, 12, 5, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = random(2, 12, 10, 14, seed=1)
+    (expected,) = torch.autograd.grad(F.interpolate(x, scale_factor=2.0, mode="nearest"), x, weights)
+    (found,) = torch.autograd.grad(NearestUpsample()(x), x, weights)
+    torch.testing.assert_close(found, expected, atol=1e-14, rtol=0)
+    (laid_out,) = torch.autograd.grad(NearestUpsample()(x), x, weights.to(memory_format=torch.channels_last))
+    assert laid_out.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("reads_image", [True, False])
 def test_pyramid_filters_the_convolution_of_the_zero_extended_image(reads_image: bool) -> None:
     pyramid = randomised(Pyramid(3, 4, reads_image=reads_image))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ict_fast.config import NetworkConfig
 from ict_fast.errors import InputError
+from ict_fast.networks.concatenation import concatenated
 from ict_fast.networks.tf32 import TrunkConv2d
 from ict_kernels import GroupNormSiLU
 
@@ -282,9 +283,20 @@ class ResidualBlock(nn.Module):
         self.attention = SelfAttention(out_channels, head_channels, eps) if attention else None
 
     def forward(
-        self, x_nchw: Tensor, embedding: Tensor, dropout_seed: Seed = None, dropout_offset: int | Tensor = 0
+        self,
+        x_nchw: Tensor,
+        embedding: Tensor,
+        dropout_seed: Seed = None,
+        dropout_offset: int | Tensor = 0,
+        *,
+        skip_nchw: Tensor | None = None,
     ) -> Tensor:
-        """The activations after this block, in the dtype of `x_nchw`; the embedding is fp32."""
+        """The activations after this block, in the dtype of `x_nchw`; the embedding is fp32.
+
+        `skip_nchw` is what a block of the decoder has from the encoder: further channels of the input.
+        """
+        if skip_nchw is not None:
+            x_nchw = concatenated(x_nchw, skip_nchw)
         with without_autocast(x_nchw):
             condition = self.embedding(embedding)
         hidden = self._resampled(self.norm0(x_nchw))

@@ -214,6 +214,23 @@ def test_residual_block_is_the_published_formula(adaptive: bool, direction: str,
     torch.testing.assert_close(block(x, embedding), (skip + hidden) * 0.7, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("attention", [True, False])
+def test_a_block_concatenates_what_the_skip_connection_brings(attention: bool) -> None:
+    settings = {"embedding_channels": 10, "eps": 1e-6, "adaptive_norm": False, "dropout": 0.3}
+    block = randomised(ResidualBlock(20, 8, attention=attention, **settings))
+    x, skip, embedding = random(2, 12, 4, 4), random(2, 8, 4, 4, seed=1), random(2, 10, seed=2)
+    inputs = [each.requires_grad_() for each in (x, skip, embedding, *block.parameters())]
+    outside = block(torch.cat([x, skip], dim=1), embedding, 5, 3)
+    inside = block(x, embedding, 5, 3, skip_nchw=skip)
+    assert torch.equal(inside, outside)
+    weights = random(*inside.shape, seed=3)
+    expected = torch.autograd.grad(outside, inputs, weights)
+    found = torch.autograd.grad(inside, inputs, weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[:2])
+
+
 def test_groups_are_32_or_have_four_channels() -> None:
     assert [group_count(channels) for channels in (4, 24, 120, 128, 576, 1536)] == [1, 6, 30, 32, 32, 32]
     for channels in (3, 9, 144):

@@ -16,7 +16,7 @@ import torch
 from compilers import compile_beside, dismiss
 from gpu_baselines import INDUCTOR, RAISED_THRESHOLDS, TUNED, set_reductions
 from plain_network import use_torchs_norms
-from torch import Tensor
+from torch import Tensor, nn
 
 from ict_fast.config import Config
 from ict_fast.networks import build_network
@@ -55,23 +55,29 @@ def block_work(name: str, config: Config) -> list[Callable[[], None]]:
     """What compiles the distinct blocks of a variant, for `compile_beside`."""
     with torch.device("meta"):  # where torch's norms cannot be called
         network = build_network(config.network)
-    shapes: list[tuple[int, ...]] = []
+    shapes_of: dict[nn.Module, tuple[tuple[int, ...] | None, ...]] = {}
+
+    def note(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        skip = named.get("skip_nchw")
+        shapes_of[block] = tuple(inputs[0].shape), None if skip is None else tuple(skip.shape)
+
     for block in network.blocks():
-        block.register_forward_pre_hook(lambda module, inputs: shapes.append((id(module), *inputs[0].shape)))
+        block.register_forward_pre_hook(note, with_kwargs=True)
     sizes = config.network
     with torch.device("meta"):
         x = torch.empty(config.training.batch_size, sizes.image_channels, sizes.resolution, sizes.resolution)
         labels = torch.zeros(len(x), dtype=torch.int64) if sizes.num_classes else None
         network(x, torch.empty(len(x)), labels)
-    shape_of = {module: shape for module, *shape in shapes}
     work = {}
     for number, block in enumerate(network.blocks()):
-        shape = tuple(shape_of[id(block)])
-        work.setdefault((repr(block), shape), partial(_compile_block, name, config, number, shape))
+        shapes = shapes_of[block]
+        work.setdefault((repr(block), shapes), partial(_compile_block, name, config, number, *shapes))
     return list(work.values())
 
 
-def _compile_block(name: str, config: Config, number: int, shape: tuple[int, ...]) -> None:
+def _compile_block(
+    name: str, config: Config, number: int, shape: tuple[int, ...], skip_shape: tuple[int, ...] | None
+) -> None:
     """In another process: runs a block as a step does, on whatever stands in memory."""
     device = torch.device("cuda")
     configure_torch(device, deterministic=False)
@@ -84,16 +90,23 @@ def _compile_block(name: str, config: Config, number: int, shape: tuple[int, ...
     compile_as(name, network)
     block = list(network.blocks())[number].to_empty(device=device)
     dtype = trunk_dtype(config.training.precision, device)
-    x = torch.empty(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+
+    def activations(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+
+    x, skip = activations(shape), None if skip_shape is None else activations(skip_shape)
     embedding = torch.empty(shape[0], 4 * config.network.channels, device=device)
     dropout: tuple[int | Tensor, ...] = (0, 0)
     if name == OURS:
         dropout = torch.zeros(2, dtype=torch.int64, device=device), torch.tensor(0, device=device)
     with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=False):
         with torch.no_grad():
-            block(x, embedding, *dropout)
-        y = block(x.requires_grad_(), embedding.requires_grad_(), *dropout)
+            block(x, embedding, *dropout, skip_nchw=skip)
+        for each in (x, embedding, skip):
+            if each is not None:
+                each.requires_grad_()
+        y = block(x, embedding, *dropout, skip_nchw=skip)
     y.backward(torch.empty_like(y))
     torch.cuda.synchronize()
-    del block, network, x, y
+    del block, network, x, skip, y
     torch.cuda.empty_cache()

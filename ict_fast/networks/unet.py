@@ -226,8 +226,7 @@ class DecoderLevel(nn.Module):
         if self.up is not None:
             x_nchw = self.up(x_nchw, embedding, next(seeds), dropout_offset)
         for block in self.blocks:
-            x_nchw = torch.cat([x_nchw, skips.pop()], dim=1)
-            x_nchw = block(x_nchw, embedding, next(seeds), dropout_offset)
+            x_nchw = block(x_nchw, embedding, next(seeds), dropout_offset, skip_nchw=skips.pop())
         return x_nchw
 
 

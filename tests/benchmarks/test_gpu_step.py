@@ -212,7 +212,9 @@ def test_peak_memory_is_of_steps_after_the_first_ones_unless_they_are_captured(
 def test_every_kind_of_block_is_compiled_beforehand_for_the_images_that_it_sees() -> None:
     config = gpu_step.step_config("imagenet64", 128)
     with torch.device("meta"):
-        blocks = list(build_network(config.network).blocks())
+        network = build_network(config.network)
+    blocks = list(network.blocks())
+    decoding = {blocks.index(block) for level in network.decoder for block in level.blocks}
 
     def kind(block: Any) -> tuple[Any, ...]:
         resample, attention = type(block.resample), block.attention is not None
@@ -221,9 +223,12 @@ def test_every_kind_of_block_is_compiled_beforehand_for_the_images_that_it_sees(
     sides: dict[Any, set[int]] = {}
     for name in gpu_step_blocks.COMPILED:
         work = [each.args for each in gpu_step_blocks.block_work(name, config)]
-        assert {kind(blocks[number]) for _, _, number, _ in work} == set(map(kind, blocks))
-        for _, _, number, (samples, channels, height, width) in work:
-            assert (samples, channels) == (128, blocks[number].in_channels)
+        assert {kind(blocks[number]) for _, _, number, *_ in work} == set(map(kind, blocks))
+        for _, _, number, (samples, channels, height, width), skip in work:
+            brought = skip[1] if skip else 0
+            assert (samples, channels) == (128, blocks[number].in_channels - brought)
+            assert (skip is not None) == (number in decoding)
+            assert skip is None or skip == (samples, brought, height, width)
             assert height == width
             sides.setdefault(blocks[number].attention is not None, set()).add(height)
     assert sides[True] <= set(config.network.attention_resolutions) | {8}, "the middle attends too"

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import run_and_get_code
 
 from ict_fast.config import NetworkConfig
+from ict_fast.networks.layers import NearestUpsample, ResidualBlock
+
+
+@pytest.fixture
+def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled before, and nothing kept."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def test_network_is_one_graph_with_and_across_seeds(
@@ -28,3 +43,38 @@ def test_network_is_one_graph_with_and_across_seeds(
             )
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_gradient_of_compiled_nearest_upsampling_is_not_scattered() -> None:
+    """With atomic additions, whose sums depend on their order, on a GPU and on a CPU's several threads."""
+
+    def code_of(upsample: Callable[[Tensor], Tensor]) -> str:
+        x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+        compiled = torch.compile(lambda x: upsample(x).sin().sum(), fullgraph=True, dynamic=False)
+        (found,), codes = run_and_get_code(lambda: torch.autograd.grad(compiled(x), x))
+        torch.testing.assert_close(found, 4 * x.detach().cos(), atol=1e-6, rtol=1e-6)
+        return "".join(codes)
+
+    assert "index_put" in code_of(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert "index_put" not in code_of(NearestUpsample())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_block_gives_each_of_what_it_concatenates_a_gradient_of_its_own() -> None:
+    """Not slices of one, which the blocks that they belong to would copy."""
+    torch.manual_seed(0)
+    block = ResidualBlock(20, 8, embedding_channels=4, eps=1e-5, adaptive_norm=False, dropout=0.0)
+    x, skip = (torch.randn(2, width, 4, 4).to(memory_format=torch.channels_last) for width in (12, 8))
+    inputs = [each.requires_grad_() for each in (x, skip, torch.randn(2, 4), *block.parameters())]
+    embedding = inputs[2]
+    weights = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    outside = block(torch.cat([x, skip], dim=1), embedding)
+    expected = torch.autograd.grad(outside, inputs, weights)
+    compiled = torch.compile(block, fullgraph=True, dynamic=False)
+    found = torch.autograd.grad(compiled(x, embedding, skip_nchw=skip), inputs, weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    for ours, slices in zip(found[:2], expected[:2], strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert not slices.is_contiguous(memory_format=torch.channels_last)

@@ -82,6 +82,25 @@ def test_box_resampling_is_mean_and_repetition() -> None:
     torch.testing.assert_close(NearestUpsample()(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_nearest_upsampling_is_torchs_bit_for_bit_and_channels_last(layout: torch.memory_format) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = random(2, 12, 5, 7).to(dtype).contiguous(memory_format=layout)
+        doubled = NearestUpsample()(x)
+        assert torch.equal(doubled, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert doubled.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_gradient_of_nearest_upsampling_is_torchs_and_channels_last() -> None:
+    x = random(2, 12, 5, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = random(2, 12, 10, 14, seed=1)
+    (expected,) = torch.autograd.grad(F.interpolate(x, scale_factor=2.0, mode="nearest"), x, weights)
+    (found,) = torch.autograd.grad(NearestUpsample()(x), x, weights)
+    torch.testing.assert_close(found, expected, atol=1e-14, rtol=0)
+    (laid_out,) = torch.autograd.grad(NearestUpsample()(x), x, weights.to(memory_format=torch.channels_last))
+    assert laid_out.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("reads_image", [True, False])
 def test_pyramid_filters_the_convolution_of_the_zero_extended_image(reads_image: bool) -> None:
     pyramid = randomised(Pyramid(3, 4, reads_image=reads_image))
@@ -193,6 +212,23 @@ def test_residual_block_is_the_published_formula(adaptive: bool, direction: str,
     else:
         assert block.skip is None
     torch.testing.assert_close(block(x, embedding), (skip + hidden) * 0.7, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_a_block_concatenates_what_the_skip_connection_brings(attention: bool) -> None:
+    settings = {"embedding_channels": 10, "eps": 1e-6, "adaptive_norm": False, "dropout": 0.3}
+    block = randomised(ResidualBlock(20, 8, attention=attention, **settings))
+    x, skip, embedding = random(2, 12, 4, 4), random(2, 8, 4, 4, seed=1), random(2, 10, seed=2)
+    inputs = [each.requires_grad_() for each in (x, skip, embedding, *block.parameters())]
+    outside = block(torch.cat([x, skip], dim=1), embedding, 5, 3)
+    inside = block(x, embedding, 5, 3, skip_nchw=skip)
+    assert torch.equal(inside, outside)
+    weights = random(*inside.shape, seed=3)
+    expected = torch.autograd.grad(outside, inputs, weights)
+    found = torch.autograd.grad(inside, inputs, weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[:2])
 
 
 def test_groups_are_32_or_have_four_channels() -> None:

@@ -116,10 +116,11 @@ def time_call(call: Call, device: torch.device) -> float:
 
 
 def _is_pointwise(call: Call) -> bool:
-    """Whether a convolution is a matrix product of every pixel: 1 x 1, without stride."""
+    """Whether a convolution is a matrix product of every pixel: 1 x 1, without stride, padding and groups."""
     place = _GROUPS[call.operation]
-    weight, stride = call.arguments[place - 7], call.arguments[place - 5]
-    return weight.shape[2:] == (1, 1) and set(stride) == {1} and call.arguments[place] == 1
+    stride, padding, _, transposed, _, groups = call.arguments[place - 5 : place + 1]
+    plain = set(stride) == {1} and set(padding) == {0} and not transposed and groups == 1
+    return plain and call.arguments[place - 7].shape[2:] == (1, 1)
 
 
 def _product_stages(call: Call, arguments: Sequence[Sequence[Any]]) -> dict[str, Stage]:

@@ -60,7 +60,7 @@ def profile_preset(
     Args:
         preset, images: the network, and the images in a step, halved until all fit into the device's memory.
         out: folder for the traces, which exists.
-        variants: of gpu_step.VARIANTS, in place of before and after.
+        variants: of gpu_step_variants.VARIANTS, in place of before and after.
         seconds: no variant is begun that would not end within them; what is left out is named.
     """
     started, longest = time.monotonic(), 0.0

@@ -18,9 +18,9 @@ Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen 
   reads the input again: 6 and 10 bytes. Where L2 is large beside the memory's rate, samples are taken in
   chunks that fit there (`_chunk_bytes`), and 2 and 4 of the bytes come from it.
 
-On an H200 (benchmarks/RESULTS.md) split reaches 84 to 97 % of a copy of its bytes, 78 % with a gradient of
-pre_bias, and resident forward 66 to 91 %. With dropout it is 36 to 65 %: instructions (backward 40 to 54 per
-element, benchmarks/results/compiled-kernels.md) and memory take turns there, see results/analysis.md.
+On an H200 (benchmarks/RESULTS.md) split reached 84 to 97 % of a copy of its bytes, 78 % with a gradient of
+pre_bias, and resident forward 66 % at 32 x 32. With dropout it was 36 to 65 %: instructions (backward 40 to
+54 per element, results/compiled-kernels.md) and memory take turns there, see results/analysis.md.
 
 The kernels work on channels_last; other layouts are converted on the way in and back on the way out. No sum
 is taken in an order that depends on timing: equal inputs give equal bits.
@@ -957,7 +957,7 @@ def split_backward(
     z = x * (q * rstd)[None, :] + b[None, :]
     dz = _silu_backward(z, dy, SILU)
     if dx_ptr is None:
-        s1, s2 = tl.split(tl.sum(tl.join(dz, dz * x), axis=0))
+        s1, s2 = tl.split(tl.sum(tl.join(_rounded_if_few(dz), _rounded_if_few(dz * x)), axis=0))
         tl.store(s1_ptr + place + c, s1, mask=inside)
         tl.store(s2_ptr + place + c, s2 * rstd, mask=inside)
         if sx_ptr is not None:

@@ -51,8 +51,13 @@ def test_what_is_tried_can_be_computed_and_is_another_plan_each_time() -> None:
     ("preset", "norm", "direction", "wishes"),
     [
         # One program per processor by its registers; half of that with half of them, or with more warps.
-        ("cifar10", "256 x 32 x 32, 32 groups, bf16", "backward", {"num_warps": 8, "maxnreg": 128}),
-        ("cifar10", "256 x 32 x 32, 32 groups, bf16", "backward", {"num_warps": 16}),
+        (
+            "cifar10",
+            "256 x 32 x 32, 32 groups, bf16, dropout, pre_bias",
+            "backward",
+            {"num_warps": 8, "maxnreg": 128},
+        ),
+        ("cifar10", "256 x 32 x 32, 32 groups, bf16, dropout, pre_bias", "backward", {"num_warps": 16}),
         ("imagenet64", "576 x 16 x 16, 32 groups, bf16", "forward", {"num_warps": 8, "maxnreg": 128}),
         # Chunks that a larger L2 holds, and none.
         (

@@ -144,10 +144,12 @@ def test_files_have_the_commit_that_the_call_names_else_gits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("ICT_FAST_COMMIT", raising=False)
-    assert machine.commit() is not None
+    monkeypatch.setattr(machine, "output_of", lambda *command: "9f8e7d6")
+    assert machine.commit() == "9f8e7d6"
     monkeypatch.setenv("ICT_FAST_COMMIT", "0a1b2c3")
     assert machine.commit() == "0a1b2c3"
-    monkeypatch.delenv("ICT_FAST_COMMIT")
+    monkeypatch.undo()
+    monkeypatch.delenv("ICT_FAST_COMMIT", raising=False)
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     assert machine.commit() is None
 

@@ -97,3 +97,20 @@ def test_every_kernel_at_every_shape(architecture: int) -> None:
     for case in cases(full=True):
         for record in compiled_kernels.measure(case, [architecture], ("fp32", "fp64")):
             check(record)
+
+
+@pytest.mark.parametrize(
+    ("lines", "count"),
+    [
+        (("FMUL R4, R1, R2", "SHFL.BFLY PT, R5, R4, 0x10, 0x1f", "FFMA R6, R2.reuse, R1, R5"), 1),
+        (("FMUL R4, R1, R2", "SHFL.BFLY PT, R4, R4, 0x10, 0x1f", "@P0 FFMA R6, R1, R2, R4"), 1),
+        # Rounded first; another product; the shuffled value overwritten; no other lane's.
+        (("FFMA R4, R1, R2, RZ", "SHFL.BFLY PT, R5, R4, 0x10, 0x1f", "FADD R6, R4, R5"), 0),
+        (("FMUL R4, R1, R2", "SHFL.BFLY PT, R5, R4, 0x10, 0x1f", "FFMA R6, R1, R3, R5"), 0),
+        (("FMUL R4, R1, R2", "SHFL.BFLY PT, R5, R4, 0x1, 0x1f", "MOV R5, R7", "FFMA R6, R1, R2, R5"), 0),
+        (("FMUL R4, R1, R2", "SHFL.IDX PT, R5, R4, R8, 0x1f", "FFMA R6, R1, R2, R5"), 0),
+    ],
+)
+def test_a_product_fused_with_another_lanes_is_found(lines: tuple[str, ...], count: int) -> None:
+    sass = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    assert compiled_kernels.fused_sums(sass) == count

@@ -228,7 +228,15 @@ def test_a_block_concatenates_what_the_skip_connection_brings(attention: bool) -
     found = torch.autograd.grad(inside, inputs, weights)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
-    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[:2])
+    # Forward-mode derivatives go through it too, as the difference quotient says.
+    tangents = random(*x.shape, seed=4), random(*skip.shape, seed=5)
+
+    def run(x: Tensor, skip: Tensor) -> Tensor:
+        return block(x, embedding, skip_nchw=skip)
+
+    _, along = torch.func.jvp(run, (x, skip), tangents)
+    ahead, behind = (run(x + h * tangents[0], skip + h * tangents[1]) for h in (1e-5, -1e-5))
+    torch.testing.assert_close(along, (ahead - behind) / 2e-5, atol=1e-7, rtol=1e-6)
 
 
 def test_groups_are_32_or_have_four_channels() -> None:

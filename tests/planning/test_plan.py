@@ -87,11 +87,14 @@ def test_what_a_run_keeps_is_what_a_training_step_holds(tiny: Config, teacher: s
 
 
 MEASURED = sorted(RESULTS.glob("step-*-*-*.json"))
+assert MEASURED
 
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
 def test_the_memory_of_a_measured_step_is_what_the_plan_says(path: Path) -> None:
     for record in json.loads(path.read_text())["results"]:
+        if "ict-fast" not in record.get("variants", {}):
+            continue  # the floor alone, or the time was up
         preset, images = record["preset"], record["batch_size"]
         config = presets.get(preset)
         expected = memory_bytes(config, network_cost(config.network), images)

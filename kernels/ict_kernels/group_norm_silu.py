@@ -250,8 +250,6 @@ def _plan(
         row_bytes = width * itemsize
         whole_sectors = row_bytes % _SECTOR_BYTES == 0 or row_bytes >= 2 * _SECTOR_BYTES or width == channels
         chosen = whole_sectors and elements * itemsize <= _TILE_BYTES and elements <= most_elements
-        if backward and not dropout and pixels >= 1024 and wishes.resident is None:
-            chosen = False
         if wishes.groups is not None:
             chosen = groups == wishes.groups
         if chosen:
@@ -261,7 +259,9 @@ def _plan(
             f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
             f" groups and {pixels} pixels"
         )
-    if candidates and wishes.resident is not False:
+    # A wish for resident tiles is heard all the same.
+    split_is_faster = backward and not dropout and pixels >= 1024 and not wishes.resident
+    if candidates and wishes.resident is not False and not split_is_faster:
         # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
         roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
         wide = [each for each in candidates if each[2] <= 16384 and each[3] >= 2 * _SECTOR_BYTES]

@@ -1,15 +1,15 @@
 """The time of a step's convolutions and attention alone: every distinct call of the step, repeated by itself.
 
 The calls are those that step_counts.py meets on fake tensors. Each is timed in a CUDA graph over buffers that
-L2 does not hold, and counted as often as the step makes it. A 1 x 1 convolution is timed as matrix products
-too, which Inductor makes of it, and counts as the faster. Depthwise convolutions, which only resample, are
-left out: a fused kernel could do their work elsewhere.
+L2 does not hold, and counted as often as the step makes it. What the networks compute as matrix products
+(convolution.py) is timed as these and as a convolution, and counts as the faster. Depthwise convolutions,
+which only resample, are left out: a fused kernel could do their work elsewhere.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,16 @@ from gpu_timing import OURS, Stage, buffer_sets, differentiable, time_variants
 from step_counts import Call, TensorOf, heavy_calls
 from torch import Tensor
 
+from ict_fast.networks.convolution import (
+    folded_products,
+    pixel_product_gradients,
+    pixel_products,
+    to_neighbours,
+)
+
 # Of a call: a step has more than a hundred distinct ones, whose sum is what counts.
 _ROUNDS = 5
+_IMAGE_CHANNELS = 3
 # Where an operation's schema has the number of groups.
 _GROUPS = {"convolution": 8, "convolution_backward": 9}
 _ATTENTION = {"attention": flops.attention, "attention backward": flops.attention_backward}
@@ -109,39 +117,49 @@ def time_call(call: Call, device: torch.device) -> float:
         arguments = [[made(each) for each in call.arguments] for _ in range(sets)]
         stages = {"forward": lambda number, _: operation(*arguments[number])}
     variants = {OURS: stages}
-    if call.operation in _GROUPS and _is_pointwise(call):
-        variants["matrix products"] = _product_stages(call, arguments)
+    if product := _product_of(call):
+        variants["matrix products"] = {"forward": lambda number, _: product(*arguments[number])}
     timings = time_variants(variants, sets, device, rounds=_ROUNDS)
     return min(timings.medians(list(stages)[-1]).values())
 
 
-def _is_pointwise(call: Call) -> bool:
-    """Whether a convolution is a matrix product of every pixel: 1 x 1, without stride, padding and groups."""
+def _product_of(call: Call) -> Callable[..., Any] | None:
+    """What computes a convolution, or its gradients, by matrix products as the networks do, if that is known.
+
+    Of 1 x 1, and of 3 x 3 to an image's channels; without stride and groups.
+    """
+    if call.operation not in _GROUPS:
+        return None
     place = _GROUPS[call.operation]
     stride, padding, _, transposed, _, groups = call.arguments[place - 5 : place + 1]
-    plain = set(stride) == {1} and set(padding) == {0} and not transposed and groups == 1
-    return plain and call.arguments[place - 7].shape[2:] == (1, 1)
+    channels, _, *size = call.arguments[place - 7].shape
+    if set(stride) != {1} or transposed or groups > 1:
+        return None
+    if (size, set(padding)) == ([1, 1], {0}):
+        products = pixel_products, pixel_product_gradients
+    elif (size, set(padding)) == ([3, 3], {1}) and channels <= _IMAGE_CHANNELS:
+        products = folded_products, _folded_product_gradients
+    else:
+        return None
+    forward, gradients = products
+    if call.operation == "convolution":
+        return lambda x, weight, bias, *_: forward(x, weight, bias)
+
+    def backward(gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> list[Tensor]:
+        of_bias = others[-1][2]
+        return [*gradients(gradient, x, weight), *([gradient.sum((0, 2, 3))] if of_bias else [])]
+
+    return backward
 
 
-def _product_stages(call: Call, arguments: Sequence[Sequence[Any]]) -> dict[str, Stage]:
-    """The matrix products of a 1 x 1 convolution, of channels-last images; those that the call asks for."""
-
-    def rows(image: Tensor) -> Tensor:
-        return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
-
-    def forward(number: int, _: Any) -> Tensor:
-        x, weight, bias = arguments[number][:3]
-        product = rows(x), weight.flatten(1).t()
-        return torch.mm(*product) if bias is None else torch.addmm(bias, *product)
-
-    def backward(number: int, _: Any) -> list[Tensor]:
-        gradient, x, weight = arguments[number][:3]
-        of_x, of_weight, of_bias = arguments[number][-1]
-        found = [torch.mm(rows(gradient), weight.flatten(1))] if of_x else []
-        found += [torch.mm(rows(gradient).t(), rows(x))] if of_weight else []
-        return found + ([rows(gradient).sum(0)] if of_bias else [])
-
-    return {"forward": backward if call.operation == "convolution_backward" else forward}
+def _folded_product_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What autograd makes of `folded_products`, by x and by the weight."""
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+    neighbours = F.unfold(gradient, 3, padding=1).transpose(1, 2)
+    by_pixels = torch.bmm(neighbours, to_neighbours(weight).t().expand(len(x), -1, -1))
+    by_weight = torch.bmm(pixels.transpose(1, 2), neighbours).sum(0).unflatten(1, (len(weight), 3, 3))
+    by_x = by_pixels.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    return by_x, by_weight.flip(2, 3).transpose(0, 1)
 
 
 def _attention_stages(call: Call, inputs: list[list[Tensor]]) -> dict[str, Stage]:

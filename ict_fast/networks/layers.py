@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ict_fast.config import NetworkConfig
 from ict_fast.errors import InputError
 from ict_fast.networks.concatenation import concatenated
+from ict_fast.networks.convolution import ImageConv2d
 from ict_fast.networks.tf32 import TrunkConv2d
 from ict_kernels import GroupNormSiLU
 
@@ -192,7 +193,7 @@ class Output(nn.Module):
     def __init__(self, in_channels: int, image_channels: int, eps: float) -> None:
         super().__init__()
         self.norm = GroupNormSiLU(group_count(in_channels), in_channels, eps=eps)
-        self.conv = nn.Conv2d(in_channels, image_channels, 3, padding=1)
+        self.conv = ImageConv2d(in_channels, image_channels)
 
     def forward(self, x_nchw: Tensor) -> Tensor:
         with without_autocast(x_nchw):

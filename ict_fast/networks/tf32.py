@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ict_fast.networks.convolution import convolution, convolution_gradients
 
 # Autograd's thread for a device and the main thread never compute at once, but a second device's might.
 _TURNING = threading.RLock()
@@ -58,31 +59,23 @@ def _operand(x: Tensor) -> Tensor:
 @torch.library.custom_op("ict_fast::conv2d_tf32", mutates_args=())
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     with tf32_allowed():
-        return F.conv2d(_operand(x), _operand(weight), bias, padding=padding)
+        return convolution(_operand(x), _operand(weight), bias, padding)
 
 
 @_conv2d.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=padding)
+    return convolution(x, weight, bias, padding)
 
 
 @torch.library.custom_op("ict_fast::conv2d_tf32_backward", mutates_args=())
 def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     with tf32_allowed():
-        return _gradients(_operand(grad), _operand(x), _operand(weight), padding)
+        return convolution_gradients(_operand(grad), _operand(x), _operand(weight), padding)
 
 
 @_conv2d_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-    return _gradients(grad, x, weight, padding)
-
-
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-    sizes = ([1, 1], [padding, padding], [1, 1], False, [0, 0], 1)
-    by_x, by_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, *sizes, [True, True, False]
-    )
-    return by_x, by_weight
+    return convolution_gradients(grad, x, weight, padding)
 
 
 def _keep_operands(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -118,7 +111,7 @@ class TrunkConv2d(nn.Conv2d):
         padding = int(self.padding[0])
         if self.tf32:
             return _conv2d(x_nchw, self.weight, bias, padding)
-        return F.conv2d(x_nchw, self.weight, bias, padding=padding)
+        return convolution(x_nchw, self.weight, bias, padding)
 
 
 def set_tf32(network: nn.Module, enabled: bool) -> None:

@@ -93,8 +93,10 @@ def test_the_floor_is_all_dense_convolutions_and_the_attention() -> None:
             assert count % 2 == 0  # the teacher's, and the student's
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_a_pointwise_convolution_is_matrix_products_too(kernel: int) -> None:
+@pytest.mark.parametrize(("kernel", "channels", "known"), [(1, 7, True), (3, 3, True), (3, 7, False)])
+def test_the_floor_knows_the_convolutions_that_are_matrix_products(
+    kernel: int, channels: int, known: bool
+) -> None:
     def described(arguments: list[Any]) -> tuple[Any, ...]:
         def one(each: Any) -> Any:
             tensor = isinstance(each, torch.Tensor)
@@ -102,24 +104,17 @@ def test_a_pointwise_convolution_is_matrix_products_too(kernel: int) -> None:
 
         return tuple(map(one, arguments))
 
-    def rows(image: torch.Tensor) -> torch.Tensor:
-        return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
-
     x = torch.randn(2, 6, 4, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
-    weight, bias = torch.randn(7, 6, kernel, kernel, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    weight = torch.randn(channels, 6, kernel, kernel, dtype=torch.float64)
+    bias = torch.randn(channels, dtype=torch.float64)
     options = [[1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1]
     y = torch.ops.aten.convolution.default(x, weight, bias, *options)
-    gradient = torch.randn_like(y)
     forward = [x, weight, bias, *options]
-    backward = [gradient, x, weight, [7], *options, [True, True, True]]
-    calls = [
-        step_counts.Call("convolution", described(forward)),
-        step_counts.Call("convolution_backward", described(backward)),
-    ]
-    assert [gpu_step_floor._is_pointwise(call) for call in calls] == [kernel == 1] * 2
-    if kernel == 1:
-        found = gpu_step_floor._product_stages(calls[0], [forward])["forward"](0, None)
-        torch.testing.assert_close(found, rows(y))
-        found = gpu_step_floor._product_stages(calls[1], [backward])["forward"](0, None)
-        of_x, of_weight, of_bias = torch.ops.aten.convolution_backward.default(*backward)
-        torch.testing.assert_close(found, [rows(of_x), of_weight.flatten(1), of_bias])
+    backward = [torch.randn_like(y), x, weight, [channels], *options, [True, True, True]]
+    for operation, arguments in (("convolution", forward), ("convolution_backward", backward)):
+        product = gpu_step_floor._product_of(step_counts.Call(operation, described(arguments)))
+        assert (product is not None) == known
+        if product is not None:
+            expected = getattr(torch.ops.aten, operation).default(*arguments)
+            found = product(*arguments)
+            torch.testing.assert_close(found, list(expected) if isinstance(expected, tuple) else expected)

@@ -101,7 +101,7 @@ class OutsideProducts(TorchDispatchMode):
 def inside(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[bool, bool], tuple[int, ...]]]:
     """What our operations compute, when they do: name, the switches, the weight's shape."""
     seen = []
-    for module, name, place in ((F, "conv2d", 1), (tf32, "_gradients", 2)):
+    for module, name, place in ((tf32, "convolution", 1), (tf32, "convolution_gradients", 2)):
         original = getattr(module, name)
 
         def spy(
@@ -126,7 +126,7 @@ def test_the_trunk_alone_sees_the_switch_forward_and_backward(
     assert {switches for _, switches, _ in inside} == {(True, True)}
     assert {switches for _, switches, _ in watch.seen} == {(False, False)}
     shapes = sorted(tuple(m.weight.shape) for m in trunk)
-    for name in ("conv2d", "_gradients"):
+    for name in ("convolution", "convolution_gradients"):
         assert sorted(shape for n, _, shape in inside if n == name) == shapes, name
 
     # Outside: every linear layer, and the convolutions that read the image or make it, in both directions.
@@ -167,7 +167,7 @@ def test_the_compiled_block_has_the_switch_turned_inside_its_operations_alone(
     torch._dynamo.reset()
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-    assert sorted(name for name, _, _ in inside) == ["_gradients"] * 5 + ["conv2d"] * 5
+    assert sorted(name for name, _, _ in inside) == ["convolution"] * 5 + ["convolution_gradients"] * 5
     assert around == [(False, False)] * 10
 
 

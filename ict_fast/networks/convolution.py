@@ -1,0 +1,79 @@
+"""Convolutions that a GPU computes faster as products of matrices, with a row for each pixel.
+
+cuDNN 9 on an H200, in ADM-64's training step of 128 images (benchmarks/results/analysis.md, step-floor): all
+1 x 1 convolutions took it 42 ms, as products 13; to three channels in fp32 it computes 32, and took 7.0 ms
+where a copy of what is read and written takes 0.4. On a CPU oneDNN's convolutions are the faster ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def convolution(x_nchw: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """torch's conv2d with stride 1; of a channels_last image, the result is channels_last."""
+    if _is_product(x_nchw, weight, padding):
+        return pixel_products(x_nchw, weight, bias)
+    return F.conv2d(x_nchw, weight, bias, padding=padding)
+
+
+def convolution_gradients(
+    grad_nchw: Tensor, x_nchw: Tensor, weight: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `convolution` by x and by the weight."""
+    if _is_product(x_nchw, weight, padding):
+        return pixel_product_gradients(grad_nchw, x_nchw, weight)
+    sizes = ([1, 1], [padding, padding], [1, 1], False, [0, 0], 1)
+    by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+        grad_nchw, x_nchw, weight, None, *sizes, [True, True, False]
+    )
+    return by_x, by_weight
+
+
+def _is_product(x: Tensor, weight: Tensor, padding: int) -> bool:
+    return x.is_cuda and weight.shape[2:] == (1, 1) and padding == 0
+
+
+def pixel_products(x_nchw: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 1 x 1 convolution; the gradient of a channels_last weight has its strides, as DDP wants them."""
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    return F.linear(x_nchw.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
+
+
+def pixel_product_gradients(grad_nchw: Tensor, x_nchw: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `pixel_products` by x and by the weight."""
+    grad = grad_nchw.permute(0, 2, 3, 1)
+    by_x = (grad @ weight.flatten(1)).permute(0, 3, 1, 2)
+    by_weight = grad.flatten(0, 2).t() @ x_nchw.permute(0, 2, 3, 1).flatten(0, 2)
+    return by_x, by_weight.unflatten(1, (1, 1, -1)).permute(0, 3, 1, 2)
+
+
+def folded_products(x_nchw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The 3 x 3 convolution, padded by 1: what each pixel adds to its neighbours, then the sums of that."""
+    # Once for every image: so is the weight's gradient, where one product would be a few rows and columns of
+    # half a million terms each.
+    pixels = x_nchw.permute(0, 2, 3, 1).flatten(1, 2)
+    neighbours = torch.bmm(pixels, to_neighbours(weight).expand(len(pixels), -1, -1))
+    image = F.fold(neighbours.transpose(1, 2), x_nchw.shape[2:], 3, padding=1)
+    return image + bias.view(-1, 1, 1)
+
+
+def to_neighbours(weight: Tensor) -> Tensor:
+    """From a pixel's channels to (channel, row, column) of its neighbourhood in the result.
+
+    A pixel is its lower neighbour's upper one: the weights are turned around.
+    """
+    return weight.flip(2, 3).permute(1, 0, 2, 3).flatten(1)
+
+
+class ImageConv2d(nn.Conv2d):
+    """The 3 x 3 convolution, padded by 1, from many channels to an image's few."""
+
+    def __init__(self, in_channels: int, image_channels: int) -> None:
+        super().__init__(in_channels, image_channels, 3, padding=1)
+
+    def forward(self, x_nchw: Tensor) -> Tensor:
+        assert self.bias is not None
+        return folded_products(x_nchw, self.weight, self.bias) if x_nchw.is_cuda else super().forward(x_nchw)

@@ -1,0 +1,59 @@
+"""The convolutions that are matrix products on a GPU: exact, and channels_last."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ict_fast.networks.convolution import ImageConv2d
+from ict_fast.networks.tf32 import TrunkConv2d, set_tf32
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def _images(count: int, channels: int, height: int, width: int) -> Tensor:
+    x = torch.randn(count, channels, height, width, device="cuda")
+    return x.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "least", "most"),
+    [("fp32", 0.0, 1e-6), ("tf32", 1e-5, 1e-3), ("bf16", 1e-4, 6e-3), ("fp16", 1e-5, 8e-4)],
+)
+def test_a_1x1_convolution_of_the_trunk_is_float64s_in_its_arithmetic(
+    arithmetic: str, least: float, most: float
+) -> None:
+    layer = TrunkConv2d(384, 1152, 1).cuda().to(memory_format=torch.channels_last)
+    x, grad = _images(4, 384, 9, 7).requires_grad_(), _images(4, 1152, 9, 7)
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    expected = F.conv2d(*exact)
+    set_tf32(layer, arithmetic == "tf32")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arithmetic)
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+        found = layer(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert least <= _error(found, expected) < most
+    leaves = [x, layer.weight, layer.bias]
+    of_found = torch.autograd.grad(found, leaves, grad.to(found.dtype))
+    of_expected = torch.autograd.grad(expected, exact, grad.double())
+    for ours, theirs in zip(of_found, of_expected, strict=True):
+        assert _error(ours, theirs) < most
+    assert of_found[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("channels", "images"), [(192, 3), (256, 3), (24, 1)])
+def test_the_output_convolution_is_float64s_to_fp32(channels: int, images: int) -> None:
+    layer = ImageConv2d(channels, images).cuda()
+    x, grad = _images(3, channels, 33, 20).requires_grad_(), torch.randn(3, images, 33, 20, device="cuda")
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    expected, found = F.conv2d(*exact, padding=1), layer(x)
+    assert _error(found, expected) < 1e-6
+    of_found = torch.autograd.grad(found, [x, *layer.parameters()], grad)
+    of_expected = torch.autograd.grad(expected, exact, grad.double())
+    for ours, theirs in zip(of_found, of_expected, strict=True):
+        assert _error(ours, theirs) < 1e-6
+    assert of_found[0].is_contiguous(memory_format=torch.channels_last)

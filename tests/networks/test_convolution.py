@@ -1,0 +1,105 @@
+"""Convolutions as products of matrices against torch's, and who computes which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ict_fast.networks.convolution import (
+    ImageConv2d,
+    convolution,
+    convolution_gradients,
+    folded_products,
+    pixel_product_gradients,
+    pixel_products,
+)
+
+_SIZES = [(3, 5, 6, 7, 5), (1, 16, 3, 1, 1), (2, 4, 12, 1, 6)]  # samples, channels before and after, H, W
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("count", "before", "after", "height", "width"), _SIZES)
+def test_products_of_pixels_are_the_1x1_convolution_and_its_gradients(
+    layout: torch.memory_format, count: int, before: int, after: int, height: int, width: int
+) -> None:
+    x = _random(count, before, height, width).contiguous(memory_format=layout).requires_grad_()
+    weight = _random(after, before, 1, 1, seed=1).to(memory_format=torch.channels_last).requires_grad_()
+    grad = _random(count, after, height, width, seed=2).contiguous(memory_format=layout)
+    for bias in (None, _random(after, seed=3).requires_grad_()):
+        leaves = [x, weight] if bias is None else [x, weight, bias]
+        expected, found = F.conv2d(x, weight, bias), pixel_products(x, weight, bias)
+        _close(found, expected)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        of_expected, of_found = (torch.autograd.grad(y, leaves, grad) for y in (expected, found))
+        for ours, theirs in zip(of_found, of_expected, strict=True):
+            _close(ours, theirs)
+        by_hand = pixel_product_gradients(grad, x.detach(), weight.detach())
+        for ours, theirs in zip(by_hand, of_expected[:2], strict=True):
+            _close(ours, theirs)
+        for of_x, of_weight in (of_found[:2], by_hand):
+            assert of_x.is_contiguous(memory_format=torch.channels_last)
+            assert of_weight.stride() == weight.stride()
+
+
+@pytest.mark.parametrize(("count", "channels", "images", "height", "width"), _SIZES)
+def test_the_folded_products_are_the_3x3_convolution_and_its_gradients(
+    count: int, channels: int, images: int, height: int, width: int
+) -> None:
+    layer = ImageConv2d(channels, images).double()
+    x = _random(count, channels, height, width).to(memory_format=torch.channels_last).requires_grad_()
+    grad = _random(count, images, height, width, seed=1)
+    expected, found = (
+        F.conv2d(x, layer.weight, layer.bias, padding=1),
+        folded_products(x, layer.weight, layer.bias),
+    )
+    _close(found, expected)
+    leaves = [x, *layer.parameters()]
+    of_expected, of_found = (torch.autograd.grad(y, leaves, grad) for y in (expected, found))
+    for ours, theirs in zip(of_found, of_expected, strict=True):
+        _close(ours, theirs)
+    assert of_found[0].is_contiguous(memory_format=torch.channels_last)
+
+
+class _Seen(TorchDispatchMode):
+    """The names of the operations that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_multiplies_where_a_cpu_convolves(device: str) -> None:
+    """On tensors without values, for which no device is needed."""
+    convolved = {"convolution", "convolution_backward"}
+    layer = ImageConv2d(8, 3)
+    with FakeTensorMode(), torch.device(device), torch.no_grad():
+        x = torch.empty(2, 8, 4, 4)
+        for size, padding in ((1, 0), (1, 1), (3, 1)):
+            weight = torch.empty(6, 8, size, size)
+            with _Seen() as seen:
+                convolution_gradients(convolution(x, weight, None, padding), x, weight, padding)
+            as_product = device == "cuda" and (size, padding) == (1, 0)
+            assert seen.names & convolved == (set() if as_product else convolved), (size, padding)
+        with _Seen() as seen:
+            weights = {"weight": torch.empty(3, 8, 3, 3), "bias": torch.empty(3)}
+            torch.func.functional_call(layer, weights, x)
+        assert ("convolution" in seen.names) == (device == "cpu")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ict_fast.networks.convolution import (
     folded_products,
+    neighbourhoods,
     pixel_product_gradients,
     pixel_products,
     to_neighbours,
@@ -155,7 +156,7 @@ def _product_of(call: Call) -> Callable[..., Any] | None:
 def _folded_product_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What autograd makes of `folded_products`, by x and by the weight."""
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-    neighbours = F.unfold(gradient, 3, padding=1).transpose(1, 2)
+    neighbours = neighbourhoods(gradient)
     by_pixels = torch.bmm(neighbours, to_neighbours(weight).t().expand(len(x), -1, -1))
     by_weight = torch.bmm(pixels.transpose(1, 2), neighbours).sum(0).unflatten(1, (len(weight), 3, 3))
     by_x = by_pixels.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)

@@ -7,6 +7,8 @@ where a copy of what is read and written takes 0.4. On a CPU oneDNN's convolutio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ def folded_products(x_nchw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # half a million terms each.
     pixels = x_nchw.permute(0, 2, 3, 1).flatten(1, 2)
     neighbours = torch.bmm(pixels, to_neighbours(weight).expand(len(pixels), -1, -1))
-    image = F.fold(neighbours.transpose(1, 2), x_nchw.shape[2:], 3, padding=1)
+    image: Tensor = _Fold.apply(neighbours, *x_nchw.shape[2:])
     return image + bias.view(-1, 1, 1)
 
 
@@ -66,6 +68,30 @@ def to_neighbours(weight: Tensor) -> Tensor:
     A pixel is its lower neighbour's upper one: the weights are turned around.
     """
     return weight.flip(2, 3).permute(1, 0, 2, 3).flatten(1)
+
+
+class _Fold(torch.autograd.Function):
+    """(N, H W, 9 C) to (N, C, H, W): torch's fold, whose own gradient is a launch for every image."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(neighbours: Tensor, height: int, width: int) -> Tensor:
+        return F.fold(neighbours.transpose(1, 2), (height, width), 3, padding=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return neighbourhoods(gradient), None, None
+
+
+def neighbourhoods(image_nchw: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, H W, 9 C): each pixel's neighbours, zero outside; the adjoint of the fold."""
+    windows = F.pad(image_nchw, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (N, C, H, W, row, column)
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 class ImageConv2d(nn.Conv2d):

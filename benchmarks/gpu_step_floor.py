@@ -147,7 +147,9 @@ def _product_of(call: Call) -> Callable[..., Any] | None:
         return lambda x, weight, bias, *_: forward(x, weight, bias)
 
     def backward(gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> list[Tensor]:
-        of_bias = others[-1][2]
+        of_x, of_weight, of_bias = others[-1]
+        assert of_x
+        assert of_weight
         return [*gradients(gradient, x, weight), *([gradient.sum((0, 2, 3))] if of_bias else [])]
 
     return backward

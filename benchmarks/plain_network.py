@@ -1,7 +1,8 @@
 """The same training step as a trainer without this package would write it: what whole steps are compared
 with.
 
-The network keeps its convolutions, attention and parameters; its norms, its dropout, the objective and the
+The network keeps its convolutions (those of 1 x 1 and the last, on a GPU, are matrix products), attention and
+parameters; its norms, its dropout, the objective and the
 optimizer are torch's own. It is spared what makes the package's definitions exact and slow without a kernel:
 its noise and dropout come from torch's generators, and student and teacher do not share a dropout mask, which
 costs nothing and would be wrong in a real run.

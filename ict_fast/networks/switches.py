@@ -12,6 +12,9 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
     # The network's ends must be IEEE fp32: TF32 rounding makes neighbouring noise levels identical.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    # A weight's gradient sums over all pixels: what cuBLAS splits it into is added in fp32, not in 16 bits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
     if deterministic:

@@ -45,6 +45,19 @@ def test_a_1x1_convolution_of_the_trunk_is_float64s_in_its_arithmetic(
     assert of_found[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_weight_is_summed_over_all_pixels_in_fp32(dtype: torch.dtype) -> None:
+    """Not, where cuBLAS splits half a million terms, in 16 bits."""
+    layer = TrunkConv2d(192, 192, 1, bias=False).cuda().to(memory_format=torch.channels_last)
+    x, grad = (_images(128, 192, 64, 64).to(dtype) for _ in range(2))
+    with torch.autocast("cuda", dtype=dtype):
+        (found,) = torch.autograd.grad(layer(x), layer.weight, grad)
+    pixels = [each.permute(0, 2, 3, 1).reshape(-1, 192).double() for each in (grad, x)]
+    exact = pixels[0].t() @ pixels[1]
+    # To round the result once is 0.21 eps in the mean square.
+    assert _error(found.flatten(1), exact) < 0.3 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize(("channels", "images"), [(192, 3), (256, 3), (24, 1)])
 def test_the_output_convolution_is_float64s_to_fp32(channels: int, images: int) -> None:
     layer = ImageConv2d(channels, images).cuda()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ict_fast.networks import convolution as convolutions
 from ict_fast.networks.convolution import (
     ImageConv2d,
     convolution,
@@ -19,6 +21,8 @@ from ict_fast.networks.convolution import (
     pixel_product_gradients,
     pixel_products,
 )
+from ict_fast.networks.layers import ResidualBlock
+from ict_fast.networks.tf32 import set_tf32
 
 _SIZES = [(3, 5, 6, 7, 5), (1, 16, 3, 1, 1), (2, 4, 12, 1, 6)]  # samples, channels before and after, H, W
 
@@ -72,6 +76,39 @@ def test_the_folded_products_are_the_3x3_convolution_and_its_gradients(
     for ours, theirs in zip(of_found, of_expected, strict=True):
         _close(ours, theirs)
     assert of_found[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_fold_has_a_forward_derivative_and_a_batching_rule() -> None:
+    layer = ImageConv2d(4, 2).double()
+    x, tangent = _random(3, 4, 5, 6), _random(3, 4, 5, 6, seed=1)
+    linear = partial(folded_products, weight=layer.weight, bias=layer.bias)
+    _, found = torch.func.jvp(linear, (x,), (tangent,))
+    _close(found, F.conv2d(tangent, layer.weight, padding=1))
+    each = torch.func.vmap(lambda image: linear(image[None])[0])(x)
+    _close(each, F.conv2d(x, layer.weight, layer.bias, padding=1))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_compiled_block_of_products_has_the_gradients_of_convolutions(
+    tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    block = ResidualBlock(
+        *(12, 16), embedding_channels=4, eps=1e-5, adaptive_norm=False, dropout=0.0, attention=True
+    ).to(memory_format=torch.channels_last)
+    set_tf32(block, tf32)
+    x = torch.randn(2, 12, 4, 6).to(memory_format=torch.channels_last)
+    leaves = [x.requires_grad_(), embedding := torch.randn(2, 4, requires_grad=True), *block.parameters()]
+    weights = torch.randn(2, 16, 4, 6).to(memory_format=torch.channels_last)
+    expected = torch.autograd.grad(block(x, embedding), leaves, weights)
+    monkeypatch.setattr(convolutions, "_is_product", lambda x, weight, padding: weight.shape[2:] == (1, 1))
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = torch.autograd.grad(compiled(x, embedding), leaves, weights)
+    torch._dynamo.reset()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
 
 
 class _Seen(TorchDispatchMode):

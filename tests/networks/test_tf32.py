@@ -13,8 +13,9 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ict_fast.config import NetworkConfig
-from ict_fast.networks import tf32
+from ict_fast.networks import convolution, tf32
 from ict_fast.networks.layers import ResidualBlock
+from ict_fast.networks.switches import configure_torch
 from ict_fast.networks.unet import Pyramid
 
 _PRODUCTS = ("convolution", "convolution_backward", "addmm", "mm", "bmm", "linear")
@@ -32,6 +33,21 @@ def ieee() -> Iterator[None]:
     yield
     assert _switches() == (False, False)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_configured_process_rounds_no_operand_and_no_partial_sum() -> None:
+    """As torch does by itself: convolutions in TF32, and the sums of split products in 16 bits."""
+    matmul, names = torch.backends.cuda.matmul, ("allow_bf16", "allow_fp16")
+    switches = [(matmul, f"{name}_reduced_precision_reduction") for name in names]
+    switches += [(matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
+    before = [getattr(*switch) for switch in switches]
+    for switch in switches:
+        setattr(*switch, True)
+    configure_torch(torch.device("cpu"), deterministic=False)
+    after = [getattr(*switch) for switch in switches]
+    for switch, value in zip(switches, before, strict=True):
+        setattr(*switch, value)
+    assert after == [False] * 4
 
 
 # ---- the arithmetic ----
@@ -72,11 +88,16 @@ def test_a_convolution_is_that_of_the_rounded_operands(kernel: int, padding: int
         torch.testing.assert_close(layer.bias.grad, grad.sum((0, 2, 3)), atol=1e-5, rtol=1e-5)
 
 
-def test_the_operations_are_registered_as_torch_wants_them() -> None:
+@pytest.mark.parametrize("as_product", [False, True])
+def test_the_operations_are_registered_as_torch_wants_them(
+    as_product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "_is_product", lambda *_: as_product)
+    size = 1 if as_product else 3
     x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(6, 4, size, size).to(memory_format=torch.channels_last).requires_grad_()
     for bias in (None, torch.randn(6, requires_grad=True)):
-        torch.library.opcheck(torch.ops.ict_fast.conv2d_tf32, (x, weight, bias, 1))
+        torch.library.opcheck(torch.ops.ict_fast.conv2d_tf32, (x, weight, bias, size // 2))
 
 
 # ---- who sees the switch ----

@@ -25,6 +25,7 @@ EXTRAS = {
         "pre-commit",
         "pytest>=8",
         "pytest-benchmark>=4",
+        "pytest-xdist>=3.5",  # `make test`
         "ruff>=0.6",
         "scipy>=1.11",
         "setuptools>=68",

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,42 +20,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-# Files whose long work runs beside all other tests, one thing after the other, on the second core. Each has a
-# function `beside`: name -> what to do.
-_BESIDE = ("test_interpreted.py", "test_readme.py")
-_DONE: dict[ModuleType, dict[str, Future[Any]]] = {}
+# The files that take longest begin first: of several workers, none is left alone with one of them at the end.
+_LONGEST = (
+    "training/test_processes.py",
+    "kernels/test_interpreted.py",
+    "test_readme.py",
+    "training/test_compilation.py",
+    "training/test_resume.py",
+    "benchmarks/test_run_gpu.py",
+    "consistency/test_exactness.py",
+    "evaluation/test_processes.py",
+    "ablation/test_ablate.py",
+    "benchmarks/test_gpu_train.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for work beside the other tests comes last."""
-    items.sort(key=lambda item: item.path.name in _BESIDE)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    waiting = [item for item in session.items if item.path.name in _BESIDE]
-    if not 0 < len(waiting) < len(session.items) or session.config.option.collectonly:
-        return
-    pool = ThreadPoolExecutor(max_workers=1)
-    for module in dict.fromkeys(item.module for item in waiting):  # type: ignore[attr-defined]
-        _DONE[module] = {name: pool.submit(work) for name, work in module.beside().items()}
-
-
-def pytest_sessionfinish() -> None:
-    """A session that ends early does not wait for what has not begun."""
-    for work in _DONE.values():
-        for future in work.values():
-            future.cancel()
-
-
-@pytest.fixture
-def done_beside(request: pytest.FixtureRequest) -> Callable[[str], Any]:
-    """Gives the result of a piece of work of this file by its name; does it now, if nothing ran beside."""
-
-    def result(name: str) -> Any:
-        started = _DONE.get(request.module)
-        return request.module.beside()[name]() if started is None else started[name].result()
-
-    return result
+    rank = {Path(__file__).parent / name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session")

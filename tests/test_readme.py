@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -77,13 +76,8 @@ def run_commands() -> int:
     return ran
 
 
-def beside() -> dict[str, Callable[[], int]]:
-    """What runs beside all other tests."""
-    return {"commands": run_commands}
-
-
-def test_the_readmes_ict_fast_commands_run_in_their_order(done_beside: Callable[[str], int]) -> None:
-    assert done_beside("commands") >= 12
+def test_the_readmes_ict_fast_commands_run_in_their_order() -> None:
+    assert run_commands() >= 12
     for name in ("digits.png", "samples.npz", "runs/two-processes/config.json", "data/imagenet64/meta.json"):
         assert (workshop() / name).exists()
 

@@ -13,10 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch._dynamo
-import torch._inductor.config
 from torch import nn
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ict_fast.networks.layers import ResidualBlock
 from ict_fast.version import __version__
@@ -42,6 +39,8 @@ def compile_blocks(*networks: nn.Module, autotune: bool = False) -> int:
     Returns:
         The number of blocks.
     """
+    import torch._dynamo  # a second of a process's start, which most that import this do not need
+
     _configure()
     blocks = [
         block for network in networks for block in network.modules() if isinstance(block, ResidualBlock)
@@ -60,6 +59,9 @@ def compile_blocks(*networks: nn.Module, autotune: bool = False) -> int:
 
 
 def _configure() -> None:
+    import torch._inductor.config
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     # Inductor's advice to allow TF32 everywhere: where it may be is --training.precision's to say.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs where the gradients are reduced

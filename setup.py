@@ -25,7 +25,7 @@ EXTRAS = {
         "pre-commit",
         "pytest>=8",
         "pytest-benchmark>=4",
-        "pytest-xdist>=3.5",  # `make test`
+        "pytest-xdist>=3.8",  # for --no-loadscope-reorder, in the Makefile
         "ruff>=0.6",
         "scipy>=1.11",
         "setuptools>=68",

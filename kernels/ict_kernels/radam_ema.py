@@ -117,10 +117,21 @@ class RAdamEMA(Optimizer):
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay},
         )
+        self._make_figures()
+
+    def _make_figures(self) -> None:
         device = self._parameters()[0].device
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
         self.last_step_skipped = torch.zeros((), dtype=torch.bool, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's; a deep copy or a pickle holds the groups and the state alone."""
+        super().__setstate__(state)
+        if "_cohort" not in self.__dict__:
+            self._cohort, self._plans, self._captured = {}, {}, {}
+            self._find_cohorts()
+            self._make_figures()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer.add_param_group; complex parameters and a second device are refused."""
@@ -382,13 +393,11 @@ class RAdamEMA(Optimizer):
                 group[name] = loaded
             for name in set(group) - set(old):
                 del group[name]
-        ranks: dict[float, int] = {}
         for p in self._parameters():
             state = self.state[p]
             if "step" in state:
                 step = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
                 state["step"] = step.clone().reshape(())
-            self._cohort[p] = ranks.setdefault(float(state.get("step", 0.0)), len(ranks))
             for name in ("exp_avg", "exp_avg_sq", "ema"):
                 if name in state:
                     if state[name].shape != p.shape:
@@ -398,6 +407,14 @@ class RAdamEMA(Optimizer):
                         )
                     like = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
                     state[name] = like.copy_(state[name])
+        self._find_cohorts()
+
+    def _find_cohorts(self) -> None:
+        """The cohorts that the state tells of: equal steps; the host reads them."""
+        ranks: dict[float, int] = {}
+        for p in self._parameters():
+            step = self.state[p].get("step", 0.0) if p in self.state else 0.0
+            self._cohort[p] = ranks.setdefault(float(step), len(ranks))
 
 
 def step_size(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:

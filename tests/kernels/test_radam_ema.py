@@ -1,6 +1,7 @@
 """RAdam + EMA against torch.optim.RAdam, and the step that must not happen."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -311,6 +312,30 @@ def test_a_run_can_switch_from_and_to_torch_optim_radam():
     for a, b, c in zip(theirs, ours, both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_and_a_pickle_of_the_optimizer_go_on_alike_and_by_themselves(copied):
+    params = parameters()
+    optimizer = RAdamEMA(params, lr=1e-2)
+    for step in range(8):
+        set_gradients(params, step)
+        if step < 3:
+            params[1].grad = None
+        optimizer.step()
+    before = bits(optimizer)
+    its_params, its = copied((params, optimizer))
+    assert bits(its) == before
+    for step in range(8, 12):
+        set_gradients(its_params, step)
+        its.step()
+    assert bits(optimizer) == before
+    for step in range(8, 12):
+        set_gradients(params, step)
+        optimizer.step()
+    assert bits(its) == bits(optimizer)
+    assert float(its.grad_norm) == float(optimizer.grad_norm)
+    assert int(its.skipped) == 0
 
 
 def test_a_state_dict_of_another_mathematics_is_refused():

@@ -31,6 +31,8 @@ from .triton_support import jit, launch, tl
 # Switches of torch.optim.RAdam that change the mathematics; a state dict that has one set is not ours to
 # continue.
 _FOREIGN_SWITCHES = ("maximize", "decoupled_weight_decay")
+# What else torch.optim.RAdam keeps in its groups; means nothing here.
+_FOREIGN_OPTIONS = (*_FOREIGN_SWITCHES, "foreach", "capturable", "differentiable")
 
 _STATE = ("exp_avg", "exp_avg_sq", "ema", "step")
 
@@ -371,6 +373,7 @@ class RAdamEMA(Optimizer):
 
         Nothing is shared with `state_dict` afterwards. Where this optimizer's lr or ema_decay is a tensor it
         stays that tensor and takes the loaded value, so that a compiled or captured step goes on reading it.
+        What others keep in the groups, as the schedulers of torch do, is restored too.
 
         Raises:
             ValueError: if the groups do not fit, or the dict was made with maximize or
@@ -391,8 +394,8 @@ class RAdamEMA(Optimizer):
                 elif isinstance(loaded, Tensor):
                     loaded = loaded.to(self.grad_norm.device)
                 group[name] = loaded
-            for name in set(group) - set(old):
-                del group[name]
+            for name in _FOREIGN_OPTIONS:
+                group.pop(name, None)
         for p in self._parameters():
             state = self.state[p]
             if "step" in state:

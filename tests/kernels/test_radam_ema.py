@@ -338,6 +338,27 @@ def test_a_copy_and_a_pickle_of_the_optimizer_go_on_alike_and_by_themselves(copi
     assert int(its.skipped) == 0
 
 
+@pytest.mark.parametrize("before", [RAdamEMA, torch.optim.RAdam])
+def test_a_schedule_of_torchs_that_begins_after_the_load_finds_what_the_one_before_left(before):
+    def schedule(optimizer, done: int):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5**k, last_epoch=done - 1)
+
+    optimizer = before(parameters(), lr=1e-2)
+    scheduler = schedule(optimizer, 0)
+    for step in range(3):
+        set_gradients(optimizer.param_groups[0]["params"], step)
+        optimizer.step()
+        scheduler.step()
+    resumed = RAdamEMA(parameters(), lr=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    scheduler = schedule(resumed, 3)
+    set_gradients(resumed.param_groups[0]["params"], 3)
+    resumed.step()
+    scheduler.step()
+    assert resumed.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
+    assert set(resumed.param_groups[0]) == {*RAdamEMA(parameters()).param_groups[0], "initial_lr"}
+
+
 def test_a_state_dict_of_another_mathematics_is_refused():
     for switch in ({"maximize": True}, {"decoupled_weight_decay": True}):
         reference = torch.optim.RAdam(parameters(), **switch)

@@ -52,7 +52,8 @@ class RAdamEMA(Optimizer):
     State of each parameter, on its device: `step` (0-dim fp32), `exp_avg`, `exp_avg_sq` (named as
     torch.optim.RAdam names them) and `ema`, the last three in the parameter's dtype and memory format. A
     state dict of torch.optim.RAdam loads too. The EMA starts from the parameters at the first step or first
-    look at `ema_parameters()`, whichever comes first; so load pretrained weights before.
+    look at `ema_parameters()`, whichever comes first; so load pretrained weights, and move the network to its
+    device, before.
 
     A parameter without a gradient is left alone, its EMA too, as in torch.optim.
 
@@ -122,10 +123,16 @@ class RAdamEMA(Optimizer):
         self._make_figures()
 
     def _make_figures(self) -> None:
-        device = self._parameters()[0].device
+        device = next((p.device for p in self._parameters()), None)
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
         self.last_step_skipped = torch.zeros((), dtype=torch.bool, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _follow(self, device: torch.device) -> None:
+        """Takes the figures to where the parameters have gone: networks may move before the first step."""
+        if self.grad_norm.device != device:
+            for name in ("grad_norm", "last_step_skipped", "skipped"):
+                setattr(self, name, getattr(self, name).to(device))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's; a deep copy or a pickle holds the groups and the state alone."""
@@ -184,6 +191,7 @@ class RAdamEMA(Optimizer):
             return loss
         if any(p.grad.is_sparse for p in with_grad if p.grad is not None):
             raise RuntimeError("sparse gradients are not supported")
+        self._follow(with_grad[0].device)
         cohorts = [(group, c) for group in self.param_groups for c in self._cohorts(group["params"])]
         by_kernels = [use_triton(*params) for _, params in cohorts]
         if any(by_kernels):

@@ -177,6 +177,20 @@ def test_the_step_never_waits_for_the_host():
             optimizer.step()
 
 
+def test_a_network_may_move_to_its_device_between_the_optimizer_and_the_first_step(request):
+    # As accelerate moves it, which gets both at once. Here meta stands for the device.
+    request.addfinalizer(lambda: torch.__future__.set_swap_module_params_on_conversion(False))
+    torch.__future__.set_swap_module_params_on_conversion(True)  # else this move would make new parameters
+    network = nn.Linear(3, 4)
+    optimizer = RAdamEMA(network.parameters())
+    network.to("meta")
+    for p in network.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    figures = (optimizer.grad_norm, optimizer.last_step_skipped, optimizer.skipped)
+    assert {each.device.type for each in figures} == {"meta"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "betas": (0.5, 0.99)}, {"betas": (0.9, 0.5)}])
 def test_deciding_on_the_device_or_on_the_host_gives_the_same_bits(monkeypatch, request, dtype, settings):

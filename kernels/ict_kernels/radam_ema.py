@@ -151,7 +151,6 @@ class RAdamEMA(Optimizer):
         for p in param_group["params"]:
             if p.is_complex():
                 raise ValueError(f"complex parameters are not supported, got {p.dtype}")
-            self._cohort[p] = len(self.param_groups)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -169,6 +168,8 @@ class RAdamEMA(Optimizer):
     def ema_parameters(self) -> Iterator[Tensor]:
         """The averaged parameters, in the order of the parameters: the state itself, not copies."""
         for p in self._parameters():
+            if "step" not in self.state[p]:
+                self._cohort.pop(p, None)
             yield self._state_of(p)["ema"]
 
     @torch.no_grad()
@@ -204,14 +205,16 @@ class RAdamEMA(Optimizer):
 
     def _cohorts(self, params: list[Tensor]) -> list[list[Tensor]]:
         """The parameters with a gradient, by dtype and cohort; a cohort that steps in part is split."""
-        missing = {self._cohort[p] for p in params if p.grad is None}
-        unused = max(self._cohort.values()) + 1
-        renamed: dict[int, int] = {}
+        # None for those that begin: whose state was taken away, and who were put in another's place, too.
+        missing = {None} | {self._cohort.get(p) for p in params if p.grad is None}
+        unused = max([0, *self._cohort.values()]) + 1
+        renamed: dict[int | None, int] = {}
         cohorts: dict[tuple[torch.dtype, int], list[Tensor]] = {}
         for p in params:
             if p.grad is not None:
-                if self._cohort[p] in missing:
-                    self._cohort[p] = renamed.setdefault(self._cohort[p], unused + len(renamed))
+                known = self._cohort.get(p) if "step" in self.state[p] else None
+                if known in missing:
+                    self._cohort[p] = renamed.setdefault(known, unused + len(renamed))
                 cohorts.setdefault((p.dtype, self._cohort[p]), []).append(p)
         return list(cohorts.values())
 

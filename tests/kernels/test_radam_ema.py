@@ -245,6 +245,29 @@ def test_parameters_that_join_late_or_pause_have_their_own_step_as_in_torch():
         assert float(optimizer.state[a]["step"]) == float(reference.state[b]["step"])
 
 
+@pytest.mark.parametrize("ema_is_looked_at", [False, True])
+def test_a_parameter_whose_state_was_taken_or_that_takes_anothers_place_begins_anew_as_in_torch(
+    ema_is_looked_at,
+):
+    ours, theirs = parameters(), parameters()
+    optimizer, reference = RAdamEMA(ours, lr=1e-2), torch.optim.RAdam(theirs, lr=1e-2)
+    for step in range(20):
+        for params, stepper in ((ours, optimizer), (theirs, reference)):
+            if step == 4:
+                params[2] = nn.Parameter(params[2].detach().clone())
+                stepper.param_groups[0]["params"][2] = params[2]
+            if step == 8:
+                del stepper.state[params[1]]
+        if ema_is_looked_at:
+            list(optimizer.ema_parameters())
+        for params, stepper in ((ours, optimizer), (theirs, reference)):
+            set_gradients(params, step)
+            stepper.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+        assert float(optimizer.state[a]["step"]) == float(reference.state[b]["step"])
+
+
 def test_state_keeps_the_parameters_memory_format():
     params = parameters()
     optimizer = RAdamEMA(params)

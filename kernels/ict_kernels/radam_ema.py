@@ -146,11 +146,13 @@ class RAdamEMA(Optimizer):
         """As torch.optim.Optimizer.add_param_group; complex parameters and a second device are refused."""
         super().add_param_group(param_group)
         devices = {p.device for p in self._parameters()}
+        unsupported = {p.dtype for p in param_group["params"] if p.is_complex()}
+        if len(devices) > 1 or unsupported:
+            self.param_groups.pop()
         if len(devices) > 1:
             raise ValueError(f"all parameters must be on one device, got {sorted(map(str, devices))}")
-        for p in param_group["params"]:
-            if p.is_complex():
-                raise ValueError(f"complex parameters are not supported, got {p.dtype}")
+        if unsupported:
+            raise ValueError(f"complex parameters are not supported, got {unsupported.pop()}")
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

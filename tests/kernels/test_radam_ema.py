@@ -458,6 +458,17 @@ def test_complex_and_sparse_are_refused():
         RAdamEMA([p]).step()
 
 
+@pytest.mark.parametrize("refused", [{"dtype": torch.complex64}, {"device": "meta"}])
+def test_a_group_that_is_refused_is_not_kept(refused):
+    params = parameters()
+    optimizer = RAdamEMA(params)
+    with pytest.raises(ValueError, match=r"complex|one device"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, **refused))]})
+    set_gradients(params, 0)
+    optimizer.step()
+    assert len(list(optimizer.ema_parameters())) == len(params)
+
+
 @pytest.mark.parametrize("decay", [0.9999, 0.999943])
 def test_the_average_of_a_constant_is_that_constant(decay):
     """decay and 1 - decay, each rounded to fp32, do not add up to 1: the average would settle beside it."""

@@ -723,10 +723,10 @@ class _Plan:
         self.device = params[0].device
         self.places = places
         addresses, _ = places
-        rows = torch.tensor([*addresses, [p.numel() for p in params]]).T.contiguous()
-        counts = torch.tensor([max(1, -(-p.numel() // _CHUNK_SIZE)) for p in params])
-        tensor = torch.repeat_interleave(torch.arange(len(params)), counts)
-        chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+        rows = torch.tensor([*addresses, [p.numel() for p in params]], device="cpu").T.contiguous()
+        counts = torch.tensor([max(1, -(-p.numel() // _CHUNK_SIZE)) for p in params], device="cpu")
+        tensor = torch.repeat_interleave(torch.arange(len(params), device="cpu"), counts)
+        chunk = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
         chunks = torch.stack([tensor, chunk], 1).to(torch.int32)
         self.tensors = _to_send(rows, self.device).to(self.device, non_blocking=True)
         self.chunks = _to_send(chunks, self.device).to(self.device, non_blocking=True)
@@ -745,7 +745,8 @@ class _Plan:
             torch._foreach_add_(list(table.unbind()), addresses)
             return table
         if addresses != self._addresses:
-            self._gradients.copy_(_to_send(torch.tensor(addresses), self.device), non_blocking=True)
+            table = torch.tensor(addresses, device="cpu")
+            self._gradients.copy_(_to_send(table, self.device), non_blocking=True)
             self._addresses = addresses
         return self._gradients
 

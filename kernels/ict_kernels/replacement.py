@@ -173,7 +173,7 @@ def _replace(module: nn.Module, pattern: Pattern, report: Replacement) -> str | 
 
 def _probe_input(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers between -2 and 3, the same each time; drawn from no generator, which belong to the training."""
-    numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device="cpu")
     return ((numbers * 12.9898).sin() * 43758.5453 % 5 - 2).reshape(shape).to(device, dtype)
 
 

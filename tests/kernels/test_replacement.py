@@ -396,6 +396,13 @@ def test_blocks_on_the_meta_device_are_left():
     assert "meta device" in GroupNormSiLU.replace_in(block).left["norm0"]
 
 
+def test_a_block_is_tried_where_it_is_whatever_torchs_default_device():
+    block, _ = guided()
+    with torch.device("meta"):
+        report = GroupNormSiLU.replace_in(block)
+    assert report.changed, report
+
+
 def test_our_own_modules_are_no_group_norms_to_replace():
     report = GroupNormSiLU.replace_in(nn.Sequential(GroupNormSiLU(2, 4), nn.SiLU()))
     assert (report.changed, report.left) == ({}, {})

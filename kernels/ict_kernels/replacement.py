@@ -70,7 +70,7 @@ def replace_in(network: nn.Module) -> Replacement:
             names = {_joined(name, norm) for norm in norms}
             if not names or names & done:
                 continue
-            reason = _why_not(module, norms) or _replace(module, pattern, report)
+            reason = _why_not(module, norms, pattern) or _replace(module, pattern, report)
             if reason is not None:
                 left |= dict.fromkeys(names, reason)
             else:
@@ -237,10 +237,15 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= rounding * (1.0 + b.abs().max()))
 
 
-def _why_not(module: nn.Module, norms: list[str]) -> str | None:
-    """A reason in the norms themselves to leave them alone."""
+def _why_not(module: nn.Module, norms: list[str], pattern: Pattern) -> str | None:
+    """A reason in the norms themselves, or in what else would change, to leave them alone."""
     if any(parameter.device.type == "meta" for parameter in module.parameters()):
         return "its parameters are on the meta device, where it cannot be tried"
+    # Older diffusers has one SiLU for every place in the process.
+    users = [child for parent in module.modules() for child in parent._modules.values()]
+    for changed, _ in pattern.forwards(module):
+        if sum(child is changed for child in users) > 1:
+            return f"its {type(changed).__name__} is used in other places too"
     for norm in map(module.get_submodule, norms):
         if isinstance(norm, _Replaced):
             return "replaced before"

@@ -390,6 +390,19 @@ def test_norms_without_a_silu_are_left_and_named():
     assert f"  left      2: {_NO_SILU}" in text
 
 
+def test_a_silu_that_serves_in_other_places_too_is_left():
+    class UNet2DModel(nn.Module):  # with one SiLU for every place, as older diffusers has
+        def __init__(self):
+            super().__init__()
+            self.conv_norm_out, self.conv_act = nn.GroupNorm(2, 8), nn.SiLU()
+            self.time_embedding = nn.Sequential(nn.Linear(8, 8), self.conv_act)
+
+    network = UNet2DModel()
+    report = GroupNormSiLU.replace_in(network)
+    assert report.left == {"conv_norm_out": "its SiLU is used in other places too"}
+    assert type(network.conv_act) is nn.SiLU
+
+
 def test_blocks_on_the_meta_device_are_left():
     with torch.device("meta"):
         block = UNetBlock(8, 8, 6)

@@ -246,16 +246,33 @@ def _why_not(module: nn.Module, norms: list[str], pattern: Pattern) -> str | Non
     for changed, _ in pattern.forwards(module):
         if sum(child is changed for child in users) > 1:
             return f"its {type(changed).__name__} is used in other places too"
-    for norm in map(module.get_submodule, norms):
+    for name, norm in zip(norms, map(module.get_submodule, norms), strict=True):
         if isinstance(norm, _Replaced):
             return "replaced before"
-        if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-            return "the norm has hooks, which would not run"
-        if "forward" in norm.__dict__ or "forward" in module.__dict__:
+        silent = [norm, *_passed_over(module, name)]
+        for each in silent:
+            if any(getattr(each, hooks) for hooks in _HOOKS):
+                return f"the {'norm' if each is norm else type(each).__name__} has hooks, which would not run"
+        if any("forward" in each.__dict__ for each in (module, *silent)):
             return "its forward pass was replaced by something else before"
         if type(norm).forward is not nn.GroupNorm.forward and (reason := _is_another_norm(norm)):
             return reason
     return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _passed_over(module: nn.Module, norm: str) -> list[nn.Module]:
+    """What else than a norm is called no more: the SiLU after it, and a block's Sequential about both."""
+    prefix, _, name = norm.rpartition(".")
+    parent = module.get_submodule(prefix)
+    if isinstance(parent, nn.Sequential):
+        names = list(parent._modules)
+        act = parent.get_submodule(names[names.index(name) + 1])
+        return [act] if parent is module else [act, parent]
+    nonlinearity = getattr(module, "nonlinearity", None)  # of diffusers' block
+    return [nonlinearity] if isinstance(nonlinearity, nn.Module) else []
 
 
 def _is_another_norm(norm: Any) -> str | None:

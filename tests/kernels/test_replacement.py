@@ -381,6 +381,27 @@ def test_norms_with_hooks_and_patched_blocks_are_left():
     assert "replaced by something else before" in GroupNormSiLU.replace_in(network).left["0"]
 
 
+@pytest.mark.parametrize("hooked", ["in_layers", "in_layers.1", "out_layers", "out_layers.1"])
+def test_hooks_on_parts_of_a_block_run_as_before(hooked):
+    block, inputs = guided()
+    calls = []
+    block.get_submodule(hooked).register_forward_hook(lambda *_: calls.append(hooked))
+    report = GroupNormSiLU.replace_in(block)
+    assert "" not in report.changed  # its Sequentials may be
+    calls.clear()
+    block(*inputs)
+    assert calls == [hooked]
+
+
+def test_a_silu_with_hooks_or_a_patched_pass_is_left():
+    network = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    handle = network[1].register_forward_hook(lambda *_: None)
+    assert GroupNormSiLU.replace_in(network).left == {"0": "the SiLU has hooks, which would not run"}
+    handle.remove()
+    network[1].forward = lambda x: x
+    assert "replaced by something else before" in GroupNormSiLU.replace_in(network).left["0"]
+
+
 def test_norms_without_a_silu_are_left_and_named():
     network = nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU(), nn.GroupNorm(2, 4))
     report = GroupNormSiLU.replace_in(network)

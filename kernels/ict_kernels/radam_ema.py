@@ -41,6 +41,11 @@ _WARM_UP = (
     " take one step with gradients for the same parameters before the capture"
 )
 
+_SHARDED = (
+    "sharded parameters (DTensor, of fully_shard or tensor parallelism) are not supported: the kernels would"
+    " read no memory of theirs, and processes would not agree on steps to skip; use DistributedDataParallel"
+)
+
 
 # The same as torch.compiler.disable, but Dynamo is imported by the first call and not by this module.
 _not_traced = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
@@ -82,7 +87,7 @@ class RAdamEMA(Optimizer):
         ema_decay: decay of the average, in [0, 1]; a float or a 0-dim device tensor. Rounded to fp32 for
             parameters of fp32 and less.
     Raises:
-        ValueError: for a value out of range, complex parameters, or several devices.
+        ValueError: for a value out of range, complex or sharded parameters, or several devices.
     """
 
     # torch.amp.GradScaler then sets grad_scale and found_inf instead of reading found_inf on the host. It
@@ -143,16 +148,19 @@ class RAdamEMA(Optimizer):
             self._make_figures()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer.add_param_group; complex parameters and a second device are refused."""
+        """As torch.optim.Optimizer's; complex and sharded parameters and a second device are refused."""
         super().add_param_group(param_group)
         devices = {p.device for p in self._parameters()}
         unsupported = {p.dtype for p in param_group["params"] if p.is_complex()}
-        if len(devices) > 1 or unsupported:
+        sharded = any(map(_is_sharded, param_group["params"]))
+        if len(devices) > 1 or unsupported or sharded:
             self.param_groups.pop()
         if len(devices) > 1:
             raise ValueError(f"all parameters must be on one device, got {sorted(map(str, devices))}")
         if unsupported:
             raise ValueError(f"complex parameters are not supported, got {unsupported.pop()}")
+        if sharded:
+            raise ValueError(_SHARDED)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -216,6 +224,8 @@ class RAdamEMA(Optimizer):
             if p.grad is not None:
                 known = self._cohort.get(p) if "step" in self.state[p] else None
                 if known in missing:
+                    if _is_sharded(p):  # put in the place of one that was not, as accelerate does
+                        raise ValueError(_SHARDED)
                     self._cohort[p] = renamed.setdefault(known, unused + len(renamed))
                 cohorts.setdefault((p.dtype, self._cohort[p]), []).append(p)
         return list(cohorts.values())
@@ -457,6 +467,11 @@ def step_size(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> t
     rectification = torch.where(rectified, variance, 1.0).sqrt()
     adaptive = rectification * correction2.sqrt()
     return lr / correction1 * torch.where(rectified, adaptive, 1.0), rectified.to(torch.float64)
+
+
+def _is_sharded(p: Tensor) -> bool:
+    """Whether a parameter is a DTensor, or another that keeps its values in tensors of its own."""
+    return hasattr(p, "__tensor_flatten__")
 
 
 def _may_look(device: torch.device) -> bool:

@@ -469,6 +469,26 @@ def test_a_group_that_is_refused_is_not_kept(refused):
     assert len(list(optimizer.ema_parameters())) == len(params)
 
 
+def test_sharded_parameters_are_refused_also_those_that_come_in_the_place_of_others():
+    group = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=group, rank=0, world_size=1)
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        network, plain = nn.Linear(3, 2), nn.Linear(3, 2)
+        optimizer = RAdamEMA(plain.parameters())
+        fully_shard(network, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="DTensor"):
+            RAdamEMA(network.parameters())
+        optimizer.param_groups[0]["params"] = list(network.parameters())
+        network(torch.ones(1, 3)).sum().backward()
+        with pytest.raises(ValueError, match="DTensor"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("decay", [0.9999, 0.999943])
 def test_the_average_of_a_constant_is_that_constant(decay):
     """decay and 1 - decay, each rounded to fp32, do not add up to 1: the average would settle beside it."""

@@ -62,6 +62,10 @@ class RAdamEMA(Optimizer):
 
     A parameter without a gradient is left alone, its EMA too, as in torch.optim.
 
+    A process judges the gradients that it has. DistributedDataParallel gives all processes the same; where
+    each has its own (ZeroRedundancyOptimizer, FullyShardedDataParallel), set `found_inf`, or some skip a step
+    that others take.
+
     The Triton kernels (see `set_backend`) take three launches for the parameters of a group that have had
     gradients in the same steps, however many. They take fp32 parameters without gaps in memory, and gradients
     of any layout, which cost a copy where the layout is not the parameter's; other parameters go the eager

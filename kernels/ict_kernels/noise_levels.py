@@ -82,7 +82,7 @@ def noise_level_grid(
     steps = num_scales - 1
     # Python's floats, not torch's vectorised pow: the table must not depend on the machine's vector width.
     inner = [(low + i / steps * (high - low)) ** rho for i in range(1, steps)]
-    return torch.tensor([sigma_min, *inner, sigma_max], dtype=torch.float64)
+    return torch.tensor([sigma_min, *inner, sigma_max], dtype=torch.float64, device="cpu")
 
 
 def noise_level_probabilities(
@@ -112,13 +112,13 @@ def noise_level_probabilities(
     """
     sigma = noise_level_grid(num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).tolist()
     if indices == "uniform":
-        return torch.full((num_scales - 1,), 1.0 / (num_scales - 1), dtype=torch.float64)
+        return torch.full((num_scales - 1,), 1.0 / (num_scales - 1), dtype=torch.float64, device="cpu")
     if indices != "lognormal":
         raise ValueError(f"indices must be 'lognormal' or 'uniform', got {indices!r}")
     if not p_std > 0.0:
         raise ValueError(f"p_std must be positive, got {p_std}")
     cdf = [math.erf((math.log(s) - p_mean) / (math.sqrt(2.0) * p_std)) for s in sigma]
-    mass = torch.tensor([high - low for low, high in pairwise(cdf)], dtype=torch.float64)
+    mass = torch.tensor([high - low for low, high in pairwise(cdf)], dtype=torch.float64, device="cpu")
     if not mass.sum() > 0.0:
         raise ValueError(
             f"no level of [{sigma_min}, {sigma_max}] is likely under p_mean={p_mean}, p_std={p_std}"
@@ -148,9 +148,9 @@ def _table(
             raise ValueError(f"weighting must be 'inverse-gap' or 'uniform', got {weighting!r}")
         grids = [noise_level_grid(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho) for n in scales]
         longest = max(scales)
-        thresholds = torch.full((len(scales), longest - 2), 2**32, dtype=torch.int64)
-        sigma = torch.full((len(scales), longest), math.nan, dtype=torch.float64)
-        weight = torch.full((len(scales), longest - 1), math.nan, dtype=torch.float64)
+        thresholds = torch.full((len(scales), longest - 2), 2**32, dtype=torch.int64, device="cpu")
+        sigma = torch.full((len(scales), longest), math.nan, dtype=torch.float64, device="cpu")
+        weight = torch.full((len(scales), longest - 1), math.nan, dtype=torch.float64, device="cpu")
         for row, (n, grid) in enumerate(zip(scales, grids, strict=True)):
             probability = noise_level_probabilities(
                 n,
@@ -166,7 +166,7 @@ def _table(
             weight[row, : n - 1] = 1.0 / grid.diff() if weighting == "inverse-gap" else 1.0
         # Ordinary tensors, even if the first call comes under inference_mode: a later one may record a graph.
         _tables[key] = _Table(
-            torch.tensor(scales, dtype=torch.int64).to(device),
+            torch.tensor(scales, dtype=torch.int64, device=device),
             thresholds.to(device),
             sigma.to(device, torch.float32),
             weight.to(device, torch.float32),

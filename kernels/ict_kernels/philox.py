@@ -108,8 +108,9 @@ def _compiled_rounds() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     global _compiled, _no_compiler
     with _compile_lock:
         if _compiled is None and _no_compiler is None:
-            c0 = torch.arange(_COMPILE_FROM)
-            probe = (c0, (c0 * 0x9E3779B9) & _MASK32, torch.tensor([_MASK32, 3 << 16, _MASK32, 0x80000000]))
+            c0 = torch.arange(_COMPILE_FROM, device="cpu")
+            constants = torch.tensor([_MASK32, 3 << 16, _MASK32, 0x80000000], device="cpu")
+            probe = (c0, (c0 * 0x9E3779B9) & _MASK32, constants)
             try:
                 # Not fullgraph: an error under a TorchDispatchMode (a FLOP counter), where eager runs.
                 rounds = torch.compile(_packed_words, dynamic=True)
@@ -132,7 +133,7 @@ def _rounds(c0: Tensor, c1: Tensor, constants: Tensor) -> Tensor:
         rounds = _compiled_rounds()
         if rounds is not None:
             return rounds(c0, c1, constants)
-    packed = torch.empty(calls, 2, dtype=torch.int64)
+    packed = torch.empty(calls, 2, dtype=torch.int64, device="cpu")
     for start in range(0, calls, _CHUNK):
         chunk = slice(start, start + _CHUNK)
         packed[chunk] = _packed_words(c0[chunk], c1[chunk], constants)
@@ -147,14 +148,14 @@ def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
 
     Args:
         seed: an int (taken modulo 2^64; step 0), an int64 tensor of shape (2,), or None: drawn once from
-            torch's default generator, so that torch.manual_seed decides it. Inside torch.compile pass a
-            tensor: every new int may be a new compilation.
+            torch's default generator of the CPU, so that torch.manual_seed decides it. Inside torch.compile
+            pass a tensor: every new int may be a new compilation.
         device: where the draw will happen.
     Raises:
         ValueError: if a tensor seed has another shape or dtype, or a number is no int.
     """
     if seed is None:
-        drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+        drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
         return torch.cat((drawn, torch.zeros_like(drawn))).to(device)
     if isinstance(seed, Tensor):
         if seed.shape != (2,) or seed.dtype != torch.int64:

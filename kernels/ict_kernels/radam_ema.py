@@ -31,12 +31,19 @@ from .triton_support import jit, launch, tl
 # Switches of torch.optim.RAdam that change the mathematics; a state dict that has one set is not ours to
 # continue.
 _FOREIGN_SWITCHES = ("maximize", "decoupled_weight_decay")
+# What else torch.optim.RAdam keeps in its groups; means nothing here.
+_FOREIGN_OPTIONS = (*_FOREIGN_SWITCHES, "foreach", "capturable", "differentiable")
 
 _STATE = ("exp_avg", "exp_avg_sq", "ema", "step")
 
 _WARM_UP = (
     "RAdamEMA.step() must make its state or its tables of addresses, which a CUDA graph cannot record:"
     " take one step with gradients for the same parameters before the capture"
+)
+
+_SHARDED = (
+    "sharded parameters (DTensor, of fully_shard or tensor parallelism) are not supported: the kernels would"
+    " read no memory of theirs, and processes would not agree on steps to skip; use DistributedDataParallel"
 )
 
 
@@ -50,9 +57,14 @@ class RAdamEMA(Optimizer):
     State of each parameter, on its device: `step` (0-dim fp32), `exp_avg`, `exp_avg_sq` (named as
     torch.optim.RAdam names them) and `ema`, the last three in the parameter's dtype and memory format. A
     state dict of torch.optim.RAdam loads too. The EMA starts from the parameters at the first step or first
-    look at `ema_parameters()`, whichever comes first; so load pretrained weights before.
+    look at `ema_parameters()`, whichever comes first; so load pretrained weights, and move the network to its
+    device, before.
 
     A parameter without a gradient is left alone, its EMA too, as in torch.optim.
+
+    A process judges the gradients that it has. DistributedDataParallel gives all processes the same; where
+    each has its own (ZeroRedundancyOptimizer, FullyShardedDataParallel), set `found_inf`, or some skip a step
+    that others take.
 
     The Triton kernels (see `set_backend`) take three launches for the parameters of a group that have had
     gradients in the same steps, however many. They take fp32 parameters without gaps in memory, and gradients
@@ -79,7 +91,7 @@ class RAdamEMA(Optimizer):
         ema_decay: decay of the average, in [0, 1]; a float or a 0-dim device tensor. Rounded to fp32 for
             parameters of fp32 and less.
     Raises:
-        ValueError: for a value out of range, complex parameters, or several devices.
+        ValueError: for a value out of range, complex or sharded parameters, or several devices.
     """
 
     # torch.amp.GradScaler then sets grad_scale and found_inf instead of reading found_inf on the host. It
@@ -117,21 +129,42 @@ class RAdamEMA(Optimizer):
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay},
         )
-        device = self._parameters()[0].device
+        self._make_figures()
+
+    def _make_figures(self) -> None:
+        device = next((p.device for p in self._parameters()), None)
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
         self.last_step_skipped = torch.zeros((), dtype=torch.bool, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
+    def _follow(self, device: torch.device) -> None:
+        """Takes the figures to where the parameters have gone: networks may move before the first step."""
+        if self.grad_norm.device != device:
+            for name in ("grad_norm", "last_step_skipped", "skipped"):
+                setattr(self, name, getattr(self, name).to(device))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's; a deep copy or a pickle holds the groups and the state alone."""
+        super().__setstate__(state)
+        if "_cohort" not in self.__dict__:
+            self._cohort, self._plans, self._captured = {}, {}, {}
+            self._find_cohorts()
+            self._make_figures()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer.add_param_group; complex parameters and a second device are refused."""
+        """As torch.optim.Optimizer's; complex and sharded parameters and a second device are refused."""
         super().add_param_group(param_group)
         devices = {p.device for p in self._parameters()}
+        unsupported = {p.dtype for p in param_group["params"] if p.is_complex()}
+        sharded = any(map(_is_sharded, param_group["params"]))
+        if len(devices) > 1 or unsupported or sharded:
+            self.param_groups.pop()
         if len(devices) > 1:
             raise ValueError(f"all parameters must be on one device, got {sorted(map(str, devices))}")
-        for p in param_group["params"]:
-            if p.is_complex():
-                raise ValueError(f"complex parameters are not supported, got {p.dtype}")
-            self._cohort[p] = len(self.param_groups)
+        if unsupported:
+            raise ValueError(f"complex parameters are not supported, got {unsupported.pop()}")
+        if sharded:
+            raise ValueError(_SHARDED)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -149,6 +182,8 @@ class RAdamEMA(Optimizer):
     def ema_parameters(self) -> Iterator[Tensor]:
         """The averaged parameters, in the order of the parameters: the state itself, not copies."""
         for p in self._parameters():
+            if "step" not in self.state[p]:
+                self._cohort.pop(p, None)
             yield self._state_of(p)["ema"]
 
     @torch.no_grad()
@@ -171,6 +206,7 @@ class RAdamEMA(Optimizer):
             return loss
         if any(p.grad.is_sparse for p in with_grad if p.grad is not None):
             raise RuntimeError("sparse gradients are not supported")
+        self._follow(with_grad[0].device)
         cohorts = [(group, c) for group in self.param_groups for c in self._cohorts(group["params"])]
         by_kernels = [use_triton(*params) for _, params in cohorts]
         if any(by_kernels):
@@ -183,14 +219,18 @@ class RAdamEMA(Optimizer):
 
     def _cohorts(self, params: list[Tensor]) -> list[list[Tensor]]:
         """The parameters with a gradient, by dtype and cohort; a cohort that steps in part is split."""
-        missing = {self._cohort[p] for p in params if p.grad is None}
-        unused = max(self._cohort.values()) + 1
-        renamed: dict[int, int] = {}
+        # None for those that begin: whose state was taken away, and who were put in another's place, too.
+        missing = {None} | {self._cohort.get(p) for p in params if p.grad is None}
+        unused = max([0, *self._cohort.values()]) + 1
+        renamed: dict[int | None, int] = {}
         cohorts: dict[tuple[torch.dtype, int], list[Tensor]] = {}
         for p in params:
             if p.grad is not None:
-                if self._cohort[p] in missing:
-                    self._cohort[p] = renamed.setdefault(self._cohort[p], unused + len(renamed))
+                known = self._cohort.get(p) if "step" in self.state[p] else None
+                if known in missing:
+                    if _is_sharded(p):  # put in the place of one that was not, as accelerate does
+                        raise ValueError(_SHARDED)
+                    self._cohort[p] = renamed.setdefault(known, unused + len(renamed))
                 cohorts.setdefault((p.dtype, self._cohort[p]), []).append(p)
         return list(cohorts.values())
 
@@ -360,6 +400,7 @@ class RAdamEMA(Optimizer):
 
         Nothing is shared with `state_dict` afterwards. Where this optimizer's lr or ema_decay is a tensor it
         stays that tensor and takes the loaded value, so that a compiled or captured step goes on reading it.
+        What others keep in the groups, as the schedulers of torch do, is restored too.
 
         Raises:
             ValueError: if the groups do not fit, or the dict was made with maximize or
@@ -380,15 +421,13 @@ class RAdamEMA(Optimizer):
                 elif isinstance(loaded, Tensor):
                     loaded = loaded.to(self.grad_norm.device)
                 group[name] = loaded
-            for name in set(group) - set(old):
-                del group[name]
-        ranks: dict[float, int] = {}
+            for name in _FOREIGN_OPTIONS:
+                group.pop(name, None)
         for p in self._parameters():
             state = self.state[p]
             if "step" in state:
                 step = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
                 state["step"] = step.clone().reshape(())
-            self._cohort[p] = ranks.setdefault(float(state.get("step", 0.0)), len(ranks))
             for name in ("exp_avg", "exp_avg_sq", "ema"):
                 if name in state:
                     if state[name].shape != p.shape:
@@ -398,6 +437,14 @@ class RAdamEMA(Optimizer):
                         )
                     like = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
                     state[name] = like.copy_(state[name])
+        self._find_cohorts()
+
+    def _find_cohorts(self) -> None:
+        """The cohorts that the state tells of: equal steps; the host reads them."""
+        ranks: dict[float, int] = {}
+        for p in self._parameters():
+            step = self.state[p].get("step", 0.0) if p in self.state else 0.0
+            self._cohort[p] = ranks.setdefault(float(step), len(ranks))
 
 
 def step_size(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
@@ -424,6 +471,11 @@ def step_size(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> t
     rectification = torch.where(rectified, variance, 1.0).sqrt()
     adaptive = rectification * correction2.sqrt()
     return lr / correction1 * torch.where(rectified, adaptive, 1.0), rectified.to(torch.float64)
+
+
+def _is_sharded(p: Tensor) -> bool:
+    """Whether a parameter is a DTensor, or another that keeps its values in tensors of its own."""
+    return hasattr(p, "__tensor_flatten__")
 
 
 def _may_look(device: torch.device) -> bool:
@@ -690,10 +742,10 @@ class _Plan:
         self.device = params[0].device
         self.places = places
         addresses, _ = places
-        rows = torch.tensor([*addresses, [p.numel() for p in params]]).T.contiguous()
-        counts = torch.tensor([max(1, -(-p.numel() // _CHUNK_SIZE)) for p in params])
-        tensor = torch.repeat_interleave(torch.arange(len(params)), counts)
-        chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+        rows = torch.tensor([*addresses, [p.numel() for p in params]], device="cpu").T.contiguous()
+        counts = torch.tensor([max(1, -(-p.numel() // _CHUNK_SIZE)) for p in params], device="cpu")
+        tensor = torch.repeat_interleave(torch.arange(len(params), device="cpu"), counts)
+        chunk = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
         chunks = torch.stack([tensor, chunk], 1).to(torch.int32)
         self.tensors = _to_send(rows, self.device).to(self.device, non_blocking=True)
         self.chunks = _to_send(chunks, self.device).to(self.device, non_blocking=True)
@@ -712,7 +764,8 @@ class _Plan:
             torch._foreach_add_(list(table.unbind()), addresses)
             return table
         if addresses != self._addresses:
-            self._gradients.copy_(_to_send(torch.tensor(addresses), self.device), non_blocking=True)
+            table = torch.tensor(addresses, device="cpu")
+            self._gradients.copy_(_to_send(table, self.device), non_blocking=True)
             self._addresses = addresses
         return self._gradients
 

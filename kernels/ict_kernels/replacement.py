@@ -70,7 +70,7 @@ def replace_in(network: nn.Module) -> Replacement:
             names = {_joined(name, norm) for norm in norms}
             if not names or names & done:
                 continue
-            reason = _why_not(module, norms) or _replace(module, pattern, report)
+            reason = _why_not(module, norms, pattern) or _replace(module, pattern, report)
             if reason is not None:
                 left |= dict.fromkeys(names, reason)
             else:
@@ -173,7 +173,7 @@ def _replace(module: nn.Module, pattern: Pattern, report: Replacement) -> str | 
 
 def _probe_input(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers between -2 and 3, the same each time; drawn from no generator, which belong to the training."""
-    numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device="cpu")
     return ((numbers * 12.9898).sin() * 43758.5453 % 5 - 2).reshape(shape).to(device, dtype)
 
 
@@ -237,20 +237,42 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= rounding * (1.0 + b.abs().max()))
 
 
-def _why_not(module: nn.Module, norms: list[str]) -> str | None:
-    """A reason in the norms themselves to leave them alone."""
+def _why_not(module: nn.Module, norms: list[str], pattern: Pattern) -> str | None:
+    """A reason in the norms themselves, or in what else would change, to leave them alone."""
     if any(parameter.device.type == "meta" for parameter in module.parameters()):
         return "its parameters are on the meta device, where it cannot be tried"
-    for norm in map(module.get_submodule, norms):
+    # Older diffusers has one SiLU for every place in the process.
+    users = [child for parent in module.modules() for child in parent._modules.values()]
+    for changed, _ in pattern.forwards(module):
+        if sum(child is changed for child in users) > 1:
+            return f"its {type(changed).__name__} is used in other places too"
+    for name, norm in zip(norms, map(module.get_submodule, norms), strict=True):
         if isinstance(norm, _Replaced):
             return "replaced before"
-        if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-            return "the norm has hooks, which would not run"
-        if "forward" in norm.__dict__ or "forward" in module.__dict__:
+        silent = [norm, *_passed_over(module, name)]
+        for each in silent:
+            if any(getattr(each, hooks) for hooks in _HOOKS):
+                return f"the {'norm' if each is norm else type(each).__name__} has hooks, which would not run"
+        if any("forward" in each.__dict__ for each in (module, *silent)):
             return "its forward pass was replaced by something else before"
         if type(norm).forward is not nn.GroupNorm.forward and (reason := _is_another_norm(norm)):
             return reason
     return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _passed_over(module: nn.Module, norm: str) -> list[nn.Module]:
+    """What else than a norm is called no more: the SiLU after it, and a block's Sequential about both."""
+    prefix, _, name = norm.rpartition(".")
+    parent = module.get_submodule(prefix)
+    if isinstance(parent, nn.Sequential):
+        names = list(parent._modules)
+        act = parent.get_submodule(names[names.index(name) + 1])
+        return [act] if parent is module else [act, parent]
+    nonlinearity = getattr(module, "nonlinearity", None)  # of diffusers' block
+    return [nonlinearity] if isinstance(nonlinearity, nn.Module) else []
 
 
 def _is_another_norm(norm: Any) -> str | None:

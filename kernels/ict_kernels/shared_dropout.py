@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .philox import dropout_keep_mask, dropout_threshold, seed_tensor
 
@@ -53,7 +54,7 @@ class SharedDropout:
     def __enter__(self) -> "SharedDropout":
         if torch.compiler.is_compiling():
             if isinstance(self._network, nn.Module) and any(
-                isinstance(module, nn.Dropout)
+                isinstance(module, _DropoutNd)
                 and not isinstance(module, SeededDropout)
                 and module.training
                 and module.p > 0.0
@@ -171,7 +172,7 @@ def seed_dropout(network: nn.Module, seed: int | None = None) -> DropoutSeed:
     parameter = next(network.parameters(), None)
     source = DropoutSeed(seed_tensor(seed, "cpu" if parameter is None else parameter.device))
     for name, module in network.named_modules():
-        if not isinstance(module, nn.Dropout) or isinstance(module, SeededDropout):
+        if not isinstance(module, _DropoutNd) or isinstance(module, SeededDropout):
             continue
         if type(module) is not nn.Dropout:
             source.left[name] = f"{type(module).__name__} is a dropout of its own"

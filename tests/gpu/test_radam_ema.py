@@ -86,6 +86,29 @@ def test_the_steps_are_those_of_torch_optim_radam():
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
+def test_a_network_may_move_to_the_gpu_between_the_optimizer_and_the_first_step():
+    network = nn.Linear(33, 31)
+    optimizer = RAdamEMA(network.parameters())
+    network.cuda()
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx((33 * 31 + 31) ** 0.5)
+    assert all(average.is_cuda for average in optimizer.ema_parameters())
+
+
+def test_the_default_device_may_be_the_gpu(request):
+    request.addfinalizer(lambda: torch.set_default_device(None))
+    torch.set_default_device("cuda")
+    params = [nn.Parameter(torch.ones(7)), nn.Parameter(torch.ones(3, 4))]
+    optimizer = RAdamEMA(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx(19**0.5)
+
+
 def test_three_launches_whatever_the_number_of_parameters(monkeypatch):
     names: list[str] = []
     launch = radam_ema.launch

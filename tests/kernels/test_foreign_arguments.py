@@ -14,8 +14,12 @@ from ict_kernels import (
     consistency_loss,
     group_norm_silu,
     noise_images,
+    noise_level_grid,
+    noise_level_probabilities,
+    philox,
     pseudo_huber_loss,
     sample_noise_levels,
+    seed_dropout,
 )
 from ict_kernels.adapters import diffusers_cm, kinyugo
 from ict_kernels.adapters.ect import ECMLoss
@@ -185,3 +189,33 @@ def test_bytes_with_channels_first_are_not_taken_for_channels_last():
         noise_images(images, levels, seed=0)
     student, teacher = noise_images(images.permute(0, 2, 3, 1), levels, seed=0)
     assert student.shape == teacher.shape == images.shape
+
+
+def seeded_dropout() -> Tensor:
+    network = nn.Sequential(nn.Linear(4, 4, device="cpu"), nn.Dropout(0.5))
+    seed_dropout(network)
+    return network[1](torch.ones(64, 4, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: noise_level_grid(7),
+        lambda: noise_level_probabilities(7),
+        lambda: noise_level_probabilities(7, indices="uniform"),
+        lambda: sample_noise_levels(5, 7, p_mean=-1.2).sigma,
+        lambda: sample_noise_levels(5, 7, p_mean=-1.3, seed=3, device="cpu").sigma,
+        lambda: normal((2, 3, 4), seed=None),
+        lambda: normal((3, 64, 64, 64), seed=3),
+        seeded_dropout,
+    ],
+)
+def test_what_belongs_on_the_cpu_is_made_there_whatever_torchs_default_device(call, monkeypatch):
+    """As under torch.set_default_device("cuda"); meta stands for that here, and has no values."""
+    monkeypatch.setattr(philox, "_compiled", None)
+    monkeypatch.setattr(philox, "_no_compiler", None)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        value = call()
+    torch.manual_seed(0)
+    assert torch.equal(value, call())

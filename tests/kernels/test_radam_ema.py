@@ -1,6 +1,7 @@
 """RAdam + EMA against torch.optim.RAdam, and the step that must not happen."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -176,6 +177,20 @@ def test_the_step_never_waits_for_the_host():
             optimizer.step()
 
 
+def test_a_network_may_move_to_its_device_between_the_optimizer_and_the_first_step(request):
+    # As accelerate moves it, which gets both at once. Here meta stands for the device.
+    request.addfinalizer(lambda: torch.__future__.set_swap_module_params_on_conversion(False))
+    torch.__future__.set_swap_module_params_on_conversion(True)  # else this move would make new parameters
+    network = nn.Linear(3, 4)
+    optimizer = RAdamEMA(network.parameters())
+    network.to("meta")
+    for p in network.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    figures = (optimizer.grad_norm, optimizer.last_step_skipped, optimizer.skipped)
+    assert {each.device.type for each in figures} == {"meta"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "betas": (0.5, 0.99)}, {"betas": (0.9, 0.5)}])
 def test_deciding_on_the_device_or_on_the_host_gives_the_same_bits(monkeypatch, request, dtype, settings):
@@ -224,6 +239,29 @@ def test_parameters_that_join_late_or_pause_have_their_own_step_as_in_torch():
                 params[1].grad = None
             if step % 3 == 0:
                 params[2].grad = None
+            stepper.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+        assert float(optimizer.state[a]["step"]) == float(reference.state[b]["step"])
+
+
+@pytest.mark.parametrize("ema_is_looked_at", [False, True])
+def test_a_parameter_whose_state_was_taken_or_that_takes_anothers_place_begins_anew_as_in_torch(
+    ema_is_looked_at,
+):
+    ours, theirs = parameters(), parameters()
+    optimizer, reference = RAdamEMA(ours, lr=1e-2), torch.optim.RAdam(theirs, lr=1e-2)
+    for step in range(20):
+        for params, stepper in ((ours, optimizer), (theirs, reference)):
+            if step == 4:
+                params[2] = nn.Parameter(params[2].detach().clone())
+                stepper.param_groups[0]["params"][2] = params[2]
+            if step == 8:
+                del stepper.state[params[1]]
+        if ema_is_looked_at:
+            list(optimizer.ema_parameters())
+        for params, stepper in ((ours, optimizer), (theirs, reference)):
+            set_gradients(params, step)
             stepper.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
@@ -313,6 +351,51 @@ def test_a_run_can_switch_from_and_to_torch_optim_radam():
         torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_and_a_pickle_of_the_optimizer_go_on_alike_and_by_themselves(copied):
+    params = parameters()
+    optimizer = RAdamEMA(params, lr=1e-2)
+    for step in range(8):
+        set_gradients(params, step)
+        if step < 3:
+            params[1].grad = None
+        optimizer.step()
+    before = bits(optimizer)
+    its_params, its = copied((params, optimizer))
+    assert bits(its) == before
+    for step in range(8, 12):
+        set_gradients(its_params, step)
+        its.step()
+    assert bits(optimizer) == before
+    for step in range(8, 12):
+        set_gradients(params, step)
+        optimizer.step()
+    assert bits(its) == bits(optimizer)
+    assert float(its.grad_norm) == float(optimizer.grad_norm)
+    assert int(its.skipped) == 0
+
+
+@pytest.mark.parametrize("before", [RAdamEMA, torch.optim.RAdam])
+def test_a_schedule_of_torchs_that_begins_after_the_load_finds_what_the_one_before_left(before):
+    def schedule(optimizer, done: int):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5**k, last_epoch=done - 1)
+
+    optimizer = before(parameters(), lr=1e-2)
+    scheduler = schedule(optimizer, 0)
+    for step in range(3):
+        set_gradients(optimizer.param_groups[0]["params"], step)
+        optimizer.step()
+        scheduler.step()
+    resumed = RAdamEMA(parameters(), lr=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    scheduler = schedule(resumed, 3)
+    set_gradients(resumed.param_groups[0]["params"], 3)
+    resumed.step()
+    scheduler.step()
+    assert resumed.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
+    assert set(resumed.param_groups[0]) == {*RAdamEMA(parameters()).param_groups[0], "initial_lr"}
+
+
 def test_a_state_dict_of_another_mathematics_is_refused():
     for switch in ({"maximize": True}, {"decoupled_weight_decay": True}):
         reference = torch.optim.RAdam(parameters(), **switch)
@@ -373,6 +456,37 @@ def test_complex_and_sparse_are_refused():
     p.grad = torch.sparse_coo_tensor([[0]], [[1.0, 2.0]], (3, 2), check_invariants=True)
     with pytest.raises(RuntimeError, match="sparse"):
         RAdamEMA([p]).step()
+
+
+@pytest.mark.parametrize("refused", [{"dtype": torch.complex64}, {"device": "meta"}])
+def test_a_group_that_is_refused_is_not_kept(refused):
+    params = parameters()
+    optimizer = RAdamEMA(params)
+    with pytest.raises(ValueError, match=r"complex|one device"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, **refused))]})
+    set_gradients(params, 0)
+    optimizer.step()
+    assert len(list(optimizer.ema_parameters())) == len(params)
+
+
+def test_sharded_parameters_are_refused_also_those_that_come_in_the_place_of_others():
+    group = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=group, rank=0, world_size=1)
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        network, plain = nn.Linear(3, 2), nn.Linear(3, 2)
+        optimizer = RAdamEMA(plain.parameters())
+        fully_shard(network, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="DTensor"):
+            RAdamEMA(network.parameters())
+        optimizer.param_groups[0]["params"] = list(network.parameters())
+        network(torch.ones(1, 3)).sum().backward()
+        with pytest.raises(ValueError, match="DTensor"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("decay", [0.9999, 0.999943])

@@ -381,6 +381,27 @@ def test_norms_with_hooks_and_patched_blocks_are_left():
     assert "replaced by something else before" in GroupNormSiLU.replace_in(network).left["0"]
 
 
+@pytest.mark.parametrize("hooked", ["in_layers", "in_layers.1", "out_layers", "out_layers.1"])
+def test_hooks_on_parts_of_a_block_run_as_before(hooked):
+    block, inputs = guided()
+    calls = []
+    block.get_submodule(hooked).register_forward_hook(lambda *_: calls.append(hooked))
+    report = GroupNormSiLU.replace_in(block)
+    assert "" not in report.changed  # its Sequentials may be
+    calls.clear()
+    block(*inputs)
+    assert calls == [hooked]
+
+
+def test_a_silu_with_hooks_or_a_patched_pass_is_left():
+    network = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    handle = network[1].register_forward_hook(lambda *_: None)
+    assert GroupNormSiLU.replace_in(network).left == {"0": "the SiLU has hooks, which would not run"}
+    handle.remove()
+    network[1].forward = lambda x: x
+    assert "replaced by something else before" in GroupNormSiLU.replace_in(network).left["0"]
+
+
 def test_norms_without_a_silu_are_left_and_named():
     network = nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU(), nn.GroupNorm(2, 4))
     report = GroupNormSiLU.replace_in(network)
@@ -390,10 +411,30 @@ def test_norms_without_a_silu_are_left_and_named():
     assert f"  left      2: {_NO_SILU}" in text
 
 
+def test_a_silu_that_serves_in_other_places_too_is_left():
+    class UNet2DModel(nn.Module):  # with one SiLU for every place, as older diffusers has
+        def __init__(self):
+            super().__init__()
+            self.conv_norm_out, self.conv_act = nn.GroupNorm(2, 8), nn.SiLU()
+            self.time_embedding = nn.Sequential(nn.Linear(8, 8), self.conv_act)
+
+    network = UNet2DModel()
+    report = GroupNormSiLU.replace_in(network)
+    assert report.left == {"conv_norm_out": "its SiLU is used in other places too"}
+    assert type(network.conv_act) is nn.SiLU
+
+
 def test_blocks_on_the_meta_device_are_left():
     with torch.device("meta"):
         block = UNetBlock(8, 8, 6)
     assert "meta device" in GroupNormSiLU.replace_in(block).left["norm0"]
+
+
+def test_a_block_is_tried_where_it_is_whatever_torchs_default_device():
+    block, _ = guided()
+    with torch.device("meta"):
+        report = GroupNormSiLU.replace_in(block)
+    assert report.changed, report
 
 
 def test_our_own_modules_are_no_group_norms_to_replace():

@@ -129,6 +129,16 @@ def test_inside_a_compiled_step_it_refuses_masks_that_it_cannot_share(x):
         step(network(), x)
 
 
+@pytest.mark.parametrize("layer", [nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout])
+def test_dropouts_of_other_kinds_are_left_and_named_and_refused_inside_a_compiled_step(x, layer):
+    torch._dynamo.reset()
+    net = nn.Sequential(network(), layer(0.5))
+    assert seed_dropout(net).left == {"1": f"{layer.__name__} is a dropout of its own"}
+    step = torch.compile(pair, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="dropout masks cannot be shared by rewinding"):
+        step(net, x)
+
+
 def test_inside_a_compiled_step_networks_without_active_dropout_and_seeded_ones_pass(x):
     torch._dynamo.reset()
     step = torch.compile(pair, backend="aot_eager", fullgraph=True)

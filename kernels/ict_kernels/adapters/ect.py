@@ -6,6 +6,7 @@ net(noisy images, sigma (N, 1, 1, 1), labels, augment_labels=) for denoised imag
 means it; EDM and EDM2 sum whatever comes, so for them too (N,) is right.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -61,7 +62,16 @@ class ECMLoss:
         self.stage, self.ratio = 0, 0.0
 
     def update_schedule(self, stage: int) -> None:
-        """Goes to a stage, 0, 1, 2, ...: ECT's loop calls it; in EDM's and EDM2's it is a line to add."""
+        """Goes to a stage, 0, 1, 2, ...: ECT's loop calls it; in EDM's and EDM2's it is a line to add.
+
+        Raises:
+            ValueError: for a stage whose t and r are equal in fp32, where the loss would be NaN.
+        """
+        if (stage + 1) * math.log2(self.q) >= 23:
+            raise ValueError(
+                f"at stage {stage} the gap t - r is t / {self.q:g}^{stage + 1}, which fp32 does not resolve;"
+                f" stop at stage {math.ceil(23 / math.log2(self.q)) - 2} or before"
+            )
         self.stage = stage
         self.ratio = 1 - 1 / self.q ** (stage + 1)
 

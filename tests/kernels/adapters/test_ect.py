@@ -234,3 +234,15 @@ def test_the_patch_puts_it_where_ects_trainer_finds_it(theirs, a_module):
     assert module.ECMLoss is theirs.ECMLoss
     with pytest.raises(ValueError, match="has no ECMLoss"):
         apply_ict_kernels_to_ect(a_module("training"))
+
+
+@pytest.mark.parametrize(("q", "last"), [(2, 21), (4, 10), (256, 1)])
+def test_stages_end_where_fp32_tells_the_levels_apart_no_more(q, last):
+    images = torch.rand(256, 3, 4, 4)
+    for adj in ("sigmoid", "const"):
+        loss = ECMLoss(q=q, adj=adj)
+        loss.update_schedule(last)
+        assert loss(lambda x, sigma, labels: 0.9 * x, images).isfinite().all()
+        with pytest.raises(ValueError, match=f"stop at stage {last} or before"):
+            loss.update_schedule(last + 1)
+        assert loss.stage == last

@@ -407,6 +407,19 @@ def test_a_parameter_that_moves_is_found_again():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_the_tables_are_made_on_the_host_whatever_torchs_default_device():
+    """As under torch.set_default_device("cuda"), where pinning them would fail; meta stands for that here."""
+    params, plain = make(FEW), make(FEW)
+    optimizer, expected = RAdamEMA(params), RAdamEMA(plain)
+    for step in range(2):
+        set_gradients(params, step)
+        set_gradients(plain, step)
+        with torch.device("meta"):
+            optimizer.step()
+        expected.step()
+    assert all(map(torch.equal, values(optimizer), values(expected)))
+
+
 def test_a_capture_needs_one_step_before_it_and_has_its_own_table(monkeypatch):
     params, plain = make(FEW), make(FEW)
     optimizer, reference = RAdamEMA(params, lr=1e-2), RAdamEMA(plain, lr=1e-2)

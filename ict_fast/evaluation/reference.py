@@ -174,11 +174,12 @@ def _open_archive(path: Path) -> Reference:
     arrays, shape = {}, None
     try:
         with path.open("rb") as file:
-            if not file.read(6).startswith((b"PK", b"\x93NUMPY")):  # which numpy would call a pickle
-                raise InputError(f"{path}: no .npz, or truncated or damaged; --reference takes {kinds}")
+            start = file.read(6)
+        if start == b"\x93NUMPY":
+            raise InputError(f"{path}: is a single array; --reference takes {kinds}")
+        if not start.startswith(b"PK"):  # which numpy would call a pickle
+            raise InputError(f"{path}: no .npz, or truncated or damaged; --reference takes {kinds}")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: is a single array; --reference takes {kinds}")
             names = set(archive.files)
             for name in {"mu", "sigma"} & names:
                 arrays[name] = np.asarray(archive[name])

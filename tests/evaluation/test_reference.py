@@ -96,6 +96,12 @@ def test_a_file_of_another_kind_is_not_said_to_hold_a_pickle(tmp_path, content):
         open_reference(path)
 
 
+def test_a_single_array_is_refused(tmp_path):
+    np.save(tmp_path / "images.npy", images())
+    with pytest.raises(InputError, match=r"images\.npy: is a single array; --reference takes an \.npz"):
+        open_reference(tmp_path / "images.npy")
+
+
 @pytest.mark.parametrize("keep", [0, 100, -30])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     path = save(tmp_path / "stats.npz", **gaussian())

@@ -115,6 +115,7 @@ def test_what_is_read_is_never_overwritten(
         ("upscale RUN --input IN/small.png --sigma 3", "--sigma belongs to stroke"),
         ("colorize RUN --input IN/in", "grey images"),
         ("stroke RUN --input IN/in --labels 1", "unconditional"),
+        ("stroke RUN --input IN/in --labels 99999999999999999999", "which is no class; classes are counted"),
         ("stroke RUN --input IN/in --variants 0", "--variants is 0"),
         ("stroke IN/nowhere --input IN/in", "there is no run"),
         ("paint RUN --input IN/in", 'did you mean "inpaint"'),

@@ -112,6 +112,14 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     assert torchmetrics_distance(real, images) == pytest.approx(best["distance"], rel=1e-3)
 
 
+def test_a_finished_run_is_not_to_be_resumed_for_the_level_of_an_earlier_checkpoint(trained: Path) -> None:
+    checkpoint = open_checkpoint(trained)
+    earlier = replace(checkpoint, step=checkpoint.step - 1)
+    assert checkpoint.step == checkpoint.state["config"]["training"]["total_steps"]
+    [line] = _how_to_keep(earlier, "0.8")
+    assert "export safetensors" in line
+
+
 @pytest.mark.parametrize(
     ("layout", "said"),
     [

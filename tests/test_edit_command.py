@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,14 @@ def test_what_is_read_is_never_overwritten(
     variants = " --variants 2" if "numbered" in words else ""
     assert _edit(pictures, pictures, words + variants) == 2  # before the model is looked for: there is none
     assert f"which would overwrite {pictures / lost}; choose another place" in capsys.readouterr().err
+
+
+def test_a_folder_gives_every_image_that_prepare_would_take(trained: Path, pictures: Path) -> None:
+    for name in ("c.jfif", "d.JPE"):
+        shutil.copy(pictures / "in/a.png", pictures / "in" / name)
+    words = "stroke RUN --input IN/in --sigma 2 --steps 1 --out IN/edited.npz"
+    assert _edit(trained, pictures, words) == 0
+    assert len(np.load(pictures / "edited.npz")["arr_0"]) == 4
 
 
 @pytest.mark.parametrize(

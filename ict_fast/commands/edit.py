@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 _HOLES = ("center", "left", "right", "top", "bottom")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,12 @@ def _check_options(options: EditOptions) -> None:
 
 def _files(given: tuple[Path, ...]) -> list[Path]:
     """The image files, those of folders in the order of their names."""
+    from ict_fast.data.sources.folder_files import IMAGE_SUFFIXES
+
     files: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _SUFFIXES)
+            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise InputError(f"--input {path}: a folder without images")
             files += inside

@@ -395,6 +395,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("sample {run} --sigmas 0.8 --steps 3", "--sigmas has 1 values; --steps 3 needs 2"),
         ("sample {run} --labels 1 two", "--labels 1 two: expected integers"),
         ("sample {run} --labels 1 2 3 --count 2", "--labels has 3 values; --count is 2"),
+        (
+            "sample {run} --labels 3 99999999999999999999",
+            "--labels has 99999999999999999999, which is no class; classes are counted from 0",
+        ),
         ("sample {run} --out a.jpg", "--out is a.jpg; it must end with .png or .npz, or name a folder"),
         ("evaluate {run} --steps 1,x", "--steps 1,x: expected integers"),
         ("evaluate {run} --steps 0,1", "--steps is 0; it must be at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,14 @@ def test_what_is_read_is_never_overwritten(
     assert f"which would overwrite {pictures / lost}; choose another place" in capsys.readouterr().err
 
 
+def test_a_folder_gives_every_image_that_prepare_would_take(trained: Path, pictures: Path) -> None:
+    for name in ("c.jfif", "d.JPE"):
+        shutil.copy(pictures / "in/a.png", pictures / "in" / name)
+    words = "stroke RUN --input IN/in --sigma 2 --steps 1 --out IN/edited.npz"
+    assert _edit(trained, pictures, words) == 0
+    assert len(np.load(pictures / "edited.npz")["arr_0"]) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -115,6 +124,7 @@ def test_what_is_read_is_never_overwritten(
         ("upscale RUN --input IN/small.png --sigma 3", "--sigma belongs to stroke"),
         ("colorize RUN --input IN/in", "grey images"),
         ("stroke RUN --input IN/in --labels 1", "unconditional"),
+        ("stroke RUN --input IN/in --labels 99999999999999999999", "which is no class; classes are counted"),
         ("stroke RUN --input IN/in --variants 0", "--variants is 0"),
         ("stroke IN/nowhere --input IN/in", "there is no run"),
         ("paint RUN --input IN/in", 'did you mean "inpaint"'),

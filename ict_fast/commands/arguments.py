@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,3 +32,10 @@ def valid_seed(value: int) -> None:
     """Raises InputError unless --seed is a seed that every generator here takes."""
     if not 0 <= value < 2**63:
         raise InputError(f"--seed is {value}; it must be 0 or more and below 2^63")
+
+
+def valid_labels(values: Sequence[int]) -> None:
+    """Raises InputError unless a tensor can hold --labels; the model knows which of them are its classes."""
+    for value in values:
+        if not -(2**63) <= value < 2**63:
+            raise InputError(f"--labels has {value}, which is no class; classes are counted from 0")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
+from ict_fast.commands.arguments import Device, Run, at_least, valid_labels, valid_seed
 from ict_fast.errors import InputError, TrainingError, did_you_mean
 from ict_fast.screen import live_line
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 _HOLES = ("center", "left", "right", "top", "bottom")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,7 @@ def run(options: EditOptions) -> int:
 def _check_options(options: EditOptions) -> None:
     at_least(1, "variants", options.variants)
     valid_seed(options.seed)
+    valid_labels(options.labels or ())
     if options.steps is not None:
         at_least(1, "steps", options.steps)
     if (options.mask is None) == (options.how == "inpaint"):
@@ -125,10 +125,12 @@ def _check_options(options: EditOptions) -> None:
 
 def _files(given: tuple[Path, ...]) -> list[Path]:
     """The image files, those of folders in the order of their names."""
+    from ict_fast.data.sources.folder_files import IMAGE_SUFFIXES
+
     files: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _SUFFIXES)
+            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise InputError(f"--input {path}: a folder without images")
             files += inside

@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Ema, Run, at_least, group_of, valid_seed
+from ict_fast.commands.arguments import Device, Ema, Run, at_least, group_of, valid_labels, valid_seed
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line
 
@@ -56,6 +56,7 @@ def run(options: SampleOptions) -> int:
         raise InputError(f"--sigmas is {' '.join(map(str, sigmas))}; it must be descending and positive")
     if options.labels and len(options.labels) > options.count:
         raise InputError(f"--labels has {len(options.labels)} values; --count is {options.count}")
+    valid_labels(options.labels or ())
     results.require_run(options.run)
     out = options.out if options.out is not None else results.run_folder(options.run) / "samples.png"
     results.require_sample_place(out, options.count)

@@ -173,13 +173,16 @@ def run(options: SearchSigmaOptions) -> int:
 
 def _how_to_keep(checkpoint: Checkpoint, sigma: str) -> list[str]:
     """What to type so that the level is the model's own; a finished run's configuration stays as it is."""
+    from ict_fast.checkpoint import checkpoint_steps
+
     training = checkpoint.state["config"].get("training", {})
     imported = checkpoint.state.get("imported")
-    if imported is not None:
+    if imported is not None and imported["layout"] not in ("ict-fast", "diffusers"):  # read from a file
         return [f"make it the model's: import {imported['file']} again with --second-sigma {sigma}"]
-    if checkpoint.step < training.get("total_steps", 0):
+    newest = max(checkpoint_steps(checkpoint.path.parent.parent), default=checkpoint.step)
+    if imported is None and max(newest, checkpoint.step) < training.get("total_steps", 0):
         return [f"make it the run's: resume it with --method.second-sigma {sigma}"]
     return [
-        "make it the model's: `ict-fast export safetensors` the run, and `ict-fast import safetensors` that"
+        "make it the model's: `ict-fast export safetensors` it, and `ict-fast import safetensors` that"
         f" with --second-sigma {sigma}"
     ]

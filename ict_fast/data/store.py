@@ -227,8 +227,10 @@ def place(out: Path) -> Path:
     """Where a store can be put by a rename: what `out`, if it is a link, leads to.
 
     Raises:
-        InputError: a mount point.
+        InputError: a mount point; `.` or `..`.
     """
+    if out.name in ("", ".."):  # what is begun would lie inside of it
+        raise InputError(f"{out}: a store is renamed to its place, which needs a name; name a folder in it")
     out = out.resolve() if out.is_symlink() else out  # what a link names may be on a larger disk
     if os.path.ismount(out):
         raise InputError(f"{out}: is a mount point, which nothing can be renamed to; name a folder in it")

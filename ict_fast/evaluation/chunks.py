@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from ict_fast.config import to_dict
 from ict_fast.consistency import ConsistencyModel, sample_pixels
 from ict_fast.consistency.sampling import BATCH_SIZE
+from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.durable import replacing
 from ict_fast.errors import InputError
 from ict_fast.evaluation.feature_networks import FeatureNetwork
@@ -217,7 +217,9 @@ class Finished:
                 np.load(file, allow_pickle=False) as archive,
             ):
                 return {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, or damaged: computed again
+        except OSError:  # not there: to be computed
+            return None
+        except DAMAGED_ZIP:
             return None
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.durable import replacing
 from ict_fast.evaluation.chunks import Chunk, Finished
 from ict_fast.evaluation.feature_networks import FeatureNetwork
@@ -85,7 +85,9 @@ def _read(file: Path, network: FeatureNetwork) -> MeasuredReference | None:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             mean, covariance = archive["mean"], archive["covariance"]
             count, features = int(archive["count"]), archive["features"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+    except (OSError, TypeError):
+        return None
+    except DAMAGED_ZIP:
         return None
     size = network.num_features
     if (mean.shape, covariance.shape, features.shape[1:]) != ((size,), (size, size), (size,)):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ict_fast.config import Config
+from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.data.store import open_store
 from ict_fast.data.store_format import image_shape_problem
 from ict_fast.durable import sha256_file
@@ -37,10 +38,19 @@ class Images:
 
     @property
     def array(self) -> np.ndarray:
+        """
+        Raises:
+            InputError: an .npz of which this part is damaged.
+        """
         if self._array is None:
             if self.path.suffix == ".npz":
-                with np.load(self.path, allow_pickle=False) as archive:
-                    self._array = archive["arr_0"]
+                try:
+                    with np.load(self.path, allow_pickle=False) as archive:
+                        self._array = archive["arr_0"]
+                except DAMAGED_ZIP as error:
+                    raise InputError(
+                        f"{self.path}: arr_0 is damaged ({error}); get the file again"
+                    ) from error
             else:
                 self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         return self._array
@@ -174,11 +184,12 @@ def _open_archive(path: Path) -> Reference:
     arrays, shape = {}, None
     try:
         with path.open("rb") as file:
-            if not file.read(6).startswith((b"PK", b"\x93NUMPY")):  # which numpy would call a pickle
-                raise InputError(f"{path}: no .npz, or truncated or damaged; --reference takes {kinds}")
+            start = file.read(6)
+        if start == b"\x93NUMPY":
+            raise InputError(f"{path}: is a single array; --reference takes {kinds}")
+        if not start.startswith(b"PK"):  # which numpy would call a pickle
+            raise InputError(f"{path}: no .npz, or truncated or damaged; --reference takes {kinds}")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: is a single array; --reference takes {kinds}")
             names = set(archive.files)
             for name in {"mu", "sigma"} & names:
                 arrays[name] = np.asarray(archive[name])
@@ -186,7 +197,7 @@ def _open_archive(path: Path) -> Reference:
             shape = _shape_in_archive(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED_ZIP as error:
         why = "holds a pickle, which is not read" if "allow_pickle" in str(error) else "truncated or damaged"
         raise InputError(f"{path}: {why}; --reference takes {kinds}") from error
     if arrays.keys() == {"mu", "sigma"}:

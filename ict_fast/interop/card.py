@@ -36,6 +36,7 @@ def model_card(
         InputError: if the checkpoint's record of extensions is altered; see `check_state` for the others.
     """
     network, method = config.network, config.method
+    metrics = _metrics(checkpoint, weights)
     state = checkpoint.state
     source = state.get("imported")
     origin = source.get("origin") if source else None
@@ -107,7 +108,7 @@ def model_card(
     if source is None:
         lines += ["", "## Method", "", *_method(config)]
     lines += ["", "## Data", "", *_data(config, state, source is not None, origin is None)]
-    lines += ["", "## Metrics", "", *_metrics(checkpoint)]
+    lines += ["", "## Metrics", "", *metrics]
     lines += ["", "## Configuration", "", "```json", json.dumps(to_dict(config), indent=1), "```", ""]
     return "\n".join(lines)
 
@@ -166,8 +167,10 @@ def _data(config: Config, state: Mapping[str, Any], is_theirs: bool, is_here: bo
     return ["  \n".join(lines)]
 
 
-def _metrics(checkpoint: Checkpoint) -> list[str]:
-    """The newest evaluation of exactly this checkpoint, if there is one."""
+def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
+    """The newest evaluation of exactly this checkpoint, if there is one; only averages are measured."""
+    if weights != "ema":
+        return ["None are of these weights: `ict-fast evaluate` measures the averaged ones."]
     for folder in (checkpoint.path, checkpoint.path.parent, checkpoint.path.parent.parent):
         result = _read(folder / "evaluation.json")
         if result.get("ema"):

@@ -17,6 +17,9 @@ from ict_fast.errors import InputError
 from ict_fast.training.averages import ema_decay, power_name
 from ict_fast.training.run_directory import SNAPSHOTS
 
+# Of a snapshot's state: what the average comes from, too.
+_ORIGIN = ("config", "data_fingerprint", "init", "extended")
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -89,9 +92,8 @@ def reconstruct(
         profile_error=combination.error,
         largest_coefficient=float(np.abs(combination.coefficients).max()),
     )
-    write_whole(
-        out, newest.step, {"ema": average}, {"config": newest.state["config"], "reconstruction": asdict(made)}
-    )
+    origin = {name: newest.state[name] for name in _ORIGIN if name in newest.state}
+    write_whole(out, newest.step, {"ema": average}, {**origin, "reconstruction": asdict(made)})
     return made
 
 

@@ -74,8 +74,7 @@ class Saver:
         copies = _on_host(tensors)
         state = {
             "step": step,
-            "config": to_dict(self._run.config),
-            "data_fingerprint": self._store.fingerprint,
+            **self._origin(),
             "trunk_dtype": trunk_name(self._train_step),
             "roundings": list(self._train_step.roundings),
             "versions": {
@@ -84,11 +83,19 @@ class Saver:
                 "python": platform.python_version(),
             },
         }
-        if self._run.initial is not None:
-            state["init"] = self._run.initial.record()
-        if self._run.extensions:
-            state["extended"] = list(self._run.extensions)
         self._writing = (step, self._thread.submit(self._write, step, copies, state, best))
+
+    def _origin(self) -> dict[str, Any]:
+        """What the weights come from, as `reconstruct` passes it on."""
+        origin: dict[str, Any] = {
+            "config": to_dict(self._run.config),
+            "data_fingerprint": self._store.fingerprint,
+        }
+        if self._run.initial is not None:
+            origin["init"] = self._run.initial.record()
+        if self._run.extensions:
+            origin["extended"] = list(self._run.extensions)
+        return origin
 
     def _write(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool
@@ -123,7 +130,7 @@ class Saver:
         state = {
             "step": step,
             "updates": int(self._train_step.updates()),
-            "config": to_dict(self._run.config),
+            **self._origin(),
         }
         path = self._run.out / SNAPSHOTS / f"step-{step:08d}"
         self._writing_snapshot = (step, self._thread.submit(write_whole, path, step, copies, state))

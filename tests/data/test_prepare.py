@@ -295,6 +295,14 @@ def test_a_folder_of_other_things_and_a_mount_point_are_refused(
     assert source.reads == []
 
 
+def test_the_current_folder_is_not_said_to_be_written_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^\.: a store is renamed to its place.*name a folder in it"):
+        prepare(Numbers(), Path())
+
+
 def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "large disk").mkdir()
     (tmp_path / "a").symlink_to("large disk")

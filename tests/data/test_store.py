@@ -160,6 +160,16 @@ def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         prepare_digits(tmp_path / "disk")
 
 
+@pytest.mark.parametrize("out", [".", "empty/.."])
+def test_a_folder_without_a_name_is_refused(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"which needs a name; name a folder in it"):
+        prepare_digits(Path(out))
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [

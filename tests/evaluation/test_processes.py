@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.evaluation import chunks, evaluate
-from ict_fast.evaluation.chunks import Chunk, Work, generated_chunks, reference_chunks
+from ict_fast.evaluation.chunks import Chunk, Finished, Work, generated_chunks, reference_chunks
+from ict_fast.evaluation.measured_reference import MeasuredReference, keep, read_cached
 from ict_fast.evaluation.processes import threads_each
+from ict_fast.evaluation.statistics import Statistics
 
 COUNT = 2100  # three chunks, the last one short
 
@@ -85,6 +88,23 @@ def test_what_was_computed_for_something_else_is_not_taken(
     assert measure(work_folder=tmp_path, seed=1) == measure(seed=1) != first
     next(model.parameters()).add_(0.1)
     assert measure(work_folder=tmp_path) == measure() != first
+
+
+def test_what_was_kept_is_computed_again_whichever_byte_of_it_is_damaged(tmp_path: Path) -> None:
+    chunk, kept = Chunk(1, 0, 3), Finished(tmp_path)
+    kept.keep(chunk, {"features": np.ones((3, 4))})
+    measured = MeasuredReference(Statistics(np.zeros(4), np.eye(4)), 3, np.ones((3, 4)))
+    keep([tmp_path / "reference.npz"], measured)
+    network: Any = SimpleNamespace(num_features=4)
+    for path in tmp_path.glob("*.npz"):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            assert kept.missing([chunk]) in ([], [chunk])
+            read_cached([tmp_path / "reference.npz"], network)
+        path.write_bytes(whole)
+    assert kept.missing([chunk]) == []
+    assert read_cached([tmp_path / "reference.npz"], network) is not None
 
 
 def test_a_damaged_chunk_is_computed_again(measure: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What may be compared with: stores, statistics, samples; and what is refused, in one line."""
 
 import dataclasses
+import zipfile
 
 import numpy as np
 import pytest
@@ -96,12 +97,34 @@ def test_a_file_of_another_kind_is_not_said_to_hold_a_pickle(tmp_path, content):
         open_reference(path)
 
 
+def test_a_single_array_is_refused(tmp_path):
+    np.save(tmp_path / "images.npy", images())
+    with pytest.raises(InputError, match=r"images\.npy: is a single array; --reference takes an \.npz"):
+        open_reference(tmp_path / "images.npy")
+
+
 @pytest.mark.parametrize("keep", [0, 100, -30])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     path = save(tmp_path / "stats.npz", **gaussian())
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match="truncated or damaged"):
         open_reference(path)
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("name", ["arr_0", "sigma"])
+def test_an_array_that_is_damaged_is_refused_when_it_is_read(tmp_path, write, name):
+    arrays = {"arr_0": images(size=32)} if name == "arr_0" else gaussian(64)
+    path = tmp_path / "reference.npz"
+    write(path, **arrays)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        begin = archive.getinfo(f"{name}.npy").header_offset
+        middle = begin + archive.getinfo(f"{name}.npy").compress_size // 2
+    content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"reference\.npz: .*damaged"):
+        assert open_reference(path).images.array.size
 
 
 def test_another_crop_recipe_is_refused_unless_told_to(tmp_path):

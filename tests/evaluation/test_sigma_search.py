@@ -112,6 +112,32 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     assert torchmetrics_distance(real, images) == pytest.approx(best["distance"], rel=1e-3)
 
 
+def test_a_finished_run_is_not_to_be_resumed_for_the_level_of_an_earlier_checkpoint(trained: Path) -> None:
+    checkpoint = open_checkpoint(trained)
+    earlier = replace(checkpoint, step=checkpoint.step - 1)
+    assert checkpoint.step == checkpoint.state["config"]["training"]["total_steps"]
+    [line] = _how_to_keep(earlier, "0.8")
+    assert "export safetensors" in line
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("edm", "import weights.bin again with --second-sigma 0.8"),
+        ("ict-fast", "`ict-fast export safetensors` it, and `ict-fast import safetensors` that"),
+        ("diffusers", "`ict-fast export safetensors` it, and `ict-fast import safetensors` that"),
+    ],
+)
+def test_an_imported_model_is_not_to_be_imported_from_a_file_inside_its_folder(
+    trained: Path, layout: str, said: str
+) -> None:
+    imported = {"file": "weights.bin", "layout": layout}
+    checkpoint = open_checkpoint(trained)
+    model = replace(checkpoint, step=0, state=checkpoint.state | {"imported": imported})
+    [line] = _how_to_keep(model, "0.8")
+    assert said in line
+
+
 def test_an_interrupted_search_keeps_every_candidate_and_the_result_before(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

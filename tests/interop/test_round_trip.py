@@ -228,6 +228,25 @@ def test_an_evaluation_of_another_step_is_not_on_the_card(trained: Path, tmp_pat
     assert "None were measured" in (tmp_path / "out/README.md").read_text()
 
 
+def test_measures_of_the_average_are_not_on_the_card_of_the_trained_weights(
+    trained: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(trained)
+    measured = {
+        "checkpoint": checkpoint.path.name,
+        "step": checkpoint.step,
+        "one_step": {"frechet_distance": 12.5},
+    }
+    (checkpoint.path.parent / "evaluation.json").write_text(json.dumps(measured))
+    try:
+        for weights in ("ema", "weights"):
+            export_safetensors(checkpoint, tmp_path / weights, weights)
+    finally:
+        (checkpoint.path.parent / "evaluation.json").unlink()
+    assert "| one | 12.5 |" in (tmp_path / "ema/README.md").read_text()
+    assert "12.5" not in (tmp_path / "weights/README.md").read_text()
+
+
 def test_the_trained_weights_themselves_can_be_exported(trained: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(trained)
     export_safetensors(checkpoint, tmp_path / "out", "weights")

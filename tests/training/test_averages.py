@@ -161,6 +161,30 @@ def test_a_reconstruction_is_sampled_and_says_what_it_is(
     assert main(["sample", str(made), "--count", "2", "--out", str(tmp_path / "a.png")]) == 0
 
 
+def test_a_reconstruction_says_what_its_run_began_with(run: tuple[Config, Path], tmp_path: Path) -> None:
+    config, begun = run
+    for total in (4, 6):
+        training = replace(config.training, total_steps=total)
+        extend = None if total == 4 else total
+        result = train(
+            replace(config, training=training),
+            out=tmp_path / "tuned",
+            device="cpu",
+            init=begun,
+            extend=extend,
+        )
+        assert result.exit_code == 0
+    assert main(["ema", str(tmp_path / "tuned"), "--decay", "0.9", "--out", str(tmp_path / "made")]) == 0
+    state, made = (open_checkpoint(tmp_path / name).state for name in ("tuned", "made"))
+    for name in ("data_fingerprint", "init", "extended"):
+        assert made[name] == state[name], name
+    assert main(["export", "safetensors", str(tmp_path / "made"), "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"Its training began with the weights of `{state['init']['path']}`." in card
+    assert "Until step 4 its curriculum was one for 4 steps" in card
+    assert state["data_fingerprint"] in card
+
+
 def test_too_few_snapshots_are_said(
     run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

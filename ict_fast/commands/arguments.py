@@ -16,6 +16,9 @@ Ema = Annotated[
     str | None, arg(metavar="NAME", help_behavior_hint="(default: the run's --optimizer.ema-decay)")
 ]
 
+_MOST_STEPS = 10_000
+_MOST_IMAGES = 10**9
+
 
 def group_of(ema: str | None) -> str:
     """The group of tensors in a checkpoint that --ema means."""
@@ -26,6 +29,20 @@ def at_least(least: int, name: str, value: int) -> None:
     """Raises InputError unless the option `name` is `least` or more."""
     if value < least:
         raise InputError(f"--{name} is {value}; it must be at least {least}")
+
+
+def valid_steps(least: int, values: Sequence[int]) -> None:
+    """Raises InputError unless --steps are numbers of network evaluations that a sample can be made with."""
+    at_least(least, "steps", min(values, default=0))
+    if max(values) > _MOST_STEPS:
+        raise InputError(f"--steps is {max(values)}; it must be at most {_MOST_STEPS}")
+
+
+def valid_count(least: int, value: int) -> None:
+    """Raises InputError unless --count is a number of images that files can number."""
+    at_least(least, "count", value)
+    if value > _MOST_IMAGES:
+        raise InputError(f"--count is {value}; it must be at most {_MOST_IMAGES}")
 
 
 def valid_seed(value: int) -> None:

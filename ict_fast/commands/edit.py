@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Run, at_least, valid_labels, valid_seed
+from ict_fast.commands.arguments import Device, Run, at_least, valid_labels, valid_seed, valid_steps
 from ict_fast.errors import InputError, TrainingError, did_you_mean
 from ict_fast.screen import live_line
 
@@ -115,7 +115,7 @@ def _check_options(options: EditOptions) -> None:
     valid_seed(options.seed)
     valid_labels(options.labels or ())
     if options.steps is not None:
-        at_least(1, "steps", options.steps)
+        valid_steps(1, [options.steps])
     if (options.mask is None) == (options.how == "inpaint"):
         needs = "needs --mask" if options.how == "inpaint" else "takes no --mask"
         raise InputError(f"{options.how} {needs}: an image that is white in the hole, or {', '.join(_HOLES)}")

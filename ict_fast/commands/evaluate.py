@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Ema, Run, at_least, group_of, valid_seed
+from ict_fast.commands.arguments import (
+    Device,
+    Ema,
+    Run,
+    at_least,
+    group_of,
+    valid_count,
+    valid_seed,
+    valid_steps,
+)
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line, print_table, say
 
@@ -76,9 +85,9 @@ def run(options: EvaluateOptions) -> int:
         steps = tuple(int(number) for text in options.steps for number in text.split(",") if number)
     except ValueError:
         raise InputError(errors.bad_value("--steps", " ".join(options.steps), tuple[int, ...])) from None
-    at_least(1, "steps", min(steps, default=0))
+    valid_steps(1, steps)
     if options.count is not None:
-        at_least(2, "count", options.count)
+        valid_count(2, options.count)
     valid_seed(options.seed)
     for name, number in (("gpus", options.gpus), ("processes", options.processes)):
         if number is not None:

@@ -10,7 +10,16 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Ema, Run, at_least, group_of, valid_labels, valid_seed
+from ict_fast.commands.arguments import (
+    Device,
+    Ema,
+    Run,
+    group_of,
+    valid_count,
+    valid_labels,
+    valid_seed,
+    valid_steps,
+)
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line
 
@@ -45,11 +54,11 @@ class SampleOptions:
 
 def run(options: SampleOptions) -> int:
     """Runs the command; returns its exit code."""
-    at_least(1, "count", options.count)
+    valid_count(1, options.count)
     valid_seed(options.seed)
     sigmas = options.sigmas or ()
     steps = len(sigmas) + 1 if options.steps is None else options.steps
-    at_least(1, "steps", steps)
+    valid_steps(1, [steps])
     if sigmas and len(sigmas) != steps - 1:
         raise InputError(f"--sigmas has {len(sigmas)} values; --steps {steps} needs {steps - 1}")
     if any(not later < earlier for earlier, later in itertools.pairwise((float("inf"), *sigmas, 0.0))):

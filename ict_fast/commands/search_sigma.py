@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Run, at_least, valid_seed
+from ict_fast.commands.arguments import Device, Run, valid_count, valid_seed, valid_steps
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line, say
 
@@ -62,8 +62,8 @@ class SearchSigmaOptions:
 
 def run(options: SearchSigmaOptions) -> int:
     """Runs the command; returns its exit code."""
-    at_least(2, "steps", options.steps)
-    at_least(2, "count", options.count)
+    valid_steps(2, [options.steps])
+    valid_count(2, options.count)
     valid_seed(options.seed)
     if not 0 < options.low < options.high:
         raise InputError(

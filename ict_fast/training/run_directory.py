@@ -22,6 +22,7 @@ LOG_NAME = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 REFERENCES = "evaluation"  # what was computed of a reference that has no folder of its own
 SNAPSHOTS = "ema-snapshots"
+TRACEBACK = "crash.txt"
 _LOCK_NAME = ".lock"
 
 
@@ -74,11 +75,11 @@ def open_run(
         raise InputError(f"--resume is {resume}; it must be auto, never or must")
     steps_seen = checkpoint_steps(out)
     try:
-        # What a run leaves that was killed while config.json was being written counts for nothing.
+        # What a run leaves that ended before config.json was written counts for nothing.
         entries = [
             entry
             for entry in (out.iterdir() if out.exists() else ())
-            if not entry.name.startswith(".tmp-") and entry.name not in (_LOCK_NAME, RECORD_NAME)
+            if not entry.name.startswith(".tmp-") and entry.name not in (_LOCK_NAME, RECORD_NAME, TRACEBACK)
         ]
     except OSError as error:
         raise InputError(f"{out} cannot be read ({error.strerror}); --out must name a directory") from None

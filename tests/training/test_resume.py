@@ -97,10 +97,11 @@ def test_a_run_resumed_while_it_skips_steps_goes_on_exactly(
     assert int(open_checkpoint(tmp_path / "broken").tensors("optimizer")["skipped"]) == 5
 
 
-def test_a_kill_while_the_run_is_being_made_is_forgotten(tiny: Config, tmp_path: Path) -> None:
+def test_a_kill_or_a_crash_while_the_run_is_being_made_is_forgotten(tiny: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / ".tmp-config.json").write_text('{"preset": "dig')
+    (out / "crash.txt").write_text("Traceback of processes that could not find each other")
     assert train(tiny, out=out, device="cpu").step == 24
 
 

@@ -237,6 +237,21 @@ def test_a_real_terminal_that_is_closed(tiny: Config, tmp_path: Path, processes:
     assert open_checkpoint(out).step > 0
 
 
+def test_ctrl_c_that_ends_a_compiler_too_stops_the_run_and_is_no_error(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(self: TrainStep, number: int, batches: list) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("g++ ended with exit status -2")
+
+    monkeypatch.setattr(TrainStep, "__call__", compiled)
+    result = train(tiny, out=tmp_path / "run", device="cpu")
+    assert (result.exit_code, result.step) == (130, 0)
+    assert "stopped before the first step" in result.message
+    monkeypatch.undo()
+    assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
+
+
 @pytest.mark.parametrize("raised", [True, False])
 def test_a_second_ctrl_c_interrupts_once_and_the_handlers_come_back(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: bool

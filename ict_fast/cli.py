@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if hasattr(stream, "reconfigure"):  # a terminal that knows ASCII alone
                 stream.reconfigure(errors="replace")
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before the start, as by `>&-`
+            sys.stdout.flush()
         return code
     except InputError as error:
         return _give_up(error, errors.EXIT_BAD_INPUT)

@@ -737,6 +737,15 @@ def test_a_reader_that_leaves_is_no_error(words, unbuffered):
     assert program.wait() == 141
 
 
+def test_an_output_that_is_closed_from_the_start_is_no_error():
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    command = ["sh", "-c", f'"{sys.executable}" -m ict_fast --version >&-']
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_broken_pipe_of_something_else_is_a_bug(monkeypatch, tmp_path):
     def train(config, **options):
         raise BrokenPipeError("a worker has died")

@@ -15,6 +15,9 @@ _KERNEL_SUBSET_SIZE = 1000
 _SCORE_SPLITS = 10
 _SHUFFLING_SEED = 5
 
+# In a run of several processes the first one measures, alone: torchmetrics would wait for the others.
+_ALONE = {"sync_on_compute": False}
+
 
 def kernel_distance(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
     """The squared maximum mean discrepancy with kernel (x.y/D + 1)^3: "KID" (Binkowski et al. 2018).
@@ -31,7 +34,7 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> tuple[float, flo
 
     size = min(_KERNEL_SUBSET_SIZE, len(real), len(generated))
     with _quiet_and_repeatable():
-        metric = KernelInceptionDistance(_AsTheyAre(), subsets=_KERNEL_SUBSETS, subset_size=size)
+        metric = KernelInceptionDistance(_AsTheyAre(), subsets=_KERNEL_SUBSETS, subset_size=size, **_ALONE)
         metric.update(torch.from_numpy(real).double(), real=True)
         metric.update(torch.from_numpy(generated).double(), real=False)
         mean, deviation = metric.compute()
@@ -53,7 +56,8 @@ def inception_score(probabilities: np.ndarray) -> tuple[float, float]:
 
     logits = torch.from_numpy(probabilities).double().clamp_min(1e-300).log()  # 0 log 0 is 0
     with _quiet_and_repeatable():
-        metric = InceptionScore(_AsTheyAre(), splits=min(_SCORE_SPLITS, max(1, len(logits) // 2)))
+        splits = min(_SCORE_SPLITS, max(1, len(logits) // 2))
+        metric = InceptionScore(_AsTheyAre(), splits=splits, **_ALONE)
         metric.update(logits)
         parts = metric.compute()
     mean, deviation = (float(value) for value in parts)

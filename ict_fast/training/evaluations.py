@@ -111,6 +111,7 @@ class Evaluations:
         """`get_on` is called while a measurement gets on."""
         self._run, self._monitor, self._stop, self._get_on = run, monitor, stop, get_on
         self._path = run.out / EVALUATIONS
+        self._write_failed = False
         self._done: dict[int, _Measured] = {}
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             for line in self._path.read_text(encoding="utf-8").splitlines():
@@ -169,8 +170,11 @@ class Evaluations:
         self._monitor.measured(step, result, found, f"measured in {duration(seconds)}")
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                # A line that a full disk cut short must not swallow this one.
+                file.write(("\n" if self._write_failed else "") + line + "\n")
+            self._write_failed = False
         except OSError as error:
+            self._write_failed = True
             self._monitor.warn(f"{self._path} cannot be written ({reason(error)}); training goes on")
         return is_best
 

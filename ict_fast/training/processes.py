@@ -26,6 +26,7 @@ from ict_fast.training import outcome
 from ict_fast.training.interrupts import SecondInterrupt
 from ict_fast.training.launch import stop_signals
 from ict_fast.training.outcome import RunResult
+from ict_fast.training.run_directory import TRACEBACK
 
 MAX_RESTARTS = 3
 """A run that loses processes so often without getting any further in between is given up."""
@@ -35,7 +36,6 @@ _SAVING_SECONDS = 120  # what a run stopped by a signal has to write its checkpo
 _LEAVING_SECONDS = 1.0
 """The agent looks ten times a second, and names the first process that it finds ended: so the one that is
 lost, before those that have lost it."""
-_TRACEBACK = "crash.txt"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -75,7 +75,7 @@ def run_processes(
     attempts_in_vain, first = 0, True
     while True:
         with tempfile.TemporaryDirectory(prefix="ict-fast-") as folder:
-            cause, signal_number = _attempt(work, count, first, Path(folder), out / _TRACEBACK)
+            cause, signal_number = _attempt(work, count, first, Path(folder), out / TRACEBACK)
             if ended := outcome.outcome(Path(folder)):
                 return ended
             # Not from the newest checkpoint's name: that one may be broken, and the run be before it.

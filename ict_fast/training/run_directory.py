@@ -22,6 +22,7 @@ LOG_NAME = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 REFERENCES = "evaluation"  # what was computed of a reference that has no folder of its own
 SNAPSHOTS = "ema-snapshots"
+TRACEBACK = "crash.txt"
 _LOCK_NAME = ".lock"
 
 
@@ -67,18 +68,18 @@ def open_run(
         warn: told of every broken checkpoint that is passed over.
         init: the run, checkpoint or imported model to begin with, or None for random weights.
     Raises:
-        InputError: if the run there is another one (names each field of science that differs), or `resume`
-            or `extend` rule it out, or `out` is something else.
+        InputError: if the run there, or its checkpoint, is another one's (names each field of science that
+            differs), or `resume` or `extend` rule it out, or `out` is something else.
     """
     if resume not in ("auto", "never", "must"):
         raise InputError(f"--resume is {resume}; it must be auto, never or must")
     steps_seen = checkpoint_steps(out)
     try:
-        # What a run leaves that was killed while config.json was being written counts for nothing.
+        # What a run leaves that ended before config.json was written counts for nothing.
         entries = [
             entry
             for entry in (out.iterdir() if out.exists() else ())
-            if not entry.name.startswith(".tmp-") and entry.name not in (_LOCK_NAME, RECORD_NAME)
+            if not entry.name.startswith(".tmp-") and entry.name not in (_LOCK_NAME, RECORD_NAME, TRACEBACK)
         ]
     except OSError as error:
         raise InputError(f"{out} cannot be read ({error.strerror}); --out must name a directory") from None
@@ -135,6 +136,13 @@ def open_run(
     if checkpoint is not None:
         origin = checkpoint.path / "state.json"
         extensions = read_extensions(checkpoint.state, origin, config.training.total_steps)
+        trained = from_dict(checkpoint.state.get("config", to_dict(config)), str(origin))
+        others = [name for name, _, _ in differences(trained, config) if name != "training.total_steps"]
+        if others:
+            raise InputError(
+                f"{checkpoint.path} was trained with other {', '.join(others)} than {config_file} says; one"
+                " of them is not this run's: restore it, or choose another --out"
+            )
     return Run(out, config, checkpoint, steps_seen, settle_initial(out, checkpoint, init), tuple(extensions))
 
 

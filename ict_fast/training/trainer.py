@@ -284,23 +284,30 @@ def _loop(
         compiling, started = train_step.compiled_blocks if step == run.step else 0, time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
-        if step in borders and choice_is_due(train_step, step):
-            if step > run.step and not is_saved:  # the choice may take an hour
-                saver.save(step)
-            with _between_steps(advance, monitor):
-                choice = choose_trunk(train_step, loader, step, is_stopped)
-            if choice is None:
-                monitor.say(f"stopping at step {step:,}; its trunk's arithmetic is chosen on resuming")
-                break
-            monitor.say(choice)
-            if train_step.compiled_blocks and not chooses_trunk(train_step):
-                compiling, started = train_step.compiled_blocks, time.monotonic()
-                monitor.say(f"compiling {compiling} blocks for fp16")
-                world.compiles()
-        asked = time.monotonic()
-        batches = loader.micro_batches(step)
-        monitor.waited_for_data(time.monotonic() - asked)
-        advance(step, batches)
+        try:
+            if step in borders and choice_is_due(train_step, step):
+                if step > run.step and not is_saved:  # the choice may take an hour
+                    saver.save(step)
+                with _between_steps(advance, monitor):
+                    choice = choose_trunk(train_step, loader, step, is_stopped)
+                if choice is None:
+                    monitor.say(f"stopping at step {step:,}; its trunk's arithmetic is chosen on resuming")
+                    break
+                monitor.say(choice)
+                if train_step.compiled_blocks and not chooses_trunk(train_step):
+                    compiling, started = train_step.compiled_blocks, time.monotonic()
+                    monitor.say(f"compiling {compiling} blocks for fp16")
+                    world.compiles()
+            asked = time.monotonic()
+            batches = loader.micro_batches(step)
+            monitor.waited_for_data(time.monotonic() - asked)
+            advance(step, batches)
+        except Exception:
+            # A terminal's Ctrl-C also ends the compilers that the first step has started. `step` is saved.
+            if world.size > 1 or stop.exit_code is None or not (compiling or step == run.step):
+                raise
+            stop_code = stop.exit_code
+            break
         step += 1
         if compiling:
             monitor.say(f"compiled in {duration(time.monotonic() - started)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,6 +149,29 @@ def test_a_measurement_that_fails_warns_and_the_training_goes_on(
     shown = capsys.readouterr().err
     assert shown.count("could not be measured") == 2
     assert f"step 8 could not be measured ({error!s}" in shown
+
+
+def test_a_line_that_a_full_disk_cuts_short_swallows_no_other(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, appended = Path.open, 0
+
+    def open_until_full(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        nonlocal appended
+        if self.name == "evaluations.jsonl" and mode == "a":
+            appended += 1
+            if appended == 2:
+                with original(self, mode) as file:
+                    file.write('{"step": 8, "one_')
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_until_full)
+    distances(9.0, 8.0, 3.0, 5.0, 4.0, 6.0, 7.0)
+    train(_measured(tiny), out=tmp_path / "run", device="cpu")
+    train(_measured(tiny), out=tmp_path / "run", device="cpu", extend=28)
+    assert [line["step"] for line in _lines(tmp_path / "run")] == [4, 12, 16, 20, 24, 28]
+    assert (tmp_path / "run/checkpoints/best").read_text() == "step-00000012\n"
 
 
 @pytest.mark.parametrize(

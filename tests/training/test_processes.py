@@ -382,6 +382,18 @@ def test_a_process_that_hangs_ends_the_run_with_a_diagnosis_and_leaves_nobody(
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+def test_the_first_of_two_processes_measures_while_the_other_waits(
+    tiny: Config, tmp_path: Path, command: Command
+) -> None:
+    short = replace(tiny, training=replace(tiny.training, total_steps=2))
+    measured = ("--logging.evaluate-every", "2", "--logging.evaluate-count", "32")
+    process = command(short, tmp_path / "run", "--processes", "2", "--collective-timeout", "30", *measured)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    line = json.loads((tmp_path / "run/evaluations.jsonl").read_text())
+    assert {"frechet_distance", "kernel_distance", "inception_score"} <= set(line["one_step"])
+
+
 def test_a_run_goes_on_in_another_number_of_processes(
     config: Config, tmp_path: Path, command: Command, undisturbed: dict[str, Path]
 ) -> None:

@@ -97,10 +97,11 @@ def test_a_run_resumed_while_it_skips_steps_goes_on_exactly(
     assert int(open_checkpoint(tmp_path / "broken").tensors("optimizer")["skipped"]) == 5
 
 
-def test_a_kill_while_the_run_is_being_made_is_forgotten(tiny: Config, tmp_path: Path) -> None:
+def test_a_kill_or_a_crash_while_the_run_is_being_made_is_forgotten(tiny: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / ".tmp-config.json").write_text('{"preset": "dig')
+    (out / "crash.txt").write_text("Traceback of processes that could not find each other")
     assert train(tiny, out=out, device="cpu").step == 24
 
 
@@ -234,6 +235,21 @@ def test_a_real_terminal_that_is_closed(tiny: Config, tmp_path: Path, processes:
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
     assert open_checkpoint(out).step > 0
+
+
+def test_ctrl_c_that_ends_a_compiler_too_stops_the_run_and_is_no_error(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(self: TrainStep, number: int, batches: list) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("g++ ended with exit status -2")
+
+    monkeypatch.setattr(TrainStep, "__call__", compiled)
+    result = train(tiny, out=tmp_path / "run", device="cpu")
+    assert (result.exit_code, result.step) == (130, 0)
+    assert "stopped before the first step" in result.message
+    monkeypatch.undo()
+    assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
 
 
 @pytest.mark.parametrize("raised", [True, False])

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ict_fast import checkpoint as checkpoint_module
 from ict_fast.checkpoint import open_checkpoint
-from ict_fast.config import Config
+from ict_fast.config import Config, to_dict
 from ict_fast.consistency import load_model, sample
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.training import run_directory, saving, trainer
@@ -181,6 +181,17 @@ def test_a_broken_config_file_is_named(run: tuple[Config, Path]) -> None:
     (out / "config.json").write_text('{"netwrk": {}}')
     with pytest.raises(InputError, match=r'netwrk; did you mean "network"'):
         train(config, out=out, device="cpu")
+
+
+def test_a_checkpoint_of_another_run_is_refused(run: tuple[Config, Path]) -> None:
+    config, out = run
+    other = replace(config, optimizer=replace(config.optimizer, lr=1.0))
+    (out / "config.json").write_text(json.dumps(to_dict(other)))
+    with pytest.raises(InputError, match=r"step-00000024 was trained with other optimizer\.lr than "):
+        train(other, out=out, device="cpu", extend=32)
+    (out / "config.json").write_text(json.dumps(to_dict(config)))
+    shutil.rmtree(out / "checkpoints/step-00000024")
+    assert train(config, out=out, device="cpu", extend=32).step == 32
 
 
 def test_an_altered_newest_checkpoint_falls_back_to_the_one_before(

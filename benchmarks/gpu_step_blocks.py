@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from compilers import compile_beside, dismiss
 from gpu_baselines import INDUCTOR, RAISED_THRESHOLDS, TUNED, set_reductions
-from plain_network import use_torchs_norms
+from plain_network import use_torchs_layers
 from torch import Tensor, nn
 
 from ict_fast.config import Config
@@ -86,7 +86,7 @@ def _compile_block(
     with torch.device("meta"):
         network = build_network(config.network)
     if name != OURS:
-        use_torchs_norms(network)
+        use_torchs_layers(network)
     compile_as(name, network)
     block = list(network.blocks())[number].to_empty(device=device)
     dtype = trunk_dtype(config.training.precision, device)

@@ -1,11 +1,11 @@
 """The same training step as a trainer without this package would write it: what whole steps are compared
 with.
 
-The network keeps its convolutions (those of 1 x 1 and the last, on a GPU, are matrix products), attention and
-parameters; its norms, its dropout, the objective and the
-optimizer are torch's own. It is spared what makes the package's definitions exact and slow without a kernel:
-its noise and dropout come from torch's generators, and student and teacher do not share a dropout mask, which
-costs nothing and would be wrong in a real run.
+The network keeps its convolutions (on a GPU those of 1 x 1 and of images are matrix products), attention and
+parameters; its norms, its dropout, NCSN++'s filter, the objective and the optimizer are torch's own. It is
+spared what makes the package's definitions exact and slow without a kernel: its noise and dropout come from
+torch's generators, and student and teacher do not share a dropout mask, which costs nothing and would be
+wrong in a real run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ from torch import Tensor, nn
 from ict_fast import consistency
 from ict_fast.config import Config
 from ict_fast.consistency.model import noise_condition
+from ict_fast.networks.layers import FirDownsample, FirUpsample, ResidualBlock
 from ict_fast.training.step import TrainStep
-from ict_kernels import GroupNormSiLU, NoiseLevels, noise_level_grid, noise_level_probabilities
+from ict_kernels import (
+    FIR_TAPS,
+    GroupNormSiLU,
+    NoiseLevels,
+    noise_level_grid,
+    noise_level_probabilities,
+)
 
 
 class TorchNorm(nn.Module):
@@ -59,12 +66,32 @@ class TorchNorm(nn.Module):
         return y.contiguous(memory_format=torch.channels_last)  # eager torch answers in NCHW
 
 
-def use_torchs_norms(network: nn.Module) -> None:
-    """Replaces every GroupNormSiLU of a network, in place; the parameters stay the same objects."""
+class TorchFilter(nn.Module):
+    """NCSN++'s resampling by torch's convolution with one filter per channel, as its code bases have it."""
+
+    filter: Tensor
+
+    def __init__(self, channels: int, up: bool) -> None:
+        super().__init__()
+        taps = torch.tensor(FIR_TAPS)
+        plane = torch.outer(taps, taps) * ((4 if up else 1) / taps.sum() ** 2)
+        self.register_buffer("filter", plane.repeat(channels, 1, 1, 1), persistent=False)
+        self.up = up
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolve = F.conv_transpose2d if self.up else F.conv2d
+        return convolve(x, self.filter, stride=2, padding=1, groups=x.shape[1])
+
+
+def use_torchs_layers(network: nn.Module) -> None:
+    """Replaces the layers that have kernels of ours, in place; the parameters stay the same objects."""
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, GroupNormSiLU):
                 setattr(module, name, TorchNorm(child))
+        if isinstance(module, ResidualBlock) and isinstance(module.resample, FirDownsample | FirUpsample):
+            with module.conv0.weight.device:
+                module.resample = TorchFilter(module.in_channels, isinstance(module.resample, FirUpsample))
 
 
 class TorchObjective:
@@ -135,6 +162,6 @@ class TorchOptimizer:
 
 def make_plain(step: TrainStep) -> None:
     """Turns a step of which nothing is compiled yet into torch's own, in place."""
-    use_torchs_norms(step.network)
+    use_torchs_layers(step.network)
     step.objective = TorchObjective(step.network, step.config, step.device)  # type: ignore[assignment]
     step.optimizer = TorchOptimizer(step.network, step.config, step.device)  # type: ignore[assignment]

@@ -80,9 +80,9 @@ _ATTENTION = {
 
 def _implementation(op: str) -> Any:
     """The launcher behind one of the package's custom ops."""
-    loss, norm, levels, noising = (
+    loss, norm, levels, noising, resampling = (
         sys.modules[f"{ict_kernels.__name__}.{name}"]
-        for name in ("consistency_loss", "group_norm_silu", "noise_levels", "noising")
+        for name in ("consistency_loss", "group_norm_silu", "noise_levels", "noising", "fir_resampling")
     )
     return {
         "consistency_loss": loss.launch_loss,
@@ -91,6 +91,8 @@ def _implementation(op: str) -> Any:
         "group_norm_silu_backward": norm._backward,
         "sample_noise_levels": levels.launch_levels,
         "noise_images": noising.launch_noise,
+        "fir_downsample": resampling.launch_down,
+        "fir_upsample": resampling.launch_up,
     }[op]
 
 

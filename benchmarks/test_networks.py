@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from flops import flops_of
-from plain_network import use_torchs_norms
+from plain_network import use_torchs_layers
 from torch import Tensor, nn
 
 from ict_fast import presets
@@ -32,7 +32,7 @@ def network_calls(
     with device:
         network: nn.Module = build_network(config)
     if variant == THEIRS:
-        use_torchs_norms(network)
+        use_torchs_layers(network)
     generator = torch.Generator(device).manual_seed(0)
     shape = (images, config.image_channels, config.resolution, config.resolution)
     x = torch.empty(shape, device=device).normal_(generator=generator)

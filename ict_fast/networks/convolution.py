@@ -1,4 +1,4 @@
-"""Convolutions that a GPU computes faster as products of matrices, with a row for each pixel.
+"""Convolutions that a GPU computes faster in another form, most of them as products of matrices.
 
 cuDNN on an H200, in ADM-64's training step of 128 images (benchmarks/results/analysis.md, step-floor):
 forward its 1 x 1 convolutions and their biases took 26 ms, the compiled step's products, linear layers' among
@@ -15,29 +15,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ict_kernels import FIR_TAPS
 
-def convolution(x_nchw: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    """torch's conv2d with stride 1; of a channels_last image, the result is channels_last."""
-    if _is_product(x_nchw, weight, padding):
+
+def convolution(x_nchw: Tensor, weight: Tensor, bias: Tensor | None, padding: int, stride: int = 1) -> Tensor:
+    """torch's conv2d; of a channels_last image, the result is channels_last."""
+    if _is_product(x_nchw, weight, padding, stride):
         return pixel_products(x_nchw, weight, bias)
-    return F.conv2d(x_nchw, weight, bias, padding=padding)
+    return F.conv2d(x_nchw, weight, bias, stride, padding)
 
 
 def convolution_gradients(
-    grad_nchw: Tensor, x_nchw: Tensor, weight: Tensor, padding: int
+    grad_nchw: Tensor, x_nchw: Tensor, weight: Tensor, padding: int, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `convolution` by x and by the weight."""
-    if _is_product(x_nchw, weight, padding):
+    if _is_product(x_nchw, weight, padding, stride):
         return pixel_product_gradients(grad_nchw, x_nchw, weight)
-    sizes = ([1, 1], [padding, padding], [1, 1], False, [0, 0], 1)
+    sizes = ([stride, stride], [padding, padding], [1, 1], False, [0, 0], 1)
     by_x, by_weight, _ = torch.ops.aten.convolution_backward(
         grad_nchw, x_nchw, weight, None, *sizes, [True, True, False]
     )
     return by_x, by_weight
 
 
-def _is_product(x: Tensor, weight: Tensor, padding: int) -> bool:
-    return x.is_cuda and weight.shape[2:] == (1, 1) and padding == 0
+def _is_product(x: Tensor, weight: Tensor, padding: int, stride: int) -> bool:
+    return x.is_cuda and weight.shape[2:] == (1, 1) and (padding, stride) == (0, 1)
 
 
 def pixel_products(x_nchw: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,8 +98,39 @@ class _Fold(torch.autograd.Function):
 
 def neighbourhoods(image_nchw: Tensor) -> Tensor:
     """(N, C, H, W) to (N, H W, 9 C): each pixel's neighbours, zero outside; the adjoint of the fold."""
-    windows = F.pad(image_nchw, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (N, C, H, W, row, column)
-    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    return _windows(image_nchw, 3, 1, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def _windows(image_nchw: Tensor, size: int, padding: int, stride: int) -> Tensor:
+    """(N, C, H, W) to views (N, C, H / stride, W / stride, row, column)."""
+    padded = F.pad(image_nchw, 4 * (padding,))
+    return padded.unfold(2, size, stride).unfold(3, size, stride)
+
+
+def window_products(
+    image_nchw: Tensor, weight: Tensor, bias: Tensor | None, padding: int, stride: int = 1
+) -> Tensor:
+    """A convolution of an image's few channels, each window of it a row; the result is channels_last.
+
+    The gradient of a channels_last weight has its strides, as DDP wants them.
+    """
+    rows = _windows(image_nchw, weight.shape[2], padding, stride).permute(0, 2, 3, 4, 5, 1).flatten(3)
+    return F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def halving_weight(weight: Tensor) -> Tensor:
+    """What a 3 x 3 convolution is with NCSN++'s halving filter after it: one of 6 x 6, with stride 2.
+
+    Args:
+        weight: (O, I, 3, 3), of a convolution that computes a border of one pixel more than its image, for
+            the filter to read.
+    Returns:
+        (O, I, 6, 6), channels_last, for the padding of that convolution; the bias is the same, since the
+        filter keeps constants.
+    """
+    taps = weight.new_tensor(FIR_TAPS) / sum(FIR_TAPS)
+    along = torch.stack([F.pad(taps, (shift, 2 - shift)) for shift in range(3)])
+    return torch.einsum("oirc,rs,ct->osti", weight, along, along).permute(0, 3, 1, 2)
 
 
 class ImageConv2d(nn.Conv2d):

@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from ict_fast.config import NetworkConfig
 from ict_fast.errors import InputError
 from ict_fast.networks.concatenation import concatenated
-from ict_fast.networks.convolution import ImageConv2d
+from ict_fast.networks.convolution import ImageConv2d, window_products
 from ict_fast.networks.tf32 import TrunkConv2d
-from ict_kernels import GroupNormSiLU
+from ict_kernels import GroupNormSiLU, fir_downsample, fir_upsample
 
 Seed = int | Tensor | None
 """None for no dropout, else an int or an int64 (2,) tensor (run seed, step)."""
-
-_FIR_TAPS = (1.0, 3.0, 3.0, 1.0)
 
 
 def group_count(channels: int) -> int:
@@ -90,28 +88,19 @@ def check_inputs(config: NetworkConfig, x_nchw: Tensor, noise_n: Tensor, labels_
 class FirDownsample(nn.Module):
     """Halves the resolution after low-pass filtering with [1, 3, 3, 1] in both directions."""
 
-    filter: Tensor
-
-    def __init__(self, channels: int, padding: int = 1) -> None:
+    def __init__(self, padding: int = 1) -> None:
         super().__init__()
         self.padding = padding
-        self.register_buffer("filter", _fir_filter(channels), persistent=False)
 
     def forward(self, x_nchw: Tensor) -> Tensor:
-        return F.conv2d(x_nchw, self.filter, stride=2, padding=self.padding, groups=x_nchw.shape[1])
+        return fir_downsample(x_nchw, padding=self.padding)
 
 
 class FirUpsample(nn.Module):
     """Doubles the resolution: zeros between the pixels, then the filter [1, 3, 3, 1] with gain 4."""
 
-    filter: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("filter", 4 * _fir_filter(channels), persistent=False)
-
     def forward(self, x_nchw: Tensor) -> Tensor:
-        return F.conv_transpose2d(x_nchw, self.filter, stride=2, padding=1, groups=x_nchw.shape[1])
+        return fir_upsample(x_nchw)
 
 
 class AverageDownsample(nn.Module):
@@ -180,11 +169,19 @@ class PositionalFeatures(nn.Module):
 
 
 class FullPrecisionConv2d(nn.Conv2d):
-    """A convolution that computes in the dtype of its weights, whatever autocast says."""
+    """A convolution of an image that computes in the dtype of its weights, whatever autocast says."""
 
     def forward(self, x_nchw: Tensor) -> Tensor:
+        return self.convolved(x_nchw, self.weight)
+
+    def convolved(self, x_nchw: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+        """With this weight instead of the layer's own."""
+        padding = int(self.padding[0])
         with without_autocast(x_nchw):
-            return super().forward(x_nchw.to(self.weight.dtype))
+            x_nchw = x_nchw.to(weight.dtype)
+            if x_nchw.is_cuda:
+                return window_products(x_nchw, weight, self.bias, padding, stride)
+            return F.conv2d(x_nchw, weight, self.bias, stride, padding)
 
 
 class Output(nn.Module):
@@ -302,7 +299,7 @@ class ResidualBlock(nn.Module):
             condition = self.embedding(embedding)
         hidden = self._resampled(self.norm0(x_nchw))
         # The convolution's bias goes into the norm that follows: alone it would cost a pass over memory.
-        hidden = self.conv0.convolved(hidden, None)
+        hidden = self.conv0.convolved(hidden, self.conv0.weight, None)
         assert self.conv0.bias is not None
         if self.adaptive_norm:
             scale, shift = condition.chunk(2, dim=1)
@@ -326,13 +323,6 @@ class ResidualBlock(nn.Module):
 
     def _scaled(self, x_nchw: Tensor) -> Tensor:
         return x_nchw if self.skip_scale == 1 else x_nchw * self.skip_scale
-
-
-def _fir_filter(channels: int) -> Tensor:
-    """The normalised two-dimensional filter, once per channel: (channels, 1, 4, 4)."""
-    taps = torch.tensor(_FIR_TAPS)
-    plane = torch.outer(taps, taps) / taps.sum() ** 2
-    return plane.repeat(channels, 1, 1, 1)
 
 
 def _sinusoids(angles: Tensor, sine_first: bool) -> Tensor:

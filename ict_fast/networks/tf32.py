@@ -57,39 +57,41 @@ def _operand(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("ict_fast::conv2d_tf32", mutates_args=())
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, stride: int) -> Tensor:
     with tf32_allowed():
-        return convolution(_operand(x), _operand(weight), bias, padding)
+        return convolution(_operand(x), _operand(weight), bias, padding, stride)
 
 
 @_conv2d.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    return convolution(x, weight, bias, padding)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, stride: int) -> Tensor:
+    return convolution(x, weight, bias, padding, stride)
 
 
 @torch.library.custom_op("ict_fast::conv2d_tf32_backward", mutates_args=())
-def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+def _conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: int, stride: int
+) -> tuple[Tensor, Tensor]:
     with tf32_allowed():
-        return convolution_gradients(_operand(grad), _operand(x), _operand(weight), padding)
+        return convolution_gradients(_operand(grad), _operand(x), _operand(weight), padding, stride)
 
 
 @_conv2d_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-    return convolution_gradients(grad, x, weight, padding)
+def _(grad: Tensor, x: Tensor, weight: Tensor, padding: int, stride: int) -> tuple[Tensor, Tensor]:
+    return convolution_gradients(grad, x, weight, padding, stride)
 
 
 def _keep_operands(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, padding = inputs
+    x, weight, bias, *sizes = inputs
     ctx.save_for_backward(x, weight)
-    ctx.padding, ctx.has_bias = padding, bias is not None  # type: ignore[attr-defined]
+    ctx.sizes, ctx.has_bias = sizes, bias is not None  # type: ignore[attr-defined]
 
 
 def _backward_of_conv2d(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
     x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-    by_x, by_weight = _conv2d_backward(grad, x, weight, ctx.padding)  # type: ignore[attr-defined]
+    by_x, by_weight = _conv2d_backward(grad, x, weight, *ctx.sizes)  # type: ignore[attr-defined]
     # A sum, not a product: as exact as any other of the trunk's fp32 sums.
     by_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None  # type: ignore[attr-defined]
-    return by_x, by_weight, by_bias, None
+    return by_x, by_weight, by_bias, None, None
 
 
 _conv2d.register_autograd(_backward_of_conv2d, setup_context=_keep_operands)
@@ -104,14 +106,12 @@ class TrunkConv2d(nn.Conv2d):
     tf32 = False
 
     def forward(self, x_nchw: Tensor) -> Tensor:
-        return self.convolved(x_nchw, self.bias)
+        return self.convolved(x_nchw, self.weight, self.bias)
 
-    def convolved(self, x_nchw: Tensor, bias: Tensor | None) -> Tensor:
-        """With this bias instead of the layer's own."""
-        padding = int(self.padding[0])
-        if self.tf32:
-            return _conv2d(x_nchw, self.weight, bias, padding)
-        return convolution(x_nchw, self.weight, bias, padding)
+    def convolved(self, x_nchw: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+        """With these instead of the layer's own."""
+        convolved = _conv2d if self.tf32 else convolution
+        return convolved(x_nchw, weight, bias, int(self.padding[0]), stride)
 
 
 def set_tf32(network: nn.Module, enabled: bool) -> None:

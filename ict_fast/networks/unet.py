@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ict_fast.config import NetworkConfig
+from ict_fast.networks.convolution import halving_weight
 from ict_fast.networks.layers import (
     FirDownsample,
     FullPrecisionConv2d,
@@ -38,7 +40,7 @@ class UNet(nn.Module):
         embedding: module (noise (N,), labels (N,) or None) -> (N, 4 * channels), in the dtype of its weights.
         input_width: channels after the input convolution.
         eps: of every norm.
-        down, up: the resamplers, made for a number of channels.
+        down, up: make the resamplers.
         project_skip, skip_scale: see ResidualBlock.
         pyramid: add downsampled convolutions of the image to the encoder, each made from the one before.
         attend_last: in the decoder, attention in a level's last block only (True) or in every block.
@@ -51,8 +53,8 @@ class UNet(nn.Module):
         *,
         input_width: int,
         eps: float,
-        down: Callable[[int], nn.Module],
-        up: Callable[[int], nn.Module],
+        down: Callable[[], nn.Module],
+        up: Callable[[], nn.Module],
         project_skip: bool,
         skip_scale: float,
         pyramid: bool,
@@ -94,7 +96,7 @@ class UNet(nn.Module):
             attention = resolution in config.attention_resolutions
             down_block, pyramid_step = None, None
             if level > 0:
-                down_block = block(width, width, resolution, resample=down(width))
+                down_block = block(width, width, resolution, resample=down())
                 if pyramid:
                     pyramid_step = Pyramid(pyramid_width, width, reads_image=level == 1)
                     pyramid_width = width
@@ -117,7 +119,7 @@ class UNet(nn.Module):
             attention = resolution in config.attention_resolutions
             up_block = None
             if level < len(config.channel_mult) - 1:
-                up_block = block(width, width, resolution, resample=up(width))
+                up_block = block(width, width, resolution, resample=up())
             blocks = []
             for index in range(config.num_blocks + 1):
                 attends = attention and (index == config.num_blocks or not attend_last)
@@ -234,6 +236,7 @@ class Pyramid(nn.Module):
     """One step of NCSN++'s residual pyramid: 3x3 convolution and FIR downsampling, added to the activations.
 
     The convolution computes a border of one pixel more than the image, which is what the filter reads there.
+    A GPU computes both as one convolution of 6x6 with stride 2, which spares it what lies between.
 
     Args:
         in_channels, out_channels: width before and after.
@@ -244,14 +247,18 @@ class Pyramid(nn.Module):
         super().__init__()
         self.reads_image = reads_image
         # What reads the image is an end, whatever the trunk's arithmetic.
-        kind = nn.Conv2d if reads_image else TrunkConv2d
+        kind = FullPrecisionConv2d if reads_image else TrunkConv2d
         self.conv = kind(in_channels, out_channels, 3, padding=2)
-        self.down = FirDownsample(out_channels, padding=0)
+        self.down = FirDownsample(padding=0)
 
     def forward(self, x_nchw: Tensor, pyramid: Tensor) -> Tensor:
-        if self.reads_image:
-            with without_autocast(pyramid):
-                pyramid = self.down(self.conv(pyramid.to(self.conv.weight.dtype)))
-        else:
-            pyramid = self.down(self.conv(pyramid))
+        with without_autocast(pyramid) if self.reads_image else nullcontext():
+            pyramid = self._halved(pyramid) if pyramid.is_cuda else self.down(self.conv(pyramid))
         return ((x_nchw + pyramid) * math.sqrt(0.5)).to(x_nchw.dtype)
+
+    def _halved(self, pyramid: Tensor) -> Tensor:
+        with without_autocast(pyramid):
+            weight = halving_weight(self.conv.weight)
+        if isinstance(self.conv, FullPrecisionConv2d):
+            return self.conv.convolved(pyramid, weight, stride=2)
+        return self.conv.convolved(pyramid, weight, self.conv.bias, stride=2)

@@ -47,7 +47,7 @@ def test_torchs_norms_give_the_networks_outputs_and_gradients(adaptive: bool) ->
         return [output.detach(), *(p.grad.clone() for p in step.network.parameters() if p.grad is not None)]
 
     ours = run()
-    plain_network.use_torchs_norms(step.network)
+    plain_network.use_torchs_layers(step.network)
     for a, b in zip(ours, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4 * float(a.abs().max()))
 

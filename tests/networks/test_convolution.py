@@ -18,11 +18,15 @@ from ict_fast.networks.convolution import (
     convolution,
     convolution_gradients,
     folded_products,
+    halving_weight,
     pixel_product_gradients,
     pixel_products,
+    window_products,
 )
-from ict_fast.networks.layers import ResidualBlock
+from ict_fast.networks.layers import FullPrecisionConv2d, ResidualBlock
 from ict_fast.networks.tf32 import set_tf32
+from ict_fast.networks.unet import Pyramid
+from ict_kernels import fir_downsample
 
 _SIZES = [(3, 5, 6, 7, 5), (1, 16, 3, 1, 1), (2, 4, 12, 1, 6)]  # samples, channels before and after, H, W
 
@@ -88,6 +92,46 @@ def test_the_fold_has_a_forward_derivative_and_a_batching_rule() -> None:
     _close(each, F.conv2d(x, layer.weight, layer.bias, padding=1))
 
 
+@pytest.mark.parametrize(
+    ("size", "padding", "stride"), [(3, 1, 1), (3, 2, 1), (6, 2, 2), (3, 1, 2), (1, 0, 1)]
+)
+@pytest.mark.parametrize(("height", "width"), [(8, 6), (5, 7)])
+def test_products_of_windows_are_the_convolution_and_its_gradients(
+    size: int, padding: int, stride: int, height: int, width: int
+) -> None:
+    x = _random(2, 3, height, width).to(memory_format=torch.channels_last).requires_grad_()
+    weight = _random(5, 3, size, size, seed=1).to(memory_format=torch.channels_last).requires_grad_()
+    bias = _random(5, seed=2).requires_grad_()
+    expected = F.conv2d(x, weight, bias, stride, padding)
+    found = window_products(x, weight, bias, padding, stride)
+    _close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    grad = _random(*expected.shape, seed=3)
+    of_expected, of_found = (torch.autograd.grad(y, [x, weight, bias], grad) for y in (expected, found))
+    for ours, theirs in zip(of_found, of_expected, strict=True):
+        _close(ours, theirs)
+    assert of_found[1].stride() == weight.stride()
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 8, 8), (16, 6, 10), (4, 2, 4)])
+def test_a_convolution_and_the_halving_filter_are_one_convolution(
+    channels: int, height: int, width: int
+) -> None:
+    x = _random(2, channels, height, width).requires_grad_()
+    weight = _random(5, channels, 3, 3, seed=1).to(memory_format=torch.channels_last).requires_grad_()
+    bias = _random(5, seed=2).requires_grad_()
+    expected = fir_downsample(F.conv2d(x, weight, bias, padding=2), padding=0)
+    both = halving_weight(weight)
+    assert both.is_contiguous(memory_format=torch.channels_last)
+    found = F.conv2d(x, both, bias, stride=2, padding=2)
+    _close(found, expected)
+    assert found.shape[2:] == (height // 2, width // 2)
+    grad = _random(*expected.shape, seed=3)
+    of_expected, of_found = (torch.autograd.grad(y, [x, weight, bias], grad) for y in (expected, found))
+    for ours, theirs in zip(of_found, of_expected, strict=True):
+        _close(ours, theirs)
+
+
 @pytest.mark.parametrize("tf32", [False, True])
 def test_a_compiled_block_of_products_has_the_gradients_of_convolutions(
     tf32: bool, monkeypatch: pytest.MonkeyPatch
@@ -101,7 +145,7 @@ def test_a_compiled_block_of_products_has_the_gradients_of_convolutions(
     leaves = [x.requires_grad_(), embedding := torch.randn(2, 4, requires_grad=True), *block.parameters()]
     weights = torch.randn(2, 16, 4, 6).to(memory_format=torch.channels_last)
     expected = torch.autograd.grad(block(x, embedding), leaves, weights)
-    monkeypatch.setattr(convolutions, "_is_product", lambda x, weight, padding: weight.shape[2:] == (1, 1))
+    monkeypatch.setattr(convolutions, "_is_product", lambda x, weight, *_: weight.shape[2:] == (1, 1))
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
     found = torch.autograd.grad(compiled(x, embedding), leaves, weights)
@@ -112,22 +156,26 @@ def test_a_compiled_block_of_products_has_the_gradients_of_convolutions(
 
 
 class _Seen(TorchDispatchMode):
-    """The names of the operations that are dispatched."""
+    """The names of the operations that are dispatched, and the shapes of what convolutions give."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.shapes: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if "conv" in func.overloadpacket.__name__ and isinstance(result, Tensor):
+            self.shapes.add(tuple(result.shape))
+        return result
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_gpu_multiplies_where_a_cpu_convolves(device: str) -> None:
     """On tensors without values, for which no device is needed."""
     convolved = {"convolution", "convolution_backward"}
-    layer = ImageConv2d(8, 3)
+    layer, reading = ImageConv2d(8, 3), FullPrecisionConv2d(3, 8, 3, padding=1)
     with FakeTensorMode(), torch.device(device), torch.no_grad():
         x = torch.empty(2, 8, 4, 4)
         for size, padding in ((1, 0), (1, 1), (3, 1)):
@@ -140,3 +188,27 @@ def test_a_gpu_multiplies_where_a_cpu_convolves(device: str) -> None:
             weights = {"weight": torch.empty(3, 8, 3, 3), "bias": torch.empty(3)}
             torch.func.functional_call(layer, weights, x)
         assert ("convolution" in seen.names) == (device == "cpu")
+        with _Seen() as seen:
+            weights = {"weight": torch.empty(8, 3, 3, 3), "bias": torch.empty(8)}
+            torch.func.functional_call(reading, weights, torch.empty(2, 3, 4, 4))
+        assert ("convolution" in seen.names) == (device == "cpu")
+
+
+@pytest.mark.parametrize("reads_image", [False, True])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_on_a_gpu_a_step_of_the_pyramid_has_nothing_between_convolution_and_filter(
+    reads_image: bool, tf32: bool
+) -> None:
+    pyramid = Pyramid(3 if reads_image else 8, 8, reads_image=reads_image)
+    set_tf32(pyramid, tf32)
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), torch.device(device), torch.no_grad(), _Seen() as seen:
+            weights = {
+                "conv.weight": torch.empty(8, 3 if reads_image else 8, 3, 3),
+                "conv.bias": torch.empty(8),
+            }
+            images = torch.empty(2, 3 if reads_image else 8, 12, 12)
+            halved = torch.func.functional_call(pyramid, weights, (torch.empty(2, 8, 6, 6), images))
+        assert halved.shape == (2, 8, 6, 6)
+        assert halved.device.type == device
+        assert all(14 not in shape for shape in seen.shapes) == (device == "cuda")

@@ -97,7 +97,8 @@ def test_the_operations_are_registered_as_torch_wants_them(
     x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(6, 4, size, size).to(memory_format=torch.channels_last).requires_grad_()
     for bias in (None, torch.randn(6, requires_grad=True)):
-        torch.library.opcheck(torch.ops.ict_fast.conv2d_tf32, (x, weight, bias, size // 2))
+        for stride in (1,) if as_product else (1, 2):
+            torch.library.opcheck(torch.ops.ict_fast.conv2d_tf32, (x, weight, bias, size // 2, stride))
 
 
 # ---- who sees the switch ----

@@ -24,7 +24,7 @@ def _cases(count: int, channels: int, size: int, dtype: torch.dtype) -> Iterator
 
 
 def cases(full: bool) -> Iterator[Case]:
-    """NCSN++'s larger resampling; with `full` its smaller one, other dtypes and channels that fill no tile."""
+    """NCSN++'s larger resampling; with `full` the smaller, other dtypes, and channels that fill no tile."""
     yield from _cases(512, 256, 32, torch.bfloat16)
     if full:
         yield from _cases(512, 256, 16, torch.bfloat16)

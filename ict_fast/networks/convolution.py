@@ -128,9 +128,10 @@ def halving_weight(weight: Tensor) -> Tensor:
         (O, I, 6, 6), channels_last, for the padding of that convolution; the bias is the same, since the
         filter keeps constants.
     """
-    taps = weight.new_tensor(FIR_TAPS) / sum(FIR_TAPS)
+    taps = torch.tensor(FIR_TAPS, dtype=weight.dtype, device=weight.device) / sum(FIR_TAPS)
     along = torch.stack([F.pad(taps, (shift, 2 - shift)) for shift in range(3)])
-    return torch.einsum("oirc,rs,ct->osti", weight, along, along).permute(0, 3, 1, 2)
+    both = torch.einsum("oirc,rs,ct->oist", weight, along, along)
+    return both.contiguous(memory_format=torch.channels_last)
 
 
 class ImageConv2d(nn.Conv2d):

@@ -199,7 +199,8 @@ def test_a_gpu_multiplies_where_a_cpu_convolves(device: str) -> None:
 def test_on_a_gpu_a_step_of_the_pyramid_has_nothing_between_convolution_and_filter(
     reads_image: bool, tf32: bool
 ) -> None:
-    pyramid = Pyramid(3 if reads_image else 8, 8, reads_image=reads_image)
+    width = 3 if reads_image else 8
+    pyramid = Pyramid(width, 8, reads_image=reads_image)
     set_tf32(pyramid, tf32)
     for device in ("cpu", "cuda"):
         with FakeTensorMode(), torch.device(device), torch.no_grad(), _Seen() as seen:

@@ -1,4 +1,4 @@
-"""The kernels of the filter [1, 3, 3, 1] against scipy's upfirdn in float64, their gradients by transposition."""
+"""The kernels of the filter [1, 3, 3, 1] against scipy's upfirdn in float64, their gradients too."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ict_kernels import fir_downsample, fir_upsample, set_backend
 from ict_kernels import fir_resampling as resampling
 
-# (N, C, H, W): C of 1 to 72, sizes of 2, one tile and several of columns, rows and channels, a last one in part.
+# (N, C, H, W): C of 1 to 130, sizes from 2, one tile and several of columns, rows and channels, some in part.
 SHAPES = [
     (2, 8, 8, 8),
     (1, 3, 6, 10),

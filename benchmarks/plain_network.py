@@ -22,7 +22,6 @@ from ict_fast.consistency.model import noise_condition
 from ict_fast.networks.layers import FirDownsample, FirUpsample, ResidualBlock
 from ict_fast.training.step import TrainStep
 from ict_kernels import (
-    FIR_TAPS,
     GroupNormSiLU,
     NoiseLevels,
     noise_level_grid,
@@ -73,8 +72,8 @@ class TorchFilter(nn.Module):
 
     def __init__(self, channels: int, up: bool) -> None:
         super().__init__()
-        taps = torch.tensor(FIR_TAPS)
-        plane = torch.outer(taps, taps) * ((4 if up else 1) / taps.sum() ** 2)
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        plane = torch.outer(taps, taps) / (16 if up else 64)
         self.register_buffer("filter", plane.repeat(channels, 1, 1, 1), persistent=False)
         self.up = up
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ict_kernels import FIR_TAPS
+from ict_kernels import fir_taps
 
 
 def convolution(x_nchw: Tensor, weight: Tensor, bias: Tensor | None, padding: int, stride: int = 1) -> Tensor:
@@ -128,7 +128,7 @@ def halving_weight(weight: Tensor) -> Tensor:
         (O, I, 6, 6), channels_last, for the padding of that convolution; the bias is the same, since the
         filter keeps constants.
     """
-    taps = torch.tensor(FIR_TAPS, dtype=weight.dtype, device=weight.device) / sum(FIR_TAPS)
+    taps = fir_taps(weight)
     along = torch.stack([F.pad(taps, (shift, 2 - shift)) for shift in range(3)])
     both = torch.einsum("oirc,rs,ct->oist", weight, along, along)
     return both.contiguous(memory_format=torch.channels_last)

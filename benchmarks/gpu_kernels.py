@@ -12,11 +12,15 @@ from compilers import compile_beside, dismiss
 from gpu_baselines import by_definition, compiled_variants, definitions, error_record
 from gpu_group_norm import NormCase, compare_norm, compile_baselines, in_other_dtypes, norm_cases
 from gpu_timing import OURS, Comparison, Stage, buffer_sets, differentiable, measure
+from plain_network import TorchFilter
 from torch import Tensor
 
+from ict_fast import presets
 from ict_kernels import (
     NoiseLevels,
     consistency_loss,
+    fir_downsample,
+    fir_upsample,
     noise_images,
     noise_level_grid,
     noise_level_probabilities,
@@ -72,6 +76,14 @@ def comparisons(
             ("sample_noise_levels", compare_levels),
         ):
             made[f"{op}, {preset}"] = partial(compare, (*shape, shape[-1]), device)
+    for preset, count, _, size in sizes:
+        config = presets.get(preset).network
+        if config.name == "ncsnpp":
+            width = config.channels * config.channel_mult[0]
+            for op in (fir_downsample, fir_upsample):
+                made[f"{op.__name__}, {preset}"] = partial(
+                    compare_resampling, op, (count, width, size), device
+                )
     return made | {case.name: partial(compare_norm, case, device) for case in _norms(sizes, device)}
 
 
@@ -131,6 +143,62 @@ def compare_loss(shape: tuple[int, ...], device: torch.device) -> Comparison:
     }
     facts = {"shape": shape, "dtype": "float32", "errors": errors}
     return Comparison(variants, sets, moved, moved, facts, held_to=dict.fromkeys(compiled_ones, "eager"))
+
+
+# ------------------------------------------------------------------------------------------- the resampling
+
+
+def compare_resampling(
+    op: Callable[[Tensor], Tensor], sizes: tuple[int, int, int], device: torch.device
+) -> Comparison:
+    """fir_downsample or fir_upsample beside torch's convolution of each channel, eager and compiled.
+
+    Args:
+        op: one of the two.
+        sizes: samples, channels, and the side of the larger image.
+    """
+    count, channels, side = sizes
+    shape = (count, channels, *2 * (side // (1 if op is fir_downsample else 2),))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    moved = 1.25 * count * channels * side**2 * dtype.itemsize
+    sets = buffer_sets(moved, device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def image(*shape: int) -> Tensor:
+        values = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+        return values.contiguous(memory_format=torch.channels_last)
+
+    images = [image(*shape).requires_grad_() for _ in range(sets)]
+    result = torch.empty_like(op(images[0]))
+    gradients = [image(*result.shape) for _ in range(sets)]
+
+    def stages(function: Callable[[Tensor], Tensor]) -> dict[str, Stage]:
+        return differentiable(
+            lambda number: function(images[number]),
+            [[each] for each in images],
+            lambda number, _: gradients[number],
+        )
+
+    torchs = TorchFilter(channels, up=op is fir_upsample).to(device, dtype)
+    variants = {OURS: stages(op), "eager": stages(torchs)}
+    compiled_ones = compiled_variants(torchs, device)
+    variants |= {name: stages(compiled) for name, compiled in compiled_ones.items()}
+
+    def results(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x = images[0].detach().to(dtype, copy=True).requires_grad_()
+        y = function(x)
+        (dx,) = torch.autograd.grad(y, x, gradients[0].to(dtype))
+        return y.detach(), dx
+
+    exact, ours, eager = results(op, torch.float64), results(op, dtype), results(torchs, dtype)
+    errors = {
+        name: error_record(*values) for name, *values in zip(("y", "dx"), ours, exact, eager, strict=True)
+    }
+    facts = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "errors": errors}
+    bytes_moved = {"forward": moved, "backward": moved}
+    return Comparison(
+        variants, sets, bytes_moved, bytes_moved, facts, held_to=dict.fromkeys(compiled_ones, "eager")
+    )
 
 
 # ------------------------------------------------------------------------------------- the noising and levels

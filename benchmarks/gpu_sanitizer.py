@@ -181,6 +181,17 @@ def _losses(made: _Made) -> Iterator[Tensor]:
         yield from torch.autograd.grad(loss, outputs[0], made.normal(count))
 
 
+def _resampling(made: _Made) -> Iterator[Tensor]:
+    from ict_kernels import fir_downsample, fir_upsample
+
+    for shape in ((2, 5, 6, 34), (1, 130, 40, 2)):
+        for op in (fir_downsample, fir_upsample):
+            x = made.image(*shape).requires_grad_()
+            y = op(x)
+            yield y.detach()
+            yield from torch.autograd.grad(y, x, made.image(*y.shape))
+
+
 def _optimizer(made: _Made) -> Iterator[Tensor]:
     from ict_kernels import RAdamEMA
 
@@ -202,7 +213,7 @@ def launch_every_kernel(device: torch.device) -> set[str]:
 
     made = _Made(device)
     with _names_of_launches() as names:
-        for work in (_norms, _losses, _optimizer):
+        for work in (_norms, _losses, _resampling, _optimizer):
             for number, tensor in enumerate(work(made)):
                 if not bool(tensor.cpu().isfinite().all()):
                     raise RuntimeError(f"{work.__name__}: tensor {number} is not finite")

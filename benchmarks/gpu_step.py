@@ -10,6 +10,7 @@ of each are profiled.
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,8 @@ from ict_fast.training.step import trunk_dtype
 # (preset, images): the step with the goals goes first.
 GPU_SIZES = (("imagenet64", 128), ("cifar10", 512))
 CPU_SIZES = (("digits", 32),)
-# A captured step runs three times before it is captured.
-WARM_UP_STEPS, TIMED_STEPS, PROFILED_STEPS = 5, 10, 2
+# A captured step runs three times before it is captured. Of the timed ones the first counts for nothing.
+WARM_UP_STEPS, TIMED_STEPS, PROFILED_STEPS = 5, 11, 2
 
 
 class SyntheticBatch(NamedTuple):
@@ -233,15 +234,9 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
     # What cuDNN and Inductor take to choose their kernels is no step's. A captured step has all it takes.
     if device.type == "cuda" and name != CAPTURED:
         torch.cuda.reset_peak_memory_stats()
-    times, host = [], []
-    for k in range(WARM_UP_STEPS, WARM_UP_STEPS + TIMED_STEPS):
-
-        def run(k: int = k) -> None:
-            begun = time.perf_counter()
-            step(k, batches)
-            host.append(1e3 * (time.perf_counter() - begun))
-
-        times.append(1e3 * seconds_of(run, device))
+    times, host = time_steps(
+        lambda k: step(k, batches), range(WARM_UP_STEPS, WARM_UP_STEPS + TIMED_STEPS), device
+    )
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     skipped, finite = int(state.optimizer.skipped), int(state.losses.count)
     if skipped or finite < WARM_UP_STEPS + TIMED_STEPS:
@@ -260,6 +255,36 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
         "peak_memory_bytes": peak,
         "profile": profiled,
     }
+
+
+def time_steps(
+    step: Callable[[int], object], numbers: Sequence[int], device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of every step, and of the host's part in it.
+
+    As in a run, where nothing waits for the device: it finds the next step queued when it ends one, unless
+    the host is the slower of the two. The first of the steps begins on an idle device, and is not timed.
+
+    Args:
+        step: of its number.
+        numbers: of the steps, one more than are timed.
+        device: on a CPU the host's part is all.
+    """
+    marks: list[Any] = []
+    host = []
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    for number in numbers:
+        begun = time.perf_counter()
+        step(number)
+        host.append(1e3 * (time.perf_counter() - begun))
+        if device.type == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+    if device.type != "cuda":
+        return host[1:], host[1:]
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)], host[1:]
 
 
 def _matrix_rate(device: torch.device) -> float | None:

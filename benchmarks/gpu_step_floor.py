@@ -55,7 +55,7 @@ def measure_floor(
     for call in sorted(calls, key=lambda each: -work[each]):
         if left() <= 0:
             return
-        milliseconds = time_call(call, device)
+        milliseconds = _where_a_step_calls_it(call, device)
         by_operation[call.operation] = by_operation.get(call.operation, 0.0) + calls[call] * milliseconds
         covered += work[call]
         tensors = [each for each in call.arguments if isinstance(each, TensorOf)]
@@ -103,6 +103,33 @@ def floor_calls(calls: Counter[Call]) -> Counter[Call]:
             if call.operation not in _GROUPS or call.arguments[_GROUPS[call.operation]] == 1
         }
     )
+
+
+def _where_a_step_calls_it(call: Call, device: torch.device) -> float:
+    """`time_call`, of a backward pass's convolutions in autograd's thread.
+
+    torch keeps which of cuDNN's algorithms is the fastest for each thread: here it would try them all again.
+    """
+    if device.type != "cuda" or call.operation != "convolution_backward":
+        return time_call(call, device)
+    found: list[float] = []
+    leaf = torch.zeros((), device=device, requires_grad=True)
+    _InBackward.apply(leaf, lambda: found.append(time_call(call, device))).backward()
+    return found[0]
+
+
+class _InBackward(torch.autograd.Function):
+    """The identity, whose backward pass does some work first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, work: Callable[[], object]) -> Tensor:
+        ctx.work = work
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.work()
+        return gradient, None
 
 
 def time_call(call: Call, device: torch.device) -> float:

@@ -131,7 +131,7 @@ def halving_weight(weight: Tensor) -> Tensor:
     taps = fir_taps(weight)
     along = torch.stack([F.pad(taps, (shift, 2 - shift)) for shift in range(3)])
     both = torch.einsum("oirc,rs,ct->oist", weight, along, along)
-    return both.contiguous(memory_format=torch.channels_last)
+    return both.to(memory_format=torch.channels_last)
 
 
 class ImageConv2d(nn.Conv2d):

@@ -26,7 +26,7 @@ from .triton_support import jit, launch, refuse_forward_ad, tl, triton
 
 
 def fir_taps(like: Tensor) -> Tensor:
-    """[1, 3, 3, 1] / 8 in the dtype and on the device of a tensor; nothing is copied there, nor waited for."""
+    """[1, 3, 3, 1] / 8 in the dtype and on the device of a tensor; made there, so that nothing waits."""
     return (4.0 - 2.0 * (torch.arange(4, dtype=like.dtype, device=like.device) - 1.5).abs()) / 8.0
 
 

@@ -174,7 +174,7 @@ def test_times_of_steps_that_were_skipped_or_lost_their_loss_are_no_times(
         return SimpleNamespace(network=network, optimizer=optimizer, losses=losses)
 
     monkeypatch.setattr(gpu_step, "synthetic_batches", lambda config, device: [])
-    for found, problem in (((0, 15), None), ((1, 15), "1 steps skipped"), ((0, 14), "14 of the losses")):
+    for found, problem in (((0, 16), None), ((1, 16), "1 steps skipped"), ((0, 15), "15 of the losses")):
         variant = lambda config, device, found=found: (lambda step, batches: None, state(*found))  # noqa: E731
         monkeypatch.setitem(gpu_step.VARIANTS, gpu_step.OURS, variant)
         with pytest.raises(FloatingPointError, match=problem) if problem else nullcontext():
@@ -190,7 +190,7 @@ def test_peak_memory_is_of_steps_after_the_first_ones_unless_they_are_captured(
     state = SimpleNamespace(
         network=torch.nn.Linear(1, 1),
         optimizer=SimpleNamespace(skipped=0),
-        losses=SimpleNamespace(count=15),
+        losses=SimpleNamespace(count=16),
     )
     monkeypatch.setitem(
         gpu_step.VARIANTS, name, lambda config, device: (lambda k, batches: ran.append(k), state)
@@ -202,11 +202,41 @@ def test_peak_memory_is_of_steps_after_the_first_ones_unless_they_are_captured(
     monkeypatch.setattr(
         gpu_step, "profile_steps", lambda run, steps, device: (profiled.extend(steps) or {}, None)
     )
+    monkeypatch.setattr(
+        gpu_step, "time_steps", lambda step, numbers, device: ([step(k) or 1.0 for k in numbers], [1.0])
+    )
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append(len(ran)))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
     assert gpu_step._time_variant(name, None, SimpleNamespace(type="cuda"))["peak_memory_bytes"] == 7
-    assert (seen, len(ran)) == (resets, 15)
-    assert profiled == [15, 16], "after what is timed"
+    assert (seen, len(ran)) == (resets, 16)
+    assert profiled == [16, 17], "after what is timed"
+
+
+def test_steps_are_timed_one_behind_the_other_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(happened)
+            happened.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    times, host = gpu_step.time_steps(
+        lambda number: happened.append(f"step {number}"), range(5, 8), SimpleNamespace(type="cuda")
+    )
+    assert happened == ["wait", "step 5", "event", "step 6", "event", "step 7", "event", "wait"]
+    assert times == [2.0, 2.0]
+    assert len(host) == 2
+    times, host = gpu_step.time_steps(lambda number: None, range(3), CPU)
+    assert times == host
+    assert len(times) == 2
 
 
 def test_every_kind_of_block_is_compiled_beforehand_for_the_images_that_it_sees() -> None:

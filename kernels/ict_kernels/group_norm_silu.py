@@ -116,8 +116,6 @@ _CHUNK_BYTES = 20 * 2**20  # half of an A100's L2
 _UNCHUNKED = 2**62
 _GRID_Y = 65535  # of CUDA: samples in a chunk, at most
 _SECTOR_BYTES = 32
-_BUFFERED_BYTES = 131072  # of shared memory, beside a few sums; an A100 has 164 KB
-_REGISTERS = 65536  # of a processor
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,6 @@ class _Plan:
         num_warps: of each program.
         maxnreg: the most registers of a thread; None: as the compiler sees fit.
         chunk: samples that a split pass takes at once.
-        stages: 2 if resident programs stay, each for many tiles, and load one while they compute another;
-            1 if there is a program for each tile.
     """
 
     resident: bool
@@ -144,7 +140,6 @@ class _Plan:
     num_warps: int
     maxnreg: int | None
     chunk: int
-    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,6 @@ class _Wishes:
     num_warps: int | None = None
     maxnreg: int | None = None
     chunk_bytes: int | None = None
-    stages: int | None = None
 
 
 _wishes = _Wishes()
@@ -172,7 +166,6 @@ def planned(
     num_warps: int | None = None,
     maxnreg: int | None = None,
     chunk_bytes: int | None = None,
-    stages: int | None = None,
 ) -> Iterator[None]:
     """Overrides the plan of the Triton kernels, to time variants: `with planned(num_warps=8, maxnreg=128):`.
 
@@ -188,20 +181,18 @@ def planned(
         num_warps: of each program, a power of two. The small kernels that merge partial sums keep theirs.
         maxnreg: the most registers of a thread, in the same kernels.
         chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2.
-        stages: of resident tiles, 1 or 2: a program for each, or programs that load one while they compute
-            another.
     Raises:
         ValueError: for a number that is not a power of two where it must be; and by a norm whose shape cannot
             be computed so.
     """
     global _wishes
-    for name, value in (("rows", rows), ("num_warps", num_warps), ("stages", stages)):
+    for name, value in (("rows", rows), ("num_warps", num_warps)):
         if value is not None and value != _power_of_2(value):
             raise ValueError(f"{name} must be a power of two, got {value}")
     if groups is not None and resident is False:
         raise ValueError(f"groups = {groups} are of a resident tile, which resident=False excludes")
     before = _wishes
-    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes, stages)
+    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes)
     try:
         yield
     finally:
@@ -277,36 +268,13 @@ def _plan(
         groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
         # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
         num_warps = min(16, _power_of_2(-(-elements // (2304 if backward else 3072))))
-        num_warps = wishes.num_warps or num_warps
-        stages = wishes.stages or _stages(elements * itemsize, backward, dropout, pixels)
-        return _Plan(True, rows, widths, groups, num_warps, wishes.maxnreg, count, stages)
+        return _Plan(True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count)
     width = min(64, _power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
     chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
     elements = 8192 if backward or dropout or itemsize > 2 else 16384
     rows = min(rows, wishes.rows or elements // width)
     return _Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk)
-
-
-def _stages(tile_bytes: int, backward: bool, dropout: bool, pixels: int) -> int:
-    """Whether programs stay and load ahead: where a program takes long to compute, or is alone."""
-    buffered = tile_bytes * (3 if backward else 1)  # backward x and dy, and x again
-    return 2 if (dropout or pixels >= 1024) and buffered <= _BUFFERED_BYTES else 1
-
-
-def _programs(plan: _Plan, tiles: int, backward: bool, dropout: bool, device: torch.device) -> int:
-    """The grid over resident tiles: one program for each, or as many as the processors hold at once."""
-    if plan.stages == 1:
-        return tiles
-    registers = 256 if backward else 168 if dropout else 128  # of a thread, as compiled for sm_90
-    together = max(1, _REGISTERS // (registers * 32 * plan.num_warps))
-    return min(tiles, together * _multiprocessors(device))
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; an H100's elsewhere."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _parts(width: int) -> tuple[int, int]:
@@ -327,7 +295,6 @@ _FEW = tl.constexpr(4096)  # elements of a tile of which a thread may have one r
 
 # What changes from call to call, or from layer to layer, is no reason to compile again.
 _VARYING = ["offset", "philox_stream", "threshold", "start"]
-_VARYING_OF_TILES = [*_VARYING, "tiles"]
 
 
 @jit
@@ -544,9 +511,8 @@ def _sums_of_groups(x, GROUPS: tl.constexpr):
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
-@jit
-def _forward_tile(
-    program,
+@jit(do_not_specialize=_VARYING)
+def resident_forward(
     x_ptr,
     y_ptr,
     stats_ptr,
@@ -576,12 +542,13 @@ def _forward_tile(
     DROP: tl.constexpr,
     EIGHTS: tl.constexpr,
 ):
-    """All PIXELS of BUNDLE channels of a sample. GROUPS: a power of two >= BUNDLE / GROUP."""
+    """One program: all PIXELS of BUNDLE channels of a sample. GROUPS: a power of two >= BUNDLE / GROUP."""
     FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     FILLED: tl.constexpr = FULL0 and WIDTH1 == 0 and WIDTH0 == GROUPS * GROUP
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
+    program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
     first = (program % (CHANNELS // BUNDLE)) * BUNDLE
     p = tl.arange(0, ROWS)
@@ -630,56 +597,6 @@ def _forward_tile(
         z1 = x1 * (q1 * _to_channels(rstd, member1))[None, :] + b1[None, :]
         y1 = _dropped(_silu(z1, SILU), n, p, first + WIDTH0, draw, CHANNELS, ROWS, WIDTH1, DROP, EIGHTS)
         _store(y_ptr + at1, y1, mask1, FULL1)
-
-
-@jit(do_not_specialize=_VARYING_OF_TILES)
-def resident_forward(
-    x_ptr,
-    y_ptr,
-    stats_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    pre_ptr,
-    seed_ptr,
-    offset_ptr,
-    scale_stride,
-    shift_stride,
-    pre_stride,
-    offset,
-    philox_stream,
-    threshold,
-    eps,
-    tiles,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BUNDLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH0: tl.constexpr,
-    WIDTH1: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SILU: tl.constexpr,
-    DROP: tl.constexpr,
-    EIGHTS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Tiles of a program: one, or with STAGES every so many, the next ones being loaded meanwhile."""
-    if STAGES == 1:
-        _forward_tile(
-            tl.program_id(0), x_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, pre_ptr,
-            seed_ptr, offset_ptr, scale_stride, shift_stride, pre_stride, offset, philox_stream, threshold,
-            eps, PIXELS, CHANNELS, GROUP, BUNDLE, ROWS, WIDTH0, WIDTH1, GROUPS, SILU, DROP, EIGHTS,
-        )  # fmt: skip
-    else:
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-            _forward_tile(
-                tl.full((), tile, tl.int32), x_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr,
-                shift_ptr, pre_ptr, seed_ptr, offset_ptr, scale_stride, shift_stride, pre_stride, offset,
-                philox_stream, threshold, eps, PIXELS, CHANNELS, GROUP, BUNDLE, ROWS, WIDTH0, WIDTH1,
-                GROUPS, SILU, DROP, EIGHTS,
-            )  # fmt: skip
 
 
 @jit
@@ -768,93 +685,7 @@ def _second_half(
     _store_gradients_of_affine(n, c, inside, s1, s2, affine, outputs, CHANNELS)
 
 
-@jit
-def _backward_tile(
-    program,
-    x_ptr,
-    dy_ptr,
-    dx_ptr,
-    stats_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    pre_ptr,
-    seed_ptr,
-    offset_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    dscale_ptr,
-    dshift_ptr,
-    dpre_ptr,
-    scale_stride,
-    shift_stride,
-    pre_stride,
-    offset,
-    philox_stream,
-    threshold,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BUNDLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH0: tl.constexpr,
-    WIDTH1: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SILU: tl.constexpr,
-    DROP: tl.constexpr,
-    EIGHTS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """All PIXELS of BUNDLE channels of a sample; what it stores per channel is the sample's."""
-    FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
-    FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
-    affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
-    outputs = (dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr)
-    n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
-    first = (program % (CHANNELS // BUNDLE)) * BUNDLE
-    p = tl.arange(0, ROWS)
-    x_ptr += n * (PIXELS * CHANNELS)
-    dy_ptr += n * (PIXELS * CHANNELS)
-    dx_ptr += n * (PIXELS * CHANNELS)
-
-    c0, inside0, at0, mask0, member0 = _part(p, first, 0, WIDTH0, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS)
-    x0, dy0 = _load(x_ptr + at0, mask0, FULL0), _load(dy_ptr + at0, mask0, FULL0)
-    if WIDTH1 > 0:
-        c1, inside1, at1, mask1, member1 = _part(
-            p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
-        )
-        x1, dy1 = _load(x_ptr + at1, mask1, FULL1), _load(dy_ptr + at1, mask1, FULL1)
-    # All loads are under way before the first is waited for: else the compiler spreads them. With dropout
-    # that would take the registers of a third program on a processor, where there is room for one.
-    if STAGES == 1 and (not DROP or ROWS >= 1024):
-        tl.debug_barrier()
-
-    dz0, s10, s20, means = _first_half(
-        x0, dy0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine, draw, CHANNELS,
-        GROUP, ROWS, WIDTH0, SILU, DROP, EIGHTS,
-    )  # fmt: skip
-    if WIDTH1 > 0:
-        dz1, s11, s21, means1 = _first_half(
-            x1, dy1, n, p, c1, inside1, first + WIDTH0, member1, stats_ptr, pre_ptr, pre_stride, affine, draw,
-            CHANNELS, GROUP, ROWS, WIDTH1, SILU, DROP, EIGHTS,
-        )  # fmt: skip
-        means += means1
-    means /= PIXELS * GROUP
-
-    _second_half(
-        x_ptr, dx_ptr, dpre_ptr, dz0, s10, s20, means, n, c0, inside0, at0, mask0, member0, stats_ptr,
-        pre_ptr, pre_stride, affine, outputs, CHANNELS, GROUP, FULL0,
-    )  # fmt: skip
-    if WIDTH1 > 0:
-        _second_half(
-            x_ptr, dx_ptr, dpre_ptr, dz1, s11, s21, means, n, c1, inside1, at1, mask1, member1, stats_ptr,
-            pre_ptr, pre_stride, affine, outputs, CHANNELS, GROUP, FULL1,
-        )  # fmt: skip
-
-
-@jit(do_not_specialize=_VARYING_OF_TILES)
+@jit(do_not_specialize=_VARYING)
 def resident_backward(
     x_ptr,
     dy_ptr,
@@ -878,7 +709,6 @@ def resident_backward(
     offset,
     philox_stream,
     threshold,
-    tiles,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -890,25 +720,54 @@ def resident_backward(
     SILU: tl.constexpr,
     DROP: tl.constexpr,
     EIGHTS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Tiles of a program: one, or with STAGES every so many, the next ones being loaded meanwhile."""
-    if STAGES == 1:
-        _backward_tile(
-            tl.program_id(0), x_ptr, dy_ptr, dx_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-            pre_ptr, seed_ptr, offset_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr, dpre_ptr,
-            scale_stride, shift_stride, pre_stride, offset, philox_stream, threshold, PIXELS, CHANNELS,
-            GROUP, BUNDLE, ROWS, WIDTH0, WIDTH1, GROUPS, SILU, DROP, EIGHTS, STAGES,
+    """One program: all PIXELS of BUNDLE channels of a sample; what it stores per channel is the sample's."""
+    FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
+    FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
+    affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
+    outputs = (dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr)
+    program = tl.program_id(0)
+    n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
+    first = (program % (CHANNELS // BUNDLE)) * BUNDLE
+    p = tl.arange(0, ROWS)
+    x_ptr += n * (PIXELS * CHANNELS)
+    dy_ptr += n * (PIXELS * CHANNELS)
+    dx_ptr += n * (PIXELS * CHANNELS)
+
+    c0, inside0, at0, mask0, member0 = _part(p, first, 0, WIDTH0, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS)
+    x0, dy0 = _load(x_ptr + at0, mask0, FULL0), _load(dy_ptr + at0, mask0, FULL0)
+    if WIDTH1 > 0:
+        c1, inside1, at1, mask1, member1 = _part(
+            p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
+        )
+        x1, dy1 = _load(x_ptr + at1, mask1, FULL1), _load(dy_ptr + at1, mask1, FULL1)
+    # All loads are under way before the first is waited for: else the compiler spreads them. With dropout
+    # that would take the registers of a third program on a processor, where there is room for one.
+    if not DROP or ROWS >= 1024:
+        tl.debug_barrier()
+
+    dz0, s10, s20, means = _first_half(
+        x0, dy0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine, draw, CHANNELS,
+        GROUP, ROWS, WIDTH0, SILU, DROP, EIGHTS,
+    )  # fmt: skip
+    if WIDTH1 > 0:
+        dz1, s11, s21, means1 = _first_half(
+            x1, dy1, n, p, c1, inside1, first + WIDTH0, member1, stats_ptr, pre_ptr, pre_stride, affine, draw,
+            CHANNELS, GROUP, ROWS, WIDTH1, SILU, DROP, EIGHTS,
         )  # fmt: skip
-    else:
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-            _backward_tile(
-                tl.full((), tile, tl.int32), x_ptr, dy_ptr, dx_ptr, stats_ptr, weight_ptr, bias_ptr,
-                scale_ptr, shift_ptr, pre_ptr, seed_ptr, offset_ptr, dweight_ptr, dbias_ptr, dscale_ptr,
-                dshift_ptr, dpre_ptr, scale_stride, shift_stride, pre_stride, offset, philox_stream,
-                threshold, PIXELS, CHANNELS, GROUP, BUNDLE, ROWS, WIDTH0, WIDTH1, GROUPS, SILU, DROP,
-                EIGHTS, STAGES,
-            )  # fmt: skip
+        means += means1
+    means /= PIXELS * GROUP
+
+    _second_half(
+        x_ptr, dx_ptr, dpre_ptr, dz0, s10, s20, means, n, c0, inside0, at0, mask0, member0, stats_ptr,
+        pre_ptr, pre_stride, affine, outputs, CHANNELS, GROUP, FULL0,
+    )  # fmt: skip
+    if WIDTH1 > 0:
+        _second_half(
+            x_ptr, dx_ptr, dpre_ptr, dz1, s11, s21, means, n, c1, inside1, at1, mask1, member1, stats_ptr,
+            pre_ptr, pre_stride, affine, outputs, CHANNELS, GROUP, FULL1,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- kernels: split
@@ -1303,16 +1162,14 @@ def _forward(
         "EIGHTS": _one_call_for_eight(plan, channels, num_groups),
     }
     if plan.resident:
-        tiles = count * (num_groups // plan.groups)
+        programs = count * (num_groups // plan.groups)
         launch(
             resident_forward,
-            (_programs(plan, tiles, False, dropout, x.device),),
+            (programs,),
             num_warps=plan.num_warps,
             maxnreg=plan.maxnreg,
             elements=elements,
             eps=eps,
-            tiles=tiles,
-            STAGES=plan.stages,
             **arguments,
         )
         return y, stats
@@ -1416,16 +1273,14 @@ def _backward(
         "EIGHTS": _one_call_for_eight(plan, channels, num_groups),
     }
     if plan.resident:
-        tiles = count * (num_groups // plan.groups)
+        programs = count * (num_groups // plan.groups)
         launch(
             resident_backward,
-            (_programs(plan, tiles, True, dropout, x.device),),
+            (programs,),
             num_warps=plan.num_warps,
             maxnreg=plan.maxnreg,
             elements=elements,
             dx_ptr=dx,
-            tiles=tiles,
-            STAGES=plan.stages,
             **outputs,
             **arguments,
         )

@@ -27,7 +27,7 @@ is taken in an order that depends on timing: equal inputs give equal bits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,7 +50,7 @@ from .philox import (
     philox_call,
     seed_tensor,
 )
-from .triton_support import ChunkLaunches, jit, launch, refuse_forward_ad, tl
+from .triton_support import jit, launch, refuse_forward_ad, tl, what_is_compiled_for
 
 if TYPE_CHECKING:
     from .replacement import Replacement
@@ -225,6 +225,22 @@ def _plan(
     dropout: bool = False,
     chunk_bytes: int = _UNCHUNKED,
 ) -> _Plan:
+    """What `planned` wishes; see `_plan_for`."""
+    return _plan_for(_wishes, count, channels, pixels, num_groups, itemsize, backward, dropout, chunk_bytes)
+
+
+@lru_cache(4096)
+def _plan_for(
+    wishes: _Wishes,
+    count: int,
+    channels: int,
+    pixels: int,
+    num_groups: int,
+    itemsize: int,
+    backward: bool,
+    dropout: bool,
+    chunk_bytes: int,
+) -> _Plan:
     """The algorithm for x (count, channels, pixels): resident where a tile fits, else split; see `planned`.
 
     A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
@@ -236,7 +252,6 @@ def _plan(
     A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
     1.14 times as fast there, and once 0.99.
     """
-    wishes = _wishes
     rows = _power_of_2(pixels)
     group = channels // num_groups
     most_elements = 20480 if backward else 32768
@@ -1107,6 +1122,18 @@ def _tile_arguments(plan: _Plan, channels: int, pixels: int, num_groups: int) ->
     }
 
 
+def _like(
+    tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], plan: _Plan, *others: Hashable
+) -> tuple[Hashable, ...] | None:
+    """`launch`'s argument: what the tensors of an op, x first, and the others say about all its launches."""
+    compiled_for = what_is_compiled_for(tensors, numbers)
+    if compiled_for is None:
+        return None
+    x = tensors[0]
+    assert x is not None
+    return (x.shape, x.device, plan, compiled_for, tuple(map(_row_stride, tensors[1:])), *others)
+
+
 def _one_call_for_eight(plan: _Plan, channels: int, num_groups: int) -> bool:
     bundle = plan.groups * (channels // num_groups)
     return channels % 8 == 0 and bundle % 8 == 0 and all(width % 8 == 0 for width in plan.widths)
@@ -1137,6 +1164,8 @@ def _forward(
     stats = torch.empty(count, num_groups, 2, dtype=torch.float32, device=x.device)
     dropout, chunk_bytes = threshold > 0, _chunk_bytes(x.device)
     plan = _plan(count, channels, pixels, num_groups, x.element_size(), False, dropout, chunk_bytes)
+    tensors = (x, weight, bias, scale, shift, pre_bias, seed, offset_tensor)
+    like = _like(tensors, (offset, stream), plan, num_groups, silu, dropout)
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
     arguments: dict[str, Any] = {
@@ -1169,42 +1198,46 @@ def _forward(
             num_warps=plan.num_warps,
             maxnreg=plan.maxnreg,
             elements=elements,
+            like=like,
             eps=eps,
             **arguments,
         )
         return y, stats
     blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
     partial = torch.empty(2, plan.chunk, blocks, channels, dtype=torch.float32, device=x.device)
-    over_tiles = {"num_warps": plan.num_warps, "maxnreg": plan.maxnreg, "elements": elements}
-    statistics = ChunkLaunches(
-        split_statistics,
-        x_ptr=x,
-        mean_ptr=partial[0],
-        squares_ptr=partial[1],
+    over_tiles = {
+        "num_warps": plan.num_warps,
+        "maxnreg": plan.maxnreg,
+        "elements": elements,
+        "like": like,
+    }
+    statistics = {
+        "x_ptr": x,
+        "mean_ptr": partial[0],
+        "squares_ptr": partial[1],
         **{name: value for name, value in tile.items() if name != "GROUP"},
         **over_tiles,
-    )
-    merge = ChunkLaunches(
-        merge_statistics,
-        num_warps=2,
-        mean_ptr=partial[0],
-        squares_ptr=partial[1],
-        pre_ptr=pre_bias,
-        stats_ptr=stats,
-        pre_stride=_row_stride(pre_bias),
-        pixels=pixels,
-        eps=eps,
-        CHANNELS=channels,
-        GROUP=channels // num_groups,
-        ROWS=plan.rows,
-        BLOCK=min(1024, _power_of_2(blocks * (channels // num_groups))),
-    )
-    apply = ChunkLaunches(split_apply, **arguments, **over_tiles)
+    }
+    merge = {
+        "num_warps": 2,
+        "like": like,
+        "mean_ptr": partial[0],
+        "squares_ptr": partial[1],
+        "pre_ptr": pre_bias,
+        "stats_ptr": stats,
+        "pre_stride": _row_stride(pre_bias),
+        "pixels": pixels,
+        "eps": eps,
+        "CHANNELS": channels,
+        "GROUP": channels // num_groups,
+        "ROWS": plan.rows,
+        "BLOCK": min(1024, _power_of_2(blocks * (channels // num_groups))),
+    }
     for start in range(0, count, plan.chunk):
         samples = min(plan.chunk, count - start)
-        statistics((blocks * pieces, samples), start)
-        merge((num_groups, samples), start)
-        apply((blocks * pieces, samples), start)
+        launch(split_statistics, (blocks * pieces, samples), start=start, **statistics)
+        launch(merge_statistics, (num_groups, samples), start=start, **merge)
+        launch(split_apply, (blocks * pieces, samples), start=start, **arguments, **over_tiles)
     return y, stats
 
 
@@ -1244,6 +1277,10 @@ def _backward(
 
     dropout, chunk_bytes = threshold > 0, _chunk_bytes(x.device)
     plan = _plan(count, channels, pixels, num_groups, x.element_size(), True, dropout, chunk_bytes)
+    parameters = (weight, bias, scale, shift, pre_bias)
+    kinds = tuple(wanted), tuple([0 if each is None else each.dim() for each in parameters])
+    tensors = (x, stats, *parameters, seed, offset_tensor)
+    like = _like(tensors, (offset, stream), plan, num_groups, silu, dropout, *kinds)
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
     outputs: dict[str, Any] = {
@@ -1280,6 +1317,7 @@ def _backward(
             num_warps=plan.num_warps,
             maxnreg=plan.maxnreg,
             elements=elements,
+            like=like,
             dx_ptr=dx,
             **outputs,
             **arguments,
@@ -1303,36 +1341,38 @@ def _backward(
             **merged,
             **arguments,
         }
-        sums_of_tiles = ChunkLaunches(split_backward, dx_ptr=None, **over_tiles)
-        merge = ChunkLaunches(
-            merge_backward,
-            num_warps=4,
-            maxnreg=128,  # left to itself, ptxas takes 32 in one case for sm_80, and spills
-            stats_ptr=stats,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            scale_ptr=scale,
-            scale_stride=_row_stride(scale),
-            pixels=pixels,
-            CHANNELS=channels,
-            GROUP=group,
-            ROWS=plan.rows,
-            BLOCKS=min(32, _power_of_2(blocks)),
-            WIDTH=min(64, _power_of_2(group)),
+        merge: dict[str, Any] = {
+            "num_warps": 4,
+            "maxnreg": 128,  # left to itself, ptxas takes 32 in one case for sm_80, and spills
+            "like": like,
+            "stats_ptr": stats,
+            "weight_ptr": weight,
+            "bias_ptr": bias,
+            "scale_ptr": scale,
+            "scale_stride": _row_stride(scale),
+            "pixels": pixels,
+            "CHANNELS": channels,
+            "GROUP": group,
+            "ROWS": plan.rows,
+            "BLOCKS": min(32, _power_of_2(blocks)),
+            "WIDTH": min(64, _power_of_2(group)),
             **merged,
             **outputs,
-        )
-        apply = ChunkLaunches(split_backward, dx_ptr=dx, **over_tiles)
+        }
+        # The same kernel with and without dx is compiled twice.
+        like_sums, like_apply = like and (*like, "sums"), like and (*like, "apply")
         for start in range(0, count, plan.chunk):
             samples = min(plan.chunk, count - start)
-            sums_of_tiles((blocks * pieces, samples), start)
-            merge((num_groups, samples), start)
-            apply((blocks * pieces, samples), start)
+            grid = blocks * pieces, samples
+            launch(split_backward, grid, start=start, like=like_sums, dx_ptr=None, **over_tiles)
+            launch(merge_backward, (num_groups, samples), start=start, **merge)
+            launch(split_backward, grid, start=start, like=like_apply, dx_ptr=dx, **over_tiles)
     if over_samples:
         targets = [gradients[i] for i in over_samples]
         launch(
             sum_samples,
             (-(-channels // 8), len(targets)),
+            like=like,
             from_ptr=sums,
             to0_ptr=targets[0],
             to1_ptr=targets[1] if len(targets) > 1 else None,

@@ -4,7 +4,7 @@ Kernels are `@jit` functions in the file of their op, beside the eager definitio
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -56,6 +56,10 @@ class Launch:
 
 _recorded: list[Launch] | None = None
 
+# What Triton compiled for launches that are known to be alike; see `launch`.
+_known: dict[tuple[int, Hashable], Any] = {}
+_MOST_KNOWN = 4096
+
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
@@ -76,54 +80,48 @@ def launch(
     num_warps: int = 4,
     maxnreg: int | None = None,
     elements: int = 0,
+    like: Hashable = None,
     **arguments: Any,
-) -> Any:
+) -> None:
     """Runs a kernel on the device of its tensors; see `Launch`. An empty grid runs nothing.
 
     No parameter of a kernel may have the name of one of Triton's own, such as `stream`, `device`, `grid` or
     `num_warps`: only a launch on a GPU says so.
 
-    Returns:
-        What Triton compiled and launched; None where it did not.
+    Args:
+        like: of launches of one kernel with an equal one, all but the first go straight to what Triton
+            compiled for it, which spares the CPU half of what a launch costs. It must tell apart whatever
+            Triton compiles for: the device, options and constants, which tensors are None, types, and by 16
+            bytes aligned addresses, and the integers that are not in the kernel's `do_not_specialize`.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, num_warps, maxnreg, elements))
-        return None
+        return
     if 0 in grid:
-        return None
+        return
     with _on_device_of(arguments.values()):
+        known = None if like is None else _known.get((id(kernel), like))
+        if known is not None:
+            known[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
+            return
         options = {} if maxnreg is None else {"maxnreg": maxnreg}
         # Multiply-add in one instruction, which Triton after 3.9 does not do by itself.
-        return kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=True, **options)
+        compiled = kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=True, **options)
+        if like is not None and compiled is not None:  # None from the interpreter
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            _known[id(kernel), like] = compiled
 
 
-class ChunkLaunches:
-    """Launches of one kernel that differ in their grid and their argument `start` alone.
+def what_is_compiled_for(tensors: Iterable[Tensor | None], numbers: Iterable[int]) -> Hashable:
+    """The part of `launch`'s `like` that tensors and unspecialized integers have: types, alignment, presence.
 
-    The first goes through `launch`; the others straight to what Triton compiled for it, which spares two
-    thirds of what a launch costs the CPU: in chunks of 20 MB a norm of ADM-64 makes up to 193.
-
-    Args:
-        kernel: with a parameter `start` to which it is not specialized.
-        arguments: of `launch`, all but `grid` and `start`.
+    None while launches are recorded: then tensors may have no address.
     """
-
-    def __init__(self, kernel: Any, **arguments: Any):
-        self._kernel, self._arguments = kernel, arguments
-        self._compiled: Any = None
-        self._values: list[Any] = []
-
-    def __call__(self, grid: tuple[int, int], start: int) -> None:
-        if self._compiled is None:
-            self._compiled = launch(self._kernel, grid, start=start, **self._arguments)
-            if self._compiled is not None:
-                values = {"start": start} | self._arguments
-                self._values = [values[name] for name in self._kernel.arg_names]
-                self._start = self._kernel.arg_names.index("start")
-            return
-        self._values[self._start] = start
-        with _on_device_of(self._values):
-            self._compiled[*grid, 1](*self._values)
+    if _recorded is not None:
+        return None
+    kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+    return kinds, tuple([-(2**31) <= each < 2**31 for each in numbers])
 
 
 def _on_device_of(arguments: Iterable[Any]) -> AbstractContextManager[Any]:

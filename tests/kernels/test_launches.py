@@ -28,8 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compiler as triton_compiler
 
-from ict_kernels import RAdamEMA
+from ict_kernels import RAdamEMA, triton_support
 from ict_kernels.consistency_loss import launch_loss, launch_loss_backward
+from ict_kernels.fir_resampling import launch_down, launch_up
 from ict_kernels.noise_levels import launch_levels
 from ict_kernels.noising import launch_noise
 from ict_kernels.philox import DROPOUT
@@ -115,7 +116,7 @@ def test_every_launch_of_every_case_binds_as_the_table_of_compiled_kernels_says(
             assert {at: value for at, value in asked["configs"][0].items() if value} == attributes
             assert asked["num_warps"] == each.num_warps
     files = (ROOT / "kernels/ict_kernels").glob("*.py")
-    asks = re.compile(r"\b(?:launch|ChunkLaunches)\(\s*(\w+),")
+    asks = re.compile(r"\blaunch\(\s*(\w+),")
     launched = {name for file in files for name in asks.findall(file.read_text())}
     assert reached == launched
 
@@ -153,6 +154,8 @@ def edge_launches() -> list[Launch]:
         p.grad = empty(1)
         with torch.no_grad():
             optimizer._step_by_kernels([(optimizer.param_groups[0], [p])], [True])
+        launch_down(empty(1, 1, 2, 2), 1.0)
+        launch_up(empty(1, 1, 1, 1), 1.0)
     words, drawn = integers(1, 4), empty(1, 4)
     philox = kernel_named("tests/kernels/interpreted/interpreted_philox.py", "draw_kernel")
     launches.append(
@@ -197,7 +200,7 @@ def test_the_name_of_an_option_of_triton_would_be_found(send: Send) -> None:
         send(Launch(each.kernel, each.grid, {**each.arguments, "stream": 0}))
 
 
-def test_chunks_after_the_first_launch_what_triton_compiled_with_the_arguments_of_their_own(
+def test_launches_after_the_first_go_to_what_triton_compiled_with_the_arguments_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Compiled for real, and launched by a stand-in that keeps what it gets."""
@@ -222,6 +225,7 @@ def test_chunks_after_the_first_launch_what_triton_compiled_with_the_arguments_o
             get_device_properties=lambda device: {"max_shared_mem": 2**17, "multiprocessor_count": 132},
         ),
     )
+    monkeypatch.setattr(triton_support, "_known", {})
     made = []
     run = triton.runtime.JITFunction.run
     monkeypatch.setattr(
@@ -236,9 +240,13 @@ def test_chunks_after_the_first_launch_what_triton_compiled_with_the_arguments_o
         with norm.planned(resident=False, chunk_bytes=2 * x[0].numel() * 4):
             norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
             norm._backward(x, x, stats, 8, weight, weight, *none, 0, 0, 0, True, [True] * 2 + [False] * 3)
+            first = len(made)
+            norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
+            assert len(made) == first, "a second call of the op has nothing to bind"
             with record_launches() as wanted:
                 norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
                 norm._backward(x, x, stats, 8, weight, weight, *none, 0, 0, 0, True, [True] * 2 + [False] * 3)
+                norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
     finally:
         triton.runtime.driver.set_active(before)
         for kernel in made:
@@ -253,3 +261,117 @@ def test_chunks_after_the_first_launch_what_triton_compiled_with_the_arguments_o
                 assert (value.shape, value.dtype) == (other.shape, other.dtype)
             else:
                 assert value == other, (name, key)
+
+
+def norm_calls() -> Iterator[Callable[[], object]]:
+    """Norms that differ from the first in one thing each: what may, and what may not, share machine code."""
+
+    def odd(t: Tensor) -> Tensor:
+        """The same values at an address that 16 does not divide."""
+        return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].as_strided(t.shape, t.stride()).copy_(t)
+
+    def image(
+        count: int = 2, channels: int = 32, size: int = 4, dtype: torch.dtype = torch.float16
+    ) -> Tensor:
+        return torch.zeros(count, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+
+    vector, rows, seed = torch.zeros(32), torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64)
+    usual: dict[str, Any] = {
+        "x": image(),
+        "groups": 8,
+        "weight": vector,
+        "bias": vector,
+        "scale": None,
+        "shift": None,
+        "pre_bias": None,
+        "seed": None,
+        "offset_tensor": None,
+        "offset": 0,
+        "stream": 0,
+        "threshold": 0,
+        "silu": True,
+        "wanted": [True, True, False, False, False],
+    }
+    drawing = {"seed": seed, "threshold": 7, "stream": 5}
+    by_embedding = {"scale": rows, "shift": rows, "wanted": [True] * 4 + [False]}
+    halves = torch.zeros(2, 80).chunk(2, 1)
+    for change in (
+        {},
+        {"x": image(), "weight": torch.ones(32)},
+        {"x": odd(image())},
+        {"x": image(dtype=torch.float32)},
+        {"x": image(count=3)},
+        {"x": image(size=8)},
+        {"x": image(channels=40), "weight": None, "bias": None, "wanted": [False] * 5},
+        {"groups": 4},
+        {"weight": odd(vector)},
+        {"weight": vector.half()},
+        {"weight": None, "wanted": [False, True, False, False, False]},
+        {"silu": False},
+        drawing,
+        {**drawing, "seed": odd(seed)},
+        {**drawing, "offset": 9, "threshold": 16, "stream": 48},
+        {**drawing, "offset": 2**40},
+        {**drawing, "stream": 2**31 + 5},
+        {**drawing, "offset_tensor": torch.zeros((), dtype=torch.int64)},
+        by_embedding,
+        {**by_embedding, "wanted": [True, True, True, False, False]},
+        {
+            **by_embedding,
+            "x": image(channels=40),
+            "weight": torch.zeros(40),
+            "bias": torch.zeros(40),
+            "scale": halves[0],
+            "shift": halves[1],
+        },
+        {**by_embedding, "scale": odd(rows)},
+        {"pre_bias": vector, "wanted": [True, True, False, False, True]},
+        {"pre_bias": rows, "wanted": [True, True, False, False, True]},
+        {"pre_bias": rows[:1].expand(2, 32), "wanted": [True, True, False, False, True]},
+    ):
+        given = usual | change
+
+        def call(given: dict[str, Any] = given) -> None:
+            x, *tensors = list(given.values())[:9]
+            numbers = given["offset"], given["stream"], given["threshold"]
+            norm._forward(x, *tensors, *numbers, 1e-5, given["silu"])
+            stats = torch.zeros(len(x), given["groups"], 2)
+            norm._backward(x, x, stats, *tensors, *numbers, given["silu"], given["wanted"])
+
+        yield call
+
+
+def test_launches_that_are_said_to_be_alike_are_compiled_alike(
+    send: Send, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that are compiled alike are found again, but for what is told apart needlessly."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_cache_hook", lambda *, compile, **_: asked.append(compile) or True
+    )
+    compiled_for: dict[Any, set[str]] = {}
+    kernels = set()
+
+    def noted(kernel: Any, grid: tuple[int, ...], *, like: Any, **others: Any) -> None:
+        assert like is not None
+        kernels.add(kernel)
+        launch(kernel, grid, **others)
+        of_this = asked.pop()
+        seen = [of_this[key] for key in ("signature", "constants", "configs", "num_warps")]
+        compiled_for.setdefault((kernel.__name__, like), set()).add(repr(seen))
+
+    monkeypatch.setattr(norm, "launch", noted)
+    calls = list(norm_calls())
+    for wishes in ({"resident": True}, {"resident": False}):
+        with norm.planned(**wishes):
+            for call in calls:
+                call()
+            alike = len(compiled_for)
+            for call in calls[:2]:
+                call()
+            assert len(compiled_for) == alike, "other values in the same places are the same launch"
+    for kernel in kernels:
+        kernel.device_caches.pop(DEVICE, None)
+    assert len(kernels) == 8
+    assert all(len(each) == 1 for each in compiled_for.values())
+    assert len(compiled_for) > 150

@@ -19,8 +19,9 @@ Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen 
   chunks that fit there (`_chunk_bytes`), and 2 and 4 of the bytes come from it.
 
 On an H200 (benchmarks/RESULTS.md) split reached 84 to 97 % of a copy of its bytes, 78 % with a gradient of
-pre_bias, and resident forward 66 % at 32 x 32. With dropout it was 36 to 65 %: instructions (backward 40 to
-54 per element, results/compiled-kernels.md) and memory take turns there, see results/analysis.md.
+pre_bias, and resident forward 66 % at 32 x 32, 45 at ADM's 576 channels. With dropout it was 26 to 65 %:
+instructions (backward 40 to 54 per element, results/compiled-kernels.md) and memory take turns there, see
+results/analysis.md.
 
 The kernels work on channels_last; other layouts are converted on the way in and back on the way out. No sum
 is taken in an order that depends on timing: equal inputs give equal bits.

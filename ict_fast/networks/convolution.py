@@ -3,8 +3,8 @@
 On an H200, in ADM-64's training step of 128 images (benchmarks/results/analysis.md, step-floor), its 1 x 1
 convolutions take 10.5 ms forward and 13.6 backward as products, by cuDNN 25.7 and 16.2. To an image's three
 channels cuDNN computes 32 in fp32: 2.2 ms forward and 2.6 backward; products with sums over neighbours take
-0.44 and 0.56. The products of windows have not been timed by themselves. On a CPU products took up to twice as
-long as oneDNN's convolutions.
+0.44 and 0.56. The products of windows have not been timed by themselves. On a CPU products took up to twice
+as long as oneDNN's convolutions.
 """
 
 from __future__ import annotations

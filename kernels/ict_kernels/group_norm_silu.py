@@ -1206,20 +1206,20 @@ def _forward(
         return y, stats
     blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
     partial = torch.empty(2, plan.chunk, blocks, channels, dtype=torch.float32, device=x.device)
-    over_tiles = {
+    over_tiles: dict[str, Any] = {
         "num_warps": plan.num_warps,
         "maxnreg": plan.maxnreg,
         "elements": elements,
         "like": like,
     }
-    statistics = {
+    statistics: dict[str, Any] = {
         "x_ptr": x,
         "mean_ptr": partial[0],
         "squares_ptr": partial[1],
         **{name: value for name, value in tile.items() if name != "GROUP"},
         **over_tiles,
     }
-    merge = {
+    merge: dict[str, Any] = {
         "num_warps": 2,
         "like": like,
         "mean_ptr": partial[0],

@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
@@ -57,15 +57,14 @@ def _folder_of(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def compile_beside(work: Sequence[Callable[[], object]], seconds: float) -> list[bool]:
+def compile_beside(work: Sequence[Callable[[], object]], seconds: float) -> list[str]:
     """Runs pieces of work in other processes, in their order, for what they leave in the caches.
 
     Args:
-        work: functions of modules, with their arguments by `partial`. What fails there fails again where it
-            is measured, and is said there.
+        work: functions of modules, with their arguments by `partial`.
         seconds: after which what has not ended is given up, and its process killed.
     Returns:
-        Of each whether it has ended, well or not.
+        Of each "ended", "given up", or the error that ended it.
     """
     futures = []
     try:
@@ -77,8 +76,15 @@ def compile_beside(work: Sequence[Callable[[], object]], seconds: float) -> list
         late, broken = set(), True
     if late or broken:
         dismiss(kill=True)
-    ended = [each.done() and each not in late for each in futures]
-    return ended + [False] * (len(work) - len(ended))
+    found = ["given up" if each in late or not each.done() else _outcome(each) for each in futures]
+    return found + ["given up"] * (len(work) - len(found))
+
+
+def _outcome(future: Future[object]) -> str:
+    if future.cancelled():
+        return "given up"
+    error = future.exception()
+    return "ended" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def dismiss(kill: bool = False) -> None:

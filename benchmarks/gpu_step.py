@@ -113,6 +113,7 @@ def measure_steps(
         "batch_size": images,
         "precision": "fp32" if trunk_dtype(config.training.precision, device) is None else "bf16",
         "matrix_tflop_per_s": peak,
+        "timed": "steps that follow one another without a wait",
         "variants": {},
         "left_out": {},
         "failed": {},
@@ -260,10 +261,11 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
 def time_steps(
     step: Callable[[int], object], numbers: Sequence[int], device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of every step, and of the host's part in it.
+    """Milliseconds of every step, and until the host had queued it.
 
     As in a run, where nothing waits for the device: it finds the next step queued when it ends one, unless
-    the host is the slower of the two. The first of the steps begins on an idle device, and is not timed.
+    the host is the slower of the two. A host that is ahead waits for room in the queue, so that its part says
+    nothing of what it could do. The first of the steps begins on an idle device, and is not timed.
 
     Args:
         step: of its number.

@@ -42,13 +42,19 @@ def compile_beforehand(names: Sequence[str], config: Config, seconds: float) -> 
     """Compiles the blocks of the variants that are among the names, in their order.
 
     Returns:
-        The number of blocks, of those that had ended, and the seconds that it took, at most about `seconds`.
+        The number of blocks, of those that had ended, the seconds that it took, at most about `seconds`, and
+        the errors of others.
     """
     started = time.monotonic()
     work = [block for name in COMPILED if name in names for block in block_work(name, config)]
-    ended = compile_beside(work, seconds)
+    outcomes = compile_beside(work, seconds)
     dismiss()
-    return {"blocks": len(work), "ended": sum(ended), "seconds": round(time.monotonic() - started, 1)}
+    return {
+        "blocks": len(work),
+        "ended": outcomes.count("ended"),
+        "seconds": round(time.monotonic() - started, 1),
+        "errors": sorted(set(outcomes) - {"ended", "given up"}),
+    }
 
 
 def block_work(name: str, config: Config) -> list[Callable[[], None]]:

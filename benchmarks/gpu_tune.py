@@ -105,8 +105,8 @@ def tune(
         if wishes and (not record["plans"] or seconds_left() > 0):
             if device.type == "cuda":
                 work = [partial(_compile, case, direction, each) for each in wishes]
-                ended = compile_beside(work, seconds_left())
-                late = [each for each, done in zip(wishes, ended, strict=True) if not done]
+                outcomes = compile_beside(work, seconds_left())
+                late = [each for each, found in zip(wishes, outcomes, strict=True) if found == "given up"]
                 record["failed"] |= {label(each): "was not compiled when the time was up" for each in late}
                 wishes = [each for each in wishes if each not in late]
             _time(case, direction, arguments, wishes, device, record)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ict_kernels import fir_taps
+from ict_kernels.fir_resampling import fir_taps
 
 
 def convolution(x_nchw: Tensor, weight: Tensor, bias: Tensor | None, padding: int, stride: int = 1) -> Tensor:
@@ -102,7 +102,7 @@ def neighbourhoods(image_nchw: Tensor) -> Tensor:
 
 
 def _windows(image_nchw: Tensor, size: int, padding: int, stride: int) -> Tensor:
-    """(N, C, H, W) to views (N, C, H / stride, W / stride, row, column)."""
+    """(N, C, H, W) to views (N, C, (H + 2 padding - size) // stride + 1, the same of W, row, column)."""
     padded = F.pad(image_nchw, 4 * (padding,))
     return padded.unfold(2, size, stride).unfold(3, size, stride)
 

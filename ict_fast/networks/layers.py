@@ -172,16 +172,16 @@ class FullPrecisionConv2d(nn.Conv2d):
     """A convolution of an image that computes in the dtype of its weights, whatever autocast says."""
 
     def forward(self, x_nchw: Tensor) -> Tensor:
-        return self.convolved(x_nchw, self.weight)
+        return self.convolved(x_nchw, self.weight, self.bias)
 
-    def convolved(self, x_nchw: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-        """With this weight instead of the layer's own."""
+    def convolved(self, x_nchw: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+        """With these instead of the layer's own."""
         padding = int(self.padding[0])
         with without_autocast(x_nchw):
             x_nchw = x_nchw.to(weight.dtype)
             if x_nchw.is_cuda:
-                return window_products(x_nchw, weight, self.bias, padding, stride)
-            return F.conv2d(x_nchw, weight, self.bias, stride, padding)
+                return window_products(x_nchw, weight, bias, padding, stride)
+            return F.conv2d(x_nchw, weight, bias, stride, padding)
 
 
 class Output(nn.Module):

@@ -101,7 +101,7 @@ _conv2d.register_autograd(_backward_of_conv2d, setup_context=_keep_operands)
 
 
 class TrunkConv2d(nn.Conv2d):
-    """A convolution of the trunk, of stride 1: it follows autocast, and computes in TF32 if `tf32` is set."""
+    """A convolution of the trunk: it follows autocast, and computes in TF32 if `tf32` is set."""
 
     tf32 = False
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -252,13 +251,10 @@ class Pyramid(nn.Module):
         self.down = FirDownsample(padding=0)
 
     def forward(self, x_nchw: Tensor, pyramid: Tensor) -> Tensor:
-        with without_autocast(pyramid) if self.reads_image else nullcontext():
-            pyramid = self._halved(pyramid) if pyramid.is_cuda else self.down(self.conv(pyramid))
+        pyramid = self._at_once(pyramid) if pyramid.is_cuda else self.down(self.conv(pyramid))
         return ((x_nchw + pyramid) * math.sqrt(0.5)).to(x_nchw.dtype)
 
-    def _halved(self, pyramid: Tensor) -> Tensor:
+    def _at_once(self, pyramid: Tensor) -> Tensor:
         with without_autocast(pyramid):
             weight = halving_weight(self.conv.weight)
-        if isinstance(self.conv, FullPrecisionConv2d):
-            return self.conv.convolved(pyramid, weight, stride=2)
         return self.conv.convolved(pyramid, weight, self.conv.bias, stride=2)

@@ -34,8 +34,8 @@ CALIBRATION_PIECES = 4
 CALIBRATION_GROWTH = 1.5
 _FP32 = 4
 # A micro-batch launches 2,600 kernels (CIFAR-10's preset) to 3,450 (ADM-64's), and a GPU that is done sooner
-# waits for the host. One core took 60 and 90 ms, without the driver's part; beside an H200 it was up to 190
-# and 280 (benchmarks/results/analysis.md, step-floor).
+# waits for the host. One core took 60 and 90 ms for it, without the driver's part
+# (benchmarks/results/analysis.md, step-floor).
 _LAUNCH_SECONDS = 0.06
 # Below this share of the batch a GPU does not reach its rate, and the figures flatter.
 _SMALL_SHARE = 32

@@ -8,7 +8,7 @@ from . import adapters, layers
 from .apex_backend import apex_report
 from .backend import get_backend, set_backend
 from .consistency_loss import c_in, c_out, c_skip, consistency_loss, pseudo_huber_loss
-from .fir_resampling import fir_downsample, fir_taps, fir_upsample
+from .fir_resampling import fir_downsample, fir_upsample
 from .group_norm_silu import GroupNormSiLU, group_norm_silu
 from .noise_levels import NoiseLevels, noise_level_grid, noise_level_probabilities, sample_noise_levels
 from .noising import noise_images
@@ -30,7 +30,6 @@ __all__ = [
     "c_skip",
     "consistency_loss",
     "fir_downsample",
-    "fir_taps",
     "fir_upsample",
     "get_backend",
     "group_norm_silu",

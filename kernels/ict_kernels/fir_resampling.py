@@ -5,17 +5,21 @@
     up:   y[2i] = (x[i - 1] + 3 x[i]) / 4 and y[2i + 1] = (3 x[i] + x[i + 1]) / 4, along both axes
 
 with zeros outside. Each is the other's transpose times a constant, and so its gradient: down^T = up / 4.
-Sums are fp32 for fp16, bf16 and fp32 inputs (float64 for float64).
+Sums are fp32 for fp16, bf16 and fp32 inputs (float64 for float64), and autocast changes nothing.
 
 The filter: Zhang, "Making Convolutional Networks Shift-Invariant Again", ICML 2019; in NCSN++: Song et al.,
 "Score-Based Generative Modeling through SDEs", ICLR 2021.
 
 Bytes moved: 5/4 of the larger image's. A program takes some columns and channels, and goes from row to row:
-every row is read once, and filtered along itself once.
+within its band every row is read once, and filtered along itself once.
 
-cuDNN's convolutions with a filter for each channel took 61 ms of a step of NCSN++ on CIFAR-10 (512 images, an
-H200); these two kernels take less than 1.1 ms each (benchmarks/results/analysis.md, step-floor).
+cuDNN's convolutions with a filter for each channel took 55 ms of a step of NCSN++ on CIFAR-10 (512 images, an
+H200). In the step's profile these kernels are not among the 25 longest, so below 1.1 ms each
+(benchmarks/results/analysis.md, step-floor); by themselves they have not been timed.
 """
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,18 +37,32 @@ def fir_taps(like: Tensor) -> Tensor:
     return (4.0 - 2.0 * (torch.arange(4, dtype=like.dtype, device=like.device) - 1.5).abs()) / 8.0
 
 
+def _down(x: Tensor, gain: float, padding: int = 1) -> Tensor:
+    with _without_autocast(x):
+        wide = _wide(x)
+        y = F.conv2d(wide, _filter(wide, gain), stride=2, padding=padding, groups=x.shape[1])
+    return y.to(x.dtype)
+
+
+def _up(x: Tensor, gain: float) -> Tensor:
+    with _without_autocast(x):
+        wide = _wide(x)
+        y = F.conv_transpose2d(wide, _filter(wide, 4 * gain), stride=2, padding=1, groups=x.shape[1])
+    return y.to(x.dtype)
+
+
 def _filter(x: Tensor, gain: float) -> Tensor:
     """The filter in both directions, once per channel: (C, 1, 4, 4)."""
     taps = fir_taps(x)
     return (torch.outer(taps, taps) * gain).repeat(x.shape[1], 1, 1, 1)
 
 
-def _down(x: Tensor, gain: float, padding: int = 1) -> Tensor:
-    return F.conv2d(x, _filter(x, gain), stride=2, padding=padding, groups=x.shape[1])
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def _up(x: Tensor, gain: float) -> Tensor:
-    return F.conv_transpose2d(x, _filter(x, 4 * gain), stride=2, padding=1, groups=x.shape[1])
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 # ---------------------------------------------------------------------------------------------- the kernels
@@ -243,20 +261,29 @@ _up_op.register_autograd(lambda ctx, grad: (_down_op(grad, 4 * ctx.gain), None),
 
 # ------------------------------------------------------------------------------------------- public functions
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def fir_downsample(x: Tensor, *, padding: int = 1) -> Tensor:
     """Halves the resolution after low-pass filtering with [1, 3, 3, 1] / 8 along both axes.
+
+    The kernel is for even sizes and a padding of 1, and has no derivative by torch.func: for that and for
+    forward-mode derivatives `set_backend("eager")`.
 
     Args:
         x: (N, C, H, W), fp16, bf16, fp32 or float64.
         padding: zeros around x; 0 for an x that has a border of its own.
     Returns:
-        (N, C, (H + 2 padding) // 2 - 1, (W + 2 padding) // 2 - 1) in the dtype of x; from the kernel, for
-        even sizes and a padding of 1, channels last in memory.
+        (N, C, (H + 2 padding) // 2 - 1, (W + 2 padding) // 2 - 1) in the dtype of x; from the kernel channels
+        last in memory.
     Raises:
-        ValueError: for anything else than a floating point (N, C, H, W).
+        ValueError: for anything else than such an x, of at least four rows and columns with the padding.
     """
     _check(x)
+    if min(x.shape[2:]) + 2 * padding < 4:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} is too small for a filter of 4 x 4, padded by {padding}"
+        )
     takes = padding == 1 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
     return _down_op(x, 1.0) if takes and _by_kernel("fir_downsample", x) else _down(x, 1.0, padding)
 
@@ -264,20 +291,25 @@ def fir_downsample(x: Tensor, *, padding: int = 1) -> Tensor:
 def fir_upsample(x: Tensor) -> Tensor:
     """Doubles the resolution: zeros between the pixels, then the filter [1, 3, 3, 1] / 4 along both axes.
 
+    The kernel has no derivative by torch.func: for that and for forward-mode derivatives
+    `set_backend("eager")`.
+
     Args:
         x: (N, C, H, W), fp16, bf16, fp32 or float64.
     Returns:
         (N, C, 2 H, 2 W) in the dtype of x; from the kernel channels last in memory.
     Raises:
-        ValueError: for anything else than a floating point (N, C, H, W).
+        ValueError: for anything else than such an x.
     """
     _check(x)
     return _up_op(x, 1.0) if _by_kernel("fir_upsample", x) else _up(x, 1.0)
 
 
 def _check(x: Tensor) -> None:
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point (N, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+    if x.dim() != 4 or not x.shape[1] or x.dtype not in _DTYPES:
+        raise ValueError(
+            f"x must be (N, C, H, W) in fp16, bf16, fp32 or float64, got {x.dtype} of shape {tuple(x.shape)}"
+        )
 
 
 def _by_kernel(op: str, x: Tensor) -> bool:

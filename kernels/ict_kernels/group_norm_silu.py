@@ -19,9 +19,9 @@ Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen 
   chunks that fit there (`_chunk_bytes`), and 2 and 4 of the bytes come from it.
 
 On an H200 (benchmarks/RESULTS.md) split reached 84 to 97 % of a copy of its bytes, 78 % with a gradient of
-pre_bias, and resident forward 66 % at 32 x 32, 45 at ADM's 576 channels. With dropout it was 26 to 65 %:
-instructions (backward 40 to 54 per element, results/compiled-kernels.md) and memory take turns there, see
-results/analysis.md.
+pre_bias, and resident forward 66 % at 32 x 32. With dropout it was 36 to 65 %: instructions (backward 40 to
+54 per element, results/compiled-kernels.md) and memory take turns there, see results/analysis.md, which also
+has shapes that are further from it.
 
 The kernels work on channels_last; other layouts are converted on the way in and back on the way out. No sum
 is taken in an order that depends on timing: equal inputs give equal bits.
@@ -1280,7 +1280,7 @@ def _backward(
     plan = _plan(count, channels, pixels, num_groups, x.element_size(), True, dropout, chunk_bytes)
     parameters = (weight, bias, scale, shift, pre_bias)
     kinds = tuple(wanted), tuple([0 if each is None else each.dim() for each in parameters])
-    tensors = (x, stats, *parameters, seed, offset_tensor)
+    tensors = (x, dy, stats, *parameters, seed, offset_tensor)
     like = _like(tensors, (offset, stream), plan, num_groups, silu, dropout, *kinds)
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)

@@ -92,7 +92,8 @@ def launch(
         like: of launches of one kernel with an equal one, all but the first go straight to what Triton
             compiled for it, which spares the CPU half of what a launch costs. It must tell apart whatever
             Triton compiles for: the device, options and constants, which tensors are None, types, and by 16
-            bytes aligned addresses, and the integers that are not in the kernel's `do_not_specialize`.
+            bytes aligned addresses, and the integers that are not in the kernel's `do_not_specialize`. What
+            is set in Triton's knobs after the first has no effect on them, but for hooks of launches.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, num_warps, maxnreg, elements))

@@ -75,16 +75,18 @@ def test_what_has_not_ended_in_time_is_named_and_its_process_killed(
 
     monkeypatch.setattr(compilers, "wait", when_one_has_ended)
     work = [partial((tmp_path / "first").touch), partial(time.sleep, 600.0)]
-    assert compilers.compile_beside(work, 1.0) == [True, False]
+    assert compilers.compile_beside(work, 1.0) == ["ended", "given up"]
     assert (tmp_path / "first").exists()
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.usefixtures("without_torch")
-def test_work_that_fails_or_crashes_has_ended_and_the_next_work_is_done(tmp_path: Path) -> None:
-    assert compilers.compile_beside([partial(os.rmdir, tmp_path / "absent")], 60.0) == [True]
-    assert compilers.compile_beside([partial(os._exit, 7)], 60.0) == [True]
-    assert compilers.compile_beside([partial((tmp_path / "next").touch)], 60.0) == [True]
+def test_work_that_fails_or_crashes_says_so_and_the_next_work_is_done(tmp_path: Path) -> None:
+    [failed] = compilers.compile_beside([partial(os.rmdir, tmp_path / "absent")], 60.0)
+    assert failed.startswith("FileNotFoundError: ")
+    [crashed] = compilers.compile_beside([partial(os._exit, 7)], 60.0)
+    assert crashed.startswith("BrokenProcessPool: ")
+    assert compilers.compile_beside([partial((tmp_path / "next").touch)], 60.0) == ["ended"]
     assert (tmp_path / "next").exists()
     compilers.dismiss()
     assert multiprocessing.active_children() == []

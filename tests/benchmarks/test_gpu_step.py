@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 gpu_step_blocks: Any = importlib.import_module("gpu_step_blocks")
 gpu_step: Any = importlib.import_module("gpu_step")
+floor: Any = importlib.import_module("gpu_step_floor")
 variants: Any = importlib.import_module("gpu_step_variants")
 run_gpu: Any = importlib.import_module("run_gpu")
 
@@ -237,6 +238,23 @@ def test_steps_are_timed_one_behind_the_other_without_the_first(monkeypatch: pyt
     times, host = gpu_step.time_steps(lambda number: None, range(3), CPU)
     assert times == host
     assert len(times) == 2
+
+
+def test_the_floor_times_convolutions_where_a_step_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward pass's within one: there autograd's own thread calls it on a GPU."""
+    within: list[bool] = []
+
+    def time_call(call: Any, device: Any) -> float:
+        within.append(torch._C._current_graph_task_id() != -1)
+        return 1.5
+
+    monkeypatch.setattr(floor, "time_call", time_call)
+    monkeypatch.setattr(floor.torch, "zeros", lambda *_, **options: torch.ones((), requires_grad=True))
+    gpu = SimpleNamespace(type="cuda")
+    for operation in ("convolution", "convolution_backward"):
+        assert floor._where_a_step_calls_it(SimpleNamespace(operation=operation), gpu) == 1.5
+    assert floor._where_a_step_calls_it(SimpleNamespace(operation="convolution_backward"), CPU) == 1.5
+    assert within == [False, True, False]
 
 
 def test_every_kind_of_block_is_compiled_beforehand_for_the_images_that_it_sees() -> None:

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ict_fast.networks.convolution import ImageConv2d
+from ict_fast.networks.layers import FullPrecisionConv2d
 from ict_fast.networks.tf32 import TrunkConv2d, set_tf32
+from ict_fast.networks.unet import Pyramid
+from ict_kernels import fir_downsample
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -70,3 +73,46 @@ def test_the_output_convolution_is_float64s_to_fp32(channels: int, images: int) 
     for ours, theirs in zip(of_found, of_expected, strict=True):
         assert _error(ours, theirs) < 1e-6
     assert of_found[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_input_convolution_is_float64s_to_fp32_also_under_autocast(channels: int, autocast: bool) -> None:
+    layer = FullPrecisionConv2d(channels, 64, 3, padding=1).cuda().to(memory_format=torch.channels_last)
+    x, grad = _images(3, channels, 33, 20).requires_grad_(), _images(3, 64, 33, 20)
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    expected = F.conv2d(*exact, padding=1)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        found = layer(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert _error(found, expected) < 1e-6
+    of_found = torch.autograd.grad(found, [x, *layer.parameters()], grad)
+    of_expected = torch.autograd.grad(expected, exact, grad.double())
+    for ours, theirs in zip(of_found, of_expected, strict=True):
+        assert _error(ours, theirs) < 1e-6
+    assert of_found[1].stride() == layer.weight.stride()
+
+
+@pytest.mark.parametrize("reads_image", [True, False])
+@pytest.mark.parametrize(
+    ("arithmetic", "least", "most"), [("fp32", 0.0, 1e-6), ("tf32", 1e-5, 1e-3), ("bf16", 1e-4, 8e-3)]
+)
+def test_a_step_of_the_pyramid_is_float64s_in_its_arithmetic(
+    arithmetic: str, least: float, most: float, reads_image: bool
+) -> None:
+    """Of the image in fp32 in any case; of the activations before it the sum is rounded as they are."""
+    before = 3 if reads_image else 64
+    layer = Pyramid(before, 64, reads_image=reads_image).cuda().to(memory_format=torch.channels_last)
+    set_tf32(layer, arithmetic == "tf32")
+    x, grad = _images(2, before, 16, 16).requires_grad_(), _images(2, 64, 8, 8)
+    exact = [t.detach().double().requires_grad_() for t in (x, *layer.parameters())]
+    expected = fir_downsample(F.conv2d(*exact, padding=2), padding=0) * 0.5**0.5
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=arithmetic == "bf16"):
+        found = layer(torch.zeros_like(grad), x)
+    if reads_image:
+        least, most = 0.0, 1e-6
+    assert least <= _error(found, expected) < most
+    of_found = torch.autograd.grad(found, [x, *layer.parameters()], grad)
+    of_expected = torch.autograd.grad(expected, exact, grad.double())
+    for ours, theirs in zip(of_found, of_expected, strict=True):
+        assert _error(ours, theirs) < most

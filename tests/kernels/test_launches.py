@@ -291,6 +291,8 @@ def norm_calls() -> Iterator[Callable[[], object]]:
         "threshold": 0,
         "silu": True,
         "wanted": [True, True, False, False, False],
+        "dy": None,
+        "stats": None,
     }
     drawing = {"seed": seed, "threshold": 7, "stream": 5}
     by_embedding = {"scale": rows, "shift": rows, "wanted": [True] * 4 + [False]}
@@ -302,6 +304,10 @@ def norm_calls() -> Iterator[Callable[[], object]]:
         {"x": image(dtype=torch.float32)},
         {"x": image(count=3)},
         {"x": image(size=8)},
+        {"x": image(size=9)},
+        {"x": image(size=10)},
+        {"dy": odd(image())},
+        {"stats": odd(torch.zeros(2, 8, 2))},
         {"x": image(channels=40), "weight": None, "bias": None, "wanted": [False] * 5},
         {"groups": 4},
         {"weight": odd(vector)},
@@ -336,8 +342,10 @@ def norm_calls() -> Iterator[Callable[[], object]]:
             x, *tensors = list(given.values())[:9]
             numbers = given["offset"], given["stream"], given["threshold"]
             norm._forward(x, *tensors, *numbers, 1e-5, given["silu"])
-            stats = torch.zeros(len(x), given["groups"], 2)
-            norm._backward(x, x, stats, *tensors, *numbers, given["silu"], given["wanted"])
+            stats, dy = given["stats"], given["dy"]
+            stats = torch.zeros(len(x), given["groups"], 2) if stats is None else stats
+            dy = torch.zeros_like(x) if dy is None else dy
+            norm._backward(dy, x, stats, *tensors, *numbers, given["silu"], given["wanted"])
 
         yield call
 
@@ -359,11 +367,18 @@ def test_launches_that_are_said_to_be_alike_are_compiled_alike(
         launch(kernel, grid, **others)
         of_this = asked.pop()
         seen = [of_this[key] for key in ("signature", "constants", "configs", "num_warps")]
+        seen.append(others.get("maxnreg"))
         compiled_for.setdefault((kernel.__name__, like), set()).add(repr(seen))
 
     monkeypatch.setattr(norm, "launch", noted)
     calls = list(norm_calls())
-    for wishes in ({"resident": True}, {"resident": False}):
+    for wishes in (
+        {"resident": True},
+        {"resident": True, "num_warps": 2},
+        {"resident": True, "maxnreg": 96},
+        {"resident": False},
+        {"resident": False, "rows": 8},
+    ):
         with norm.planned(**wishes):
             for call in calls:
                 call()
@@ -375,4 +390,10 @@ def test_launches_that_are_said_to_be_alike_are_compiled_alike(
         kernel.device_caches.pop(DEVICE, None)
     assert len(kernels) == 8
     assert all(len(each) == 1 for each in compiled_for.values())
-    assert len(compiled_for) > 150
+    assert len(compiled_for) > 400
+
+
+def test_launches_on_two_devices_are_never_alike() -> None:
+    plan = norm._plan(2, 32, 16, 8, 2, False)
+    there = torch.zeros(2, 32, 4, 4, device="meta")
+    assert norm._like((torch.zeros(2, 32, 4, 4),), (), plan) != norm._like((there,), (), plan)

@@ -4,8 +4,8 @@ with.
 The network keeps its convolutions (on a GPU those of 1 x 1 and of images are matrix products, and the
 pyramid's steps single convolutions), attention and parameters; its norms, its dropout, the blocks' resampling
 filter, the objective and the optimizer are torch's own. It is spared what makes the package's definitions
-exact and slow without a kernel: its noise and dropout come from torch's generators, and student and teacher do
-not share a dropout mask, which costs nothing and would be wrong in a real run.
+exact and slow without a kernel: its noise and dropout come from torch's generators, and student and teacher
+do not share a dropout mask, which costs nothing and would be wrong in a real run.
 """
 
 from __future__ import annotations

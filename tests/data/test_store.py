@@ -377,7 +377,11 @@ def test_a_missing_folder_names_the_command_that_makes_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("preset", presets.names())
-def test_a_preset_without_its_data_names_the_command_that_makes_it(preset: str, capsys) -> None:
+def test_a_preset_without_its_data_names_the_command_that_makes_it(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)  # `make demo` leaves data/digits in the checkout
+    (tmp_path / "setup.py").touch()
     with pytest.raises(InputError) as caught:
         open_store(Path(presets.get(preset).data.path))
     (command,) = re.findall(r"`ict-fast (prepare .*)`", str(caught.value))

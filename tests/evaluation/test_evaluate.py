@@ -29,7 +29,9 @@ class RemembersDigits(nn.Module):
         super().__init__()
         config = Config()
         self.config = dataclasses.replace(
-            config, network=dataclasses.replace(config.network, num_classes=num_classes)
+            config,
+            data=dataclasses.replace(config.data, path="not there"),  # data/digits is, after `make demo`
+            network=dataclasses.replace(config.network, num_classes=num_classes),
         )
         images, labels = load_digits()
         order = np.argsort(labels, kind="stable")

@@ -171,7 +171,8 @@ def test_a_reference_is_measured_once_by_the_search_and_by_evaluate(tmp_path: Pa
         tmp_path / "store", images, np.zeros(100, np.int64), source="test", recipe="none", classes=[]
     )
     network = replace(Config().network, num_classes=0, image_channels=3, channels=8)
-    model = ConsistencyModel(replace(Config(), network=network))
+    data = replace(Config().data, path="not there")  # data/digits is, after `make demo`
+    model = ConsistencyModel(replace(Config(), network=network, data=data))
     told: list[float] = []
 
     def distance() -> float:

@@ -21,12 +21,7 @@ from ict_fast.config import Config
 from ict_fast.consistency.model import noise_condition
 from ict_fast.networks.layers import FirDownsample, FirUpsample, ResidualBlock
 from ict_fast.training.step import TrainStep
-from ict_kernels import (
-    GroupNormSiLU,
-    NoiseLevels,
-    noise_level_grid,
-    noise_level_probabilities,
-)
+from ict_kernels import GroupNormSiLU, NoiseLevels, noise_level_grid, noise_level_probabilities
 
 
 class TorchNorm(nn.Module):

@@ -10,7 +10,6 @@ of each are profiled.
 from __future__ import annotations
 
 import gc
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from gpu_step_variants import AUTOTUNED, CAPTURED, CPU_VARIANTS, FLOOR, ON_REQUE
 from machine import ceilings, matrix_tflop_per_s, seconds_of
 from step_counts import count_step
 from step_profile import profile_steps
+from step_timing import time_steps
 from torch._dynamo.utils import counters
 
 from ict_fast import presets
@@ -203,9 +203,8 @@ def _measure_variant(
         if config.training.batch_size == batch:
             record["failed"][name] = problem
         return config
-    of_pass = {key: figures.pop(key) for key in ("ms_all", "host_ms", "matrix_tflop_per_s")}
-    entry = record["variants"].setdefault(name, {"passes": [], **figures})
-    entry["passes"].append(of_pass)
+    of_pass = figures.pop("pass")
+    record["variants"].setdefault(name, {"passes": [], **figures})["passes"].append(of_pass)
     return config
 
 
@@ -235,9 +234,7 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
     # What cuDNN and Inductor take to choose their kernels is no step's. A captured step has all it takes.
     if device.type == "cuda" and name != CAPTURED:
         torch.cuda.reset_peak_memory_stats()
-    times, host = time_steps(
-        lambda k: step(k, batches), range(WARM_UP_STEPS, WARM_UP_STEPS + TIMED_STEPS), device
-    )
+    times = time_steps(lambda k: step(k, batches), range(WARM_UP_STEPS, WARM_UP_STEPS + TIMED_STEPS), device)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     skipped, finite = int(state.optimizer.skipped), int(state.losses.count)
     if skipped or finite < WARM_UP_STEPS + TIMED_STEPS:
@@ -250,43 +247,10 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
         "first_step_s": round(first, 2),
         "graphs_in_cache": graphs,  # whether what was compiled beforehand is what the step needs
         "parameters": sum(p.numel() for p in state.network.parameters()),
-        "ms_all": times,
-        "host_ms": statistics.median(host),
-        "matrix_tflop_per_s": rate,
         "peak_memory_bytes": peak,
         "profile": profiled,
+        "pass": times.record() | {"matrix_tflop_per_s": rate},
     }
-
-
-def time_steps(
-    step: Callable[[int], object], numbers: Sequence[int], device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of every step, and until the host had queued it.
-
-    As in a run, where nothing waits for the device: it finds the next step queued when it ends one, unless
-    the host is the slower of the two. A host that is ahead waits for room in the queue, so that its part says
-    nothing of what it could do. The first of the steps begins on an idle device, and is not timed.
-
-    Args:
-        step: of its number.
-        numbers: of the steps, one more than are timed.
-        device: on a CPU the host's part is all.
-    """
-    marks: list[Any] = []
-    host = []
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    for number in numbers:
-        begun = time.perf_counter()
-        step(number)
-        host.append(1e3 * (time.perf_counter() - begun))
-        if device.type == "cuda":
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-    if device.type != "cuda":
-        return host[1:], host[1:]
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)], host[1:]
 
 
 def _matrix_rate(device: torch.device) -> float | None:

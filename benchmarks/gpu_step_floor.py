@@ -4,12 +4,17 @@ The calls are those that step_counts.py meets on fake tensors. Each is timed in 
 L2 does not hold, and counted as often as the step makes it. What the networks compute as matrix products
 (convolution.py) is timed as these and as a convolution, and counts as the faster. Depthwise convolutions,
 which only resample, are left out: a fused kernel could do their work elsewhere.
+
+Then all calls are timed as one sequence, for whether a device that is kept busy with them is as fast as where
+it waits between two of them.
 """
 
 from __future__ import annotations
 
+import random
+import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from gpu_timing import OURS, Stage, buffer_sets, differentiable, time_variants
 from step_counts import Call, TensorOf, heavy_calls
+from step_timing import time_steps
 from torch import Tensor
 
 from ict_fast.networks.convolution import (
@@ -31,6 +37,9 @@ from ict_fast.networks.convolution import (
 # Of a call: a step has more than a hundred distinct ones, whose sum is what counts.
 _ROUNDS = 5
 _IMAGE_CHANNELS = 3
+_PRODUCTS, _BACKWARD = "matrix products", "convolution_backward"
+# Of the sequence: the first few choose cuDNN's algorithms and fill the allocator's pool.
+_WARM_UP_SEQUENCES, _SEQUENCES = 2, 9
 # Where an operation's schema has the number of groups.
 _GROUPS = {"convolution": 8, "convolution_backward": 9}
 _ATTENTION = {"attention": flops.attention, "attention backward": flops.attention_backward}
@@ -45,17 +54,19 @@ def measure_floor(
         left: seconds that are left; no call is timed after them, so that the sum is of a part.
     Yields:
         After every call: share_of_flops that the sums cover; ms in all; ms by operation; one entry for each
-        distinct call: operation, shapes, dtype, count, ms of one.
+        distinct call: operation, shapes, dtype, count, ms of one, and as what it is the fastest. Then the
+        same with in_sequence, see `time_sequence`.
     """
     calls = floor_calls(heavy_calls(preset, images))
     work = {call: count * flops_of_call(call) for call, count in calls.items()}
     found: list[dict[str, Any]] = []
     by_operation: dict[str, float] = {}
-    covered = 0
+    fastest: dict[Call, str] = {}
+    covered, record = 0, {}
     for call in sorted(calls, key=lambda each: -work[each]):
         if left() <= 0:
             return
-        milliseconds = _where_a_step_calls_it(call, device)
+        milliseconds, fastest[call] = _where_a_step_calls_it(call, device)
         by_operation[call.operation] = by_operation.get(call.operation, 0.0) + calls[call] * milliseconds
         covered += work[call]
         tensors = [each for each in call.arguments if isinstance(each, TensorOf)]
@@ -66,14 +77,18 @@ def measure_floor(
                 "dtype": str(tensors[0].dtype).removeprefix("torch."),
                 "count": calls[call],
                 "ms": milliseconds,
+                "as": call.operation if fastest[call] == OURS else fastest[call],
             }
         )
-        yield {
+        record = {
             "share_of_flops": covered / sum(work.values()),
             "ms": sum(by_operation.values()),
             "ms_by_operation": dict(by_operation),
             "calls": list(found),
         }
+        yield record
+    if left() > 0:
+        yield record | {"in_sequence": time_sequence(calls, fastest, device)}
 
 
 def flops_of_call(call: Call) -> int:
@@ -105,17 +120,65 @@ def floor_calls(calls: Counter[Call]) -> Counter[Call]:
     )
 
 
-def _where_a_step_calls_it(call: Call, device: torch.device) -> float:
+def time_sequence(calls: Counter[Call], fastest: Mapping[Call, str], device: torch.device) -> dict[str, Any]:
+    """All calls of a step one behind the other, in a random order, those of its backward pass last.
+
+    Args:
+        calls: each with its number of times.
+        fastest: as what each is to be called, the variant that `time_call` gives.
+    Returns:
+        ms, the median; and how it was timed, as `StepTimes.record` has it.
+    """
+    order = list(calls.elements())
+    random.Random(0).shuffle(order)
+    operations = {call: _on_tensors_of_its_own(call, fastest[call], device) for call in calls}
+    backward = [operations[call] for call in order if call.operation == _BACKWARD]
+    forward = [operations[call] for call in order if call.operation != _BACKWARD]
+
+    def sequence(number: int) -> None:
+        _call_all(forward)
+        _in_backward(partial(_call_all, backward), device)
+
+    for number in range(_WARM_UP_SEQUENCES):
+        sequence(number)
+    times = time_steps(sequence, range(_SEQUENCES), device)
+    return {"ms": statistics.median(times.ms), **times.record()}
+
+
+def _call_all(operations: Sequence[Callable[[], object]]) -> None:
+    """Keeps no result: all of them would not fit into a device's memory."""
+    for each in operations:
+        each()
+
+
+def _on_tensors_of_its_own(call: Call, variant: str, device: torch.device) -> Callable[[], object]:
+    """A call as a function; of attention's backward pass, on what one forward pass has kept."""
+    made = [_made(each, device, torch.Generator(device).manual_seed(0)) for each in call.arguments]
+    if call.operation == "attention":
+        return partial(F.scaled_dot_product_attention, *made[:3])
+    if call.operation == "attention backward":
+        gradient, *leaves = made[:4]
+        output = F.scaled_dot_product_attention(*(each.requires_grad_() for each in leaves))
+        return partial(torch.autograd.grad, output, leaves, gradient, retain_graph=True)
+    product = _product_of(call) if variant == _PRODUCTS else None
+    return partial(product or getattr(torch.ops.aten, call.operation).default, *made)
+
+
+def _where_a_step_calls_it(call: Call, device: torch.device) -> tuple[float, str]:
     """`time_call`, of a backward pass's convolutions in autograd's thread.
 
     torch keeps which of cuDNN's algorithms is the fastest for each thread: here it would try them all again.
     """
-    if device.type != "cuda" or call.operation != "convolution_backward":
+    if call.operation != _BACKWARD:
         return time_call(call, device)
-    found: list[float] = []
-    leaf = torch.zeros((), device=device, requires_grad=True)
-    _InBackward.apply(leaf, lambda: found.append(time_call(call, device))).backward()
+    found: list[tuple[float, str]] = []
+    _in_backward(lambda: found.append(time_call(call, device)), device)
     return found[0]
+
+
+def _in_backward(work: Callable[[], object], device: torch.device) -> None:
+    """Does some work where autograd would: on a GPU, in a thread of its own."""
+    _InBackward.apply(torch.zeros((), device=device, requires_grad=True), work).backward()
 
 
 class _InBackward(torch.autograd.Function):
@@ -132,8 +195,8 @@ class _InBackward(torch.autograd.Function):
         return gradient, None
 
 
-def time_call(call: Call, device: torch.device) -> float:
-    """Milliseconds of one call on random tensors of its shapes, strides and dtypes."""
+def time_call(call: Call, device: torch.device) -> tuple[float, str]:
+    """Milliseconds of a call on random tensors of its shapes, strides and dtypes, and its fastest variant."""
     tensors = [each for each in call.arguments if isinstance(each, TensorOf)]
     moved = sum(each.numel * each.dtype.itemsize for each in tensors)
     sets = buffer_sets(moved, device)
@@ -146,9 +209,11 @@ def time_call(call: Call, device: torch.device) -> float:
         stages = {"forward": lambda number, _: operation(*arguments[number])}
     variants = {OURS: stages}
     if product := _product_of(call):
-        variants["matrix products"] = {"forward": lambda number, _: product(*arguments[number])}
+        variants[_PRODUCTS] = {"forward": lambda number, _: product(*arguments[number])}
     timings = time_variants(variants, sets, device, rounds=_ROUNDS)
-    return min(timings.medians(list(stages)[-1]).values())
+    medians = timings.medians(list(stages)[-1])
+    fastest = min(medians, key=lambda name: medians[name])
+    return medians[fastest], fastest
 
 
 def _product_of(call: Call) -> Callable[..., Any] | None:

@@ -61,10 +61,10 @@ VARIANTS: dict[str, Variant] = {
 WORDS = {
     "ours": OURS,
     "floor": FLOOR,
+    "graph": CAPTURED,
     "inductor": INDUCTOR,
     "tuned": TUNED,
     "plain": PLAIN,
-    "graph": CAPTURED,
     "uncompiled": UNCOMPILED,
     "max-autotune": AUTOTUNED,
 }

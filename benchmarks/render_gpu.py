@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,7 @@ def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
                 else ""
             )
             yield f"Convolutions and attention alone{of}: {floor['ms']:.1f} ms ({parts}){times}."
+        yield from _what_held_up(record)
         profiles = {each: of["profile"] for each, of in record["variants"].items() if "profile" in of}
         if profiles:
             yield "Where the time of a step goes, from two more that were profiled:"
@@ -213,6 +215,32 @@ def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
             times = ", ".join(f"{each} {figures['ms_per_step']:.1f} ms" for each, figures in variants.items())
             yield f"At {batch} images, for which not every variant has the memory: {times}."
         yield from _without_figures(record)
+
+
+def _what_held_up(record: dict[str, Any]) -> Iterator[str]:
+    """Of every pass, and of the floor's calls as one sequence: the host's lead, the clock, power, limits."""
+    timed = [(name, each) for name, of in record["variants"].items() for each in of.get("passes", ())]
+    if sequence := record.get("floor", {}).get("in_sequence"):
+        timed.append(("convolutions and attention, as one sequence", sequence))
+    rows = []
+    for name, each in timed:
+        if each.get("behind_ms") is None:
+            continue
+        gpu = each["gpu"]
+        limits = ", ".join(
+            f"{limit} {100 * share:.0f} %" for limit, share in gpu.get("limited_by", {}).items()
+        )
+        figures = [f"{statistics.median(each['ms_all']):.1f}", f"{each['behind_ms']:.1f}"]
+        figures += [str(each["device_allocations"])]
+        figures += [f"{gpu[key]:.0f}" if gpu else "" for key in ("sm_mhz", "watts")]
+        rows.append((name, *figures, limits))
+    if rows:
+        yield (
+            "What bounds these times: where the device is hardly behind the host, the host does; asking the"
+            " driver for memory waits for the device; limits are given with their share of the time."
+        )
+        head = ("timed", "ms", "device behind host, ms", "allocations", "MHz", "W", "limited by")
+        yield table(head, rows, right=1)
 
 
 def _without_figures(record: dict[str, Any]) -> Iterator[str]:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 gpu_step_blocks: Any = importlib.import_module("gpu_step_blocks")
 gpu_step: Any = importlib.import_module("gpu_step")
 floor: Any = importlib.import_module("gpu_step_floor")
+step_timing: Any = importlib.import_module("step_timing")
 variants: Any = importlib.import_module("gpu_step_variants")
 run_gpu: Any = importlib.import_module("run_gpu")
 
@@ -36,7 +37,7 @@ def measured_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, A
             images = config.training.batch_size
             if not fits(name, images):
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            figures = {"ms_all": [float(images)], "host_ms": 1.0, "matrix_tflop_per_s": None}
+            figures: dict[str, Any] = {"pass": {"ms_all": [float(images)], "host_ms": 1.0}}
             return figures | {"first_step_s": 1.0, "parameters": 1, "peak_memory_bytes": None}
 
         monkeypatch.setattr(gpu_step, "_time_variant", time_variant)
@@ -93,7 +94,7 @@ def test_variants_are_chosen_by_words_and_another_word_is_refused(
     with pytest.raises(SystemExit) as stopped:
         run_gpu.main([*words, "our"])
     assert stopped.value.code == 2
-    assert "ours, floor, inductor, tuned" in capsys.readouterr().err
+    assert "ours, floor, graph, inductor" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[s
         def time_variant(name: str, config: Any, device: torch.device) -> dict[str, Any]:
             clock[0] += seconds[name] / (2 if name in passed else 1)
             passed.add(name)
-            figures = {"ms_all": [10.0], "host_ms": 1.0, "matrix_tflop_per_s": None}
+            figures: dict[str, Any] = {"pass": {"ms_all": [10.0], "host_ms": 1.0}}
             return figures | {"first_step_s": 1.0, "parameters": 1, "peak_memory_bytes": 1}
 
         def floor(preset: str, images: int, device: Any, left: Callable[[], float]) -> Iterator[Any]:
@@ -141,7 +142,7 @@ def test_ours_comes_first_then_the_floor_and_what_the_time_does_not_reach_is_the
 ) -> None:
     seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0) | {variants.PLAIN: 12.0, variants.UNCOMPILED: 12.0}
     records = steps_on_a_gpu(seconds, 209.0)
-    compiled = [gpu_step.OURS, variants.INDUCTOR, variants.TUNED]
+    compiled = [gpu_step.OURS, variants.CAPTURED, variants.INDUCTOR]
     found = [list(each["variants"]) for each in records[:5]]
     assert found == [*[compiled[:1]] * 3, compiled[:2], compiled]
     # Before the last of the floor its sum is of a part, and says so.
@@ -149,7 +150,7 @@ def test_ours_comes_first_then_the_floor_and_what_the_time_does_not_reach_is_the
     assert records[2]["times_the_floor"] == 10.0 / 8.0
     # After 60 + 10 + 3 x 40 s nothing compiled fits any more, half as long, but what is not compiled.
     assert list(records[-1]["variants"]) == [*compiled, variants.PLAIN, variants.UNCOMPILED]
-    assert list(records[-1]["left_out"]) == [gpu_step.CAPTURED]
+    assert list(records[-1]["left_out"]) == [variants.TUNED]
 
 
 def test_a_second_pass_takes_half_and_the_floor_alone_can_be_measured(
@@ -204,40 +205,15 @@ def test_peak_memory_is_of_steps_after_the_first_ones_unless_they_are_captured(
         gpu_step, "profile_steps", lambda run, steps, device: (profiled.extend(steps) or {}, None)
     )
     monkeypatch.setattr(
-        gpu_step, "time_steps", lambda step, numbers, device: ([step(k) or 1.0 for k in numbers], [1.0])
+        gpu_step,
+        "time_steps",
+        lambda step, numbers, device: step_timing.StepTimes([step(k) or 1.0 for k in numbers], [1.0]),
     )
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append(len(ran)))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
     assert gpu_step._time_variant(name, None, SimpleNamespace(type="cuda"))["peak_memory_bytes"] == 7
     assert (seen, len(ran)) == (resets, 16)
     assert profiled == [16, 17], "after what is timed"
-
-
-def test_steps_are_timed_one_behind_the_other_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    happened: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = len(happened)
-            happened.append("event")
-
-        def elapsed_time(self, end: Event) -> float:
-            return float(end.at - self.at)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
-    times, host = gpu_step.time_steps(
-        lambda number: happened.append(f"step {number}"), range(5, 8), SimpleNamespace(type="cuda")
-    )
-    assert happened == ["wait", "step 5", "event", "step 6", "event", "step 7", "event", "wait"]
-    assert times == [2.0, 2.0]
-    assert len(host) == 2
-    times, host = gpu_step.time_steps(lambda number: None, range(3), CPU)
-    assert times == host
-    assert len(times) == 2
 
 
 def test_the_floor_times_convolutions_where_a_step_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,11 +225,8 @@ def test_the_floor_times_convolutions_where_a_step_calls_them(monkeypatch: pytes
         return 1.5
 
     monkeypatch.setattr(floor, "time_call", time_call)
-    monkeypatch.setattr(floor.torch, "zeros", lambda *_, **options: torch.ones((), requires_grad=True))
-    gpu = SimpleNamespace(type="cuda")
-    for operation in ("convolution", "convolution_backward"):
-        assert floor._where_a_step_calls_it(SimpleNamespace(operation=operation), gpu) == 1.5
-    assert floor._where_a_step_calls_it(SimpleNamespace(operation="convolution_backward"), CPU) == 1.5
+    for operation in ("convolution", "convolution_backward", "attention backward"):
+        assert floor._where_a_step_calls_it(SimpleNamespace(operation=operation), CPU) == 1.5
     assert within == [False, True, False]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,35 @@ def test_the_floor_takes_what_has_most_flops_first_and_says_how_much_it_covers()
     assert floor["share_of_flops"] == pytest.approx(sum(largest[:3]) / sum(largest))
     assert floor["ms"] == pytest.approx(sum(each["count"] * each["ms"] for each in floor["calls"]))
     assert len(floor["calls"]) == 3
+    assert "in_sequence" not in floor
+
+
+def test_the_floors_sequence_is_every_call_as_often_as_a_step_makes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = gpu_step_floor.floor_calls(gpu_step_floor.heavy_calls("digits", 4))
+    for name, number in (("_WARM_UP_SEQUENCES", 0), ("_SEQUENCES", 2)):
+        monkeypatch.setattr(gpu_step_floor, name, number)
+    with step_counts.Counting() as counting:
+        found = gpu_step_floor.time_sequence(
+            calls, dict.fromkeys(calls, gpu_step_floor.OURS), torch.device("cpu")
+        )
+    expected = Counter(
+        {call: 2 * count for call, count in calls.items() if "attention" not in call.operation}
+    )
+    assert {
+        call: count for call, count in counting.heavy.items() if "attention" not in call.operation
+    } == expected
+    assert [found["ms"]] == found["ms_all"]
+
+    def attention(of: Counter[Any], name: str) -> int:
+        return sum(count for call, count in of.items() if call.operation == name)
+
+    kinds = sum(call.operation == "attention backward" for call in calls)
+    assert kinds
+    assert attention(counting.heavy, "attention backward") == 2 * attention(calls, "attention backward")
+    # Each kind of a backward pass has run its forward pass once.
+    assert attention(counting.heavy, "attention") == 2 * attention(calls, "attention") + kinds
 
 
 def test_the_floor_is_all_dense_convolutions_and_the_attention() -> None:

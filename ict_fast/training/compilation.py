@@ -59,12 +59,16 @@ def compile_blocks(*networks: nn.Module, autotune: bool = False) -> int:
 
 
 def _configure() -> None:
+    import torch._functorch.config
     import torch._inductor.config
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # Inductor's advice to allow TF32 everywhere: where it may be is --training.precision's to say.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs where the gradients are reduced
+    # Backward passes as in eager mode. By itself torch compiles them under the autocast of the call, and what
+    # leaves autocast in its forward pass, as the noise embedding does, would be differentiated in bf16.
+    torch._functorch.config.backward_pass_autocast = "off"
     # Wrong gradients in torch 2.13 (pytorch issue 193061); the name is read when Inductor is imported.
     triton = torch._inductor.config.triton
     if hasattr(triton, "mix_order_reduction"):

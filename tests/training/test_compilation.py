@@ -187,16 +187,28 @@ def test_a_narrow_network_of_each_family_is_compiled_once(
     assert not counters["graph_break"]
 
 
+def _gradients_in(dtype: torch.dtype, step: TrainStep) -> set[str]:
+    """Parameters with a gradient all of whose values this dtype has, as one computed in it."""
+    return {name for name, p in step.network.named_parameters() if p.grad.to(dtype).float().equal(p.grad)}
+
+
 @pytest.mark.usefixtures("compiler")
 def test_only_the_switch_of_precision_compiles_anew(few_blocks: Config, batches: Callable) -> None:
-    """Not the measuring, which compares with gradients in fp32."""
-    config = replace(few_blocks, training=replace(few_blocks.training, precision="bf16"))
-    steps = _trained(config, "on", batches)
+    """Not the measuring, which compares with gradients in fp32. And no more is computed in few bits than in
+    eager mode."""
+    training = replace(few_blocks.training, precision="bf16", micro_batch=0)
+    config = replace(few_blocks, training=training)
+    size = training.batch_size  # sums of micro-batches' gradients would be in fp32
+    steps = _trained(config, "on", batches, size)
     step = next(steps)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs == 2 * 4
+    eager = _gradients_in(torch.bfloat16, next(_trained(config, "off", batches, size)))
+    assert {name for name in eager if name.endswith("conv0.weight")}
+    assert not {name for name in eager if "embedding" in name}
+    assert _gradients_in(torch.bfloat16, step) <= eager
     for _ in range(2):
-        measure_rounding(step, 1, [batches(config, k, 8) for k in range(2)])
+        measure_rounding(step, 1, [batches(config, k, size) for k in range(2)])
         assert counters["stats"]["unique_graphs"] == graphs
     step.set_trunk(torch.float16)
     next(steps)

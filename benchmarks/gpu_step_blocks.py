@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ict_fast.config import Config
 from ict_fast.networks import build_network
+from ict_fast.networks.casts import TrunkCasts
 from ict_fast.training.compilation import compile_blocks
 from ict_fast.training.launch import configure_torch
 from ict_fast.training.step import trunk_dtype
@@ -96,6 +97,7 @@ def _compile_block(
     compile_as(name, network)
     block = list(network.blocks())[number].to_empty(device=device)
     dtype = trunk_dtype(config.training.precision, device)
+    TrunkCasts([block], dtype if name == OURS else None)
 
     def activations(shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)

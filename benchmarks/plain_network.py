@@ -3,9 +3,9 @@ with.
 
 The network keeps its convolutions (on a GPU those of 1 x 1 and of images are matrix products, and the
 pyramid's steps single convolutions), attention and parameters; its norms, its dropout, the blocks' resampling
-filter, the objective and the optimizer are torch's own. It is spared what makes the package's definitions
-exact and slow without a kernel: its noise and dropout come from torch's generators, and student and teacher
-do not share a dropout mask, which costs nothing and would be wrong in a real run.
+filter, the casts of its weights, the objective and the optimizer are torch's own. It is spared what makes the
+package's definitions exact and slow without a kernel: its noise and dropout come from torch's generators, and
+student and teacher do not share a dropout mask, which costs nothing and would be wrong in a real run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ict_fast import consistency
 from ict_fast.config import Config
 from ict_fast.consistency.model import noise_condition
+from ict_fast.networks.casts import TrunkCasts
 from ict_fast.networks.layers import FirDownsample, FirUpsample, ResidualBlock
 from ict_fast.training.step import TrainStep
 from ict_kernels import GroupNormSiLU, NoiseLevels, noise_level_grid, noise_level_probabilities
@@ -157,5 +158,6 @@ class TorchOptimizer:
 def make_plain(step: TrainStep) -> None:
     """Turns a step of which nothing is compiled yet into torch's own, in place."""
     use_torchs_layers(step.network)
+    step.casts = TrunkCasts([step.network], None)  # autocast casts the weights wherever they are used
     step.objective = TorchObjective(step.network, step.config, step.device)  # type: ignore[assignment]
     step.optimizer = TorchOptimizer(step.network, step.config, step.device)  # type: ignore[assignment]

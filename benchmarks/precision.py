@@ -71,8 +71,7 @@ def gradient(step: TrainStep, num_scales: int, number: int, batch: Batch) -> Ten
     step.num_scales.fill_(num_scales)
     step.seed_and_step[1].fill_(number)
     while True:
-        step.optimizer.zero_grad()
-        step.backward(batch)
+        step.gradient([batch])
         grads = [p.grad for p in step.network.parameters() if p.grad is not None]
         flat = torch.cat([grad.flatten().double() for grad in grads])
         if step.loss_scale is None:

@@ -299,7 +299,7 @@ class ResidualBlock(nn.Module):
             condition = self.embedding(embedding)
         hidden = self._resampled(self.norm0(x_nchw))
         # The convolution's bias goes into the norm that follows: alone it would cost a pass over memory.
-        hidden = self.conv0.convolved(hidden, self.conv0.weight, None)
+        hidden = self.conv0(hidden, with_bias=False)
         assert self.conv0.bias is not None
         if self.adaptive_norm:
             scale, shift = condition.chunk(2, dim=1)

@@ -100,13 +100,36 @@ _conv2d.register_autograd(_backward_of_conv2d, setup_context=_keep_operands)
 # ---- what the layers call ----
 
 
+class _WithGradientOf(torch.autograd.Function):
+    """A cast of a parameter, whose gradient is the parameter's."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, cast: Tensor, parameter: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype  # type: ignore[attr-defined]
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient.to(ctx.dtype)  # type: ignore[attr-defined]
+
+
 class TrunkConv2d(nn.Conv2d):
-    """A convolution of the trunk: it follows autocast, and computes in TF32 if `tf32` is set."""
+    """A convolution of the trunk: it follows autocast, and computes in TF32 if `tf32` is set.
+
+    Attributes:
+        cast_weight, cast_bias: what autocast would make of the parameters, if that is kept; see casts.py.
+    """
 
     tf32 = False
+    cast_weight: Tensor | None = None
+    cast_bias: Tensor | None = None
 
-    def forward(self, x_nchw: Tensor) -> Tensor:
-        return self.convolved(x_nchw, self.weight, self.bias)
+    def forward(self, x_nchw: Tensor, *, with_bias: bool = True) -> Tensor:
+        weight, bias = self.weight, self.bias if with_bias else None
+        if self.cast_weight is not None and x_nchw.dtype == self.cast_weight.dtype:
+            weight = _WithGradientOf.apply(self.cast_weight, weight)
+            bias = None if bias is None else _WithGradientOf.apply(self.cast_bias, bias)
+        return self.convolved(x_nchw, weight, bias)
 
     def convolved(self, x_nchw: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
         """With these instead of the layer's own."""

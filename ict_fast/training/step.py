@@ -17,6 +17,7 @@ from ict_fast.config import Config
 from ict_fast.consistency.model import build_seeded_network
 from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
+from ict_fast.networks.casts import TrunkCasts
 from ict_fast.networks.tf32 import set_tf32
 from ict_fast.training.adam_ema import AdamEMA
 from ict_fast.training.averages import Averages, ema_decay
@@ -45,6 +46,7 @@ class TrainStep:
         optimizer: RAdam with the average of the weights.
         averages: the further averages.
         compiled_blocks: how many residual blocks are compiled when they are first called.
+        casts: of the trunk's weights, made anew whenever a gradient is to be computed.
         loss_scale: of an fp16 trunk, else None.
         roundings: what was measured to choose the trunk's arithmetic so far, as JSON values; see `precision`.
         losses: sums of the losses since `reset_losses`.
@@ -119,6 +121,8 @@ class TrainStep:
     def set_trunk(self, dtype: torch.dtype | None) -> None:
         """Computes in this dtype from now on, None for fp32; fp16 begins with a new loss scale."""
         self.autocast_dtype = dtype
+        networks = (self.network,) if self.teacher is None else (self.network, self.teacher)
+        self.casts = TrunkCasts(networks, dtype)
         if dtype is torch.float16:
             self.loss_scale = LossScale(self.device)
             self.optimizer.grad_scale = self.loss_scale.value
@@ -163,6 +167,7 @@ class TrainStep:
             The sum of what `backward` returns, in this process.
         """
         self.clear_gradients()
+        self.casts.refresh()
         figures = torch.zeros(1 + 2 * BUCKETS, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             with self._gathering_only() if number < len(micro_batches) else nullcontext():

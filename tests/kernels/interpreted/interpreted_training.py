@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 import ict_kernels
 from ict_fast import presets
+from ict_fast.networks.casts import TrunkCasts
+from ict_fast.networks.layers import ResidualBlock
 from ict_fast.training.step import TrainStep
 
 STEPS = 3
@@ -56,3 +59,33 @@ def test_the_kernels_train_as_the_definitions_do(adaptive_norm: bool) -> None:
     cosine = torch.nn.functional.cosine_similarity(kernels[1], eager[1], dim=0)
     assert float(cosine) > 1 - 1e-5
     torch.testing.assert_close(kernels[2], eager[2], rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_student_and_teacher_are_one_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: a rounding that differs between code with and without gradients would be in every loss.
+
+    Eager definitions, which no GPU runs, are compiled into what stands around them, and do differ.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    ict_kernels.set_backend("triton")
+    torch.manual_seed(0)
+    block = ResidualBlock(
+        12, 8, embedding_channels=4, eps=1e-5, adaptive_norm=True, dropout=0.3, skip_scale=0.5**0.5,
+        attention=True, head_channels=4,
+    )  # fmt: skip
+    TrunkCasts([block], torch.bfloat16).refresh()
+    torch._dynamo.reset()
+    block.compile(fullgraph=True, dynamic=False)
+    x, skip = (
+        torch.randn(2, width, 8, 8).bfloat16().to(memory_format=torch.channels_last) for width in (4, 8)
+    )
+    arguments = (torch.randn(2, 4), torch.tensor([3, 5]), torch.tensor(0))
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.no_grad():
+            teacher = block(x, *arguments, skip_nchw=skip)
+        student = block(x, *arguments, skip_nchw=skip)
+    assert student.requires_grad
+    assert student.detach().equal(teacher)
+    assert teacher.float().std() > 0.1

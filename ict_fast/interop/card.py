@@ -10,6 +10,7 @@ from typing import Any
 from ict_fast.checkpoint import Checkpoint
 from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.curriculum import read_extensions
+from ict_fast.interop.description import average_of
 from ict_fast.interop.imported import KINDS
 from ict_fast.version import __version__
 
@@ -40,10 +41,11 @@ def model_card(
     state = checkpoint.state
     source = state.get("imported")
     origin = source.get("origin") if source else None
-    again = ""
+    which, again = average_of(checkpoint), ""
     if origin is not None:  # an export that was imported: its model comes from where it said
         source, state = origin["imported"], origin
         weights, step, version = origin["weights"], origin["step"], origin["ict_fast"]
+        which = origin.get("average")
         if source is None:
             config = from_dict(origin["config"], str(checkpoint.path / "state.json"))
             again = f" Imported from an export, and exported again by ict-fast {__version__}."
@@ -76,7 +78,7 @@ def model_card(
         lines += [
             f"Trained by ict-fast {version}, preset `{config.preset}`, {step:,} of"
             f" {config.training.total_steps:,} steps of {config.training.batch_size:,} images; the {average}"
-            f" weights, fp32.{again}",
+            f" weights, fp32{f': {which}' if which else ''}.{again}",
         ]
         began = state.get("init")
         if began:
@@ -106,7 +108,7 @@ def model_card(
         f"| second step at sigma | {method.second_sigma:.6g} |",
     ]
     if source is None:
-        lines += ["", "## Method", "", *_method(config)]
+        lines += ["", "## Method", "", *_method(config, which)]
     lines += ["", "## Data", "", *_data(config, state, source is not None, origin is None)]
     lines += ["", "## Metrics", "", *metrics]
     lines += ["", "## Configuration", "", "```json", json.dumps(to_dict(config), indent=1), "```", ""]
@@ -125,8 +127,10 @@ def _usage() -> str:
     )
 
 
-def _method(config: Config) -> list[str]:
+def _method(config: Config, which: str | None) -> list[str]:
+    """`which` average, if it is not the run's own."""
     method, optimizer = config.method, config.optimizer
+    own = "" if which else f", EMA {optimizer.ema_decay}"
     return [
         "| | |",
         "| --- | --- |",
@@ -135,7 +139,7 @@ def _method(config: Config) -> list[str]:
         f"| weighting | {method.weighting} |",
         f"| metric | {method.metric} |",
         f"| teacher | {method.teacher} |",
-        f"| optimizer | {optimizer.name}, learning rate {optimizer.lr}, EMA {optimizer.ema_decay} |",
+        f"| optimizer | {optimizer.name}, learning rate {optimizer.lr}{own} |",
         f"| dropout | {config.network.dropout} |",
         f"| seed | {config.training.seed} |",
     ]

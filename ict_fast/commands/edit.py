@@ -64,6 +64,7 @@ def run(options: EditOptions) -> int:
     import torch
 
     from ict_fast.consistency import editing, load_model
+    from ict_fast.consistency.sampling import DIVERGED
     from ict_fast.data.pictures import image_grid, to_uint8
     from ict_fast.training.launch import configure_torch, resolve_device
 
@@ -98,7 +99,7 @@ def run(options: EditOptions) -> int:
             **more,
         )
     if not bool(edited.isfinite().all()):
-        raise TrainingError(f"the images of {options.run} are not finite: its training has diverged")
+        raise TrainingError(f"the images of {options.run} are not finite: {DIVERGED}")
     if out.suffix == ".png" and not out.is_dir():
         shown = _known(options.how, images, more.get("hole"), network.resolution)
         shown = shown.expand(-1, network.image_channels, -1, -1)

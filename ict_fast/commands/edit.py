@@ -74,6 +74,7 @@ def run(options: EditOptions) -> int:
     network = model.config.network
     total = len(files) * options.variants
     results.require_room(out, total * network.image_channels * network.resolution**2)
+    results.require_grid(out, len(files) + total, network.resolution, columns=len(files))
     images = _read(files, 1 if options.how == "colorize" else network.image_channels)
     height, width = images.shape[-2:]
     if options.how != "upscale" and (height, width) != (network.resolution,) * 2:

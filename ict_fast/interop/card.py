@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -186,10 +187,18 @@ def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
     lines = ["| steps | Fréchet distance |", "| --- | --- |"]
     for name, entry in result.items():
         if name.endswith("_step") and isinstance(entry, dict) and "frechet_distance" in entry:
-            lines.append(f"| {name.removesuffix('_step')} | {entry['frechet_distance']:.4g} |")
-    features = result.get("features", {})
-    name = features.get("name", "not named") if isinstance(features, dict) else str(features)
-    return [*lines, "", f"{result.get('count')} samples, seed {result.get('seed')}, features: {name}."]
+            distance = entry["frechet_distance"]
+            is_number = type(distance) in (int, float) and math.isfinite(distance)
+            shown = f"{distance:.4g}" if is_number else "not available"
+            lines.append(f"| {name.removesuffix('_step')} | {shown} |")
+    features = result.get("features")
+    named = features.get("name") if isinstance(features, dict) else features
+    facts = [
+        words.format(result[key])
+        for key, words in (("count", "{} samples"), ("seed", "seed {}"))
+        if type(result.get(key)) is int
+    ]
+    return [*lines, "", ", ".join([*facts, f"features: {named or 'not named'}."])]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -89,6 +89,23 @@ def require_room(out: Path, size: int) -> None:
             )
 
 
+def require_grid(out: Path, count: int, resolution: int, columns: int | None = None) -> None:
+    """Raises InputError if `out` is one picture, and a grid of so many images too large to be looked at.
+
+    Args:
+        columns: images in a row; by default about as many as rows.
+    """
+    from ict_fast.data.pictures import LARGEST_GRID, grid_shape
+
+    height, width = grid_shape(count, resolution, resolution, columns)
+    if out.suffix == ".png" and not _is_folder(out) and height * width > LARGEST_GRID:
+        raise InputError(
+            f"--out is {out}, and a grid of {count:,} images of {resolution}x{resolution} is a picture of"
+            f" {width:,}x{height:,} pixels, too large to be shown; name a folder, for a PNG of each, or a"
+            " FILE.npz"
+        )
+
+
 def save_samples(images: np.ndarray, labels: Sequence[int] | torch.Tensor | None, out: Path) -> None:
     """Writes images as a grid (.png), as arrays (.npz: arr_0, arr_1), or as one PNG each (a folder).
 

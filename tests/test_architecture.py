@@ -30,6 +30,7 @@ FLOORS: dict[str, float] = {
     # What everybody may use, and what uses nobody: configuration, errors, files.
     "ict_fast.checkpoint": 4,
     "ict_fast.presets": 4,
+    "ict_fast.children": 5,
     "ict_fast.config": 5,
     "ict_fast.durable": 5,
     "ict_fast.hardware": 5,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ict_fast.errors import InputError
-from ict_fast.results import require_room, save_samples, unfinished
+from ict_fast.results import require_grid, require_room, save_samples, unfinished
 
 
 def test_an_npz_of_samples_has_the_arrays_of_openais_evaluator(tmp_path: Path) -> None:
@@ -64,6 +64,18 @@ def test_more_pixels_than_there_is_room_for_are_refused(
         require_room(tmp_path / "new/a.npz", 10**6 + 1)
     with pytest.raises(InputError, match="of memory; make fewer"):
         require_room(tmp_path / "a.png", 10**15)
+
+
+def test_a_grid_that_nothing_could_show_is_refused_and_one_file_each_is_not(tmp_path: Path) -> None:
+    for count, resolution in ((100_000, 8), (50_000, 32), (15_000, 64)):
+        require_grid(tmp_path / "a.png", count, resolution)
+    said = r"a grid of 50,000 images of 64x64 is a picture of 14,561x14,561 pixels, .*; name a folder"
+    with pytest.raises(InputError, match=said):
+        require_grid(tmp_path / "a.png", 50_000, 64)
+    for other in ("folder", "a.npz"):
+        require_grid(tmp_path / other, 50_000, 64)
+    with pytest.raises(InputError, match=r"of 65,001x1,301 pixels"):  # a column for each file that is edited
+        require_grid(tmp_path / "a.png", 20_000, 64, columns=1000)
 
 
 def test_two_processes_do_not_share_unfinished_work(tmp_path: Path) -> None:

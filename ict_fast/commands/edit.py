@@ -64,6 +64,7 @@ def run(options: EditOptions) -> int:
     import torch
 
     from ict_fast.consistency import editing, load_model
+    from ict_fast.consistency.sampling import DIVERGED
     from ict_fast.data.pictures import image_grid, to_uint8
     from ict_fast.training.launch import configure_torch, resolve_device
 
@@ -73,6 +74,7 @@ def run(options: EditOptions) -> int:
     network = model.config.network
     total = len(files) * options.variants
     results.require_room(out, total * network.image_channels * network.resolution**2)
+    results.require_grid(out, len(files) + total, network.resolution, columns=len(files))
     images = _read(files, 1 if options.how == "colorize" else network.image_channels)
     height, width = images.shape[-2:]
     if options.how != "upscale" and (height, width) != (network.resolution,) * 2:
@@ -98,7 +100,7 @@ def run(options: EditOptions) -> int:
             **more,
         )
     if not bool(edited.isfinite().all()):
-        raise TrainingError(f"the images of {options.run} are not finite: its training has diverged")
+        raise TrainingError(f"the images of {options.run} are not finite: {DIVERGED}")
     if out.suffix == ".png" and not out.is_dir():
         shown = _known(options.how, images, more.get("hole"), network.resolution)
         shown = shown.expand(-1, network.image_channels, -1, -1)

@@ -80,6 +80,7 @@ def run(options: SampleOptions) -> int:
     model = load_model(options.run, weights=group_of(options.ema)).to(device)
     network = model.config.network
     results.require_room(out, options.count * network.image_channels * network.resolution**2)
+    results.require_grid(out, options.count, network.resolution)
     labels = None
     if network.num_classes or options.labels:
         classes = torch.tensor(options.labels or range(network.num_classes))

@@ -107,6 +107,9 @@ def run(options: SearchSigmaOptions) -> int:
             progress=progress,
         )
 
+    for warning in (*distance.warnings, *distance.too_few(options.count)):  # before what may take an hour
+        say(f"warning: {warning}")
+
     def trace(searches: list[SigmaSearch]) -> bytes:
         result = {
             "checkpoint": checkpoint.path.name,
@@ -143,8 +146,6 @@ def run(options: SearchSigmaOptions) -> int:
         kept = f"what was tried is in {partial}" if partial.exists() else "nothing was tried yet"
         print(f"ict-fast: interrupted; {kept}", file=sys.stderr)
         return errors.EXIT_SIGINT
-    for warning in distance.warnings:
-        say(f"warning: {warning}")
     sigmas = [search.best[0] for search in searches]
     for number, search in enumerate(searches, start=2):
         for sigma, measured in sorted(search.tried):

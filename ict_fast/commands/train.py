@@ -96,15 +96,15 @@ def default_options(preset_name: str, out: str | None, init: str | None) -> Trai
     preset = presets.get(preset_name)
     sections = {section: getattr(preset, section) for section in SECTIONS}
     folder = Path("runs") / preset.preset if out is None else Path(out)
-    begun = folder / "init.json"
-    if begun.exists() and (folder / "config.json").exists():
-        sections["network"] = _stored_config(folder / "config.json", ()).network
-    elif init is not None:
-        theirs = network_of(Path(init))
-        mine = preset.network
-        sections["network"] = dataclasses.replace(
-            theirs, dropout=mine.dropout, dropout_max_resolution=mine.dropout_max_resolution
-        )
+    if init is not None or (folder / "init.json").exists():
+        there = _network_of_run(folder)
+        if there is not None:
+            sections["network"] = there
+        elif init is not None:
+            theirs, mine = network_of(Path(init)), preset.network
+            sections["network"] = dataclasses.replace(
+                theirs, dropout=mine.dropout, dropout_max_resolution=mine.dropout_max_resolution
+            )
     return TrainOptions(preset=preset.preset, **sections)
 
 
@@ -116,11 +116,8 @@ def network_of(path: Path) -> NetworkConfig:
     """
     if (path / "state.json").exists():
         return _stored_config(path / "state.json", ("config",)).network
-    for file in sorted(path.glob("checkpoints/step-*/state.json"), reverse=True):
-        try:
-            return _stored_config(file, ("config",)).network
-        except InputError:
-            continue
+    if (newest := _newest_network(path)) is not None:
+        return newest
     for name, source in (("config.json", "safetensors"), ("model_index.json", "diffusers")):
         if (path / name).exists() and not (path / "checkpoints").exists():
             raise InputError(
@@ -128,6 +125,22 @@ def network_of(path: Path) -> NetworkConfig:
                 f" `ict-fast import {source} {path} --out DIR` first, then --init DIR"
             )
     raise InputError(f"--init {path}: there is no run, checkpoint or imported model")
+
+
+def _network_of_run(folder: Path) -> NetworkConfig | None:
+    """That of config.json or, if it is lost, of the checkpoints; None if there is no run to resume."""
+    if (folder / "config.json").exists():
+        return _stored_config(folder / "config.json", ()).network
+    return _newest_network(folder)
+
+
+def _newest_network(run: Path) -> NetworkConfig | None:
+    for file in sorted(run.glob("checkpoints/step-*/state.json"), reverse=True):
+        try:
+            return _stored_config(file, ("config",)).network
+        except InputError:
+            continue
+    return None
 
 
 def _stored_config(file: Path, keys: tuple[str, ...]) -> Config:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # Images per forward pass.
 BATCH_SIZE = 256
+DIVERGED = (
+    "the model's training has diverged; take an earlier checkpoint, or train again with a lower learning rate"
+)
+"""Why images are not finite, and what helps."""
 
 
 def sampling_sigmas(steps: int, method: MethodConfig) -> tuple[float, ...]:
@@ -161,8 +165,7 @@ def sample_pixels(
     if broken:
         raise TrainingError(
             f"{broken} of {count} images sampled in {steps} step{'s' if steps > 1 else ''} hold NaN or"
-            " infinite values: the model's training has diverged; take an earlier checkpoint, or train again"
-            " with a lower learning rate"
+            f" infinite values: {DIVERGED}"
         )
     return pixels
 

@@ -12,6 +12,9 @@ from PIL import Image
 
 from ict_fast.durable import replace_durably
 
+LARGEST_GRID = 2**26
+"""Pixels of a picture. Of more, Pillow warns from 1.3 times and refuses from 2.7 times as many, and viewers
+give up."""
 _LEGIBLE = 48  # a tile of fewer pixels than this is hard to see on a screen
 
 
@@ -27,6 +30,15 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def grid_shape(
+    count: int, height: int, width: int, columns: int | None = None, padding: int = 1
+) -> tuple[int, int]:
+    """Height and width of the picture of `image_grid` that is not enlarged, in pixels; see there."""
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    return rows * (height + padding) + padding, columns * (width + padding) + padding
+
+
 def image_grid(
     images: np.ndarray, columns: int | None = None, scale: int | None = None, padding: int = 1
 ) -> Image.Image:
@@ -35,7 +47,8 @@ def image_grid(
     Args:
         images: uint8 (N, H, W, C), C = 1 or 3, N > 0.
         columns: tiles per row; by default about as many as rows.
-        scale: pixels of the picture per pixel of an image; by default so many that a tile has at least 48.
+        scale: pixels of the picture per pixel of an image; by default so many that a tile has at least 48,
+            if the picture then has no more than LARGEST_GRID.
         padding: white between and around the tiles, in pixels of the images.
     Returns:
         A picture of (rows (H + padding) + padding) scale by (columns (W + padding) + padding) scale.
@@ -46,11 +59,11 @@ def image_grid(
         raise ValueError(f"a grid of {images.dtype} {images.shape}; it takes uint8 (N, H, W, C), C = 1 or 3")
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    scale = scale or math.ceil(_LEGIBLE / min(height, width))
-    canvas = np.full(
-        (rows * (height + padding) + padding, columns * (width + padding) + padding, channels), 255, np.uint8
-    )
+    shape = grid_shape(count, height, width, columns, padding)
+    if scale is None:
+        affordable = math.isqrt(LARGEST_GRID // math.prod(shape))
+        scale = max(1, min(math.ceil(_LEGIBLE / min(height, width)), affordable))
+    canvas = np.full((*shape, channels), 255, np.uint8)
     for number, image in enumerate(images):
         top = padding + number // columns * (height + padding)
         left = padding + number % columns * (width + padding)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import signal
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 import numpy as np
 
+from ict_fast.children import deaf_to_interrupts
 from ict_fast.data.partial_store import Piece
 from ict_fast.data.sources.source import Source
 from ict_fast.errors import InputError
@@ -84,14 +83,8 @@ def _start_worker(source: Source) -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve, args=(theirs, source), daemon=True)
-    # The first start of any process would start it too, and that unblocks SIGINT again.
-    resource_tracker.ensure_running()
-    # Inherited, so that Ctrl-C, which a terminal sends to all, does not make each of them complain.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    with deaf_to_interrupts():
         worker.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return ours, worker
 

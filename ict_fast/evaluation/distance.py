@@ -20,7 +20,7 @@ from ict_fast.evaluation.measured_reference import (
 )
 from ict_fast.evaluation.processes import compute_chunks
 from ict_fast.evaluation.reference import check_reference, open_reference
-from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums
+from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums, too_few
 
 _IMAGES = 1024  # whose features are held at a time
 
@@ -59,14 +59,18 @@ class DistanceToReference:
         resolution = model.config.network.resolution
         self._network = choose_network(self.reference, resolution, features, features_sha256)
         if self.reference.statistics is not None:
-            self._statistics = self.reference.statistics
+            self._statistics, self._count = self.reference.statistics, None
         else:
             files = cache_files(self.reference, self._network)
             measured = read_cached(files, self._network)
             if measured is None:
                 measured = self._measured(model, progress or (lambda fraction, text: None))
                 keep(files, measured)
-            self._statistics = measured.statistics
+            self._statistics, self._count = measured.statistics, measured.count
+
+    def too_few(self, count: int) -> list[str]:
+        """Warnings, if distances to so many images would say little; see `statistics.too_few`."""
+        return too_few(self._network.num_features, count, self._count)
 
     def to(self, images: np.ndarray) -> float:
         """The distance to at least 2 images, uint8 (N, H, W, C); 0 for equal statistics."""

@@ -47,7 +47,7 @@ from ict_fast.evaluation.metrics import (
 )
 from ict_fast.evaluation.processes import compute_chunks, threads_each
 from ict_fast.evaluation.reference import Reference, check_reference, labels_as_in, open_reference
-from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums
+from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums, too_few
 from ict_fast.evaluation.table import key
 from ict_fast.version import __version__
 
@@ -185,7 +185,7 @@ def evaluate(
         "features": _about(network),
         "precision_recall_neighbours": NEIGHBOURS,
         "not_available": _not_available(network, measured, count),
-        "warnings": [*warnings, *_too_few(network, measured, count)],
+        "warnings": [*warnings, *too_few(network.num_features, count, measured.count)],
         "model_sha256": weights_sha256(model),
         "reference_path": str(reference),
         "reference_fingerprint": opened.fingerprint,
@@ -288,17 +288,6 @@ def _not_available(network: FeatureNetwork, measured: MeasuredReference, count: 
     if isinstance(network, TorchScriptNetwork) and not network.has_probabilities:
         missing["inception_score"] = "the features file gives no probabilities of classes"
     return missing
-
-
-def _too_few(network: FeatureNetwork, measured: MeasuredReference, count: int) -> list[str]:
-    """Warnings of covariances that are singular for want of images."""
-    sets = {"generated": count, "reference": measured.count or network.num_features + 1}
-    return [
-        f"{number:,} {what} images for {network.num_features:,} features: their covariance is singular, and"
-        " the Fréchet distance is far too large"
-        for what, number in sets.items()
-        if number <= network.num_features
-    ]
 
 
 def _device_name(device: torch.device) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ict_fast.children import deaf_to_interrupts
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.evaluation.chunks import Chunk, Finished, Work, in_words
 from ict_fast.hardware import usable_cores
@@ -82,7 +83,8 @@ def _in_processes(
             share = list(todo[number :: len(devices)])
             given = (work, share, finished, place, threads, there)
             process = context.Process(target=_serve, args=given, daemon=True)
-            process.start()
+            with deaf_to_interrupts():
+                process.start()
             there.close()  # so that the end of the process is the end of the pipe
             processes.append(process)
             pipes.append(here)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ict_fast.consistency.model import ConsistencyModel
-from ict_fast.consistency.sampling import BATCH_SIZE, sampling_step
+from ict_fast.consistency.sampling import BATCH_SIZE, DIVERGED, sampling_step
 from ict_fast.data.pictures import to_uint8
 from ict_fast.errors import InputError, TrainingError
 
@@ -217,5 +217,5 @@ def _stepped(
         model.train(training)
     result = torch.cat(stepped)
     if not bool(result.isfinite().all()):
-        raise TrainingError(f"images at sigma {sigma:.4g} are not finite: the model's training has diverged")
+        raise TrainingError(f"images at sigma {sigma:.4g} are not finite: {DIVERGED}")
     return result

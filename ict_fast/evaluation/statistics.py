@@ -90,6 +90,20 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     return max(0.0, means + traces - 2 * float(roots.sum()))
 
 
+def too_few(num_features: int, generated: int, reference: int | None) -> list[str]:
+    """Warnings of covariances that are singular for want of images.
+
+    Args:
+        generated, reference: images in each set; None if it is not known.
+    """
+    return [
+        f"{number:,} {what} images for {num_features:,} features: their covariance is singular, and the"
+        " Fréchet distance is far too large"
+        for what, number in (("generated", generated), ("reference", reference))
+        if number is not None and number <= num_features
+    ]
+
+
 def _root(covariance: np.ndarray) -> torch.Tensor:
     """A with A A' = covariance; eigenvalues that rounding has made negative are zero."""
     values, vectors = torch.linalg.eigh(torch.from_numpy(covariance))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ict_fast.checkpoint import Checkpoint
 from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.curriculum import read_extensions
+from ict_fast.interop.description import average_of
 from ict_fast.interop.imported import KINDS
 from ict_fast.version import __version__
 
@@ -40,10 +42,11 @@ def model_card(
     state = checkpoint.state
     source = state.get("imported")
     origin = source.get("origin") if source else None
-    again = ""
+    which, again = average_of(checkpoint), ""
     if origin is not None:  # an export that was imported: its model comes from where it said
         source, state = origin["imported"], origin
         weights, step, version = origin["weights"], origin["step"], origin["ict_fast"]
+        which = origin.get("average")
         if source is None:
             config = from_dict(origin["config"], str(checkpoint.path / "state.json"))
             again = f" Imported from an export, and exported again by ict-fast {__version__}."
@@ -76,7 +79,7 @@ def model_card(
         lines += [
             f"Trained by ict-fast {version}, preset `{config.preset}`, {step:,} of"
             f" {config.training.total_steps:,} steps of {config.training.batch_size:,} images; the {average}"
-            f" weights, fp32.{again}",
+            f" weights, fp32{f': {which}' if which else ''}.{again}",
         ]
         began = state.get("init")
         if began:
@@ -106,7 +109,7 @@ def model_card(
         f"| second step at sigma | {method.second_sigma:.6g} |",
     ]
     if source is None:
-        lines += ["", "## Method", "", *_method(config)]
+        lines += ["", "## Method", "", *_method(config, which)]
     lines += ["", "## Data", "", *_data(config, state, source is not None, origin is None)]
     lines += ["", "## Metrics", "", *metrics]
     lines += ["", "## Configuration", "", "```json", json.dumps(to_dict(config), indent=1), "```", ""]
@@ -125,8 +128,10 @@ def _usage() -> str:
     )
 
 
-def _method(config: Config) -> list[str]:
+def _method(config: Config, which: str | None) -> list[str]:
+    """`which` average, if it is not the run's own."""
     method, optimizer = config.method, config.optimizer
+    own = "" if which else f", EMA {optimizer.ema_decay}"
     return [
         "| | |",
         "| --- | --- |",
@@ -135,7 +140,7 @@ def _method(config: Config) -> list[str]:
         f"| weighting | {method.weighting} |",
         f"| metric | {method.metric} |",
         f"| teacher | {method.teacher} |",
-        f"| optimizer | {optimizer.name}, learning rate {optimizer.lr}, EMA {optimizer.ema_decay} |",
+        f"| optimizer | {optimizer.name}, learning rate {optimizer.lr}{own} |",
         f"| dropout | {config.network.dropout} |",
         f"| seed | {config.training.seed} |",
     ]
@@ -182,10 +187,18 @@ def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
     lines = ["| steps | Fréchet distance |", "| --- | --- |"]
     for name, entry in result.items():
         if name.endswith("_step") and isinstance(entry, dict) and "frechet_distance" in entry:
-            lines.append(f"| {name.removesuffix('_step')} | {entry['frechet_distance']:.4g} |")
-    features = result.get("features", {})
-    name = features.get("name", "not named") if isinstance(features, dict) else str(features)
-    return [*lines, "", f"{result.get('count')} samples, seed {result.get('seed')}, features: {name}."]
+            distance = entry["frechet_distance"]
+            is_number = type(distance) in (int, float) and math.isfinite(distance)
+            shown = f"{distance:.4g}" if is_number else "not available"
+            lines.append(f"| {name.removesuffix('_step')} | {shown} |")
+    features = result.get("features")
+    named = features.get("name") if isinstance(features, dict) else features
+    facts = [
+        words.format(result[key])
+        for key, words in (("count", "{} samples"), ("seed", "seed {}"))
+        if type(result.get(key)) is int
+    ]
+    return [*lines, "", ", ".join([*facts, f"features: {named or 'not named'}."])]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -17,6 +17,10 @@ from ict_fast.version import __version__
 
 FORMAT = "ict-fast model"
 _LONGEST_TEXT = 1000
+_MADE_AFTERWARDS = {
+    "sigma_rel": "the power-function average of relative width (sigma_rel)",
+    "decay": "the exponential average of decay",
+}
 _TEXTS_OF_SOURCE = ("file", "sha256", "layout", "kind")
 
 
@@ -39,6 +43,7 @@ def describe(
         "ict_fast": __version__,
         "step": checkpoint.step,
         "weights": weights,
+        "average": average_of(checkpoint),
         "fingerprint": fingerprint(tensors),
         "data_fingerprint": checkpoint.state.get("data_fingerprint"),
         "init": initial["path"] if initial else None,
@@ -51,7 +56,7 @@ def check_state(checkpoint: Checkpoint) -> None:
     """Checks what a checkpoint, which a stranger may have written, says of where its weights come from.
 
     Raises:
-        InputError: naming what is altered in `imported` or `init`.
+        InputError: naming what is altered in `imported`, `init` or `reconstruction`.
     """
     file, source = checkpoint.path / "state.json", checkpoint.state.get("imported")
     if source is not None:
@@ -63,6 +68,24 @@ def check_state(checkpoint: Checkpoint) -> None:
         if not isinstance(initial, dict):
             raise InputError(f"{file}: altered, its record of --init is a {type(initial).__name__}")
         _text(file, initial, "path")
+    average_of(checkpoint)
+
+
+def average_of(checkpoint: Checkpoint) -> str | None:
+    """Which average a folder of `ict-fast ema` holds, in words; None for a run's own.
+
+    Raises:
+        InputError: if the record of it is altered.
+    """
+    file, made = checkpoint.path / "state.json", checkpoint.state.get("reconstruction")
+    if made is None:
+        return None
+    for name, words in _MADE_AFTERWARDS.items():
+        if isinstance(made, dict) and isinstance(made.get(name), float):
+            # Older records do not name their run.
+            run = f" of the run {_text(file, made, 'run')}" if "run" in made else ""
+            return f"{words} {made[name]}, made from the snapshots{run}"
+    raise InputError(f"{file}: altered, its record of `ict-fast ema` names no average")
 
 
 @dataclass(frozen=True)
@@ -74,15 +97,16 @@ class Description:
     kind: str
     """One of KINDS."""
     origin: dict[str, Any]
-    """Of the first export: ict_fast, step, weights, data_fingerprint, init, config, and `imported`: file,
-    sha256, layout and kind of what was imported before that, None for a model that was trained here."""
+    """Of the first export: ict_fast, step, weights, average, data_fingerprint, init, config, and `imported`:
+    file, sha256, layout and kind of what was imported before that, None for a model that was trained here."""
 
     def notes(self) -> list[str]:
         """For people, where the model comes from."""
         source, version = self.origin["imported"], self.origin["ict_fast"]
         if source is not None:
             return [f"the weights of {source['file']} ({source['layout']}), exported by ict-fast {version}"]
-        return [f"trained by ict-fast {version}, {self.origin['step']:,} steps"]
+        which = f"; {self.origin['average']}" if self.origin["average"] else ""
+        return [f"trained by ict-fast {version}, {self.origin['step']:,} steps{which}"]
 
     def check_fingerprint(self, said: Any, tensors: Mapping[str, Tensor]) -> None:
         """Compares the weights with what the description says of them.
@@ -136,7 +160,7 @@ def _origin(file: Path, values: Any) -> dict[str, Any]:
         "weights": _text(file, values, "weights"),
         **{
             name: None if values.get(name) is None else _text(file, values, name)
-            for name in ("data_fingerprint", "init")
+            for name in ("average", "data_fingerprint", "init")
         },
         "imported": None if source is None else _source(file, source),
         "config": to_dict(from_dict(values["config"], str(file))),

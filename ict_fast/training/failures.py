@@ -52,6 +52,12 @@ def closing(loader: Loader, world: World) -> Iterator[None]:
     loader.close()
 
 
+def what_may_help(config: Config) -> str:
+    """Against a training that diverges, as adaptive norms are reported to make it."""
+    norms = " or --network.no-adaptive-norm" if config.network.adaptive_norm else ""
+    return f"a smaller --optimizer.lr{norms}, in a new --out, may help"
+
+
 def require_progress(train_step: TrainStep, step: int, config: Config) -> None:
     """Gives up after too many steps in a row without a finite gradient; begins a new window of the loss.
 
@@ -63,5 +69,5 @@ def require_progress(train_step: TrainStep, step: int, config: Config) -> None:
     if in_a_row >= config.training.max_skipped_steps:
         raise TrainingError(
             f"{in_a_row} steps in a row up to step {step:,} had no finite gradient, and changed no weight;"
-            " a smaller --optimizer.lr, in a new --out, may help"
+            f" {what_may_help(config)}"
         )

@@ -146,7 +146,15 @@ def settle_initial(out: Path, checkpoint: Checkpoint | None, asked: Path | None)
     # What was trained on, or deleted, since then is still what this run began with.
     if checkpoint is not None and (asked is None or str(asked) == recorded.path):
         return recorded
-    found = find_initial(Path(recorded.path) if asked is None else asked)
+    try:
+        found = find_initial(Path(recorded.path) if asked is None else asked)
+    except InputError as error:
+        if asked is not None:
+            raise
+        raise InputError(
+            f"the run in {out} has no checkpoint, and cannot begin again with the weights of its --init:"
+            f" {error}; restore them, or choose another --out"
+        ) from None
     if found.sha256 != recorded.sha256 and (checkpoint is not None or asked is None):
         raise InputError(
             f"the run in {out} began with the weights of {recorded.path}; --init {found.path} has others;"

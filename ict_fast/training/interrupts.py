@@ -18,12 +18,14 @@ _SAME_KEY_SECONDS = 0.3
 class SecondInterrupt:
     """While open, calls a function, in a thread of its own, at every Ctrl-C after the first.
 
+    Another one, if it is given, is called at the first.
+
     A context manager; it does nothing outside the main thread, where no signal arrives. SIGINT needs a
     handler in Python, or its arrival is not noted.
     """
 
-    def __init__(self, then: Callable[[], None]) -> None:
-        self._then = then
+    def __init__(self, then: Callable[[], None], at_first: Callable[[], None] = lambda: None) -> None:
+        self._then, self._at_first = then, at_first
         self._arrivals, self._noted = socket.socketpair()
         self._noted.setblocking(False)
         self._thread = threading.Thread(target=self._watch, name="ict-fast-interrupts", daemon=True)
@@ -51,6 +53,7 @@ class SecondInterrupt:
                 now = time.monotonic()
                 if first is None:
                     first = now
+                    self._at_first()
                 elif now - first > _SAME_KEY_SECONDS:
                     first = now
                     self._then()

@@ -14,12 +14,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ict_fast.children import deaf_to_interrupts
 from ict_fast.errors import EXIT_FAILED, EXIT_SIGINT, EXIT_SIGTERM, HungError, InputError, TrainingError
 from ict_fast.hardware import usable_cores
 from ict_fast.training import outcome
@@ -108,7 +110,11 @@ def _attempt(
     )
     try:
         # torch's agent would wait for them as long after a second Ctrl-C as after the first.
-        with _ending_who_hangs(folder), SecondInterrupt(_kill_all):
+        with (
+            _ending_who_hangs(folder),
+            SecondInterrupt(_kill_all, partial(_kill_beginners, folder, count)),
+            deaf_to_interrupts(),  # in this thread: the other two have begun, and hear them
+        ):
             elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
     except SignalException as asked:
         # After a second signal, while the agent waited for the processes to save, nobody waits any more.
@@ -154,6 +160,12 @@ def _ending_who_hangs(folder: Path) -> Iterator[None]:
         thread.join()
 
 
+def _kill_beginners(folder: Path, count: int) -> None:
+    """Kills all unless all have begun: they do not hear a Ctrl-C yet, and have nothing to save."""
+    if len(list(folder.glob("*.pid"))) < count:
+        _kill_all()
+
+
 def _kill_all() -> None:
     for process in multiprocessing.active_children():
         process.kill()
@@ -167,6 +179,8 @@ def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent:
         time.sleep(_LEAVING_SECONDS)
         # The interpreter's own end waits for the device, which may wait for a process that is lost.
         os._exit(EXIT_FAILED)
+    except KeyboardInterrupt:  # the interpreter's own end may abort, for threads of torch that are beginning
+        os._exit(EXIT_SIGINT)
 
 
 @record
@@ -181,6 +195,7 @@ def _work(work: Callable[[bool], RunResult], first: bool, folder: str, parent: i
     rank = int(os.environ["RANK"])
     outcome.report_to(Path(folder))
     (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         result = work(first)
     except (InputError, TrainingError) as error:

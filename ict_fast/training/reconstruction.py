@@ -26,6 +26,7 @@ class Reconstruction:
     """What was made.
 
     Attributes:
+        run: the name of the run's folder.
         step: the run's step that the average belongs to, the newest snapshot's.
         sigma_rel, decay: what was asked for; the other one is None.
         snapshots: how many averages it is a combination of.
@@ -33,6 +34,7 @@ class Reconstruction:
         largest_coefficient: by how much an error of a snapshot may count.
     """
 
+    run: str
     step: int
     sigma_rel: float | None
     decay: float | None
@@ -85,6 +87,7 @@ def reconstruct(
     combination = combine([profile for _, _, profile in parts], target, updates)
     average = _combined(parts, combination.coefficients, progress)
     made = Reconstruction(
+        run=run.resolve().name,
         step=newest.step,
         sigma_rel=sigma_rel,
         decay=decay,

@@ -18,6 +18,7 @@ from ict_fast.config import to_dict
 from ict_fast.data.store import Store
 from ict_fast.errors import TrainingError
 from ict_fast.training import outcome
+from ict_fast.training.failures import what_may_help
 from ict_fast.training.monitor import Monitor, reason
 from ict_fast.training.run_directory import SNAPSHOTS, Run
 from ict_fast.training.step import TrainStep
@@ -161,6 +162,10 @@ class Saver:
                 f" {self.step:,} stays, training goes on"
             )
             return
+        except TrainingError as error:
+            raise TrainingError(
+                f"{error}: the training has diverged; {what_may_help(self._run.config)}"
+            ) from error
         self.step = step
 
     def __enter__(self) -> Saver:

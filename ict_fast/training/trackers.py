@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import threading
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,6 +120,7 @@ class TensorBoard:
     def __init__(self, run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _hear_its_thread_once()
         # What follows replaces all from this step on: TensorBoard purges what it has read of it.
         self._writer = SummaryWriter(str(run.out / TENSORBOARD), purge_step=run.step + 1)
         if run.step == 0:
@@ -133,6 +136,18 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _hear_its_thread_once() -> None:
+    """What ends TensorBoard's writing thread, such as a full disk, is raised by the next call to it as well:
+    to be said in a line, and not in a traceback of the thread besides."""
+    if getattr(threading.excepthook, "func", None) is not _unless_tensorboards:
+        threading.excepthook = partial(_unless_tensorboards, threading.excepthook)
+
+
+def _unless_tensorboards(tell: Callable[[Any], object], failure: threading.ExceptHookArgs) -> None:
+    if not type(failure.thread).__module__.startswith("tensorboard."):
+        tell(failure)
 
 
 class WeightsAndBiases:

@@ -1,5 +1,6 @@
 """Pictures show the pixels that they were given."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,15 @@ def test_small_images_are_enlarged_until_legible(size: int, scale: int) -> None:
     picture = image_grid(np.zeros((1, size, size, 1), np.uint8), padding=0)
     assert picture.size == (size * scale, size * scale)
     assert size * scale >= 48
+
+
+@pytest.mark.parametrize(("count", "scale"), [(21_000, 6), (27_000, 5), (100_000, 2)])
+def test_many_small_images_are_enlarged_as_far_as_the_picture_can_be_shown(count: int, scale: int) -> None:
+    picture = image_grid(np.zeros((count, 8, 8, 1), np.uint8))
+    assert picture.width == (math.ceil(math.sqrt(count)) * 9 + 1) * scale
+    pixels = picture.width * picture.height
+    assert pixels < Image.MAX_IMAGE_PIXELS, "beyond which Pillow warns"
+    assert scale == 6 or pixels * ((scale + 1) / scale) ** 2 > 2**26
 
 
 def test_a_grid_is_about_square_by_default() -> None:

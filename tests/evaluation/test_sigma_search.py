@@ -112,6 +112,27 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     assert torchmetrics_distance(real, images) == pytest.approx(best["distance"], rel=1e-3)
 
 
+@pytest.mark.parametrize(("count", "warned"), [(16, True), (17, False)])
+def test_fewer_images_than_features_are_warned_of_before_the_search(
+    trained: Path,
+    tmp_path: Path,
+    inception: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    warned: bool,
+) -> None:
+    def interrupted(self: DistanceToReference, images: np.ndarray) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DistanceToReference, "to", interrupted)
+    words = ["--features", str(inception), "--count", str(count), "--out", str(tmp_path / "search.json")]
+    assert main(["search-sigma", str(trained), *words]) == 130
+    said = capsys.readouterr().err
+    assert ("warning: 16 generated images for 16 features: their covariance is singular" in said) == warned
+    assert ("singular" in said) == warned
+
+
 def test_a_finished_run_is_not_to_be_resumed_for_the_level_of_an_earlier_checkpoint(trained: Path) -> None:
     checkpoint = open_checkpoint(trained)
     earlier = replace(checkpoint, step=checkpoint.step - 1)

@@ -228,6 +228,28 @@ def test_an_evaluation_of_another_step_is_not_on_the_card(trained: Path, tmp_pat
     assert "None were measured" in (tmp_path / "out/README.md").read_text()
 
 
+def test_a_distance_that_is_not_there_is_not_made_up_on_the_card(trained: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(trained)
+    measured = {
+        "checkpoint": checkpoint.path.name,
+        "step": checkpoint.step,
+        "one_step": {"frechet_distance": None},
+        "two_step": {"frechet_distance": float("nan")},
+        "three_step": {"frechet_distance": 12.5},
+        "count": None,
+        "features": {"name": None},
+    }
+    (checkpoint.path.parent / "evaluation.json").write_text(json.dumps(measured))
+    try:
+        export_safetensors(checkpoint, tmp_path / "out")
+    finally:
+        (checkpoint.path.parent / "evaluation.json").unlink()
+    metrics = (tmp_path / "out/README.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    assert "| one | not available |\n| two | not available |\n| three | 12.5 |\n" in metrics
+    assert "None" not in metrics
+    assert "features: not named." in metrics
+
+
 def test_measures_of_the_average_are_not_on_the_card_of_the_trained_weights(
     trained: Path, tmp_path: Path
 ) -> None:

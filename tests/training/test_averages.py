@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ict_fast.checkpoint import open_checkpoint
+from ict_fast.checkpoint import open_checkpoint, write_whole
 from ict_fast.cli import main
 from ict_fast.config import Config
 from ict_fast.consistency import load_model
@@ -183,6 +183,43 @@ def test_a_reconstruction_says_what_its_run_began_with(run: tuple[Config, Path],
     assert f"Its training began with the weights of `{state['init']['path']}`." in card
     assert "Until step 4 its curriculum was one for 4 steps" in card
     assert state["data_fingerprint"] in card
+
+
+@pytest.mark.parametrize("form", ["safetensors", "diffusers"])
+def test_exports_of_two_averages_are_told_apart(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    config, out = run
+    expected = {
+        "--sigma-rel 0.07": "the power-function average of relative width (sigma_rel) 0.07",
+        "--decay 0.9": "the exponential average of decay 0.9",
+    }
+    for words, average in expected.items():
+        made, exported, imported, again = (str(tmp_path / f"{word}{words}") for word in "meia")
+        assert main(["ema", str(out), *words.split(), "--out", made]) == 0
+        assert main(["export", form, made, "--out", exported]) == 0
+        capsys.readouterr()
+        assert main(["import", form, exported, "--out", imported]) == 0
+        said = f"{average}, made from the snapshots of the run {out.name}"
+        assert f"64 steps; {said}\n" in capsys.readouterr().out
+        assert main(["export", form, imported, "--out", again]) == 0
+        for folder in (exported, again):
+            card = (Path(folder) / "README.md").read_text()
+            assert f"64 of 64 steps of {config.training.batch_size} images; the averaged (EMA)" in card
+            assert f"weights, fp32: {said}." in card
+            assert f"EMA {config.optimizer.ema_decay}" not in card, "not that of the run itself"
+
+
+@pytest.mark.parametrize("record", [[], {}, {"sigma_rel": "0.1"}, {"decay": 0.9, "run": "a\nb"}])
+def test_an_altered_record_of_an_average_is_refused(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], record: object
+) -> None:
+    checkpoint = open_checkpoint(run[1])
+    state = {"config": checkpoint.state["config"], "reconstruction": record}
+    write_whole(tmp_path / "made", checkpoint.step, {"ema": checkpoint.tensors("ema")}, state)
+    assert main(["export", "safetensors", str(tmp_path / "made"), "--out", str(tmp_path / "out")]) == 2
+    assert "state.json: altered, its r" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_few_snapshots_are_said(

@@ -217,6 +217,34 @@ def test_the_networks_options_come_from_what_it_begins_with(
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_the_same_command_resumes_when_what_it_began_with_and_its_configuration_are_gone(
+    trained: Path, digits_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A checkpoint is all that it needs; without one, a line says what is missing."""
+    source, out = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(trained, source)
+    words = ["train", "--data", str(digits_store), "--device", "cpu", "--out", str(out)]
+    words += ["--training.batch-size", "8", "--logging.grid-every", "0"]
+    begun = ["--training.total-steps", "2", "--init", str(source)]
+    assert main([*words, *begun]) == 0
+    shutil.rmtree(source)
+    (out / "config.json").unlink()
+    for more, step in ((["--init", str(source)], 3), ([], 4)):
+        assert main([*words, *more, "--extend", str(step)]) == 0
+        assert open_checkpoint(out).step == step
+    shutil.rmtree(out / "checkpoints")
+    capsys.readouterr()
+    assert main([*words, "--training.total-steps", "4"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "has no checkpoint, and cannot begin again with the weights of its --init" in error
+    assert f"{source}: does not exist" in error
+    (out / "config.json").unlink()
+    assert main([*words, *begun]) == 2
+    error = capsys.readouterr().err
+    assert error == f"ict-fast: error: --init {source}: there is no run, checkpoint or imported model\n"
+
+
 @pytest.mark.parametrize("where", ["nowhere", "empty"])
 def test_a_beginning_that_is_not_there_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture, where: str

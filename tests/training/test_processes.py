@@ -346,6 +346,21 @@ def test_a_signal_saves_in_all_processes_and_the_same_command_resumes(
     assert "Traceback" not in output
 
 
+def test_a_ctrl_c_while_the_processes_start_ends_them_in_one_line(
+    config: Config, tmp_path: Path, command: Command
+) -> None:
+    process = command(config, tmp_path / "run", "--processes", "2")
+    _wait(process, lambda: len(_workers(process.pid)) == 2)
+    time.sleep(0.5)  # they import torch, and are in the terminal's foreground group
+    workers = _workers(process.pid)
+    for pid in (process.pid, *workers):
+        os.kill(pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert output == f"{tmp_path / 'run'}: stopped by SIGINT; nothing more was saved\n"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_process_that_hangs_ends_the_run_with_a_diagnosis_and_leaves_nobody(
     config: Config, tmp_path: Path, command: Command, stopped: int

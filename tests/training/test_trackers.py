@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +137,38 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(
     assert [call[:2] for call in recorder.calls] == [("figures", 4), ("figures", 8)]
     assert capsys.readouterr().err.count("--logging.tracker failed (No space left on device)") == 1
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("good_writes", [1, 30])
+def test_a_full_disk_under_tensorboards_own_thread_is_one_warning(
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    good_writes: int,
+) -> None:
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+    tracebacks: list[BaseException] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: tracebacks.append(failure.exc_value))
+    original, written = writer.write, []
+
+    def write(self: object, data: bytes) -> None:
+        written.append(data)
+        if len(written) > good_writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, data)
+
+    monkeypatch.setattr(writer, "write", write)
+    result = train(_tracked(tiny, "tensorboard"), out=tmp_path / "run", device="cpu")
+    assert (result.exit_code, result.step) == (0, 24)
+    assert capsys.readouterr().err.count("--logging.tracker failed (No space left on device)") == 1
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 6
+    assert len(written) == good_writes + 1
+    assert tracebacks == []
+    other = threading.Thread(target=lambda: 1 / 0)
+    other.start()
+    other.join()
+    assert [type(error) for error in tracebacks] == [ZeroDivisionError], "another thread's are told"
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])

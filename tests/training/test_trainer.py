@@ -21,6 +21,7 @@ from PIL import Image
 
 from ict_fast import checkpoint as checkpoint_module
 from ict_fast.checkpoint import open_checkpoint
+from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.consistency import load_model, sample
 from ict_fast.errors import InputError, TrainingError
@@ -437,7 +438,7 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(
         original(self, step, batches)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
-    with pytest.raises(TrainingError, match=r"steps in a row up to step 16"):
+    with pytest.raises(TrainingError, match=r"steps in a row up to step 16 .*a smaller --optimizer.lr, in"):
         train(config, out=tmp_path / "run", device="cpu")
     records = _records(tmp_path / "run")
     assert records[-1]["step"] == 16
@@ -445,6 +446,20 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(
     assert records[-1]["loss"] > 0, "the loss itself stays finite here"
     weights = open_checkpoint(tmp_path / "run").tensors("weights")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(("adaptive", "hint"), [(False, ""), (True, " or --network.no-adaptive-norm")])
+def test_weights_that_overflow_are_not_saved_and_the_line_says_what_may_help(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], adaptive: bool, hint: str
+) -> None:
+    words = ["--data", tiny.data.path, "--out", str(tmp_path / "run"), "--network.channels", "8"]
+    words += ["--training.batch-size", "4", "--training.total-steps", "2", "--optimizer.lr", "3e38"]
+    words += ["--network.adaptive-norm"] if adaptive else []
+    assert main(["train", "--device", "cpu", "--logging.tracker", "none", *words]) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ict-fast: error")]
+    assert "is not finite; this state is not saved: the training has diverged" in line
+    assert f"; a smaller --optimizer.lr{hint}, in a new --out, may help (log: " in line
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 def test_a_log_that_cannot_be_written_is_reported_once(

@@ -17,7 +17,7 @@ from ict_fast.data.sources.folder_files import IMAGE_SUFFIXES, say_passed_over
 from ict_fast.data.sources.image_source import EncodedFiles, ImageSource
 from ict_fast.data.sources.name_table import NameTable
 from ict_fast.data.sources.tar_files import TarFiles, tar_members
-from ict_fast.data.sources.zip_files import check_members, zip_files
+from ict_fast.data.sources.zip_files import check_members, zip_files, zip_members
 from ict_fast.errors import InputError
 
 
@@ -62,7 +62,7 @@ def archive_source(archive: Path, *, crop: str, resolution: int, image_channels:
 def _in_zip(archive: Path) -> EncodedFiles:
     try:
         with zipfile.ZipFile(archive) as opened:
-            members, status = opened.infolist(), archive.stat()
+            members, status = zip_members(opened), archive.stat()
         check_members(archive, members, status.st_size)
         by_name = {member.filename: member for member in members if not member.is_dir()}
     except DAMAGED_ZIP as error:

@@ -18,7 +18,7 @@ from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.data.sources.image_decoding import RejectedImage, image_layout
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.sources.name_table import NameTable
-from ict_fast.data.sources.zip_files import ZipFiles, check_members, zip_files
+from ict_fast.data.sources.zip_files import ZipFiles, check_members, zip_files, zip_members
 from ict_fast.errors import InputError
 
 # ImageNet's takes 50 MB.
@@ -42,7 +42,7 @@ def edm_zip_source(archive: Path) -> ImageSource:
     """
     try:
         with zipfile.ZipFile(archive) as opened:
-            members = opened.infolist()
+            members = zip_members(opened)
             status = archive.stat()
             check_members(archive, members, status.st_size)
             _require_stored_png(archive, members)

@@ -68,6 +68,17 @@ class ZipFiles:
         return content
 
 
+def zip_members(opened: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    r"""What an archive lists; names that a program of Windows wrote as `cat\1.png` are `cat/1.png` here.
+
+    `opened` still reads them.
+    """
+    members = opened.infolist()
+    for member in members:
+        member.filename = member.filename.replace("\\", "/")
+    return members
+
+
 def zip_files(archive: Path, members: Sequence[zipfile.ZipInfo], modified: int) -> ZipFiles:
     """Those members of an archive, in that order; `check_members` has let them pass."""
     packed = [0 if each.compress_type == zipfile.ZIP_STORED else each.compress_size for each in members]

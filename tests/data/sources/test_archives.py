@@ -66,6 +66,23 @@ def test_an_archive_gives_what_the_folder_gives(
     assert ours.recipe == folder.recipe
 
 
+@pytest.mark.parametrize("kind", ["stored", "deflated"])
+def test_backslashes_of_windows_separate_folders_in_a_zip(tmp_path: Path, kind: str) -> None:
+    members = {"set/": b"", "set/b/": b"", **{f"set/{name}": image(i) for i, name in enumerate(NAMES)}}
+    usual = archive_source(pack(tmp_path / "usual", kind, members), **OPTIONS)
+    other = {name.replace("/", "\\"): content for name, content in members.items()}
+    windows = archive_source(pack(tmp_path / "windows", kind, other), **OPTIONS)
+    assert list(windows.classes) == list(usual.classes) == ["a", "b", "c d"]
+    assert windows.labels.tolist() == usual.labels.tolist()
+    assert [windows.item_name(i) for i in range(5)] == [usual.item_name(i) for i in range(5)]
+    pixels, rejected = windows.read(0, 5)
+    np.testing.assert_array_equal(pixels, usual.read(0, 5)[0])
+    assert rejected == {}
+    hostile = pack(tmp_path / "hostile", kind, {"1.png": image(0), "..\\2.png": image(1)})
+    with pytest.raises(InputError, match=r"'\.\./2\.png' leads elsewhere"):
+        archive_source(hostile, **OPTIONS)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_image_is_rejected_and_not_the_archive(tmp_path: Path, kind: str) -> None:
     source = archive_source(pack(tmp_path / "a", kind, {"1.png": b"<html>", "2.png": image(0)}), **OPTIONS)

@@ -60,6 +60,16 @@ def test_images_and_labels_come_back_in_the_order_of_the_names(archive: Path, re
     assert (source.resolution, source.image_channels, source.recipe) == (8, 3, "8x8 RGB, as stored")
 
 
+@pytest.mark.parametrize("names", ["/", "\\"])
+def test_backslashes_of_windows_separate_folders(archive: Path, names: str) -> None:
+    """In the names of the members, and in those of dataset.json or not."""
+    images = {name.replace("/", "\\"): encode(pixels) for name, pixels in zip(NAMES, PIXELS, strict=True)}
+    pairs = [[name.replace("/", names), label] for name, label in PAIRS]
+    source = edm_zip_source(write(archive, pairs, images))
+    assert source.labels.tolist() == LABELS
+    np.testing.assert_array_equal(source.read(0, 6)[0], PIXELS)
+
+
 def test_null_labels_mean_no_classes(archive: Path) -> None:
     source = edm_zip_source(write(archive, None))
     assert (list(source.classes), source.labels.tolist()) == ([], [0] * 6)

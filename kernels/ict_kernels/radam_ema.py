@@ -403,14 +403,19 @@ class RAdamEMA(Optimizer):
         What others keep in the groups, as the schedulers of torch do, is restored too.
 
         Raises:
-            ValueError: if the groups do not fit, or the dict was made with maximize or
-                decoupled_weight_decay.
+            ValueError: if the groups do not fit, the state is of parameters of other shapes or of another
+                kind of optimizer, or the dict was made with maximize or decoupled_weight_decay. Nothing has
+                changed then.
         """
         for switch in _FOREIGN_SWITCHES:
             if any(group.get(switch) for group in state_dict["param_groups"]):
                 raise ValueError(f"cannot continue a state dict that was made with {switch}=True")
-        before = [dict(group) for group in self.param_groups]
+        before, state_before = self.param_groups, self.state
         super().load_state_dict(state_dict)
+        if (reason := self._why_not_ours()) is not None:
+            self.param_groups, self.state = before, state_before
+            raise ValueError(reason)
+        del state_before
         for group, old in zip(self.param_groups, before, strict=True):
             for name, value in old.items():
                 if name == "params":
@@ -430,14 +435,24 @@ class RAdamEMA(Optimizer):
                 state["step"] = step.clone().reshape(())
             for name in ("exp_avg", "exp_avg_sq", "ema"):
                 if name in state:
-                    if state[name].shape != p.shape:
-                        raise ValueError(
-                            f"{name} of shape {tuple(state[name].shape)} does not fit "
-                            f"a parameter of shape {tuple(p.shape)}"
-                        )
                     like = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
                     state[name] = like.copy_(state[name])
         self._find_cohorts()
+
+    def _why_not_ours(self) -> str | None:
+        """Why the state, as torch loads it, cannot be gone on with; None if it can."""
+        for p in self._parameters():
+            state: dict[str, Any] = self.state.get(p, {})
+            missing = [name for name in _STATE[:2] if name not in state]
+            if "step" in state and missing:
+                return f"the state has a step without {' and '.join(missing)}: it is of another optimizer"
+            wrong = [name for name in _STATE[:3] if name in state and state[name].shape != p.shape]
+            if wrong:
+                return (
+                    f"{wrong[0]} of shape {tuple(state[wrong[0]].shape)} does not fit a parameter of shape"
+                    f" {tuple(p.shape)}"
+                )
+        return None
 
     def _find_cohorts(self) -> None:
         """The cohorts that the state tells of: equal steps; the host reads them."""

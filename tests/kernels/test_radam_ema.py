@@ -403,6 +403,45 @@ def test_a_state_dict_of_another_mathematics_is_refused():
             RAdamEMA(parameters()).load_state_dict(reference.state_dict())
 
 
+def of_another_shape(state: dict) -> None:
+    state["state"][2]["ema"] = torch.zeros(7)
+
+
+def of_another_optimizer(state: dict) -> None:
+    del state["state"][2]["exp_avg"]
+
+
+def of_fewer_parameters(state: dict) -> None:
+    state["param_groups"][0]["params"].pop()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (of_another_shape, r"ema of shape \(7,\) does not fit a parameter of shape"),
+        (of_another_optimizer, "a step without exp_avg: it is of another optimizer"),
+        (of_fewer_parameters, "doesn't match the size"),
+    ],
+)
+def test_a_state_dict_that_is_refused_has_changed_nothing(spoil, message):
+    loaded, params = RAdamEMA(parameters(), lr=1e-2), parameters()
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    optimizer = RAdamEMA(params, lr=lr, ema_decay=0.5)
+    for each, steps in ((loaded, 1), (optimizer, 2)):
+        for step in range(steps):
+            set_gradients(each.param_groups[0]["params"], step)
+            each.step()
+    state = copy.deepcopy(loaded.state_dict())
+    spoil(state)
+    before, group = bits(optimizer), dict(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert bits(optimizer) == before
+    assert optimizer.param_groups[0] == group
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert float(lr) == 0.5
+
+
 def test_the_average_starts_from_the_parameters_and_a_closure_is_called():
     params = parameters()
     optimizer = RAdamEMA(params, lr=1.0, ema_decay=1.0)

@@ -494,7 +494,7 @@ def pseudo_huber_loss(
         autocast too.
     Raises:
         ValueError: for shapes that differ, a weight of another shape, a negative c, an unknown norm or
-            reduction.
+            reduction, or keepdim with a reduction, which leaves no samples to keep.
     Source:
         Song & Dhariwal 2024, equation 8.
     """
@@ -503,6 +503,8 @@ def pseudo_huber_loss(
         raise ValueError(f"norm must be 'sample' or 'element', got {norm!r}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if keepdim and reduction != "none":
+        raise ValueError(f"keepdim=True is for reduction='none', got reduction={reduction!r}")
     elements = math.prod(prediction.shape[1:])
     c = _checked_c(c, elements)
     weight_n = None if weight is None else _per_sample(weight, prediction)

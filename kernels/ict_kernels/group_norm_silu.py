@@ -48,6 +48,7 @@ from .philox import (
     dropout_keep_mask,
     dropout_threshold,
     interleave4,
+    offset_arguments,
     philox_call,
     seed_tensor,
 )
@@ -1521,11 +1522,12 @@ def group_norm_silu(
         )
         return _with_layout_of(x, y)
     refuse_forward_ad("group_norm_silu", x, weight, bias, scale, shift, pre_bias)
-    at: int | Tensor = 0
+    offset_tensor, offset_int, stream = None, 0, 0
     if threshold > 0:
-        seed, at, stream = seed_tensor(seed, x.device), offset, _stream(DROPOUT, layer)
+        seed, stream = seed_tensor(seed, x.device), _stream(DROPOUT, layer)
+        offset_tensor, offset_int = offset_arguments(offset, x.device)
     else:
-        seed, stream = None, 0
+        seed = None
     y, _ = _forward_op(
         _as_channels_last(x),
         num_groups,
@@ -1535,8 +1537,8 @@ def group_norm_silu(
         shift,
         pre_bias,
         seed,
-        at.to(x.device, torch.int64) if isinstance(at, Tensor) else None,
-        0 if isinstance(at, Tensor) else at,
+        offset_tensor,
+        offset_int,
         stream,
         threshold,
         eps,

@@ -47,6 +47,8 @@ _CHUNK = 4096
 # first and 5 s in every later process: the noise of the digits preset stays below, dropout does not.
 _COMPILE_FROM = 8192
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 Seed = int | Tensor | None
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -171,6 +173,23 @@ def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
     return torch.tensor([seed, 0], dtype=torch.int64, device=device)
 
 
+def offset_arguments(offset: int | Tensor, device: torch.device | str) -> tuple[Tensor | None, int]:
+    """An offset as the ops take it: an int64 tensor on `device`, or None; and an int, then 0.
+
+    Raises:
+        ValueError: if a tensor is not one integer, or a number is no int.
+    """
+    if isinstance(offset, Tensor):
+        if offset.numel() != 1 or offset.dtype not in INTEGERS:
+            raise ValueError(
+                f"an offset is one integer, got a tensor of {offset.dtype} of shape {tuple(offset.shape)}"
+            )
+        return offset.to(device, torch.int64).reshape(()), 0
+    if isinstance(offset, float):  # which torch would cut off
+        raise ValueError(f"an offset is an int or a 0-dim int64 tensor, got {offset}")
+    return None, offset
+
+
 def layer_seeds(seed: Seed, layers: int, device: torch.device | str | None = None) -> Tensor:
     """The seeds of `layers` layers that draw as if each had been given its number: 0, 1, 2, ...
 
@@ -202,14 +221,12 @@ def _draw(
         # (seed low, seed high, step low, step high) -> (k0, k1, c2, c3)
         constants = seed_tensor(seed, device).view(torch.int32).to(torch.int64) & _MASK32
         constants[3] = (constants[3] + stream) & _MASK32
-        offset = (
-            offset.to(device=device, dtype=torch.int64)
-            if isinstance(offset, Tensor)
-            else torch.full((), offset, dtype=torch.int64, device=device)
-        )
+        first, number = offset_arguments(offset, device)
+        if first is None:
+            first = torch.full((), number, dtype=torch.int64, device=device)
         if torch.compiler.is_compiling() and constants.device.type == "cpu":
-            return _words_op(constants, offset, samples, calls)
-        return _words(constants, offset, samples, calls)
+            return _words_op(constants, first, samples, calls)
+        return _words(constants, first, samples, calls)
 
 
 def _words(constants: Tensor, offset: Tensor, samples: int, calls: int) -> Tensor:
@@ -240,9 +257,18 @@ def _stream(purpose: int, layer: int) -> int:
 
 def _channels_last(lanes: Tensor, shape: Sequence[int]) -> Tensor:
     """(N, at least C*spatial) lanes in element order -> (N, C, *spatial), channels last in memory."""
-    samples, channels, *spatial = shape
-    elements = channels * _prod(spatial)
+    samples, elements = _sizes(shape)
+    if len(shape) == 1:
+        return lanes[:, 0]
+    _, channels, *spatial = shape
     return lanes[:, :elements].reshape(samples, *spatial, channels).movedim(-1, 1)
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, int]:
+    """Samples, and elements of each: one in a shape (N,)."""
+    if not shape:
+        raise ValueError("numbers are drawn for a shape (N, ...), which a scalar does not have")
+    return shape[0], _prod(shape[1:])
 
 
 def _prod(numbers: Sequence[int]) -> int:
@@ -295,13 +321,13 @@ def normal(
     passes 6.77.
 
     Args:
-        shape: (N, C, *spatial).
+        shape: (N, C, *spatial), or (N,).
         seed, offset, purpose, layer, device: as in `uniform_bits`.
     Returns:
         fp32 of the given shape, channels last in memory.
     """
-    elements = _prod(shape[1:])
-    packed = _draw(shape[0], -(-elements // 4), seed, offset, _device(device, seed), _stream(purpose, layer))
+    samples, elements = _sizes(shape)
+    packed = _draw(samples, -(-elements // 4), seed, offset, _device(device, seed), _stream(purpose, layer))
     signed = packed.view(torch.int32).unflatten(-1, (2, 2)).to(torch.float32) * 2.0**-32
     # The words are read as signed. For the angle that is the same turn, measured from -pi and so rounded more
     # finely.
@@ -337,7 +363,7 @@ def dropout_keep_mask(
     """Which elements dropout keeps: those whose 16-bit lane is at least round(65536 p).
 
     Args:
-        like: a tensor (N, C, *spatial), or such a shape.
+        like: a tensor (N, C, *spatial) or (N,), or such a shape.
         p: probability of dropping an element, applied as round(65536 p) / 65536.
         seed, offset: as in `uniform_bits`. Equal seeds give equal masks: so student and teacher share one.
         layer: number of the layer in the network, below 2^16; different layers have independent masks.
@@ -349,8 +375,8 @@ def dropout_keep_mask(
         device = like.device if device is None else device
         like = like.shape
     threshold = dropout_threshold(p)
-    elements = _prod(like[1:])
-    packed = _draw(like[0], -(-elements // 8), seed, offset, _device(device, seed), _stream(DROPOUT, layer))
+    samples, elements = _sizes(like)
+    packed = _draw(samples, -(-elements // 8), seed, offset, _device(device, seed), _stream(DROPOUT, layer))
     # Flipping the top bit maps lanes 0 .. 65535 to -32768 .. 32767 in order. On a CPU two clamped int16
     # passes take half the time of `>=`, which int16 -> bool does one element at a time.
     lanes = packed.view(torch.int16).flatten(1) ^ -32768

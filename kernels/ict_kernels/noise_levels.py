@@ -101,7 +101,9 @@ def _whole(num_scales: int) -> int:
         raise ValueError(f"num_scales counts grid points and must be an int, got {num_scales!r}")
     if num_scales < 2:
         raise ValueError(f"num_scales counts grid points and must be at least 2, got {num_scales}")
-    return int(num_scales)
+    # torch.compile makes a symbol of a number that has changed; of a range it makes the constant that a table
+    # needs.
+    return range(int(num_scales)).stop
 
 
 def noise_level_probabilities(

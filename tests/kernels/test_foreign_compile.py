@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ict_kernels import GroupNormSiLU, SharedDropout, pseudo_huber_loss, seed_dropout
+from ict_kernels import GroupNormSiLU, SharedDropout, pseudo_huber_loss, sample_noise_levels, seed_dropout
 from ict_kernels.adapters import diffusers_cm, hf_trainers, kinyugo, openai_cm
 from ict_kernels.adapters.ect import ECMLoss
 
@@ -105,6 +105,18 @@ def check(trainer, backend):
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda each: each.__name__)
 def test_a_trainer_compiles_whole_and_once(trainer):
     check(trainer, "aot_eager")
+
+
+def test_the_next_stage_compiles_whole_where_the_number_of_scales_is_an_int():
+    """Of a number that has changed torch.compile makes a symbol, and the table of a symbol is none."""
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def draw(num_scales: int) -> Tensor:
+        return sample_noise_levels(64, num_scales, seed=SEED).sigma
+
+    for num_scales in (11, 21, 41, 11):
+        assert torch.equal(draw(num_scales), sample_noise_levels(64, num_scales, seed=SEED).sigma)
 
 
 @pytest.mark.drill

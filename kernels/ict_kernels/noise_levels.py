@@ -74,7 +74,7 @@ def noise_level_grid(
     Source:
         Karras et al. 2022, equation 5.
     """
-    steps = _whole(num_scales) - 1
+    steps = checked_scales(num_scales) - 1
     if not (0.0 < sigma_min < sigma_max < math.inf and 0.0 < rho < math.inf):
         raise ValueError(
             "need 0 < sigma_min < sigma_max and rho > 0, all finite; got"
@@ -95,7 +95,7 @@ def noise_level_grid(
     return torch.tensor(levels, dtype=torch.float64, device="cpu")
 
 
-def _whole(num_scales: int) -> int:
+def checked_scales(num_scales: int) -> int:
     """A number of scales as an int: 20.0 is one, 20.7 and True are not."""
     if isinstance(num_scales, bool | str) or num_scales % 1 != 0:
         raise ValueError(f"num_scales counts grid points and must be an int, got {num_scales!r}")
@@ -131,7 +131,7 @@ def noise_level_probabilities(
     Source:
         Song & Dhariwal 2024, section 3.5.
     """
-    num_scales = _whole(num_scales)
+    num_scales = checked_scales(num_scales)
     sigma = noise_level_grid(num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).tolist()
     if indices == "uniform":
         return torch.full((num_scales - 1,), 1.0 / (num_scales - 1), dtype=torch.float64, device="cpu")
@@ -395,7 +395,7 @@ def sample_noise_levels(
         raise ValueError(
             f"a tensor num_scales is one integer; got {num_scales.dtype} of shape {tuple(num_scales.shape)}"
         )
-    rows = tuple(map(_whole, scales)) if isinstance(num_scales, Tensor) else (_whole(num_scales),)
+    rows = tuple(map(checked_scales, scales if isinstance(num_scales, Tensor) else (num_scales,)))
     table = _table(rows, p_mean, p_std, sigma_min, sigma_max, rho, indices, weighting, device)
     held = num_scales.to(device) if isinstance(num_scales, Tensor) else None
     if use_triton(table.sigma, held):

@@ -128,7 +128,8 @@ def _compiled_rounds() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 def _rounds(c0: Tensor, c1: Tensor, constants: Tensor) -> Tensor:
     """_packed_words by the quickest path for this device; the bits are the same on all of them."""
     calls = c0.shape[0]
-    if torch.compiler.is_compiling() or c0.device.type != "cpu" or calls < _COMPILE_FROM:
+    fake = type(c0) is not Tensor  # of FakeTensorMode: compiled code would read memory that is not there
+    if torch.compiler.is_compiling() or c0.device.type != "cpu" or calls < _COMPILE_FROM or fake:
         return _packed_words(c0, c1, constants)
     # Grad mode, inference mode and autocast are guards of the compiled function: here they never change.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):

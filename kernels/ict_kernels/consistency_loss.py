@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .backend import use_triton
+from .backend import use_triton, without_autocast
 from .noise_levels import NoiseLevels
 from .triton_support import jit, launch, refuse_forward_ad, tl, triton
 
@@ -508,7 +508,7 @@ def pseudo_huber_loss(
     elements = math.prod(prediction.shape[1:])
     c = _checked_c(c, elements)
     weight_n = None if weight is None else _per_sample(weight, prediction)
-    with torch.autocast(prediction.device.type, enabled=False):
+    with without_autocast(prediction):
         if _takes(prediction, target, weight_n):
             refuse_forward_ad("pseudo_huber_loss", prediction, weight_n)
             metric = "pseudo-huber" if norm == "sample" else "elementwise pseudo-huber"
@@ -602,7 +602,7 @@ def consistency_loss(
         )
         return loss_n
 
-    with torch.autocast(student_output.device.type, enabled=False):
+    with without_autocast(student_output):
         student = consistency_function(student_output, student_input, sigma_next_n)
         teacher = consistency_function(teacher_output.detach(), teacher_input, sigma_n)
         difference = (student - teacher).flatten(1)

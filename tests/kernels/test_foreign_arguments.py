@@ -12,6 +12,8 @@ from ict_kernels import (
     GroupNormSiLU,
     NoiseLevels,
     consistency_loss,
+    fir_downsample,
+    fir_upsample,
     group_norm_silu,
     noise_images,
     noise_level_grid,
@@ -218,6 +220,18 @@ def test_a_scalar_has_no_samples_to_draw_for():
     seed_dropout(layer, 3)
     with pytest.raises(ValueError, match=r"for a shape \(N, \.\.\.\), which a scalar does not have"):
         layer(torch.ones(()))
+
+
+def test_on_the_meta_device_every_op_has_shapes():
+    """As those count who want to know what a step takes."""
+    a, b = (each.to("meta").requires_grad_() for each in pair((4, 8, 6, 6)))
+    levels = sample_noise_levels(4, 11, seed=0, device="meta")
+    student, teacher = noise_images(a.detach(), levels, seed=0)
+    assert consistency_loss(a, b, student, teacher, levels).shape == (4,)
+    assert pseudo_huber_loss(a, b, levels.weight, keepdim=True).shape == (4, 1, 1, 1)
+    y = fir_downsample(fir_upsample(group_norm_silu(a, 2, None, None, dropout=0.1, seed=0)))
+    (gradient,) = torch.autograd.grad(pseudo_huber_loss(y, b, norm="element", reduction="mean"), a)
+    assert y.shape == gradient.shape == a.shape
 
 
 def seeded_dropout() -> Tensor:

@@ -1555,11 +1555,15 @@ def _as_channels_last(x: Tensor) -> Tensor:
 
 
 def _with_layout_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's memory format; free where the definition already kept it."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return y.contiguous(memory_format=torch.channels_last)
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return y.contiguous(memory_format=torch.channels_last_3d)
+    """y in the memory format that x's strides are of; free where the definition or the kernel has kept it."""
+    if torch._C._are_functorch_transforms_active():
+        return y  # torch.func.vmap knows no formats
+    if x.dim() in (4, 5):
+        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        # Some channels of a channels-last tensor have gaps between pixels, but the same order.
+        sliced = not x.is_contiguous() and 0 < x.stride(1) < x.stride(-1)
+        if sliced or x.is_contiguous(memory_format=last):
+            return y.contiguous(memory_format=last)
     return y.contiguous()
 
 

@@ -1574,7 +1574,7 @@ class GroupNormSiLU(nn.Module):
     eval mode to forget, and `module.training` is not read.
 
     Args:
-        num_groups, num_channels, eps, affine: as in torch.nn.GroupNorm.
+        num_groups, num_channels, eps, affine, bias: as in torch.nn.GroupNorm.
         activation: "silu" or None.
         dropout: probability, in force when a seed is passed.
         layer: number of this norm in the network; see `group_norm_silu`.
@@ -1591,6 +1591,8 @@ class GroupNormSiLU(nn.Module):
         layer: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if num_groups < 1 or num_channels % num_groups != 0:
@@ -1600,12 +1602,17 @@ class GroupNormSiLU(nn.Module):
         self.activation, self.dropout, self.layer = activation, dropout, layer
         self.weight: nn.Parameter | None
         self.bias: nn.Parameter | None
-        if affine:
-            self.weight = nn.Parameter(torch.ones(num_channels, device=device, dtype=dtype))
-            self.bias = nn.Parameter(torch.zeros(num_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
+        for name, wanted in (("weight", affine), ("bias", affine and bias)):
+            empty = torch.empty(num_channels, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """1 and 0; what FSDP and others call for a module that was made on the meta device."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(
         self,

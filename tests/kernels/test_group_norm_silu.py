@@ -181,6 +181,12 @@ def test_the_module_is_nn_group_norm_then_silu_with_its_state_dict():
     torch.testing.assert_close(x1.grad, x2.grad)
     torch.testing.assert_close(stock.weight.grad, ours.weight.grad)
     torch.testing.assert_close(stock.bias.grad, ours.bias.grad)
+    made_late = GroupNormSiLU(4, 8, device="meta").to_empty(device="cpu")
+    made_late.reset_parameters()
+    assert torch.equal(made_late.weight, torch.ones(8))
+    assert torch.equal(made_late.bias, torch.zeros(8))
+    assert list(GroupNormSiLU(4, 8, bias=False).state_dict()) == ["weight"]
+    assert GroupNormSiLU(4, 8, bias=False)(x2).shape == x2.shape
     bare = GroupNormSiLU(4, 8, affine=False)
     assert list(bare.state_dict()) == []
     torch.testing.assert_close(bare(x2), nn.functional.silu(nn.functional.group_norm(x2, 4)))

@@ -91,7 +91,8 @@ class RAdamEMA(Optimizer):
         ema_decay: decay of the average, in [0, 1]; a float or a 0-dim device tensor. Rounded to fp32 for
             parameters of fp32 and less.
     Raises:
-        ValueError: for a value out of range, complex or sharded parameters, or several devices.
+        ValueError: for a value out of range, a tensor of another shape, complex or sharded parameters, or
+            several devices.
     """
 
     # torch.amp.GradScaler then sets grad_scale and found_inf instead of reading found_inf on the host. It
@@ -119,6 +120,9 @@ class RAdamEMA(Optimizer):
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
         if not isinstance(ema_decay, Tensor) and not 0.0 <= ema_decay <= 1.0:
             raise ValueError(f"ema_decay must be in [0, 1], got {ema_decay}")
+        for name, value in (("lr", lr), ("ema_decay", ema_decay)):
+            if isinstance(value, Tensor) and value.dim() != 0:
+                raise ValueError(f"a tensor {name} must be 0-dim, got shape {tuple(value.shape)}")
         # Parameters that have had a gradient in the same steps are a cohort: their `step` is equal, so they
         # share the step's scalars. The host keeps the cohorts; to read `step` would be a synchronisation.
         self._cohort: dict[Tensor, int] = {}
@@ -421,6 +425,8 @@ class RAdamEMA(Optimizer):
                 if name == "params":
                     continue
                 loaded = group.get(name, value)
+                if isinstance(loaded, Tensor) and loaded.dim() == 1:  # as torch's lr may have
+                    loaded = loaded.reshape(())
                 if isinstance(value, Tensor):
                     loaded = value if loaded is value else value.fill_(loaded)
                 elif isinstance(loaded, Tensor):

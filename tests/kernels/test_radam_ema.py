@@ -396,6 +396,16 @@ def test_a_schedule_of_torchs_that_begins_after_the_load_finds_what_the_one_befo
     assert set(resumed.param_groups[0]) == {*RAdamEMA(parameters()).param_groups[0], "initial_lr"}
 
 
+@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)])
+def test_an_lr_of_torchs_with_one_dimension_loads(lr):
+    reference = torch.optim.RAdam(parameters(), lr=torch.tensor([1e-2]))
+    optimizer = RAdamEMA(parameters(), lr=lr)
+    optimizer.load_state_dict(reference.state_dict())
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    optimizer.step()
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-2)
+
+
 def test_a_state_dict_of_another_mathematics_is_refused():
     for switch in ({"maximize": True}, {"decoupled_weight_decay": True}):
         reference = torch.optim.RAdam(parameters(), **switch)
@@ -481,6 +491,8 @@ def test_low_precision_gradients_and_parameters_work():
         ({"eps": -1e-8}, "eps must be"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
         ({"ema_decay": 1.1}, "ema_decay must be"),
+        ({"lr": torch.tensor([1e-3])}, r"a tensor lr must be 0-dim, got shape \(1,\)"),
+        ({"ema_decay": torch.tensor([0.9, 0.99])}, "a tensor ema_decay must be 0-dim"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings, message):

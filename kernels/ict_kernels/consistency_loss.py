@@ -65,7 +65,7 @@ def default_huber_c(elements: int) -> float:
     return 0.00054 * math.sqrt(elements)
 
 
-def _pseudo_huber(squared_norm: Tensor, c: float) -> Tensor:
+def _pseudo_huber(squared_norm: Tensor, c: float | Tensor) -> Tensor:
     """sqrt(s + c^2) - c without cancellation; the clamp keeps 0/0 away where s and c^2 both vanish."""
     root = (squared_norm + c * c).clamp_min(torch.finfo(squared_norm.dtype).tiny).sqrt()
     return squared_norm / (root + c)

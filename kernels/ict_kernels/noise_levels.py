@@ -23,7 +23,7 @@ Bytes: 20 written per sample; the tables stay in cache.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,9 +101,7 @@ def checked_scales(num_scales: int) -> int:
         raise ValueError(f"num_scales counts grid points and must be an int, got {num_scales!r}")
     if num_scales < 2:
         raise ValueError(f"num_scales counts grid points and must be at least 2, got {num_scales}")
-    # torch.compile makes a symbol of a number that has changed; of a range it makes the constant that a table
-    # needs.
-    return range(int(num_scales)).stop
+    return _constant(int(num_scales))
 
 
 def noise_level_probabilities(
@@ -146,6 +144,13 @@ def noise_level_probabilities(
             f"no level of [{sigma_min}, {sigma_max}] is likely under p_mean={p_mean}, p_std={p_std}"
         )
     return mass / mass.sum()
+
+
+def _constant(number: Any) -> Any:
+    """A number as a table needs it: torch.compile makes a symbol of one that has changed, or of every one."""
+    if not torch.compiler.is_compiling():
+        return number
+    return torch.fx.experimental.symbolic_shapes.guard_scalar(number)
 
 
 _tables: dict[tuple[object, ...], _Table] = {}
@@ -396,7 +401,17 @@ def sample_noise_levels(
             f"a tensor num_scales is one integer; got {num_scales.dtype} of shape {tuple(num_scales.shape)}"
         )
     rows = tuple(map(checked_scales, scales if isinstance(num_scales, Tensor) else (num_scales,)))
-    table = _table(rows, p_mean, p_std, sigma_min, sigma_max, rho, indices, weighting, device)
+    table = _table(
+        rows,
+        _constant(p_mean),
+        _constant(p_std),
+        _constant(sigma_min),
+        _constant(sigma_max),
+        _constant(rho),
+        indices,
+        weighting,
+        device,
+    )
     held = num_scales.to(device) if isinstance(num_scales, Tensor) else None
     if use_triton(table.sigma, held):
         offset_tensor, offset_int = offset_arguments(offset, device)

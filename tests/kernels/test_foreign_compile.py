@@ -107,16 +107,17 @@ def test_a_trainer_compiles_whole_and_once(trainer):
     check(trainer, "aot_eager")
 
 
-def test_the_next_stage_compiles_whole_where_the_number_of_scales_is_an_int():
-    """Of a number that has changed torch.compile makes a symbol, and the table of a symbol is none."""
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_levels_compile_whole_whatever_becomes_of_their_numbers(dynamic):
+    """Of a number that has changed torch.compile makes a symbol, of which there is no table."""
     torch._dynamo.reset()
 
-    @torch.compile(fullgraph=True, backend="eager")
-    def draw(num_scales: int) -> Tensor:
-        return sample_noise_levels(64, num_scales, seed=SEED).sigma
+    def draw(num_scales: int | Tensor, p_mean: float) -> Tensor:
+        return sample_noise_levels(64, num_scales, p_mean=p_mean, seed=SEED).sigma
 
-    for num_scales in (11, 21, 41, 11):
-        assert torch.equal(draw(num_scales), sample_noise_levels(64, num_scales, seed=SEED).sigma)
+    compiled = torch.compile(draw, fullgraph=True, backend="eager", dynamic=dynamic)
+    for arguments in ((11, -1.1), (21, -1.1), (41, -0.9), (torch.tensor(81), -0.9), (11, -1.1)):
+        assert torch.equal(compiled(*arguments), draw(*arguments))
 
 
 @pytest.mark.drill

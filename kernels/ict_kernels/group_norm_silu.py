@@ -1648,7 +1648,8 @@ class GroupNormSiLU(nn.Module):
         Blocks get another forward pass; parameters, names and state dict stay. What is recognised, and how
         that is made sure of, is said in replacement.py. A dropout layer after the SiLU keeps torch's mask;
         where `seed_dropout` has seeded it, the same kernel draws the mask. Do this before compiling the
-        network or wrapping it for distributed training; again, it does nothing.
+        network or wrapping it for distributed training; again, it does nothing. A norm and a SiLU that are
+        replaced are called no more: hooks that they are given later (pruning's too) do not run.
 
         Args:
             network: changed in place; diffusers', guided-diffusion's, EDM's, or with norm and SiLU next to

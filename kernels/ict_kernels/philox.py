@@ -167,8 +167,8 @@ def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
                 f"got {seed.dtype} of shape {tuple(seed.shape)}"
             )
         return seed.to(device).contiguous()  # kernels read it by its address
-    if isinstance(seed, float):  # which torch would cut off
-        raise ValueError(f"a seed is an int, an int64 tensor (run seed, step) or None; got {seed}")
+    if isinstance(seed, float | str | list | tuple):  # the first of which torch would cut off
+        raise ValueError(f"a seed is an int, an int64 tensor (run seed, step) or None; got {seed!r}")
     if not -(2**63) <= seed < 2**63:  # only then: under torch.compile an int may be symbolic, of 64 bits
         seed = (seed + 2**63) % 2**64 - 2**63
     return torch.tensor([seed, 0], dtype=torch.int64, device=device)

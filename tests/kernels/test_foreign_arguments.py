@@ -181,6 +181,8 @@ def test_ects_loss_takes_video():
         (lambda a, b: group_norm_silu(a, 1, None, None, eps=math.nan), "eps must be at least 0"),
         (lambda a, b: normal((2, 3), seed=0.9), r"a seed is an int.* got 0\.9"),
         (lambda a, b: sample_noise_levels(2, 11, seed=0.0), r"a seed is an int.* got 0\.0"),
+        (lambda a, b: dropped(a, seed=(1, 2)), r"a seed is an int.* got \(1, 2\)"),
+        (lambda a, b: seed_dropout(nn.Dropout(), "1"), r"a seed is an int.* got '1'"),
         (lambda a, b: sample_noise_levels(2, 11, seed=0, offset=1.5), r"an offset is an int.* got 1\.5"),
         (lambda a, b: normal((2, 3), 0, torch.tensor([4, 5])), r"an offset is one integer.* shape \(2,\)"),
         (lambda a, b: dropped(a, offset=torch.tensor(1.5)), r"an offset is one integer.* torch\.float32"),

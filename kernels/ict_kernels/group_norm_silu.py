@@ -1556,14 +1556,13 @@ def _as_channels_last(x: Tensor) -> Tensor:
 
 def _with_layout_of(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory format that x's strides are of; free where the definition or the kernel has kept it."""
-    if torch._C._are_functorch_transforms_active():
-        return y  # torch.func.vmap knows no formats
-    if x.dim() in (4, 5):
+    # torch.func.vmap knows no formats. (While compiling the question would be a node, which no cache takes.)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return y
+    # By strides: some channels of a channels-last tensor have its order, but gaps between pixels.
+    if x.dim() in (4, 5) and not x.is_contiguous() and 0 < x.stride(1) < x.stride(-1):
         last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        # Some channels of a channels-last tensor have gaps between pixels, but the same order.
-        sliced = not x.is_contiguous() and 0 < x.stride(1) < x.stride(-1)
-        if sliced or x.is_contiguous(memory_format=last):
-            return y.contiguous(memory_format=last)
+        return y.contiguous(memory_format=last)
     return y.contiguous()
 
 

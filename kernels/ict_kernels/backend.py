@@ -1,4 +1,7 @@
-"""Which implementation the ops use: the process-wide choice of `set_backend`."""
+"""Which implementation the ops use, the process-wide choice of `set_backend`, and in which dtypes."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +47,11 @@ def set_backend(name: str) -> None:
 def get_backend() -> str:
     """The backend last chosen by `set_backend`; "auto" at first."""
     return _chosen
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block for operations on tensors of this one's device, in the dtypes that they have."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def use_triton(*tensors: Tensor | None) -> bool:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .backend import use_triton
+from .backend import use_triton, without_autocast
 from .noise_levels import NoiseLevels
 from .triton_support import jit, launch, refuse_forward_ad, tl, triton
 
@@ -65,7 +65,7 @@ def default_huber_c(elements: int) -> float:
     return 0.00054 * math.sqrt(elements)
 
 
-def _pseudo_huber(squared_norm: Tensor, c: float) -> Tensor:
+def _pseudo_huber(squared_norm: Tensor, c: float | Tensor) -> Tensor:
     """sqrt(s + c^2) - c without cancellation; the clamp keeps 0/0 away where s and c^2 both vanish."""
     root = (squared_norm + c * c).clamp_min(torch.finfo(squared_norm.dtype).tiny).sqrt()
     return squared_norm / (root + c)
@@ -494,7 +494,7 @@ def pseudo_huber_loss(
         autocast too.
     Raises:
         ValueError: for shapes that differ, a weight of another shape, a negative c, an unknown norm or
-            reduction.
+            reduction, or keepdim with a reduction, which leaves no samples to keep.
     Source:
         Song & Dhariwal 2024, equation 8.
     """
@@ -503,10 +503,12 @@ def pseudo_huber_loss(
         raise ValueError(f"norm must be 'sample' or 'element', got {norm!r}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if keepdim and reduction != "none":
+        raise ValueError(f"keepdim=True is for reduction='none', got reduction={reduction!r}")
     elements = math.prod(prediction.shape[1:])
     c = _checked_c(c, elements)
     weight_n = None if weight is None else _per_sample(weight, prediction)
-    with torch.autocast(prediction.device.type, enabled=False):
+    with without_autocast(prediction):
         if _takes(prediction, target, weight_n):
             refuse_forward_ad("pseudo_huber_loss", prediction, weight_n)
             metric = "pseudo-huber" if norm == "sample" else "elementwise pseudo-huber"
@@ -600,7 +602,7 @@ def consistency_loss(
         )
         return loss_n
 
-    with torch.autocast(student_output.device.type, enabled=False):
+    with without_autocast(student_output):
         student = consistency_function(student_output, student_input, sigma_next_n)
         teacher = consistency_function(teacher_output.detach(), teacher_input, sigma_n)
         difference = (student - teacher).flatten(1)

@@ -18,15 +18,12 @@ H200). In the step's profile these kernels are not among the 25 longest, so belo
 (benchmarks/results/analysis.md, step-floor); by themselves they have not been timed.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .backend import use_triton
+from .backend import use_triton, without_autocast
 from .triton_support import jit, launch, refuse_forward_ad, tl, triton
 
 # -------------------------------------------------------------------------------------- the eager definitions
@@ -38,14 +35,14 @@ def fir_taps(like: Tensor) -> Tensor:
 
 
 def _down(x: Tensor, gain: float, padding: int = 1) -> Tensor:
-    with _without_autocast(x):
+    with without_autocast(x):
         wide = _wide(x)
         y = F.conv2d(wide, _filter(wide, gain), stride=2, padding=padding, groups=x.shape[1])
     return y.to(x.dtype)
 
 
 def _up(x: Tensor, gain: float) -> Tensor:
-    with _without_autocast(x):
+    with without_autocast(x):
         wide = _wide(x)
         y = F.conv_transpose2d(wide, _filter(wide, 4 * gain), stride=2, padding=1, groups=x.shape[1])
     return y.to(x.dtype)
@@ -60,10 +57,6 @@ def _filter(x: Tensor, gain: float) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     # A CPU rounds sums of fp16 more than once, of bf16 once. In fp32 autograd would keep twice as much.
     return x.to(torch.float32) if x.dtype == torch.float16 else x
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 # ---------------------------------------------------------------------------------------------- the kernels

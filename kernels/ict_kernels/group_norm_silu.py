@@ -48,6 +48,7 @@ from .philox import (
     dropout_keep_mask,
     dropout_threshold,
     interleave4,
+    offset_arguments,
     philox_call,
     seed_tensor,
 )
@@ -1521,11 +1522,12 @@ def group_norm_silu(
         )
         return _with_layout_of(x, y)
     refuse_forward_ad("group_norm_silu", x, weight, bias, scale, shift, pre_bias)
-    at: int | Tensor = 0
+    offset_tensor, offset_int, stream = None, 0, 0
     if threshold > 0:
-        seed, at, stream = seed_tensor(seed, x.device), offset, _stream(DROPOUT, layer)
+        seed, stream = seed_tensor(seed, x.device), _stream(DROPOUT, layer)
+        offset_tensor, offset_int = offset_arguments(offset, x.device)
     else:
-        seed, stream = None, 0
+        seed = None
     y, _ = _forward_op(
         _as_channels_last(x),
         num_groups,
@@ -1535,8 +1537,8 @@ def group_norm_silu(
         shift,
         pre_bias,
         seed,
-        at.to(x.device, torch.int64) if isinstance(at, Tensor) else None,
-        0 if isinstance(at, Tensor) else at,
+        offset_tensor,
+        offset_int,
         stream,
         threshold,
         eps,
@@ -1553,11 +1555,14 @@ def _as_channels_last(x: Tensor) -> Tensor:
 
 
 def _with_layout_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's memory format; free where the definition already kept it."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return y.contiguous(memory_format=torch.channels_last)
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return y.contiguous(memory_format=torch.channels_last_3d)
+    """y in the memory format that x's strides are of; free where the definition or the kernel has kept it."""
+    # torch.func.vmap knows no formats. (While compiling the question would be a node, which no cache takes.)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return y
+    # By strides: some channels of a channels-last tensor have its order, but gaps between pixels.
+    if x.dim() in (4, 5) and not x.is_contiguous() and 0 < x.stride(1) < x.stride(-1):
+        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        return y.contiguous(memory_format=last)
     return y.contiguous()
 
 
@@ -1568,7 +1573,7 @@ class GroupNormSiLU(nn.Module):
     eval mode to forget, and `module.training` is not read.
 
     Args:
-        num_groups, num_channels, eps, affine: as in torch.nn.GroupNorm.
+        num_groups, num_channels, eps, affine, bias: as in torch.nn.GroupNorm.
         activation: "silu" or None.
         dropout: probability, in force when a seed is passed.
         layer: number of this norm in the network; see `group_norm_silu`.
@@ -1585,6 +1590,8 @@ class GroupNormSiLU(nn.Module):
         layer: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if num_groups < 1 or num_channels % num_groups != 0:
@@ -1594,12 +1601,17 @@ class GroupNormSiLU(nn.Module):
         self.activation, self.dropout, self.layer = activation, dropout, layer
         self.weight: nn.Parameter | None
         self.bias: nn.Parameter | None
-        if affine:
-            self.weight = nn.Parameter(torch.ones(num_channels, device=device, dtype=dtype))
-            self.bias = nn.Parameter(torch.zeros(num_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
+        for name, wanted in (("weight", affine), ("bias", affine and bias)):
+            empty = torch.empty(num_channels, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """1 and 0; what FSDP and others call for a module that was made on the meta device."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(
         self,
@@ -1635,7 +1647,8 @@ class GroupNormSiLU(nn.Module):
         Blocks get another forward pass; parameters, names and state dict stay. What is recognised, and how
         that is made sure of, is said in replacement.py. A dropout layer after the SiLU keeps torch's mask;
         where `seed_dropout` has seeded it, the same kernel draws the mask. Do this before compiling the
-        network or wrapping it for distributed training; again, it does nothing.
+        network or wrapping it for distributed training; again, it does nothing. A norm and a SiLU that are
+        replaced are called no more: hooks that they are given later (pruning's too) do not run.
 
         Args:
             network: changed in place; diffusers', guided-diffusion's, EDM's, or with norm and SiLU next to

@@ -23,14 +23,14 @@ Bytes: 20 written per sample; the tables stay in cache.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .backend import use_triton
-from .philox import LEVELS, Seed, philox_call, seed_tensor, uniform_bits
+from .philox import INTEGERS, LEVELS, Seed, offset_arguments, philox_call, seed_tensor, uniform_bits
 from .triton_support import jit, launch, tl, triton
 
 CURRICULUM_SCALES = (11, 21, 41, 81, 161, 321, 641, 1281)
@@ -65,24 +65,43 @@ def noise_level_grid(
 
     Args:
         num_scales: N, at least 2.
-        sigma_min, sigma_max: the ends, 0 < sigma_min < sigma_max, in units of pixels in [-1, 1].
-        rho: curvature of the grid; larger puts more levels near sigma_min.
+        sigma_min, sigma_max: the ends, 0 < sigma_min < sigma_max, finite, in units of pixels in [-1, 1].
+        rho: curvature of the grid, positive; larger puts more levels near sigma_min.
     Returns:
         (N,) float64 on the CPU.
     Raises:
-        ValueError: for values out of those ranges.
+        ValueError: for values out of those ranges, or levels that float64 does not tell apart.
     Source:
         Karras et al. 2022, equation 5.
     """
+    steps = checked_scales(num_scales) - 1
+    if not (0.0 < sigma_min < sigma_max < math.inf and 0.0 < rho < math.inf):
+        raise ValueError(
+            "need 0 < sigma_min < sigma_max and rho > 0, all finite; got"
+            f" sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}"
+        )
+    try:
+        low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+        # Python's floats, not torch's vectorised pow: the table must not depend on the machine's vector
+        # width.
+        inner = [(low + i / steps * (high - low)) ** rho for i in range(1, steps)]
+    except OverflowError:
+        inner = [math.inf]
+    levels = [sigma_min, *inner, sigma_max]
+    if not all(below < above for below, above in pairwise(levels)):
+        raise ValueError(
+            f"float64 does not tell apart {num_scales} levels from {sigma_min} to {sigma_max} with rho={rho}"
+        )
+    return torch.tensor(levels, dtype=torch.float64, device="cpu")
+
+
+def checked_scales(num_scales: int) -> int:
+    """A number of scales as an int: 20.0 is one, 20.7 and True are not."""
+    if isinstance(num_scales, bool | str) or num_scales % 1 != 0:
+        raise ValueError(f"num_scales counts grid points and must be an int, got {num_scales!r}")
     if num_scales < 2:
         raise ValueError(f"num_scales counts grid points and must be at least 2, got {num_scales}")
-    if not (0.0 < sigma_min < sigma_max and rho > 0.0):
-        raise ValueError(f"need 0 < sigma_min < sigma_max and rho > 0, got {sigma_min}, {sigma_max}, {rho}")
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    steps = num_scales - 1
-    # Python's floats, not torch's vectorised pow: the table must not depend on the machine's vector width.
-    inner = [(low + i / steps * (high - low)) ** rho for i in range(1, steps)]
-    return torch.tensor([sigma_min, *inner, sigma_max], dtype=torch.float64, device="cpu")
+    return _constant(int(num_scales))
 
 
 def noise_level_probabilities(
@@ -110,6 +129,7 @@ def noise_level_probabilities(
     Source:
         Song & Dhariwal 2024, section 3.5.
     """
+    num_scales = checked_scales(num_scales)
     sigma = noise_level_grid(num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).tolist()
     if indices == "uniform":
         return torch.full((num_scales - 1,), 1.0 / (num_scales - 1), dtype=torch.float64, device="cpu")
@@ -124,6 +144,13 @@ def noise_level_probabilities(
             f"no level of [{sigma_min}, {sigma_max}] is likely under p_mean={p_mean}, p_std={p_std}"
         )
     return mass / mass.sum()
+
+
+def _constant(number: Any) -> Any:
+    """A number as a table needs it: torch.compile makes a symbol of one that has changed, or of every one."""
+    if not torch.compiler.is_compiling():
+        return number
+    return torch.fx.experimental.symbolic_shapes.guard_scalar(number)
 
 
 _tables: dict[tuple[object, ...], _Table] = {}
@@ -369,12 +396,25 @@ def sample_noise_levels(
         on_device = next((t for t in (num_scales, seed) if isinstance(t, Tensor)), None)
         device = "cpu" if on_device is None else on_device.device
     device = torch.device(device)
-    rows = tuple(scales) if isinstance(num_scales, Tensor) else (int(num_scales),)
-    table = _table(rows, p_mean, p_std, sigma_min, sigma_max, rho, indices, weighting, device)
+    if isinstance(num_scales, Tensor) and (num_scales.numel() != 1 or num_scales.dtype not in INTEGERS):
+        raise ValueError(
+            f"a tensor num_scales is one integer; got {num_scales.dtype} of shape {tuple(num_scales.shape)}"
+        )
+    rows = tuple(map(checked_scales, scales if isinstance(num_scales, Tensor) else (num_scales,)))
+    table = _table(
+        rows,
+        _constant(p_mean),
+        _constant(p_std),
+        _constant(sigma_min),
+        _constant(sigma_max),
+        _constant(rho),
+        indices,
+        weighting,
+        device,
+    )
     held = num_scales.to(device) if isinstance(num_scales, Tensor) else None
     if use_triton(table.sigma, held):
-        offset_tensor = offset.to(device) if isinstance(offset, Tensor) else None
-        offset_int = 0 if isinstance(offset, Tensor) else offset
+        offset_tensor, offset_int = offset_arguments(offset, device)
         # Named one by one: Dynamo of torch 2.11 does not unpack them.
         index, sigma, sigma_next, weight = _sample(
             held,

@@ -21,7 +21,7 @@ from ._ops import add_op_namespace_prefix
 from .backend import use_triton
 from .consistency_loss import c_in
 from .noise_levels import NoiseLevels
-from .philox import NOISE, Seed, normal, normal4, philox_call, seed_tensor
+from .philox import NOISE, Seed, normal, normal4, offset_arguments, philox_call, seed_tensor
 from .triton_support import jit, launch, refuse_forward_ad, tl, triton
 
 # --------------------------------------------------------------------------------------- the eager definition
@@ -256,8 +256,7 @@ def noise_images(
     if use_triton(images, sigma_n, sigma_next_n) and not differentiable and images[:1].numel() < 2**31:
         refuse_forward_ad("noise_images", images, sigma_n, sigma_next_n)
         device = images.device
-        offset_tensor = offset.to(device) if isinstance(offset, Tensor) else None
-        offset_int = 0 if isinstance(offset, Tensor) else offset
+        offset_tensor, offset_int = offset_arguments(offset, device)
         return _noise_op(
             images,
             sigma_n,

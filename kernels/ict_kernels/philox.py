@@ -47,6 +47,8 @@ _CHUNK = 4096
 # first and 5 s in every later process: the noise of the digits preset stays below, dropout does not.
 _COMPILE_FROM = 8192
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 Seed = int | Tensor | None
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -126,7 +128,8 @@ def _compiled_rounds() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 def _rounds(c0: Tensor, c1: Tensor, constants: Tensor) -> Tensor:
     """_packed_words by the quickest path for this device; the bits are the same on all of them."""
     calls = c0.shape[0]
-    if torch.compiler.is_compiling() or c0.device.type != "cpu" or calls < _COMPILE_FROM:
+    fake = type(c0) is not Tensor  # of FakeTensorMode: compiled code would read memory that is not there
+    if torch.compiler.is_compiling() or c0.device.type != "cpu" or calls < _COMPILE_FROM or fake:
         return _packed_words(c0, c1, constants)
     # Grad mode, inference mode and autocast are guards of the compiled function: here they never change.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -164,11 +167,28 @@ def seed_tensor(seed: Seed, device: torch.device | str | None = None) -> Tensor:
                 f"got {seed.dtype} of shape {tuple(seed.shape)}"
             )
         return seed.to(device).contiguous()  # kernels read it by its address
-    if isinstance(seed, float):  # which torch would cut off
-        raise ValueError(f"a seed is an int, an int64 tensor (run seed, step) or None; got {seed}")
+    if isinstance(seed, float | str | list | tuple):  # the first of which torch would cut off
+        raise ValueError(f"a seed is an int, an int64 tensor (run seed, step) or None; got {seed!r}")
     if not -(2**63) <= seed < 2**63:  # only then: under torch.compile an int may be symbolic, of 64 bits
         seed = (seed + 2**63) % 2**64 - 2**63
     return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+
+
+def offset_arguments(offset: int | Tensor, device: torch.device | str) -> tuple[Tensor | None, int]:
+    """An offset as the ops take it: an int64 tensor on `device`, or None; and an int, then 0.
+
+    Raises:
+        ValueError: if a tensor is not one integer, or a number is no int.
+    """
+    if isinstance(offset, Tensor):
+        if offset.numel() != 1 or offset.dtype not in INTEGERS:
+            raise ValueError(
+                f"an offset is one integer, got a tensor of {offset.dtype} of shape {tuple(offset.shape)}"
+            )
+        return offset.to(device, torch.int64).reshape(()), 0
+    if isinstance(offset, float):  # which torch would cut off
+        raise ValueError(f"an offset is an int or a 0-dim int64 tensor, got {offset}")
+    return None, offset
 
 
 def layer_seeds(seed: Seed, layers: int, device: torch.device | str | None = None) -> Tensor:
@@ -202,14 +222,12 @@ def _draw(
         # (seed low, seed high, step low, step high) -> (k0, k1, c2, c3)
         constants = seed_tensor(seed, device).view(torch.int32).to(torch.int64) & _MASK32
         constants[3] = (constants[3] + stream) & _MASK32
-        offset = (
-            offset.to(device=device, dtype=torch.int64)
-            if isinstance(offset, Tensor)
-            else torch.full((), offset, dtype=torch.int64, device=device)
-        )
+        first, number = offset_arguments(offset, device)
+        if first is None:
+            first = torch.full((), number, dtype=torch.int64, device=device)
         if torch.compiler.is_compiling() and constants.device.type == "cpu":
-            return _words_op(constants, offset, samples, calls)
-        return _words(constants, offset, samples, calls)
+            return _words_op(constants, first, samples, calls)
+        return _words(constants, first, samples, calls)
 
 
 def _words(constants: Tensor, offset: Tensor, samples: int, calls: int) -> Tensor:
@@ -240,9 +258,18 @@ def _stream(purpose: int, layer: int) -> int:
 
 def _channels_last(lanes: Tensor, shape: Sequence[int]) -> Tensor:
     """(N, at least C*spatial) lanes in element order -> (N, C, *spatial), channels last in memory."""
-    samples, channels, *spatial = shape
-    elements = channels * _prod(spatial)
+    samples, elements = _sizes(shape)
+    if len(shape) == 1:
+        return lanes[:, 0]
+    _, channels, *spatial = shape
     return lanes[:, :elements].reshape(samples, *spatial, channels).movedim(-1, 1)
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, int]:
+    """Samples, and elements of each: one in a shape (N,)."""
+    if not shape:
+        raise ValueError("numbers are drawn for a shape (N, ...), which a scalar does not have")
+    return shape[0], _prod(shape[1:])
 
 
 def _prod(numbers: Sequence[int]) -> int:
@@ -295,13 +322,13 @@ def normal(
     passes 6.77.
 
     Args:
-        shape: (N, C, *spatial).
+        shape: (N, C, *spatial), or (N,).
         seed, offset, purpose, layer, device: as in `uniform_bits`.
     Returns:
         fp32 of the given shape, channels last in memory.
     """
-    elements = _prod(shape[1:])
-    packed = _draw(shape[0], -(-elements // 4), seed, offset, _device(device, seed), _stream(purpose, layer))
+    samples, elements = _sizes(shape)
+    packed = _draw(samples, -(-elements // 4), seed, offset, _device(device, seed), _stream(purpose, layer))
     signed = packed.view(torch.int32).unflatten(-1, (2, 2)).to(torch.float32) * 2.0**-32
     # The words are read as signed. For the angle that is the same turn, measured from -pi and so rounded more
     # finely.
@@ -337,7 +364,7 @@ def dropout_keep_mask(
     """Which elements dropout keeps: those whose 16-bit lane is at least round(65536 p).
 
     Args:
-        like: a tensor (N, C, *spatial), or such a shape.
+        like: a tensor (N, C, *spatial) or (N,), or such a shape.
         p: probability of dropping an element, applied as round(65536 p) / 65536.
         seed, offset: as in `uniform_bits`. Equal seeds give equal masks: so student and teacher share one.
         layer: number of the layer in the network, below 2^16; different layers have independent masks.
@@ -349,8 +376,8 @@ def dropout_keep_mask(
         device = like.device if device is None else device
         like = like.shape
     threshold = dropout_threshold(p)
-    elements = _prod(like[1:])
-    packed = _draw(like[0], -(-elements // 8), seed, offset, _device(device, seed), _stream(DROPOUT, layer))
+    samples, elements = _sizes(like)
+    packed = _draw(samples, -(-elements // 8), seed, offset, _device(device, seed), _stream(DROPOUT, layer))
     # Flipping the top bit maps lanes 0 .. 65535 to -32768 .. 32767 in order. On a CPU two clamped int16
     # passes take half the time of `>=`, which int16 -> bool does one element at a time.
     lanes = packed.view(torch.int16).flatten(1) ^ -32768

@@ -91,7 +91,8 @@ class RAdamEMA(Optimizer):
         ema_decay: decay of the average, in [0, 1]; a float or a 0-dim device tensor. Rounded to fp32 for
             parameters of fp32 and less.
     Raises:
-        ValueError: for a value out of range, complex or sharded parameters, or several devices.
+        ValueError: for a value out of range, a tensor of another shape, complex or sharded parameters, or
+            several devices.
     """
 
     # torch.amp.GradScaler then sets grad_scale and found_inf instead of reading found_inf on the host. It
@@ -119,6 +120,9 @@ class RAdamEMA(Optimizer):
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
         if not isinstance(ema_decay, Tensor) and not 0.0 <= ema_decay <= 1.0:
             raise ValueError(f"ema_decay must be in [0, 1], got {ema_decay}")
+        for name, value in (("lr", lr), ("ema_decay", ema_decay)):
+            if isinstance(value, Tensor) and value.dim() != 0:
+                raise ValueError(f"a tensor {name} must be 0-dim, got shape {tuple(value.shape)}")
         # Parameters that have had a gradient in the same steps are a cohort: their `step` is equal, so they
         # share the step's scalars. The host keeps the cohorts; to read `step` would be a synchronisation.
         self._cohort: dict[Tensor, int] = {}
@@ -403,19 +407,26 @@ class RAdamEMA(Optimizer):
         What others keep in the groups, as the schedulers of torch do, is restored too.
 
         Raises:
-            ValueError: if the groups do not fit, or the dict was made with maximize or
-                decoupled_weight_decay.
+            ValueError: if the groups do not fit, the state is of parameters of other shapes or of another
+                kind of optimizer, or the dict was made with maximize or decoupled_weight_decay. Nothing has
+                changed then.
         """
         for switch in _FOREIGN_SWITCHES:
             if any(group.get(switch) for group in state_dict["param_groups"]):
                 raise ValueError(f"cannot continue a state dict that was made with {switch}=True")
-        before = [dict(group) for group in self.param_groups]
+        before, state_before = self.param_groups, self.state
         super().load_state_dict(state_dict)
+        if (reason := self._why_not_ours()) is not None:
+            self.param_groups, self.state = before, state_before
+            raise ValueError(reason)
+        del state_before
         for group, old in zip(self.param_groups, before, strict=True):
             for name, value in old.items():
                 if name == "params":
                     continue
                 loaded = group.get(name, value)
+                if isinstance(loaded, Tensor) and loaded.dim() == 1:  # as torch's lr may have
+                    loaded = loaded.reshape(())
                 if isinstance(value, Tensor):
                     loaded = value if loaded is value else value.fill_(loaded)
                 elif isinstance(loaded, Tensor):
@@ -430,14 +441,24 @@ class RAdamEMA(Optimizer):
                 state["step"] = step.clone().reshape(())
             for name in ("exp_avg", "exp_avg_sq", "ema"):
                 if name in state:
-                    if state[name].shape != p.shape:
-                        raise ValueError(
-                            f"{name} of shape {tuple(state[name].shape)} does not fit "
-                            f"a parameter of shape {tuple(p.shape)}"
-                        )
                     like = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
                     state[name] = like.copy_(state[name])
         self._find_cohorts()
+
+    def _why_not_ours(self) -> str | None:
+        """Why the state, as torch loads it, cannot be gone on with; None if it can."""
+        for p in self._parameters():
+            state: dict[str, Any] = self.state.get(p, {})
+            missing = [name for name in _STATE[:2] if name not in state]
+            if "step" in state and missing:
+                return f"the state has a step without {' and '.join(missing)}: it is of another optimizer"
+            wrong = [name for name in _STATE[:3] if name in state and state[name].shape != p.shape]
+            if wrong:
+                return (
+                    f"{wrong[0]} of shape {tuple(state[wrong[0]].shape)} does not fit a parameter of shape"
+                    f" {tuple(p.shape)}"
+                )
+        return None
 
     def _find_cohorts(self) -> None:
         """The cohorts that the state tells of: equal steps; the host reads them."""

@@ -163,6 +163,9 @@ def seed_dropout(network: nn.Module, seed: int | None = None) -> DropoutSeed:
     `GroupNormSiLU.replace_in` has replaced the norm before a dropout layer, its kernel draws the mask and no
     mask is stored; elsewhere on a GPU it is some hundred small operations, which torch.compile makes one.
 
+    A mask belongs to a layer: one that a pass calls in two places draws the same mask in both, if the shapes
+    are equal. Give each place a layer of its own.
+
     Args:
         network: changed in place; on the device where it is to stay, which the seed does not leave.
         seed: run seed; give each rank its own. None: drawn from torch's default generator.

@@ -12,6 +12,8 @@ from ict_kernels import (
     GroupNormSiLU,
     NoiseLevels,
     consistency_loss,
+    fir_downsample,
+    fir_upsample,
     group_norm_silu,
     noise_images,
     noise_level_grid,
@@ -37,6 +39,10 @@ LOSSES = {
 def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+
+
+def dropped(x: Tensor, **draw) -> Tensor:
+    return group_norm_silu(x, 1, None, None, dropout=0.5, **{"seed": 0} | draw)
 
 
 def exact(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -175,6 +181,13 @@ def test_ects_loss_takes_video():
         (lambda a, b: group_norm_silu(a, 1, None, None, eps=math.nan), "eps must be at least 0"),
         (lambda a, b: normal((2, 3), seed=0.9), r"a seed is an int.* got 0\.9"),
         (lambda a, b: sample_noise_levels(2, 11, seed=0.0), r"a seed is an int.* got 0\.0"),
+        (lambda a, b: dropped(a, seed=(1, 2)), r"a seed is an int.* got \(1, 2\)"),
+        (lambda a, b: seed_dropout(nn.Dropout(), "1"), r"a seed is an int.* got '1'"),
+        (lambda a, b: sample_noise_levels(2, 11, seed=0, offset=1.5), r"an offset is an int.* got 1\.5"),
+        (lambda a, b: normal((2, 3), 0, torch.tensor([4, 5])), r"an offset is one integer.* shape \(2,\)"),
+        (lambda a, b: dropped(a, offset=torch.tensor(1.5)), r"an offset is one integer.* torch\.float32"),
+        (lambda a, b: dropped(a, seed=torch.tensor([1])), r"a seed tensor is int64 of shape \(2,\).*\(1,\)"),
+        (lambda a, b: pseudo_huber_loss(a, b, reduction="mean", keepdim=True), "keepdim=True is for"),
     ],
 )
 def test_a_number_that_means_nothing_is_refused_and_not_rounded(call, message):
@@ -189,6 +202,38 @@ def test_bytes_with_channels_first_are_not_taken_for_channels_last():
         noise_images(images, levels, seed=0)
     student, teacher = noise_images(images.permute(0, 2, 3, 1), levels, seed=0)
     assert student.shape == teacher.shape == images.shape
+
+
+@pytest.mark.parametrize("shape", [(4096,), (64, 64), (0,)])
+def test_seeded_dropout_takes_vectors(shape):
+    layer = nn.Sequential(nn.Dropout(0.25))
+    seed = seed_dropout(layer, 3)
+    y = layer(torch.ones(shape))
+    assert y.shape == shape
+    assert torch.equal(y, layer(torch.ones(shape)))
+    assert set(y.unique().tolist()) <= {0.0, float(torch.tensor(1 / 0.75))}
+    assert not y.numel() or float((y == 0).double().mean()) == pytest.approx(0.25, abs=0.03)
+    seed.advance()
+    assert not y.numel() or not torch.equal(y, layer(torch.ones(shape)))
+
+
+def test_a_scalar_has_no_samples_to_draw_for():
+    layer = nn.Sequential(nn.Dropout(0.25))
+    seed_dropout(layer, 3)
+    with pytest.raises(ValueError, match=r"for a shape \(N, \.\.\.\), which a scalar does not have"):
+        layer(torch.ones(()))
+
+
+def test_on_the_meta_device_every_op_has_shapes():
+    """As those count who want to know what a step takes."""
+    a, b = (each.to("meta").requires_grad_() for each in pair((4, 8, 6, 6)))
+    levels = sample_noise_levels(4, 11, seed=0, device="meta")
+    student, teacher = noise_images(a.detach(), levels, seed=0)
+    assert consistency_loss(a, b, student, teacher, levels).shape == (4,)
+    assert pseudo_huber_loss(a, b, levels.weight, keepdim=True).shape == (4, 1, 1, 1)
+    y = fir_downsample(fir_upsample(group_norm_silu(a, 2, None, None, dropout=0.1, seed=0)))
+    (gradient,) = torch.autograd.grad(pseudo_huber_loss(y, b, norm="element", reduction="mean"), a)
+    assert y.shape == gradient.shape == a.shape
 
 
 def seeded_dropout() -> Tensor:

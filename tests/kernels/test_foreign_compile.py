@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ict_kernels import GroupNormSiLU, SharedDropout, pseudo_huber_loss, seed_dropout
+from ict_kernels import GroupNormSiLU, SharedDropout, pseudo_huber_loss, sample_noise_levels, seed_dropout
 from ict_kernels.adapters import diffusers_cm, hf_trainers, kinyugo, openai_cm
 from ict_kernels.adapters.ect import ECMLoss
 
@@ -105,6 +105,19 @@ def check(trainer, backend):
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda each: each.__name__)
 def test_a_trainer_compiles_whole_and_once(trainer):
     check(trainer, "aot_eager")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_levels_compile_whole_whatever_becomes_of_their_numbers(dynamic):
+    """Of a number that has changed torch.compile makes a symbol, of which there is no table."""
+    torch._dynamo.reset()
+
+    def draw(num_scales: int | Tensor, p_mean: float) -> Tensor:
+        return sample_noise_levels(64, num_scales, p_mean=p_mean, seed=SEED).sigma
+
+    compiled = torch.compile(draw, fullgraph=True, backend="eager", dynamic=dynamic)
+    for arguments in ((11, -1.1), (21, -1.1), (41, -0.9), (torch.tensor(81), -0.9), (11, -1.1)):
+        assert torch.equal(compiled(*arguments), draw(*arguments))
 
 
 @pytest.mark.drill

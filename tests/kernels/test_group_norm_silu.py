@@ -136,6 +136,36 @@ def test_memory_layout_and_dtype_are_kept(seed):
     assert torch.equal(group_norm_silu(sliced, 4, None, None), expected)
 
 
+def test_some_channels_of_a_channels_last_tensor_stay_channels_last():
+    """Of a chunk or a slice; converted it would cost a pass, and another at the next convolution."""
+    for shape, last in (((2, 16, 5, 7), torch.channels_last), ((2, 16, 3, 5, 7), torch.channels_last_3d)):
+        x = torch.randn(shape).contiguous(memory_format=last).chunk(2, dim=1)[1]
+        y = group_norm_silu(x, 4, None, None)
+        assert y.is_contiguous(memory_format=last)
+        assert torch.equal(y, group_norm_silu(x.contiguous(memory_format=last), 4, None, None))
+    for x in (torch.randn(2, 16, 5, 7)[:, ::2], torch.randn(2, 1, 5, 7).expand(-1, 8, -1, -1)):
+        assert group_norm_silu(x, 4, None, None).is_contiguous()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_torch_func_maps_it_and_differentiates_each_sample(layout):
+    x = torch.randn(3, 8, 5, 5).contiguous(memory_format=layout)
+    weight, bias = torch.rand(8), torch.rand(8)
+
+    def one(weight: Tensor, x: Tensor) -> Tensor:
+        return group_norm_silu(x[None], 2, weight, bias)[0]
+
+    y = torch.func.vmap(one, in_dims=(None, 0))(weight, x)
+    torch.testing.assert_close(y, group_norm_silu(x, 2, weight, bias))
+    by_sample = torch.func.vmap(
+        torch.func.grad(lambda weight, x: one(weight, x).square().sum()), in_dims=(None, 0)
+    )(weight, x)
+    weight.requires_grad_()
+    for gradient, each in zip(by_sample, x.contiguous(), strict=True):
+        (expected,) = torch.autograd.grad(one(weight, each).square().sum(), weight)
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_the_module_is_nn_group_norm_then_silu_with_its_state_dict():
     stock, ours = nn.GroupNorm(4, 8), GroupNormSiLU(4, 8)
     nn.init.normal_(stock.weight)
@@ -151,6 +181,12 @@ def test_the_module_is_nn_group_norm_then_silu_with_its_state_dict():
     torch.testing.assert_close(x1.grad, x2.grad)
     torch.testing.assert_close(stock.weight.grad, ours.weight.grad)
     torch.testing.assert_close(stock.bias.grad, ours.bias.grad)
+    made_late = GroupNormSiLU(4, 8, device="meta").to_empty(device="cpu")
+    made_late.reset_parameters()
+    assert torch.equal(made_late.weight, torch.ones(8))
+    assert torch.equal(made_late.bias, torch.zeros(8))
+    assert list(GroupNormSiLU(4, 8, bias=False).state_dict()) == ["weight"]
+    assert GroupNormSiLU(4, 8, bias=False)(x2).shape == x2.shape
     bare = GroupNormSiLU(4, 8, affine=False)
     assert list(bare.state_dict()) == []
     torch.testing.assert_close(bare(x2), nn.functional.silu(nn.functional.group_norm(x2, 4)))

@@ -1,5 +1,6 @@
 """Noise levels: the grid, the distribution of indices, the weight, and the draw."""
 
+import functools
 import math
 
 import pytest
@@ -133,6 +134,43 @@ def test_an_empty_batch_is_empty():
 def test_a_value_out_of_range_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         sample_noise_levels(4, seed=0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sigma_max": math.inf}, "all finite; got sigma_min=0.002, sigma_max=inf, rho=7.0"),
+        ({"sigma_max": math.nan}, "sigma_max=nan"),
+        ({"sigma_min": math.nan}, "sigma_min=nan"),
+        ({"sigma_min": 0.0}, "sigma_min=0.0"),
+        ({"rho": 0.0}, "rho=0.0"),
+        ({"rho": -7.0}, "rho=-7.0"),
+        ({"rho": math.inf}, "rho=inf"),
+        ({"rho": 1e-5}, "float64 does not tell apart 11 levels from 0.002 to 80.0 with rho=1e-05"),
+        ({"rho": 1e17}, r"float64 does not tell apart .* rho=1e\+17"),
+        ({"num_scales": 20.7}, r"must be an int, got 20\.7"),
+        ({"num_scales": math.inf}, "must be an int, got inf"),
+        ({"num_scales": True}, "must be an int, got True"),
+        ({"num_scales": "20"}, "must be an int, got '20'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "function", [noise_level_grid, noise_level_probabilities, functools.partial(sample_noise_levels, 4)]
+)
+def test_a_grid_that_is_none_is_refused_wherever_it_is_asked_for(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(**{"num_scales": 11} | arguments)
+
+
+def test_a_whole_number_of_scales_may_be_a_float():
+    assert torch.equal(noise_level_grid(20.0), noise_level_grid(20))
+    assert torch.equal(sample_noise_levels(9, 20.0, seed=1).sigma, sample_noise_levels(9, 20, seed=1).sigma)
+
+
+@pytest.mark.parametrize("num_scales", [torch.tensor(21.0), torch.tensor(True), torch.tensor([21] * 8)])
+def test_a_tensor_num_scales_is_one_integer(num_scales):
+    with pytest.raises(ValueError, match="a tensor num_scales is one integer; got torch"):
+        sample_noise_levels(4, num_scales, seed=1)
 
 
 def test_cuda_without_a_number_is_the_table_of_the_current_gpu(monkeypatch):

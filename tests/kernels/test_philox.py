@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ict_kernels import philox
 from ict_kernels.philox import dropout_keep_mask, flip_bits, normal, uniform_bits
@@ -223,3 +224,12 @@ def test_a_seed_tensor_of_another_form_is_refused():
             uniform_bits(3, seed)
     with pytest.raises(ValueError, match="layer"):
         uniform_bits(3, 0, layer=65536)
+
+
+def test_fake_tensors_take_the_eager_path_and_leave_the_other_alone():
+    """What estimates memory without having it: compiled code read addresses that are none, and crashed."""
+    with FakeTensorMode():
+        keep = philox.dropout_keep_mask((64, 64, 16, 16), 0.5, 3)
+    assert isinstance(keep, FakeTensor)
+    assert keep.shape == (64, 64, 16, 16)
+    assert type(philox.dropout_keep_mask((64, 64, 16, 16), 0.5, 3)) is torch.Tensor

@@ -396,11 +396,60 @@ def test_a_schedule_of_torchs_that_begins_after_the_load_finds_what_the_one_befo
     assert set(resumed.param_groups[0]) == {*RAdamEMA(parameters()).param_groups[0], "initial_lr"}
 
 
+@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)])
+def test_an_lr_of_torchs_with_one_dimension_loads(lr):
+    reference = torch.optim.RAdam(parameters(), lr=torch.tensor([1e-2]))
+    optimizer = RAdamEMA(parameters(), lr=lr)
+    optimizer.load_state_dict(reference.state_dict())
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    optimizer.step()
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-2)
+
+
 def test_a_state_dict_of_another_mathematics_is_refused():
     for switch in ({"maximize": True}, {"decoupled_weight_decay": True}):
         reference = torch.optim.RAdam(parameters(), **switch)
         with pytest.raises(ValueError, match=next(iter(switch))):
             RAdamEMA(parameters()).load_state_dict(reference.state_dict())
+
+
+def of_another_shape(state: dict) -> None:
+    state["state"][2]["ema"] = torch.zeros(7)
+
+
+def of_another_optimizer(state: dict) -> None:
+    del state["state"][2]["exp_avg"]
+
+
+def of_fewer_parameters(state: dict) -> None:
+    state["param_groups"][0]["params"].pop()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (of_another_shape, r"ema of shape \(7,\) does not fit a parameter of shape"),
+        (of_another_optimizer, "a step without exp_avg: it is of another optimizer"),
+        (of_fewer_parameters, "doesn't match the size"),
+    ],
+)
+def test_a_state_dict_that_is_refused_has_changed_nothing(spoil, message):
+    loaded, params = RAdamEMA(parameters(), lr=1e-2), parameters()
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    optimizer = RAdamEMA(params, lr=lr, ema_decay=0.5)
+    for each, steps in ((loaded, 1), (optimizer, 2)):
+        for step in range(steps):
+            set_gradients(each.param_groups[0]["params"], step)
+            each.step()
+    state = copy.deepcopy(loaded.state_dict())
+    spoil(state)
+    before, group = bits(optimizer), dict(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert bits(optimizer) == before
+    assert optimizer.param_groups[0] == group
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert float(lr) == 0.5
 
 
 def test_the_average_starts_from_the_parameters_and_a_closure_is_called():
@@ -442,6 +491,8 @@ def test_low_precision_gradients_and_parameters_work():
         ({"eps": -1e-8}, "eps must be"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
         ({"ema_decay": 1.1}, "ema_decay must be"),
+        ({"lr": torch.tensor([1e-3])}, r"a tensor lr must be 0-dim, got shape \(1,\)"),
+        ({"ema_decay": torch.tensor([0.9, 0.99])}, "a tensor ema_decay must be 0-dim"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings, message):

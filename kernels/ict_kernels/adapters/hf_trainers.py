@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..consistency_loss import pseudo_huber_loss
+from ..consistency_loss import _pseudo_huber, _wide, pseudo_huber_loss
 from .patch import Patch, ours, owners
 
 
@@ -33,7 +33,7 @@ def conditional_loss(
         loss_type: "l2", "huber" or "smooth_l1".
         huber_c: a number, or of a schedule a tensor that broadcasts to model_pred.
     Returns:
-        A scalar, or for "none" the shape of model_pred; fp32 for the Huber losses.
+        A scalar, or for "none" the shape of model_pred; for the Huber losses fp32, or float64 if an image is.
     Raises:
         NotImplementedError: for another loss_type, as in the scripts.
         ValueError: for shapes that differ, or another reduction.
@@ -50,9 +50,9 @@ def conditional_loss(
         )
     factor = 2.0 * huber_c if loss_type == "huber" else 2.0
     if reduction == "none" or isinstance(huber_c, Tensor):
-        c = torch.as_tensor(huber_c, dtype=torch.float32, device=model_pred.device)
-        squares = (model_pred.float() - target.detach().float()).square()
-        loss = factor * (squares / ((squares + c * c).sqrt() + c))
+        squares = (_wide(model_pred) - _wide(target.detach())).square()
+        c = torch.as_tensor(huber_c, dtype=squares.dtype, device=squares.device)
+        loss = factor * _pseudo_huber(squares, c)
         return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
     loss = factor * pseudo_huber_loss(model_pred, target, c=huber_c, norm="element", reduction="mean")
     return loss if reduction == "mean" else loss * model_pred.numel()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..consistency_loss import pseudo_huber_loss
-from ..noise_levels import sample_noise_levels
+from ..noise_levels import checked_scales, sample_noise_levels
 from ..philox import Seed
 from ..shared_dropout import SharedDropout, forget_casts
 from .patch import Patch, ours, owners
@@ -42,7 +42,7 @@ def consistency_losses(
         model: called by denoiser.denoise; student and teacher alike (the teacher without gradients, and
             without the DistributedDataParallel around it).
         x_start: (N, C, H, W) fp32 in [-1, 1].
-        num_scales: N(k), counting grid points.
+        num_scales: N(k), counting grid points; a tensor is read by the host.
         model_kwargs: passed on to the model.
         noise: like x_start; None: drawn by torch.randn_like.
         p_mean, p_std: of ln sigma.
@@ -50,7 +50,7 @@ def consistency_losses(
     Returns:
         {"loss": (N,)} fp32, weighted.
     Raises:
-        ValueError: for a denoiser without the boundary condition.
+        ValueError: for a denoiser without the boundary condition, or another num_scales than an int.
     Source:
         Song & Dhariwal, "Improved Techniques for Training Consistency Models", ICLR 2024.
     """
@@ -61,7 +61,7 @@ def consistency_losses(
     model_kwargs = {} if model_kwargs is None else model_kwargs
     levels = sample_noise_levels(
         x_start.shape[0],
-        int(num_scales),
+        checked_scales(num_scales),
         p_mean=p_mean,
         p_std=p_std,
         sigma_min=denoiser.sigma_min,

@@ -48,6 +48,17 @@ def test_the_written_out_loss_is_a_call_of_the_package(pair):
     torch.testing.assert_close(ours.double(), written_out.mean(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("huber_c", [0.0, torch.tensor(0.0)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_equal_images_have_a_gradient_of_0_also_where_a_schedule_of_c_ends_at_0(pair, huber_c, reduction):
+    prediction = pair[0].double().requires_grad_()
+    loss = hf_trainers.conditional_loss(prediction, pair[0].double(), reduction, "smooth_l1", huber_c)
+    (gradient,) = torch.autograd.grad(loss.sum(), prediction)
+    assert loss.dtype == torch.float64
+    assert not loss.any()
+    assert not gradient.any()
+
+
 def test_wrong_arguments_are_named(pair):
     with pytest.raises(NotImplementedError, match="Unsupported Loss Type l3"):
         hf_trainers.conditional_loss(*pair, loss_type="l3")

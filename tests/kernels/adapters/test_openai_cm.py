@@ -107,6 +107,17 @@ def test_without_the_boundary_condition_it_refuses(theirs, network, images):
         call(theirs, network, images, distillation=False)
 
 
+def test_a_number_of_scales_is_never_cut_off(theirs, network, images):
+    denoiser = theirs.KarrasDenoiser()
+    with apply_ict_kernels_to_openai_cm(theirs):
+        with pytest.raises(ValueError, match=r"num_scales .* must be an int, got 20\.7"):
+            denoiser.consistency_losses(network, images, 20.7)
+        torch.manual_seed(5)
+        by_tensor = denoiser.consistency_losses(network, images, torch.tensor(20))["loss"]
+        torch.manual_seed(5)
+        assert torch.equal(denoiser.consistency_losses(network, images, 20)["loss"], by_tensor)
+
+
 def test_the_patch_can_be_undone_and_comes_once(theirs):
     original = theirs.KarrasDenoiser.consistency_losses
     undo = apply_ict_kernels_to_openai_cm(theirs)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Run
+from ict_fast.commands.arguments import Ema, Run, group_of
 
 
 @dataclass(frozen=True)
@@ -24,26 +24,33 @@ class ExportOptions:
     """Folder to write, new or empty."""
     weights: Literal["ema", "weights"] = "ema"
     """The averaged weights, which sample and evaluate use, or the trained ones themselves."""
+    ema: Ema = None
+    """Take another average that the run keeps (--optimizer.ema-decays, --optimizer.power-ema)."""
 
 
 def run(options: ExportOptions) -> int:
     """Runs the command; returns its exit code."""
     results.require_run(options.run)
     results.require_place(options.out, "--out")
+    if options.ema is not None and options.weights != "ema":
+        raise errors.InputError(
+            f"--ema {options.ema} is an average, and --weights {options.weights} are none; choose one of them"
+        )
 
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.interop.imported import require_new
 
     require_new(options.out)
     checkpoint = open_checkpoint(options.run)
+    group = options.weights if options.weights != "ema" else group_of(options.ema)
     if options.form == "safetensors":
         from ict_fast.interop.export import export_safetensors
 
-        lines = [", ".join(export_safetensors(checkpoint, options.out, options.weights))]
+        lines = [", ".join(export_safetensors(checkpoint, options.out, group))]
     else:
         from ict_fast.interop.diffusers import export_diffusers
 
-        lines = export_diffusers(checkpoint, options.out, options.weights)
+        lines = export_diffusers(checkpoint, options.out, group)
     print(f"{options.run}, step {checkpoint.step:,}: {options.out}")
     for line in lines:
         print(f"  {line}")

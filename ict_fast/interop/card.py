@@ -31,7 +31,7 @@ def model_card(
     Args:
         checkpoint: what is exported.
         config: its configuration.
-        weights: "ema" or "weights".
+        weights: which group of tensors, as in `export_safetensors`.
         form: "safetensors" or "diffusers".
         usage: how to sample from it, in Markdown; by default with ict-fast.
     Raises:
@@ -42,7 +42,7 @@ def model_card(
     state = checkpoint.state
     source = state.get("imported")
     origin = source.get("origin") if source else None
-    which, again = average_of(checkpoint), ""
+    which, again = average_of(checkpoint, weights), ""
     if origin is not None:  # an export that was imported: its model comes from where it said
         source, state = origin["imported"], origin
         weights, step, version = origin["weights"], origin["step"], origin["ict_fast"]
@@ -75,7 +75,7 @@ def model_card(
             " authors', whose license applies.",
         ]
     else:
-        average = "averaged (EMA)" if weights == "ema" else "trained, not averaged"
+        average = "trained, not averaged" if weights == "weights" else "averaged (EMA)"
         lines += [
             f"Trained by ict-fast {version}, preset `{config.preset}`, {step:,} of"
             f" {config.training.total_steps:,} steps of {config.training.batch_size:,} images; the {average}"
@@ -174,11 +174,12 @@ def _data(config: Config, state: Mapping[str, Any], is_theirs: bool, is_here: bo
 
 def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
     """The newest evaluation of exactly this checkpoint, if there is one; only averages are measured."""
-    if weights != "ema":
+    if weights == "weights":
         return ["None are of these weights: `ict-fast evaluate` measures the averaged ones."]
+    name = weights.removeprefix("ema").removeprefix("-") or None
     for folder in (checkpoint.path, checkpoint.path.parent, checkpoint.path.parent.parent):
-        result = _read(folder / "evaluation.json")
-        if result.get("ema"):
+        result = _read(folder / f"evaluation{weights.removeprefix('ema')}.json")
+        if result.get("ema") != name:
             continue  # of other weights
         if result.get("step") == checkpoint.step and result.get("checkpoint") == checkpoint.path.name:
             break

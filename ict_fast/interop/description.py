@@ -17,7 +17,7 @@ from ict_fast.version import __version__
 
 FORMAT = "ict-fast model"
 _LONGEST_TEXT = 1000
-_MADE_AFTERWARDS = {
+_AVERAGES = {
     "sigma_rel": "the power-function average of relative width (sigma_rel)",
     "decay": "the exponential average of decay",
 }
@@ -43,7 +43,7 @@ def describe(
         "ict_fast": __version__,
         "step": checkpoint.step,
         "weights": weights,
-        "average": average_of(checkpoint),
+        "average": average_of(checkpoint, weights),
         "fingerprint": fingerprint(tensors),
         "data_fingerprint": checkpoint.state.get("data_fingerprint"),
         "init": initial["path"] if initial else None,
@@ -68,19 +68,27 @@ def check_state(checkpoint: Checkpoint) -> None:
         if not isinstance(initial, dict):
             raise InputError(f"{file}: altered, its record of --init is a {type(initial).__name__}")
         _text(file, initial, "path")
-    average_of(checkpoint)
+    average_of(checkpoint, "ema")
 
 
-def average_of(checkpoint: Checkpoint) -> str | None:
-    """Which average a folder of `ict-fast ema` holds, in words; None for a run's own.
+def average_of(checkpoint: Checkpoint, weights: str) -> str | None:
+    """Which average these weights are, in words; None for a run's own, and for none.
 
+    Args:
+        checkpoint: of a run, or a folder that `ict-fast ema` made.
+        weights: the group of its tensors.
     Raises:
-        InputError: if the record of it is altered.
+        InputError: if the record of what was made is altered.
     """
+    if name := weights.removeprefix("ema").removeprefix("-"):
+        if weights == name:  # trained ones
+            return None
+        width = name.removeprefix("power-")
+        return f"{_AVERAGES['decay' if width == name else 'sigma_rel']} {width}, kept beside the run's own"
     file, made = checkpoint.path / "state.json", checkpoint.state.get("reconstruction")
     if made is None:
         return None
-    for name, words in _MADE_AFTERWARDS.items():
+    for name, words in _AVERAGES.items():
         if isinstance(made, dict) and isinstance(made.get(name), float):
             # Older records do not name their run.
             run = f" of the run {_text(file, made, 'run')}" if "run" in made else ""

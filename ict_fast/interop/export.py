@@ -31,7 +31,8 @@ def export_safetensors(checkpoint: Checkpoint, out: Path, weights: str = "ema") 
     Args:
         checkpoint: see `open_checkpoint`.
         out: a new folder, or an empty one.
-        weights: "ema" for the averaged weights, "weights" for the trained ones themselves.
+        weights: "ema" for the averaged weights, "ema-NAME" for a further average, "weights" for the trained
+            ones themselves.
     Returns:
         the files' names.
     Raises:

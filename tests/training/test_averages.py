@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ict_fast.checkpoint import open_checkpoint, write_whole
@@ -208,6 +209,31 @@ def test_exports_of_two_averages_are_told_apart(
             assert f"64 of 64 steps of {config.training.batch_size} images; the averaged (EMA)" in card
             assert f"weights, fp32: {said}." in card
             assert f"EMA {config.optimizer.ema_decay}" not in card, "not that of the run itself"
+
+
+def test_the_averages_that_a_run_keeps_are_exported_by_name(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = run
+    checkpoint = open_checkpoint(out)
+    expected = {
+        "0.8": "exponential average of decay 0.8",
+        "power-0.05": "power-function average of relative width (sigma_rel) 0.05",
+    }
+    for name, average in expected.items():
+        exported = tmp_path / name
+        assert main(["export", "safetensors", str(out), "--ema", name, "--out", str(exported)]) == 0
+        tensors, kept = load_file(exported / "model.safetensors"), checkpoint.tensors(f"ema-{name}")
+        assert all(tensors[each].equal(kept[each]) for each in kept)
+        card = (exported / "README.md").read_text()
+        assert f"averaged (EMA) weights, fp32: the {average}, kept beside the run's own." in card
+    for words, problem in (
+        ("--ema 0.5", "has no average 0.5"),
+        ("--ema 0.9 --weights weights", "choose one"),
+    ):
+        assert main(["export", "safetensors", str(out), *words.split(), "--out", str(tmp_path / "no")]) == 2
+        assert problem in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("record", [[], {}, {"sigma_rel": "0.1"}, {"decay": 0.9, "run": "a\nb"}])

@@ -35,7 +35,7 @@ class Saver:
     A context manager; at its end nothing is left half-written.
 
     Attributes:
-        step: of the newest checkpoint that is known to be on disk.
+        step: of the newest checkpoint that is known to be on disk, 0 if there is none.
     """
 
     def __init__(self, run: Run, store: Store, train_step: TrainStep, monitor: Monitor) -> None:
@@ -157,9 +157,10 @@ class Saver:
         try:
             future.result()
         except OSError as error:
+            before = f"the one of step {self.step:,} stays" if self.step else "there is none before it"
             self._monitor.warn(
-                f"the checkpoint of step {step:,} could not be written ({reason(error)}); the one of step"
-                f" {self.step:,} stays, training goes on"
+                f"the checkpoint of step {step:,} could not be written ({reason(error)}); {before}, training"
+                " goes on"
             )
             return
         except TrainingError as error:

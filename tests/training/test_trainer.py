@@ -353,7 +353,7 @@ def test_a_full_disk_costs_a_warning_and_no_training(
     with _full_disk(monkeypatch, 2):
         assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
     shown = capsys.readouterr().err
-    assert shown.count("could not be written (No space left on device)") == 2
+    assert shown.count("could not be written (No space left on device); there is none before it") == 2
     assert open_checkpoint(tmp_path / "run").step == 24
 
 

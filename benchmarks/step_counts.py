@@ -42,6 +42,7 @@ from ict_fast import consistency, presets  # noqa: E402
 from ict_fast.config import Config  # noqa: E402
 from ict_fast.consistency.objective import ConsistencyObjective  # noqa: E402
 from ict_fast.networks import build_network  # noqa: E402
+from ict_fast.networks.casts import TrunkCasts  # noqa: E402
 from ict_kernels import RAdamEMA, backend  # noqa: E402
 from ict_kernels.triton_support import record_launches  # noqa: E402
 
@@ -207,9 +208,11 @@ def _run_step(config: Config, batch_size: int) -> tuple[Counting, int, nn.Module
             )
         with FakeTensorMode(allow_non_fake_inputs=True):
             _make_fake(network)
+            casts = TrunkCasts([network], torch.bfloat16)
             images, labels, flip = _batch(config, batch_size)
             seed, num_scales = torch.empty(2, dtype=torch.int64), torch.empty((), dtype=torch.int64)
             with counter, counting:
+                casts.refresh()
                 with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
                     loss_n = objective(images, labels, num_scales=num_scales, seed=seed, flip=flip)
                 (loss_n.sum() / batch_size).backward()

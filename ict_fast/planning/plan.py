@@ -196,8 +196,8 @@ def memory_bytes(config: Config, cost: NetworkCost, micro_batch: int) -> dict[st
         memory["EMA teacher"] = parameters
     if further := len(config.optimizer.ema_decays) + len(config.optimizer.power_ema):
         memory["further averages"] = (further + 1) * parameters  # one is the change of one of them
-    if half:  # autocast's copies, which backward needs again
-        memory["weights in half precision"] = parameters / 2
+    if half:  # kept by `TrunkCasts`
+        memory["weights in half precision"] = parameters / 2 * (2 if config.method.teacher == "ema" else 1)
     if config.training.precision == "auto":
         memory["calibration"] = _calibration_bytes(cost, micro_batch)
     return memory
@@ -227,8 +227,7 @@ def _calibration_bytes(cost: NetworkCost, micro_batch: int) -> float:
             cost.activation_bytes(itemsize) + GRADIENTS_ALIVE * cost.widest_values * itemsize
         )
 
-    more = passing(piece, 4) - passing(micro_batch, 2) - parameters / 2  # no weights in half precision
-    return 2 * parameters + max(parameters, more)
+    return 2 * parameters + max(parameters, passing(piece, 4) - passing(micro_batch, 2))
 
 
 def _largest(config: Config, cost: NetworkCost, share: int, usable: float) -> int:

@@ -69,7 +69,8 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
 @pytest.mark.parametrize("teacher", ["student", "ema"])
 def test_what_a_run_keeps_is_what_a_training_step_holds(tiny: Config, teacher: str) -> None:
     """Tensors of the real thing, after its first step, against the plan's kinds."""
-    config = replace(tiny, method=replace(tiny.method, teacher=teacher))
+    training = replace(tiny.training, precision="bf16")
+    config = replace(tiny, method=replace(tiny.method, teacher=teacher), training=training)
     plan = make_plan(config, "h100", 1)
     step = TrainStep(config, torch.device("cpu"))
     groups = step.tensors()
@@ -84,6 +85,15 @@ def test_what_a_run_keeps_is_what_a_training_step_holds(tiny: Config, teacher: s
         held["EMA teacher"] = sum(groups["teacher"][name].nbytes for name in names)
     assert {kind: plan.memory[kind] for kind in held} == held
     assert ("EMA teacher" in plan.memory) == (teacher == "ema")
+    casts = [
+        cast.nbytes
+        for network in (step.network, step.teacher)
+        for layer in (() if network is None else network.modules())
+        for cast in (getattr(layer, "cast_weight", None), getattr(layer, "cast_bias", None))
+        if cast is not None
+    ]
+    assert 0.7 * plan.memory["weights in half precision"] < sum(casts), "the trunk's convolutions, not all"
+    assert sum(casts) < plan.memory["weights in half precision"]
 
 
 MEASURED = sorted(RESULTS.glob("step-*-*-*.json"))

@@ -26,7 +26,7 @@ def _ours(compiled: str, config: Config, device: torch.device) -> tuple[Advance,
 
 
 def _captured(config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
-    """`--training.cuda-graph`: the whole compiled step as one graph."""
+    """`--training.cuda-graph`: the compiled step as two graphs."""
     from ict_fast.training.graph import CapturedStep
 
     _, step = _ours("on", config, device)

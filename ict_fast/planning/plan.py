@@ -245,7 +245,7 @@ def _warnings(share: int, pass_seconds: float, measured: Measured | None) -> tup
     if pass_seconds < _LAUNCH_SECONDS and not (measured and measured.batch_size <= share):
         found.append(
             f"a micro-batch takes {1e3 * pass_seconds:.3g} ms to compute, less than its kernels take to"
-            " launch: this rate is not reachable, and the times are too short"
+            " launch: without --training.cuda-graph this rate is not reachable, and the times are too short"
         )
     if share < _SMALL_SHARE:
         found.append(

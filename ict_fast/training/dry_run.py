@@ -59,7 +59,7 @@ def dry_run(
         if trunk := describe_trunk(config.training.precision, found):
             lines.append(f"precision: {trunk}")
         if config.training.cuda_graph:
-            require_capturable(found, count, config.data.loader)
+            require_capturable(found, config.data.loader)
         micro_batch_size(config.training.batch_size, count, config.training.micro_batch)
     except InputError as error:
         lines.append(f"device: not here: {error}")

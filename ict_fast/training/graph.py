@@ -1,10 +1,11 @@
-"""The whole step as one CUDA graph: `--training.cuda-graph`, an option to measure on one GPU.
+"""The step as CUDA graphs: `--training.cuda-graph`, an option to measure.
 
 A step of a small network is a thousand launches of a few microseconds each, which the host may not keep up
 with. Captured once, the device runs them without it. What differs from step to step is in device tensors
-already (`TrainStep.begin`) or copied into the tensors that the graph reads (the images); the rest of a step
-is the same operations with the same numbers, which tests/training/test_graph.py holds it to. Communication
-is not captured: a run has one process. No GPU has run this yet.
+already (`TrainStep.begin`) or copied into the tensors that the graphs read (the images); the rest of a step
+is the same operations with the same numbers, which tests/training/test_graph.py holds it to. There are two
+graphs, for what is before and after the processes of a run communicate, which is not captured. No GPU has run
+this yet.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class CapturedStep:
     """Calls a TrainStep, and from the fourth step on replays what it did.
 
     Captured anew, after as many steps as at first, when the trunk's arithmetic changes, the micro-batches
-    have other shapes or places in the global batch, or the graph was released.
+    have other shapes or places in the global batch, or the graphs were released.
 
     Attributes:
-        captures: how many graphs have been captured so far.
+        captures: how often a step has been captured so far.
     """
 
     def __init__(self, step: TrainStep) -> None:
@@ -42,13 +43,13 @@ class CapturedStep:
         self._plan: tuple[Any, ...] | None = None
         self._uncaptured = 0
         self._inputs: list[Batch] = []
-        self._replay: Callable[[], None] | None = None
+        self._replays: tuple[Callable[[], None], Callable[[], None]] | None = None
 
     def __call__(self, number: int, micro_batches: Sequence[Batch]) -> None:
         """Trains on global batch `number`, to the same bits as the TrainStep itself."""
         plan = (self._step.autocast_dtype, *map(_form, micro_batches))
         if plan != self._plan:
-            self.release()  # the old graph's memory goes before the new one's is taken
+            self.release()  # the old graphs' memory goes before the new ones' is taken
             self._plan = plan
             self._inputs = [_empty_like(batch) for batch in micro_batches]
         self._step.begin(number)
@@ -58,15 +59,19 @@ class CapturedStep:
             self._uncaptured += 1
             run_aside(lambda: self._step.advance(self._inputs))
             return
-        if self._replay is None:
-            self._replay = capture(lambda: self._step.advance(self._inputs))
+        if self._replays is None:
+            compute = capture(lambda: self._step.compute(self._inputs))
+            self._replays = compute, capture(self._step.update)
             self.captures += 1
-        self._replay()
+        compute, update = self._replays
+        compute()
+        self._step.reduction.finish()
+        update()
 
     def release(self) -> None:
-        """Gives back the graph's memory, which is that of a whole step, for work between steps."""
-        self._replay, self._uncaptured = None, 0
-        self._step.clear_gradients()  # they lie in it
+        """Gives back the graphs' memory, which is that of a whole step, for work between steps."""
+        self._replays, self._uncaptured = None, 0
+        self._step.reduction.clear()  # of one process, they lie in it
 
 
 def run_aside(work: Callable[[], None]) -> None:
@@ -87,23 +92,17 @@ def capture(work: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def require_capturable(device: torch.device, processes: int, loader: str) -> None:
+def require_capturable(device: torch.device, loader: str) -> None:
     """Checks what a captured step needs of a run.
 
     Args:
         device: where it trains.
-        processes: on all nodes.
         loader: the value of --data.loader.
     Raises:
         InputError: naming the option that rules it out.
     """
     if device.type != "cuda":
         raise InputError("--training.cuda-graph needs an NVIDIA GPU, and this run trains on a CPU")
-    if processes != 1:
-        raise InputError(
-            f"--training.cuda-graph captures the step of one process, and this run has {processes}; add"
-            " --gpus 1 or leave it out"
-        )
     if loader != "resident":
         raise InputError(
             f"--training.cuda-graph needs the images in the GPU's memory, and --data.loader is {loader}; add"

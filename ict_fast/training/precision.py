@@ -178,7 +178,7 @@ def measure_rounding(step: TrainStep, first_step: int, batches: Iterable[Sequenc
         del exact, rounded, pieces  # before the next ones are made
         if step.world.decide(lambda: sums.rounding.is_clear):
             break
-    step.clear_gradients()
+    step.reduction.clear()
     return sums.rounding
 
 

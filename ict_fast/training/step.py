@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ict_fast import consistency
 from ict_fast.config import Config
@@ -25,6 +23,7 @@ from ict_fast.training.compilation import compile_blocks, compiles
 from ict_fast.training.loss_by_sigma import BUCKETS, LossBySigma
 from ict_fast.training.loss_scale import LossScale
 from ict_fast.training.loss_window import LossWindow
+from ict_fast.training.reduction import reduction_of
 from ict_fast.training.world import World
 from ict_kernels import RAdamEMA
 
@@ -44,6 +43,7 @@ class TrainStep:
     Attributes:
         network: the student, on the device, channels_last.
         optimizer: RAdam with the average of the weights.
+        reduction: of the gradients of several processes.
         averages: the further averages.
         compiled_blocks: how many residual blocks are compiled when they are first called.
         casts: of the trunk's weights, made anew whenever a gradient is to be computed.
@@ -82,9 +82,9 @@ class TrainStep:
             networks = (self.network,) if teacher is None else (self.network, teacher)
             autotune = config.training.compile == "max-autotune"
             self.compiled_blocks = compile_blocks(*networks, autotune=autotune)
-        self._parallel = _parallel(self.network) if self.world.size > 1 else None
+        self.reduction = reduction_of(self.network, self.world, captured=config.training.cuda_graph)
         self.objective = ConsistencyObjective(
-            self._parallel or self.network,
+            self.reduction.network,
             config.method,
             c_noise=config.network.c_noise,
             scales=[stage.num_scales for stage in consistency.stages(total, config.method)],
@@ -145,8 +145,20 @@ class TrainStep:
             self.teacher_decay.fill_(consistency.teacher_ema_decay(scales, config.method))
 
     def advance(self, micro_batches: Sequence[Batch]) -> None:
-        """The step that has begun: the same operations, with the same numbers, in every step."""
-        self.losses.add(self.gradient(micro_batches))
+        """The step that has begun: the same operations, with the same numbers, in every step.
+
+        In between, what the processes have computed becomes one.
+        """
+        self.compute(micro_batches)
+        self.reduction.finish()
+        self.update()
+
+    def compute(self, micro_batches: Sequence[Batch]) -> None:
+        """Leaves the gradient of the micro-batches in the parameters, and adds their losses up."""
+        self.losses.add(self._own_gradient(micro_batches))
+
+    def update(self) -> None:
+        """Advances the weights and all that follows them by the gradient that is in the parameters."""
         if self.loss_scale is not None and self.world.size > 1:
             self.optimizer.grad_scale = self.loss_scale.value / self.world.size
         self.optimizer.step()
@@ -166,28 +178,23 @@ class TrainStep:
         Returns:
             The sum of what `backward` returns, in this process.
         """
-        self.clear_gradients()
+        figures = self._own_gradient(micro_batches)
+        self.reduction.finish()
+        return figures
+
+    def _own_gradient(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """`gradient`, but for the end of the reduction."""
+        self.reduction.clear()
         self.casts.refresh()
         figures = torch.zeros(1 + 2 * BUCKETS, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
-            with self._gathering_only() if number < len(micro_batches) else nullcontext():
+            with self.reduction.gathering_only() if number < len(micro_batches) else nullcontext():
                 figures += self.backward(batch)
         return figures
-
-    def clear_gradients(self) -> None:
-        """Sets the gradients to none, or to zero where they lie in what several processes reduce."""
-        if self._parallel is None:
-            self.optimizer.zero_grad()
-        else:
-            torch._foreach_zero_([p.grad for p in self.network.parameters() if p.grad is not None])
 
     def updates(self) -> Tensor:
         """Steps that have changed the weights, the last one included: 0-dim int64 on the device."""
         return self.seed_and_step[1] + 1 - self.optimizer.skipped
-
-    def _gathering_only(self) -> AbstractContextManager[None]:
-        """While open, gradients stay in this process: they are reduced with the last micro-batch's."""
-        return nullcontext() if self._parallel is None else self._parallel.no_sync()
 
     def backward(self, batch: Batch) -> Tensor:
         """Adds the gradient of the micro-batch's share of the global mean loss.
@@ -318,19 +325,6 @@ class TrainStep:
                 for key, value in entry.items()
             }
         return {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
-
-
-def _parallel(network: nn.Module) -> DistributedDataParallel:
-    """Reduces the gradients, which are views of its buckets from now on, and must stay.
-
-    New gradients, after these were set to none, would be beside the buckets as long as micro-batches
-    accumulate: as much memory again.
-    """
-    for parameter in network.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    with warnings.catch_warnings():  # what takes the argument's place is not in torch 2.11
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        return DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def learning_rate(step: int, config: Config) -> float:

@@ -50,7 +50,6 @@ from ict_fast.training.world import (
     launched,
     local_rank,
     require_launched,
-    world_size,
 )
 
 _POWER_SNAPSHOTS = 64  # in a run, where --logging.power-ema-every does not say otherwise
@@ -96,7 +95,7 @@ def train(
     init = None if init is None else Path(init)
     found, count = resolve_processes(device, gpus, processes)
     if config.training.cuda_graph:
-        require_capturable(found, world_size() if launched() else count, config.data.loader)
+        require_capturable(found, config.data.loader)
     if launched():
         require_launched(found, gpus or processes, max_restarts)
         here = torch.device("cuda", local_rank()) if found.type == "cuda" else found

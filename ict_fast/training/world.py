@@ -227,11 +227,6 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
-def world_size() -> int:
-    """Number of processes that a launcher has started, on all nodes."""
-    return int(os.environ["WORLD_SIZE"])
-
-
 def require_launched(device: torch.device, asked: int | None, max_restarts: int | None = None) -> None:
     """Checks what was asked for, if anything, against what the launcher has started on this node.
 

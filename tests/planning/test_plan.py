@@ -123,8 +123,8 @@ def test_communication_that_computing_does_not_hide_costs_time() -> None:
     backward = 2 * far.cost.backward_flops / (0.5 * 989e12)
     assert far.exposed_seconds == pytest.approx(wire - backward)
     assert far.warnings == (
-        "a micro-batch takes 0.692 ms to compute, less than its kernels take to launch: this rate is not"
-        " reachable, and the times are too short",
+        "a micro-batch takes 0.692 ms to compute, less than its kernels take to launch: without"
+        " --training.cuda-graph this rate is not reachable, and the times are too short",
         "2 images on each GPU are too few to fill it: the rate will be below the assumed one",
     )
     assert near.warnings == ()

@@ -23,8 +23,9 @@ from ict_fast.config import from_dict
 from ict_fast.data.loaders import Batch, make_loader
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.training import precision, trainer
+from ict_fast.training import graph, precision, trainer
 from ict_fast.training import step as step_module
+from ict_fast.training.graph import CapturedStep
 from ict_fast.training.outcome import RunResult
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import SAVE, World
@@ -41,16 +42,26 @@ def train(world: World, folder: Path, dtype: str) -> None:
     store = open_store(Path(config.data.path))
     loader, _ = make_loader(config, store, CPU, rank=world.rank, world_size=world.size)
     places = _watch_gradients(step)
-    with loader:
+    advance = CapturedStep(step) if config.training.cuda_graph else step
+    with loader, _without_cuda():
         for k in range(config.training.total_steps):
             places.clear()
-            step(k, loader.micro_batches(k))
+            advance(k, loader.micro_batches(k))
             assert world.size == 1 or len(set(places)) == 1, "gradients only where they are reduced"
     world.require_equal_state(step.tensors(), config.training.total_steps)
-    assert int(step.optimizer.skipped) == 0
+    assert step.loss_scale is not None or int(step.optimizer.skipped) == 0
     if world.is_first:
         torch.save(step.network.state_dict(), folder / "weights.pt")
     del step.backward  # which holds the step: DDP would outlive the process group, and abort at the end
+
+
+@contextmanager
+def _without_cuda() -> Iterator[None]:
+    """While open, what would be captured and replayed is called again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "capture", lambda work: work)
+        patch.setattr(graph, "run_aside", lambda work: work())
+        yield
 
 
 def default(folder: Path) -> None:

@@ -27,6 +27,7 @@ from ict_fast.planning.plan import CALIBRATION_PIECES, GRADIENTS_ALIVE, RUNTIME_
 from ict_fast.training import precision, step
 from ict_fast.training.loss_by_sigma import BUCKETS
 from ict_fast.training.precision import PIECES, Rounding, measure_rounding
+from ict_fast.training.reduction import Alone
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 from ict_fast.training.world import World
@@ -119,14 +120,12 @@ class Given:
         self.autocast_dtype: torch.dtype | None = torch.bfloat16
         self.seed_and_step = torch.zeros(2, dtype=torch.int64)
         self.network = torch.nn.Linear(exact.shape[1], 1, bias=False)
+        self.reduction = Alone(self.network)
         self._exact, self._rounded = exact, rounded
 
     def gradient(self, micro_batches: list[Batch]) -> None:
         rows = self._exact if self.autocast_dtype is None else self._rounded
         self.network.weight.grad = rows[int(self.seed_and_step[1])].clone()[None]
-
-    def clear_gradients(self) -> None:
-        self.network.weight.grad = None
 
 
 def _measured(exact: Tensor, rounded: Tensor) -> tuple[Rounding, int]:

@@ -96,12 +96,12 @@ def test_any_number_of_processes_trains_the_same_weights(
         assert max(_difference({n: several[n]}, {n: one[n]}) for n in one) < each
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_captured_steps_of_two_processes_are_those_without_capture(
-    tiny: Config, tmp_path: Path, precision: str
-) -> None:
-    """Bit for bit, in two micro-batches: gradients reduced at once, between two graphs, and overlapped."""
-    training = replace(tiny.training, total_steps=8, batch_size=16, micro_batch=4, precision=precision)
+def test_captured_steps_of_two_processes_are_those_without_capture(tiny: Config, tmp_path: Path) -> None:
+    """Bit for bit, in two micro-batches: gradients reduced at once, between two graphs, and overlapped.
+
+    With a loss scale, at which one of the steps overflows.
+    """
+    training = replace(tiny.training, total_steps=8, batch_size=16, micro_batch=4, precision="fp16")
     config = replace(tiny, training=training)
     overlapped = _weights(config, 2, tmp_path / "overlapped", "float32")
     captured = replace(training, cuda_graph=True)

@@ -148,7 +148,6 @@ class TorchOptimizer:
         self._decay = optimizer.ema_decay
         self.last_step_skipped = torch.zeros((), dtype=torch.bool, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.zero_grad = self._radam.zero_grad
 
     def step(self) -> None:
         self._radam.step()

@@ -14,7 +14,9 @@ from ict_fast.config import Config
 from ict_fast.data.loaders import Batch
 from ict_fast.training.graph import CapturedStep
 from ict_fast.training.launch import configure_torch
+from ict_fast.training.reduction import AtOnce
 from ict_fast.training.step import TrainStep
+from ict_fast.training.world import World
 
 STEPS = 12
 
@@ -69,6 +71,24 @@ def test_captured_steps_are_the_launched_ones(precision: str, compile: str, teac
     ours, theirs = _state(inner), _state(plain)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_gradients_that_lie_in_one_tensor_are_captured() -> None:
+    """As those of several processes do, which are reduced between the two graphs."""
+    config = _config("bf16", "on", "student")
+    plain, inner = (TrainStep(config, torch.device("cuda")) for _ in range(2))
+    inner.reduction = AtOnce(inner.network, World())
+    captured = CapturedStep(inner)
+    for step in range(STEPS):
+        plain(step, _batches(step, 16))
+        captured(step, _batches(step, 16))
+    assert captured.captures == 1
+    assert (
+        len({p.grad.untyped_storage().data_ptr() for p in inner.network.parameters() if p.grad is not None})
+        == 1
+    )
+    for ours, theirs in zip(inner.network.parameters(), plain.network.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_a_switch_of_precision_and_a_new_plan_are_captured_anew() -> None:

@@ -1,8 +1,9 @@
 """What the kernels are compared with: functions compiled by Inductor, and the package's own definitions.
 
 Inductor runs as it comes, but for the reductions that give wrong gradients in torch 2.13 (see
-ict_fast/training/compilation.py): there it runs without them, and its name says so. Where its results can be
-compared with eager torch's, they are.
+ict_fast/training/compilation.py): there it runs without them, and its name says so. In whole steps it has two
+more settings of that file, whatever the variant: channels_last throughout, and backward passes outside
+autocast. Where its results can be compared with eager torch's, they are.
 """
 
 from __future__ import annotations

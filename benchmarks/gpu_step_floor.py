@@ -121,7 +121,8 @@ def floor_calls(calls: Counter[Call]) -> Counter[Call]:
 
 
 def time_sequence(calls: Counter[Call], fastest: Mapping[Call, str], device: torch.device) -> dict[str, Any]:
-    """All calls of a step one behind the other, in a random order, those of its backward pass last.
+    """All calls of a step one behind the other, in a random order; convolutions' backward passes last, in
+    autograd's thread.
 
     Args:
         calls: each with its number of times.

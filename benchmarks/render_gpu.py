@@ -232,7 +232,7 @@ def _what_held_up(record: dict[str, Any]) -> Iterator[str]:
         )
         figures = [f"{statistics.median(each['ms_all']):.1f}", f"{each['behind_ms']:.1f}"]
         figures += [str(each["device_allocations"])]
-        figures += [f"{gpu[key]:.0f}" if gpu else "" for key in ("sm_mhz", "watts")]
+        figures += [f"{gpu[key]:.0f}" if key in gpu else "" for key in ("sm_mhz", "watts")]
         rows.append((name, *figures, limits))
     if rows:
         yield (

@@ -7,6 +7,7 @@ of the driver, and the clock, power and limits that nvidia-smi saw meanwhile.
 from __future__ import annotations
 
 import itertools
+import select
 import statistics
 import subprocess
 import time
@@ -19,9 +20,13 @@ from typing import Any
 import torch
 
 _WATCHED_EVERY_MS = 100
-_FIELDS = ("clocks.sm", "power.draw", "clocks_event_reasons.active")
+# By itself power.draw is the mean of a second.
+_FIELDS = ("clocks.sm", "power.draw.instant", "clocks_event_reasons.active")
+_MOST_SECONDS = 5.0  # that nvidia-smi is waited for, at its start and at its end
 # Of NVML's bits (nvml.h, nvmlClocksEventReasons) those that slow a device down.
 LIMITS = {
+    0x2: "applications' clocks",
+    0x10: "sync boost",
     0x4: "power cap",
     0x8: "hardware slowdown",
     0x20: "temperature",
@@ -109,9 +114,11 @@ def _allocations() -> int:
 def watched(device: torch.device) -> Iterator[dict[str, Any]]:
     """Asks nvidia-smi for the device's clock, power and limits while the body runs.
 
+    The body begins after the first answer, which is of the device before it and does not count.
+
     Yields:
-        A dict, filled at the end of the body: sm_mhz and watts, medians; limited_by, the share of the answers
-        that name each limit of LIMITS; answers, how many there were. Empty if there were none.
+        A dict, filled at the end of the body: answers, how many there were; if there were any, sm_mhz and
+        watts, medians, and limited_by, the share of the answers that name each limit of LIMITS.
     """
     found: dict[str, Any] = {}
     command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
@@ -119,14 +126,20 @@ def watched(device: torch.device) -> Iterator[dict[str, Any]]:
     try:
         asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except OSError:
+        found |= summary([])
         yield found
         return
     try:
+        select.select([asking.stdout], [], [], _MOST_SECONDS)
         yield found
     finally:
         asking.terminate()
-        output, _ = asking.communicate()
-        found |= summary(output.splitlines())
+        try:
+            output, _ = asking.communicate(timeout=_MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            asking.kill()
+            output, _ = asking.communicate()
+        found |= summary(output.splitlines()[1:])
 
 
 def summary(answers: Sequence[str]) -> dict[str, Any]:
@@ -142,7 +155,7 @@ def summary(answers: Sequence[str]) -> dict[str, Any]:
         powers.append(watts)
         limits.update(name for bit, name in LIMITS.items() if bits & bit)
     if not clocks:
-        return {}
+        return {"answers": 0}
     return {
         "sm_mhz": statistics.median(clocks),
         "watts": statistics.median(powers),

@@ -128,8 +128,8 @@ def network_of(path: Path) -> NetworkConfig:
 
 
 def _network_of_run(folder: Path) -> NetworkConfig | None:
-    """That of config.json or, if it is lost, of the checkpoints; None if there is no run to resume."""
-    if (folder / "config.json").exists():
+    """That of a run that began with weights, or of its checkpoints; None if there is nothing to resume."""
+    if (folder / "config.json").exists() and (folder / "init.json").exists():
         return _stored_config(folder / "config.json", ()).network
     return _newest_network(folder)
 

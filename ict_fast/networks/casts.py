@@ -16,8 +16,10 @@ from ict_fast.networks.tf32 import TrunkConv2d
 
 
 class TrunkCasts:
-    """Casts of the weights and biases of the trunk's convolutions, which use them for activations of that
-    dtype.
+    """Casts of the weights of the trunk's convolutions, which use them for activations of that dtype.
+
+    Of the biases those of 1 x 1: these are operands of a product on a GPU. Compiled code adds others in fp32,
+    which costs no launch and rounds once less.
 
     Args:
         networks: whose convolutions get casts; what casts they had, they lose.
@@ -30,8 +32,9 @@ class TrunkCasts:
         for network in networks:
             for module in network.modules():
                 if isinstance(module, TrunkConv2d):
+                    is_product = module.kernel_size == (1, 1)
                     module.cast_weight = self._cast_of(module.weight, dtype)
-                    module.cast_bias = self._cast_of(module.bias, dtype)
+                    module.cast_bias = self._cast_of(module.bias if is_product else None, dtype)
 
     def _cast_of(self, parameter: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
         if parameter is None or dtype is None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +129,13 @@ class TrunkConv2d(nn.Conv2d):
         weight, bias = self.weight, self.bias if with_bias else None
         if self.cast_weight is not None and x_nchw.dtype == self.cast_weight.dtype:
             weight = _WithGradientOf.apply(self.cast_weight, weight)
-            bias = None if bias is None else _WithGradientOf.apply(self.cast_bias, bias)
+            if bias is not None and self.cast_bias is not None:
+                bias = _WithGradientOf.apply(self.cast_bias, bias)
         return self.convolved(x_nchw, weight, bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the casts: a copy computes with its own weights."""
+        return {name: held for name, held in self.__dict__.items() if not name.startswith("cast_")}
 
     def convolved(self, x_nchw: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
         """With these instead of the layer's own."""

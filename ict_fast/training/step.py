@@ -41,7 +41,8 @@ class TrainStep:
     a step waits for the device and a compiled step never sees a new constant.
 
     Attributes:
-        network: the student, on the device, channels_last.
+        network: the student, on the device, channels_last. Under autocast it computes with the casts of the
+            last `gradient`; a copy of it does not.
         optimizer: RAdam with the average of the weights.
         reduction: of the gradients of several processes.
         averages: the further averages.

@@ -447,11 +447,20 @@ class RAdamEMA(Optimizer):
 
     def _why_not_ours(self) -> str | None:
         """Why the state, as torch loads it, cannot be gone on with; None if it can."""
+        for group in self.param_groups:
+            for name in ("lr", "ema_decay"):
+                value = group.get(name)
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    return f"{name} is one number, and here a tensor of shape {tuple(value.shape)}"
         for p in self._parameters():
             state: dict[str, Any] = self.state.get(p, {})
-            missing = [name for name in _STATE[:2] if name not in state]
-            if "step" in state and missing:
-                return f"the state has a step without {' and '.join(missing)}: it is of another optimizer"
+            held = sorted(state.keys() - {"ema"})
+            missing = [name for name in ("step", *_STATE[:2]) if name not in state]
+            if held and missing:
+                has = f"the state has {', '.join(held)} without {' and '.join(missing)}"
+                return f"{has}: it is of another optimizer"
+            if held and torch.as_tensor(state["step"]).numel() != 1:
+                return f"a step is one number, and here a tensor of shape {tuple(state['step'].shape)}"
             wrong = [name for name in _STATE[:3] if name in state and state[name].shape != p.shape]
             if wrong:
                 return (

@@ -77,18 +77,27 @@ def test_the_floor_takes_what_has_most_flops_first_and_says_how_much_it_covers()
     assert "in_sequence" not in floor
 
 
+@pytest.mark.parametrize("by_products", [False, True])
 def test_the_floors_sequence_is_every_call_as_often_as_a_step_makes_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, by_products: bool
 ) -> None:
     calls = gpu_step_floor.floor_calls(gpu_step_floor.heavy_calls("digits", 4))
     for name, number in (("_WARM_UP_SEQUENCES", 0), ("_SEQUENCES", 2)):
         monkeypatch.setattr(gpu_step_floor, name, number)
+    products = {call for call in calls if by_products and gpu_step_floor._product_of(call)}
+    assert bool(products) == by_products
+    fastest = {call: gpu_step_floor._PRODUCTS if call in products else gpu_step_floor.OURS for call in calls}
     with step_counts.Counting() as counting:
-        found = gpu_step_floor.time_sequence(
-            calls, dict.fromkeys(calls, gpu_step_floor.OURS), torch.device("cpu")
-        )
+        found = gpu_step_floor.time_sequence(calls, fastest, torch.device("cpu"))
+    assert counting.operations["mm"] + counting.operations["addmm"] >= 2 * sum(
+        calls[call] for call in products
+    )
     expected = Counter(
-        {call: 2 * count for call, count in calls.items() if "attention" not in call.operation}
+        {
+            call: 2 * count
+            for call, count in calls.items()
+            if "attention" not in call.operation and call not in products
+        }
     )
     assert {
         call: count for call, count in counting.heavy.items() if "attention" not in call.operation

@@ -421,6 +421,23 @@ def of_another_optimizer(state: dict) -> None:
     del state["state"][2]["exp_avg"]
 
 
+def of_sgd(state: dict) -> None:
+    state["state"][2] = {"momentum_buffer": torch.zeros(3)}
+
+
+def of_apex(state: dict) -> None:
+    """Which counts its steps in the group."""
+    del state["state"][2]["step"]
+
+
+def of_two_rates(state: dict) -> None:
+    state["param_groups"][0]["lr"] = torch.tensor([0.1, 0.2])
+
+
+def of_two_steps(state: dict) -> None:
+    state["state"][2]["step"] = torch.tensor([1.0, 2.0])
+
+
 def of_fewer_parameters(state: dict) -> None:
     state["param_groups"][0]["params"].pop()
 
@@ -429,7 +446,11 @@ def of_fewer_parameters(state: dict) -> None:
     ("spoil", "message"),
     [
         (of_another_shape, r"ema of shape \(7,\) does not fit a parameter of shape"),
-        (of_another_optimizer, "a step without exp_avg: it is of another optimizer"),
+        (of_another_optimizer, "exp_avg_sq, step without exp_avg: it is of another optimizer"),
+        (of_sgd, "momentum_buffer without step and exp_avg and exp_avg_sq: it is of another"),
+        (of_apex, "exp_avg, exp_avg_sq without step: it is of another optimizer"),
+        (of_two_rates, r"lr is one number, and here a tensor of shape \(2,\)"),
+        (of_two_steps, r"a step is one number, and here a tensor of shape \(2,\)"),
         (of_fewer_parameters, "doesn't match the size"),
     ],
 )

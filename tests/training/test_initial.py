@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ict_fast import presets
 from ict_fast.checkpoint import open_checkpoint, write_checkpoint
 from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
@@ -215,6 +216,17 @@ def test_the_networks_options_come_from_what_it_begins_with(
     assert main([*words, *short, "--init", str(trained)]) == 0
     assert main([*words, *short, "--init", str(tmp_path / "gone")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_run_that_began_at_random_says_that_it_is_another_network(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of 24 channels, as the preset's; it was stopped before its first checkpoint."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(to_dict(presets.get("digits"))))
+    words = ["train", "--device", "cpu", "--out", str(tmp_path / "run"), "--init", str(trained)]
+    assert main(words) == 2
+    assert "network.channels (there 24, asked 8); another --out starts a new run" in capsys.readouterr().err
 
 
 def test_the_same_command_resumes_when_what_it_began_with_and_its_configuration_are_gone(

@@ -9,8 +9,12 @@ import torch
 
 def configure_torch(device: torch.device, *, deterministic: bool) -> None:
     """Sets the process-wide switches of torch that a run relies on."""
-    # The network's ends must be IEEE fp32: TF32 rounding makes neighbouring noise levels identical.
-    torch.backends.cuda.matmul.allow_tf32 = False
+    # The network's ends must be IEEE fp32: TF32 rounding makes neighbouring noise levels identical. The first
+    # two are what a switch of one kind of operation, when it is turned off, takes its value from.
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.fp32_precision = "ieee"
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     # A weight's gradient sums over all pixels: what cuBLAS splits it into is added in fp32, not in 16 bits.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -60,6 +60,10 @@ class RAdamEMA(Optimizer):
     look at `ema_parameters()`, whichever comes first; so load pretrained weights, and move the network to its
     device, before.
 
+    Parameters should be fp32, and 16 bits autocast's: an average in 16 bits stops short of the weights, with
+    the default decay where it began. Nor does v fall in bf16, and in fp16 eps is 0, which makes a NaN of a
+    gradient of 0; both are so in torch.optim.RAdam.
+
     A parameter without a gradient is left alone, its EMA too, as in torch.optim.
 
     A process judges the gradients that it has. DistributedDataParallel gives all processes the same; where

@@ -73,6 +73,35 @@ def test_fp32_steps_agree_with_the_cpu() -> None:
     assert float((cpu - gpu).norm() / cpu.norm()) < 1e-4
 
 
+@pytest.mark.parametrize("preset", ["cifar10", "imagenet64"])
+@pytest.mark.parametrize(
+    ("precision", "compiled"), [("bf16", False), ("fp16", False), ("fp32", False), ("bf16", True)]
+)
+def test_student_and_teacher_are_one_function(preset: str, precision: str, compiled: bool) -> None:
+    """Bit for bit: else each loss would hold, beside what the trunk's rounding does to both, a difference of
+    the code that runs with and without gradients."""
+    config = presets.get(preset)
+    sizes = {"channels": 32, "channel_mult": (1, 2), "num_blocks": 1, "resolution": 32}
+    network = replace(config.network, attention_resolutions=(16,), **sizes)
+    training = replace(config.training, precision=precision, compile="on" if compiled else "off")
+    step = TrainStep(replace(config, network=network, training=training), torch.device("cuda"))
+    with torch.no_grad():  # fresh networks end in zeros
+        for parameter in step.network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    step.casts.refresh()
+    x, noise = torch.randn(8, 3, 32, 32, device="cuda"), torch.randn(8, device="cuda")
+    labels = torch.arange(8, device="cuda") if network.num_classes else None
+    seed = torch.tensor([1, 2], device="cuda")
+    dtype = step.autocast_dtype
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=False):
+        with torch.no_grad():
+            teacher = step.network(x, noise, labels, dropout_seed=seed)
+        student = step.network(x, noise, labels, dropout_seed=seed)
+    assert student.requires_grad
+    assert teacher.std() > 0.01
+    assert torch.equal(student.detach(), teacher)
+
+
 def test_levels_and_masks_are_the_cpus_bit_for_bit_and_noise_to_rounding() -> None:
     for device_seed in (0, 2**40 + 7):
         seed = torch.tensor([device_seed, 12345])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -48,6 +49,23 @@ def test_a_configured_process_rounds_no_operand_and_no_partial_sum() -> None:
     for switch, value in zip(switches, before, strict=True):
         setattr(*switch, value)
     assert after == [False] * 4
+
+
+@pytest.mark.parametrize("switch", ["", "cudnn", "cudnn.conv", "cuda.matmul", "mkldnn", "mkldnn.conv"])
+def test_a_configured_process_is_ieee_whichever_switch_was_on(switch: str) -> None:
+    """Of torch's newer ones, some hand their value on: turned off, the older ones alone would be on."""
+    backends = torch.backends
+    owner = attrgetter(switch)(backends) if switch else backends
+    owner.fp32_precision = "tf32"
+    configure_torch(torch.device("cpu"), deterministic=False)
+    products = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    assert [product.fp32_precision for product in products] == ["ieee"] * 4
+    assert _switches() == (False, False)
+    with tf32.tf32_allowed():
+        assert _switches() == (True, True)
+        assert backends.cudnn.conv.fp32_precision == backends.cuda.matmul.fp32_precision == "tf32"
+    assert [product.fp32_precision for product in products] == ["ieee"] * 4
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 # ---- the arithmetic ----

@@ -246,6 +246,17 @@ def test_inductor_does_not_choose_nchw_for_a_backward_pass(monkeypatch: pytest.M
             assert GraphLowering.decide_layout_opt(backward, is_inference=False) == channels_last
 
 
+def test_no_timing_says_where_autotuned_student_and_teacher_round() -> None:
+    with (
+        torch._inductor.config.patch(benchmark_epilogue_fusion=True),
+        torch._dynamo.config.patch(recompile_limit=8),
+    ):
+        compile_blocks(nn.Identity())
+        assert torch._inductor.config.benchmark_epilogue_fusion
+        compile_blocks(nn.Identity(), autotune=True)
+        assert not torch._inductor.config.benchmark_epilogue_fusion
+
+
 def test_inductors_advice_to_allow_tf32_is_not_passed_on() -> None:
     with warnings.catch_warnings(record=True) as told, torch._dynamo.config.patch(recompile_limit=8):
         warnings.simplefilter("always")

@@ -217,18 +217,9 @@ def _chunk_bytes(device: torch.device) -> int:
     return _CHUNK_BYTES if worth_it else _UNCHUNKED
 
 
-def _plan(
-    count: int,
-    channels: int,
-    pixels: int,
-    num_groups: int,
-    itemsize: int,
-    backward: bool,
-    dropout: bool = False,
-    chunk_bytes: int = _UNCHUNKED,
-) -> _Plan:
-    """What `planned` wishes; see `_plan_for`."""
-    return _plan_for(_wishes, count, channels, pixels, num_groups, itemsize, backward, dropout, chunk_bytes)
+def _plan(*shape: Any, **more: Any) -> _Plan:
+    """`_plan_for` what `planned` wishes."""
+    return _plan_for(_wishes, *shape, **more)
 
 
 @lru_cache(4096)
@@ -240,8 +231,8 @@ def _plan_for(
     num_groups: int,
     itemsize: int,
     backward: bool,
-    dropout: bool,
-    chunk_bytes: int,
+    dropout: bool = False,
+    chunk_bytes: int = _UNCHUNKED,
 ) -> _Plan:
     """The algorithm for x (count, channels, pixels): resident where a tile fits, else split; see `planned`.
 

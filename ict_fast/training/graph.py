@@ -11,6 +11,7 @@ this yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,9 +78,15 @@ class CapturedStep:
         self._step.reduction.clear()  # of one process, they lie in it
 
 
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all that is captured, or runs before: torch's allocator keeps memory for each stream apart."""
+    return torch.cuda.Stream(device)
+
+
 def run_aside(work: Callable[[], object]) -> None:
-    """Runs on a stream of its own, as work that is to be captured has to before."""
-    stream = torch.cuda.Stream()
+    """Runs on the stream that captures, as work that is to be captured has to before."""
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
@@ -88,9 +95,9 @@ def run_aside(work: Callable[[], object]) -> None:
 
 def capture(work: Callable[[], object]) -> Callable[[], None]:
     """Records what `work` launches, without running it; returns what runs it."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), _side_stream(torch.cuda.current_device())
     # Other threads, such as the one that writes checkpoints, may go on with what a capture forbids.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
 

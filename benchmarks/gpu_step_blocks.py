@@ -7,6 +7,7 @@ core each can compile them; Inductor's cache knows them again.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -44,17 +45,21 @@ def compile_beforehand(names: Sequence[str], config: Config, seconds: float) -> 
 
     Returns:
         The number of blocks, of those that had ended, the seconds that it took, at most about `seconds`, and
-        the errors of others.
+        the errors of others. These are said at once: the first variant, which compiles all that then, takes
+        long.
     """
     started = time.monotonic()
     work = [block for name in COMPILED if name in names for block in block_work(name, config)]
     outcomes = compile_beside(work, seconds)
     dismiss()
+    errors = sorted(set(outcomes) - {"ended", "given up"})
+    for error in errors:
+        print(f"    compiled beforehand: {error}", file=sys.stderr, flush=True)
     return {
         "blocks": len(work),
         "ended": outcomes.count("ended"),
         "seconds": round(time.monotonic() - started, 1),
-        "errors": sorted(set(outcomes) - {"ended", "given up"}),
+        "errors": errors,
     }
 
 

@@ -11,12 +11,14 @@ this yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ict_fast.errors import InputError
+from ict_fast.training.loss_window import FIGURES
 from ict_fast.training.step import TrainStep
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class CapturedStep:
         self._plan: tuple[Any, ...] | None = None
         self._uncaptured = 0
         self._inputs: list[Batch] = []
+        self._figures = torch.zeros(FIGURES, device=step.device)
         self._replays: tuple[Callable[[], None], Callable[[], None]] | None = None
 
     def __call__(self, number: int, micro_batches: Sequence[Batch]) -> None:
@@ -60,11 +63,12 @@ class CapturedStep:
             run_aside(lambda: self._step.advance(self._inputs))
             return
         if self._replays is None:
-            compute = capture(lambda: self._step.compute(self._inputs))
+            compute = capture(lambda: self._figures.copy_(self._step.compute(self._inputs)))
             self._replays = compute, capture(self._step.update)
             self.captures += 1
         compute, update = self._replays
         compute()
+        self._step.losses.add(self._figures.clone())  # which may keep them for many steps
         self._step.reduction.finish()
         update()
 
@@ -74,20 +78,26 @@ class CapturedStep:
         self._step.reduction.clear()  # of one process, they lie in it
 
 
-def run_aside(work: Callable[[], None]) -> None:
-    """Runs on a stream of its own, as work that is to be captured has to before."""
-    stream = torch.cuda.Stream()
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all that is captured, or runs before: torch's allocator keeps memory for each stream apart."""
+    return torch.cuda.Stream(device)
+
+
+def run_aside(work: Callable[[], object]) -> None:
+    """Runs on the stream that captures, as work that is to be captured has to before."""
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def capture(work: Callable[[], None]) -> Callable[[], None]:
+def capture(work: Callable[[], object]) -> Callable[[], None]:
     """Records what `work` launches, without running it; returns what runs it."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), _side_stream(torch.cuda.current_device())
     # Other threads, such as the one that writes checkpoints, may go on with what a capture forbids.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
 

@@ -13,6 +13,9 @@ from ict_fast.training.world import World
 # So that what waits to be added takes no memory to speak of, however rare the lines of the log are.
 _MOST_KEPT = 64
 
+FIGURES = 1 + 2 * BUCKETS
+"""Of a step: its loss, then sums and numbers of the images' losses by noise level."""
+
 
 class LossWindow:
     """Sums of the finite step losses, and of the images' losses by noise level, since `reset`.
@@ -28,14 +31,14 @@ class LossWindow:
 
     def __init__(self, device: torch.device, world: World) -> None:
         self._world = world
-        self._sums = torch.zeros(2 + 2 * BUCKETS, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(1 + FIGURES, dtype=torch.float64, device=device)
         self._kept: list[Tensor] = []
 
     def add(self, figures: Tensor) -> None:
         """Adds a step.
 
         Args:
-            figures: (1 + 2 BUCKETS,), this process's share of the step's loss, and its sums by noise level.
+            figures: (FIGURES,), this process's share of the step's loss, and its sums by noise level.
         """
         self._kept.append(figures)
         if self._world.size == 1 or len(self._kept) == _MOST_KEPT:

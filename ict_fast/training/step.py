@@ -20,9 +20,9 @@ from ict_fast.networks.tf32 import set_tf32
 from ict_fast.training.adam_ema import AdamEMA
 from ict_fast.training.averages import Averages, ema_decay
 from ict_fast.training.compilation import compile_blocks, compiles
-from ict_fast.training.loss_by_sigma import BUCKETS, LossBySigma
+from ict_fast.training.loss_by_sigma import LossBySigma
 from ict_fast.training.loss_scale import LossScale
-from ict_fast.training.loss_window import LossWindow
+from ict_fast.training.loss_window import FIGURES, LossWindow
 from ict_fast.training.reduction import reduction_of
 from ict_fast.training.world import World
 from ict_kernels import RAdamEMA
@@ -150,13 +150,19 @@ class TrainStep:
 
         In between, what the processes have computed becomes one.
         """
-        self.compute(micro_batches)
+        self.losses.add(self.compute(micro_batches))
         self.reduction.finish()
         self.update()
 
-    def compute(self, micro_batches: Sequence[Batch]) -> None:
-        """Leaves the gradient of the micro-batches in the parameters, and adds their losses up."""
-        self.losses.add(self._own_gradient(micro_batches))
+    def compute(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """`gradient`, but for the end of the reduction."""
+        self.reduction.clear()
+        self.casts.refresh()
+        figures = torch.zeros(FIGURES, device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            with self.reduction.gathering_only() if number < len(micro_batches) else nullcontext():
+                figures += self.backward(batch)
+        return figures
 
     def update(self) -> None:
         """Advances the weights and all that follows them by the gradient that is in the parameters."""
@@ -179,18 +185,8 @@ class TrainStep:
         Returns:
             The sum of what `backward` returns, in this process.
         """
-        figures = self._own_gradient(micro_batches)
+        figures = self.compute(micro_batches)
         self.reduction.finish()
-        return figures
-
-    def _own_gradient(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """`gradient`, but for the end of the reduction."""
-        self.reduction.clear()
-        self.casts.refresh()
-        figures = torch.zeros(1 + 2 * BUCKETS, device=self.device)
-        for number, batch in enumerate(micro_batches, start=1):
-            with self.reduction.gathering_only() if number < len(micro_batches) else nullcontext():
-                figures += self.backward(batch)
         return figures
 
     def updates(self) -> Tensor:
@@ -201,7 +197,7 @@ class TrainStep:
         """Adds the gradient of the micro-batch's share of the global mean loss.
 
         Returns:
-            (1 + 2 BUCKETS,) fp32: that share, then sums and numbers by noise level.
+            (FIGURES,) fp32: that share, then sums and numbers by noise level.
         """
         # No cache of cast weights: the teacher would fill it without gradients, for the student to find.
         with torch.autocast(

@@ -257,3 +257,14 @@ def test_every_kind_of_block_is_compiled_beforehand_for_the_images_that_it_sees(
     # A place of dropout has its number in its code.
     dropping = sum(block.norm1.dropout > 0 for block in blocks)
     assert dropping < len(ours) < len(blocks)
+
+
+def test_what_could_not_be_compiled_beforehand_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = ["ended", "ValueError: no such shape", "given up", "ValueError: no such shape"]
+    monkeypatch.setattr(gpu_step_blocks, "block_work", lambda name, config: [print] * 4)
+    monkeypatch.setattr(gpu_step_blocks, "compile_beside", lambda work, seconds: outcomes)
+    found = gpu_step_blocks.compile_beforehand([gpu_step.OURS], None, 1.0)
+    assert (found["blocks"], found["ended"], found["errors"]) == (4, 1, [outcomes[1]])
+    assert capsys.readouterr().err.count("compiled beforehand: ValueError: no such shape") == 1

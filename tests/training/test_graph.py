@@ -1,7 +1,7 @@
 """A step can be captured: it is the same operations with the same numbers, whatever the step and the stage.
 
-Here capturing is a stand-in that keeps the function and its static inputs and calls it again; the real thing
-is tests/gpu/test_graph.py's, which no GPU has run yet.
+Here capturing is a stand-in that keeps the operations, and the tensors that they read and write; the real
+thing is tests/gpu/test_graph.py's, which no GPU has run yet.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.precision import Rounding
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
+from ict_fast.training.world import World
 from ict_kernels import radam_ema
 
 CPU = torch.device("cpu")
@@ -86,17 +87,63 @@ def test_a_step_is_the_same_operations_with_the_same_numbers_in_every_stage(
         assert later == recorded[0]
 
 
+class Recording(TorchDispatchMode):
+    """What a CUDA graph is: operations on tensors that stay where they are, and nothing that Python does."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__()
+        self._operations: list[tuple[Any, ...]] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        with self:
+            work()
+        with torch.no_grad():
+            for tensor, value in reversed(self._before):  # a capture only records
+                tensor.copy_(value)
+        self._before.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "profiler":
+            return func(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        names = [*(each.name for each in func._schema.arguments[: len(args)]), *kwargs]
+        written = {
+            each.name for each in func._schema.arguments if each.alias_info and each.alias_info.is_write
+        }
+        for each in tree_flatten(
+            [value for name, value in zip(names, given, strict=True) if name in written]
+        )[0]:
+            self._before.append((each, each.clone()))
+        results = func(*args, **kwargs)
+        self._operations.append((func, args, kwargs, results))
+        return results
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, results in self._operations:
+                again = tree_flatten(func(*args, **kwargs))[0]
+                for place, result in zip(tree_flatten(results)[0], again, strict=True):
+                    if isinstance(place, Tensor) and not _overlap(place, result):
+                        place.copy_(result)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether they lie in the same memory: views, and what is written in place."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
-    """In place of CUDA: what would be replayed is called again. Gives what was captured."""
+    """In place of CUDA: operations are recorded and repeated. Gives what was captured."""
     captured: list[Callable] = []
 
-    def capture(work: Callable[[], None]) -> Callable[[], None]:
+    def capture(work: Callable[[], object]) -> Callable[[], None]:
         captured.append(work)
-        return work
+        return Recording(work)
 
     monkeypatch.setattr(graph, "capture", capture)
     monkeypatch.setattr(graph, "run_aside", lambda work: work())
+    monkeypatch.setattr(radam_ema, "_may_look", lambda device: False)  # as on a GPU
     return captured
 
 
@@ -129,6 +176,26 @@ def test_captured_steps_have_the_bits_of_plain_ones_and_are_captured_when_they_m
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
+
+
+def test_the_losses_of_replays_are_added_up_where_processes_keep_their_own_for_many_steps(
+    tiny: Config, batches: Callable, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(World, "add", lambda self, value: value)  # the other process has nothing to add
+    config = replace(tiny, training=replace(tiny.training, cuda_graph=True))
+    sums = []
+    for is_captured in (False, True):
+        world = World()
+        world.size = 2
+        step = TrainStep(config, CPU, world)
+        advance = CapturedStep(step) if is_captured else step
+        for number in range(8):
+            advance(number, batches(config, number, 8))
+        sums.append(step.tensors()["optimizer"])
+    assert int(sums[1]["loss_count"]) == 8
+    for name in ("loss_sum", "loss_count", "loss_by_sigma"):
+        assert torch.equal(sums[0][name], sums[1][name]), name
+    assert len(stand_in) == 2
 
 
 def test_a_run_with_a_captured_step_is_the_run_without(

@@ -97,20 +97,22 @@ def case_of(each: Norm, backward: bool) -> Case:
     seed = empty(2, dtype=torch.int64) if each.dropout else None
     offset = empty(dtype=torch.int64) if each.dropout else None
     threshold = round(0.3 * 65536) if each.dropout else 0
+    bits = norm._bits_of(x, each.dropout)
     tensors = (each.num_groups, weight, weight, scale, shift, pre_bias, seed, offset)
     numbers = (0, DROPOUT << 16, threshold)
     with record_launches() as launches:
         if backward:
             stats = empty(count, each.num_groups, 2)
             wanted = [True, True, each.scale_shift, each.scale_shift, each.pre_bias]
-            norm._backward(x, x, stats, *tensors, *numbers, each.silu, wanted)
+            norm._backward(x, x, stats, *tensors, bits, *numbers, each.silu, wanted)
         else:
-            norm._forward(x, *tensors, *numbers, 1e-5, each.silu)
-    minimum = (3 if backward else 2) * itemsize
+            norm._forward(x, *tensors, *numbers, 1e-5, each.silu, True)
+    minimum = (3 if backward else 2) * itemsize + each.dropout / 8
     moved: float = minimum
     if not plan.resident:
         partials = 2 + each.pre_bias if backward else 2
         moved += (2 if backward else 1) * itemsize + partials * 2 * 4 / plan.rows
+        moved += backward and each.dropout / 8
     return Case(
         op=f"group_norm_silu {'backward' if backward else 'forward'}",
         shape=str(each),

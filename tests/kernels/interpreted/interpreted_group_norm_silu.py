@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ict_kernels
 from ict_kernels import GroupNormSiLU, group_norm_silu
 from ict_kernels.group_norm_silu import planned
-from ict_kernels.philox import dropout_keep_mask
+from ict_kernels.philox import DROPOUT, dropout_keep_mask
 
 module: Any = sys.modules["ict_kernels.group_norm_silu"]  # the function has its module's name
 
@@ -33,7 +33,7 @@ def _poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
         def poisoned(*arguments: Any, _allocate: Any = allocate, **keywords: Any) -> Tensor:
             fresh = _allocate(*arguments, **keywords)
-            return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+            return fresh.fill_(torch.nan if fresh.is_floating_point() else 85)
 
         monkeypatch.setattr(torch, name, poisoned)
 
@@ -273,6 +273,43 @@ def test_dropout_and_its_gradients_are_those_of_the_definition(algorithm):
             compare(tensors(shape), 2, activation=silu, **draw)
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 5, 3), (2, 24, 4, 4), (2, 72, 9, 7), (1, 8, 1, 1)])
+def test_the_mask_that_forward_keeps_for_backward_is_the_definitions(algorithm, shape):
+    seed, offset = torch.tensor([-5, 2**32 - 1]), torch.tensor(2**32 - 2)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    pixels = shape[2] * shape[3]
+    for p in (0.3, 0.5, 2**-16, 0.999):
+        threshold = round(p * 65536)
+        numbers = (0, 65535 | DROPOUT << 16, threshold, 1e-5, True, True)
+        _, stats, bits = torch.ops.ict_kernels.group_norm_silu(x, 1, *(None,) * 5, seed, offset, *numbers)
+        stored = bits[:, :, None, :pixels] >> torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])[:, None] & 1
+        assert torch.equal(
+            stored.flatten(1, 2).bool(), dropout_keep_mask(x, p, seed, offset, 65535).flatten(2)
+        )
+        # Backward reads it, and gives the very gradient of a mask that is drawn again.
+        given = (torch.randn_like(x), x, stats, 1, *(None,) * 5, seed, offset)
+        rest = (0, 65535 | DROPOUT << 16, threshold, True, [False] * 5)
+        read, drawn = (
+            torch.ops.ict_kernels.group_norm_silu_backward(*given, each, *rest)[0]
+            for each in (bits, torch.empty(0, dtype=torch.uint8))
+        )
+        assert torch.equal(read, drawn)
+
+
+def test_a_mask_is_kept_only_for_a_backward_pass(monkeypatch):
+    kept = []
+    op = module._forward_op
+    monkeypatch.setattr(module, "_forward_op", lambda *a: (kept.append(a[-1]), op(*a))[1])
+    x, weight = torch.randn(2, 8, 3, 3), torch.ones(8)
+    for leaf, grad in ((x, True), (weight, True), (weight, False)):
+        leaf.requires_grad_()
+        with torch.set_grad_enabled(grad):
+            group_norm_silu(x, 2, weight, None, dropout=0.5, seed=1)
+        leaf.requires_grad_(False)
+    group_norm_silu(x, 2, weight, None, dropout=0.5, seed=1)
+    assert kept == [True, True, False, False]
+
+
 def test_the_mask_does_not_depend_on_layout_batch_split_or_the_form_of_the_offset(algorithm):
     x, seed = torch.randn(3, 16, 4, 5), torch.tensor([1, 2])
     norm = GroupNormSiLU(4, 16, dropout=0.5, layer=3)
@@ -335,7 +372,7 @@ def op_arguments(dropout: bool) -> tuple[Any, ...]:
     x = arguments.pop("x").contiguous(memory_format=torch.channels_last)
     drawn = (torch.tensor([1, 2]), torch.tensor(3)) if dropout else (None, None)
     parameters = [value.requires_grad_() for value in arguments.values()]
-    return (x.requires_grad_(), 2, *parameters, *drawn, 0, 3 << 16, 9999 if dropout else 0, 1e-5, True)
+    return (x.requires_grad_(), 2, *parameters, *drawn, 0, 3 << 16, 9999 if dropout else 0, 1e-5, True, True)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -343,11 +380,13 @@ def test_traced_by_opcheck_the_ops_pass(dropout):
     arguments = op_arguments(dropout)
     torch.library.opcheck(torch.ops.ict_kernels.group_norm_silu, arguments)
     with torch.no_grad():
-        y, stats = torch.ops.ict_kernels.group_norm_silu(*arguments)
+        y, stats, bits = torch.ops.ict_kernels.group_norm_silu(*arguments)
         x, groups, *others = (each.detach() if isinstance(each, Tensor) else each for each in arguments)
-        numbers = [*others[:-2], others[-1], [True, True, True, False, True]]
+        *tensors, offset, stream, threshold, _, silu, _ = others
+        numbers = (offset, stream, threshold, silu, [True, True, True, False, True])
         torch.library.opcheck(
-            torch.ops.ict_kernels.group_norm_silu_backward, (torch.randn_like(y), x, stats, groups, *numbers)
+            torch.ops.ict_kernels.group_norm_silu_backward,
+            (torch.randn_like(y), x, stats, groups, *tensors, bits, *numbers),
         )
 
 

@@ -308,7 +308,7 @@ def _poison(like: Tensor) -> None:
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
     """What is wrong with tensors that should be others up to rounding, or None; NaN is wrong."""
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        if not theirs.is_floating_point():  # a mask's bits, with what lies between
+        if not theirs.is_floating_point():  # a mask's bits, which not every plan keeps
             continue
         by = relative_difference(ours, theirs)
         if not by <= _TOLERANCE[theirs.dtype]:

@@ -1228,8 +1228,10 @@ def _bits_of(x: Tensor, wanted: bool) -> Tensor:
     """Where a forward pass is to store its mask for the backward pass; empty where both draw it."""
     count, channels, height, width = x.shape
     wanted = wanted and channels % 8 == 0 and _wishes.bits is not False
-    shape = (count, channels // 8, -(-height * width // 4) * 4) if wanted else (0,)
-    return torch.empty(shape, dtype=torch.uint8, device=x.device)
+    pixels = height * width
+    shape = (count, channels // 8, -(-pixels // 4) * 4) if wanted else (0,)
+    fresh = torch.empty if pixels % 4 == 0 else torch.zeros  # no kernel writes what is added to the pixels
+    return fresh(shape, dtype=torch.uint8, device=x.device)
 
 
 def _forward(

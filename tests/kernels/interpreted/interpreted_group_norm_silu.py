@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 
 import ict_kernels
@@ -19,6 +21,8 @@ from ict_kernels.philox import DROPOUT, dropout_keep_mask
 
 module: Any = sys.modules["ict_kernels.group_norm_silu"]  # the function has its module's name
 
+# In a byte of the mask: the bits of 8 neighbouring channels.
+PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 ORDER = ("x", "weight", "bias", "scale", "shift", "pre_bias")
 EVERYTHING = frozenset(ORDER)
 
@@ -273,27 +277,49 @@ def test_dropout_and_its_gradients_are_those_of_the_definition(algorithm):
             compare(tensors(shape), 2, activation=silu, **draw)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 5, 3), (2, 24, 4, 4), (2, 72, 9, 7), (1, 8, 1, 1)])
-def test_the_mask_that_forward_keeps_for_backward_is_the_definitions(algorithm, shape):
+@pytest.mark.parametrize(
+    ("shape", "p"),
+    [((3, 16, 5, 3), p) for p in (0.3, 2**-16, 0.5, 0.999)]
+    + [(shape, 0.3) for shape in ((2, 24, 4, 4), (1, 72, 3, 3), (1, 8, 1, 1))],
+)
+def test_the_mask_that_forward_keeps_for_backward_is_the_definitions(algorithm, shape, p):
     seed, offset = torch.tensor([-5, 2**32 - 1]), torch.tensor(2**32 - 2)
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    pixels = shape[2] * shape[3]
-    for p in (0.3, 0.5, 2**-16, 0.999):
-        threshold = round(p * 65536)
-        numbers = (0, 65535 | DROPOUT << 16, threshold, 1e-5, True, True)
-        _, stats, bits = torch.ops.ict_kernels.group_norm_silu(x, 1, *(None,) * 5, seed, offset, *numbers)
-        stored = bits[:, :, None, :pixels] >> torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])[:, None] & 1
-        assert torch.equal(
-            stored.flatten(1, 2).bool(), dropout_keep_mask(x, p, seed, offset, 65535).flatten(2)
-        )
-        # Backward reads it, and gives the very gradient of a mask that is drawn again.
-        given = (torch.randn_like(x), x, stats, 1, *(None,) * 5, seed, offset)
-        rest = (0, 65535 | DROPOUT << 16, threshold, True, [False] * 5)
-        read, drawn = (
-            torch.ops.ict_kernels.group_norm_silu_backward(*given, each, *rest)[0]
-            for each in (bits, torch.empty(0, dtype=torch.uint8))
-        )
-        assert torch.equal(read, drawn)
+    given = (seed, offset)
+    numbers = (0, 65535 | DROPOUT << 16, round(p * 65536))
+    _, stats, bits = torch.ops.ict_kernels.group_norm_silu(
+        x, 1, *(None,) * 5, *given, *numbers, 1e-5, True, True
+    )
+    stored = bits[:, :, None, : shape[2] * shape[3]] >> PLACES[:, None] & 1
+    expected = dropout_keep_mask(x, p, seed, offset, 65535).flatten(2)
+    assert torch.equal(stored.flatten(1, 2).bool(), expected)
+    # Backward reads it, and gives the very gradient of a mask that is drawn again.
+    dy = torch.randn_like(x)
+    read, drawn = (
+        torch.ops.ict_kernels.group_norm_silu_backward(
+            dy, x, stats, 1, *(None,) * 5, *given, each, *numbers, True, [False] * 5
+        )[0]
+        for each in (bits, torch.empty(0, dtype=torch.uint8))
+    )
+    assert torch.equal(read, drawn)
+
+
+@triton.jit
+def _kept_lanes_of(words_ptr, to_ptr, threshold, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    w = tl.load(words_ptr + at).to(tl.uint32, bitcast=True)
+    tl.store(to_ptr + at, module._kept_lanes((w, w ^ 0xFFFF, w ^ 0xFFFF0000, w ^ 0xFFFFFFFF), threshold))
+
+
+@pytest.mark.parametrize("threshold", [1, 2, 19661, 32767, 32768, 32769, 65534, 65535])
+def test_eight_lanes_are_compared_at_once_whatever_they_hold(threshold):
+    low = torch.arange(65536)
+    words = torch.stack((low, low * 40503 % 65536), dim=1)  # and another of all values beside it
+    packed = torch.zeros(65536, dtype=torch.uint8)
+    _kept_lanes_of[(1,)](words.to(torch.uint16).view(torch.int32), packed, threshold, 65536)
+    flips = torch.tensor([[0, 0], [65535, 0], [0, 65535], [65535, 65535]])
+    expected = (words[:, None] ^ flips) >= threshold  # (value, word, lane)
+    assert torch.equal((packed[:, None] >> PLACES & 1).bool(), expected.flatten(1))
 
 
 def test_a_mask_is_kept_only_for_a_backward_pass(monkeypatch):

@@ -500,10 +500,13 @@ def _scale(draw, DROP: tl.constexpr):
 
 @jit
 def _activation(z, bits, n, p, first, draw, CHANNELS: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr):
-    """dropout(silu(z)). What to drop is selected between the products: after them the compiler would do it in
-    16 bits, one by one, and before them it packs what a comparison gives."""
-    factor = _sigmoid(z, _kept_share(draw, DROP)) if SILU else _scale(draw, DROP)
-    return _dropped(z, bits, n, p, first, draw, CHANNELS, DROP) * factor
+    """dropout(silu(z)). A factor of z is dropped: of the product the compiler would do it in 16 bits, one by
+    one, and of z it takes more registers."""
+    if SILU:
+        factor = _sigmoid(z, _kept_share(draw, DROP))
+    else:
+        factor = tl.full(z.shape, 1.0, tl.float32) * _scale(draw, DROP)
+    return z * _dropped(factor, bits, n, p, first, draw, CHANNELS, DROP)
 
 
 @jit

@@ -89,7 +89,9 @@ def tune(
         "direction": direction,
         "samples": samples,
         "uses_per_forward_pass": case.uses,
-        "minimum_bytes": elements * case.dtype.itemsize * (3 if direction == "backward" else 2),
+        "minimum_bytes": int(
+            elements * (case.dtype.itemsize * (3 if direction == "backward" else 2) + (case.dropout > 0) / 8)
+        ),
         "present": {"plan": asdict(present)},
         "plans": {},
         "failed": {},
@@ -156,7 +158,7 @@ def tiles(case: NormCase, samples: int, direction: str, best: Wishes) -> list[Wi
         for elements in ((_ELEMENTS[1],) if present.resident else _ELEMENTS)
         for chunk in (_CHUNK_BYTES[1:] if present.resident else _CHUNK_BYTES)
     ]
-    drawn: list[Wishes] = [{"bits": False}] if present.bits else []
+    drawn: list[Wishes] = [{"keeps_mask": False}] if present.keeps_mask else []
     return bundles[:4] + split + drawn
 
 
@@ -200,7 +202,7 @@ def label(wishes: Wishes) -> str:
         "" if chunk is None else "unchunked" if chunk == _CHUNK_BYTES[-1] else f"{chunk // _MEGABYTE} MB",
         f"{wishes['num_warps']} warps" if wishes.get("num_warps") else "",
         f"at most {wishes['maxnreg']} registers" if wishes.get("maxnreg") else "",
-        "mask drawn again" if wishes.get("bits") is False else "",
+        "mask drawn again" if wishes.get("keeps_mask") is False else "",
     ]
     return ", ".join(filter(None, words))
 
@@ -355,7 +357,7 @@ def _compile(case: NormCase, direction: str, wishes: Wishes) -> None:
     seed = torch.zeros(2, dtype=torch.int64, device="cuda")
     stats = torch.empty(samples, norm.num_groups, 2, device="cuda")
     rest = (vector, vector, rows(norm.scale_shift), rows(norm.scale_shift), rows(norm.pre_bias), seed)
-    kept = (stats, module._bits_of(x, dropout_threshold(case.dropout) > 0))
+    kept = (stats, module._empty_bits(x, dropout_threshold(case.dropout) > 0))
     _run(case, direction, wishes, x, x, kept, rest)
     torch.cuda.synchronize()
     del x, stats, kept, rest

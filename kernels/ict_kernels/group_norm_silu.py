@@ -132,8 +132,7 @@ class _Plan:
         num_warps: of each program.
         maxnreg: the most registers of a thread; None: as the compiler sees fit.
         chunk: samples that a split pass takes at once.
-        bits: dropout's mask is stored forward, an eighth of a byte per element, and read backward; else both
-            draw it.
+        keeps_mask: of dropout: the forward pass stores it, the backward pass reads it; else both draw it.
     """
 
     resident: bool
@@ -143,7 +142,7 @@ class _Plan:
     num_warps: int
     maxnreg: int | None
     chunk: int
-    bits: bool
+    keeps_mask: bool
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class _Wishes:
     num_warps: int | None = None
     maxnreg: int | None = None
     chunk_bytes: int | None = None
-    bits: bool | None = None
+    keeps_mask: bool | None = None
 
 
 _wishes = _Wishes()
@@ -171,7 +170,7 @@ def planned(
     num_warps: int | None = None,
     maxnreg: int | None = None,
     chunk_bytes: int | None = None,
-    bits: bool | None = None,
+    keeps_mask: bool | None = None,
 ) -> Iterator[None]:
     """Overrides the plan of the Triton kernels, to time variants: `with planned(num_warps=8, maxnreg=128):`.
 
@@ -183,23 +182,25 @@ def planned(
         resident: True for one pass over tiles in registers, False for split.
         groups: in a resident tile (and so implies one): divides the number of groups. The limits on a tile's
             size do not hold: it may spill.
-        rows: pixels in a split tile, a power of two.
+        rows: pixels in a split tile, a power of two, at least 4.
         num_warps: of each program, a power of two. The small kernels that merge partial sums keep theirs.
         maxnreg: the most registers of a thread, in the same kernels.
         chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2.
-        bits: False to draw dropout's mask again backward.
+        keeps_mask: False to draw dropout's mask again backward.
     Raises:
-        ValueError: for a number that is not a power of two where it must be; and by a norm whose shape cannot
-            be computed so.
+        ValueError: for a number that is no such power of two where it must be; and by a norm whose shape
+            cannot be computed so.
     """
     global _wishes
     for name, value in (("rows", rows), ("num_warps", num_warps)):
         if value is not None and value != _power_of_2(value):
             raise ValueError(f"{name} must be a power of two, got {value}")
+    if rows is not None and rows < 4:
+        raise ValueError(f"rows must be at least 4, whose masks are one word; got {rows}")
     if groups is not None and resident is False:
         raise ValueError(f"groups = {groups} are of a resident tile, which resident=False excludes")
     before = _wishes
-    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes, bits)
+    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes, keeps_mask)
     try:
         yield
     finally:
@@ -275,8 +276,8 @@ def _plan_for(
             f" groups and {pixels} pixels"
         )
     # A wish for resident tiles is heard all the same.
-    bits = dropout and channels % 8 == 0 and wishes.bits is not False
-    draws = dropout and not (backward and bits)
+    keeps_mask = dropout and channels % 8 == 0 and wishes.keeps_mask is not False
+    draws = dropout and not (backward and keeps_mask)
     split_is_faster = backward and not draws and pixels >= 1024 and not wishes.resident
     if candidates and wishes.resident is not False and not split_is_faster:
         # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
@@ -285,13 +286,15 @@ def _plan_for(
         groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
         # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
         num_warps = min(16, _power_of_2(-(-elements // (2304 if backward else 3072))))
-        return _Plan(True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count, bits)
+        return _Plan(
+            True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count, keeps_mask
+        )
     width = min(64, _power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
     chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
-    elements = 8192 if backward or draws or itemsize > 2 else 16384
+    elements = 8192 if backward or dropout or itemsize > 2 else 16384
     rows = min(rows, wishes.rows or elements // width)
-    return _Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk, bits)
+    return _Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk, keeps_mask)
 
 
 def _parts(width: int) -> tuple[int, int]:
@@ -398,12 +401,12 @@ def _mask_bits(
     FULL: tl.constexpr,
     DROP: tl.constexpr,
 ):
-    """What memory holds of the mask of pixels p and channels first, first + 1, ... up to `end`: [ROWS, WIDTH
-    // 8] words whose low byte is `_kept_lanes` of 8 channels. None without DROP or a bits_ptr.
+    """The mask of pixels p and channels first, first + 1, ... up to `end` as memory has it: [ROWS, WIDTH //
+    8] words whose low byte is `_kept_lanes` of 8 channels. None without DROP or a bits_ptr.
 
-    With a seed_ptr it is drawn before, while the loads that precede are under way. Stored are bytes (N,
-    CHANNELS // 8, pixels), so that a tile fills whole sectors. The pixels are a multiple of four, to be
-    loaded as words: of what LLVM knows to be a byte it tests bit after bit, of a word seven at once.
+    With a seed_ptr it is drawn and stored first, while the loads that precede are under way. Memory has bytes
+    (N, CHANNELS // 8, pixels), so that a tile fills whole sectors, and of pixels a multiple of four, to be
+    loaded as words: the compiler tests seven bits of a word at once, but those of a byte one by one.
     """
     seed_ptr, _, _, _, threshold, bits_ptr = draw
     if not DROP or bits_ptr is None:
@@ -411,7 +414,7 @@ def _mask_bits(
     else:
         eighth = first // 8 + tl.arange(0, WIDTH // 8)
         stride = (pixels + 3) // 4 * 4
-        start = n * (stride * (CHANNELS // 8))
+        start = n * stride * (CHANNELS // 8)
         mask = (p < pixels)[:, None] & (eighth * 8 < end)[None, :]
         if seed_ptr is not None:
             tl.debug_barrier()  # else those loads would come after
@@ -466,8 +469,8 @@ def _dropped(values, bits, n, p, first, draw, CHANNELS: tl.constexpr, DROP: tl.c
     keeps is not scaled yet. The mask is `bits`, or drawn here where these are None."""
     if DROP:
         WIDTH: tl.constexpr = values.shape[1]
+        # Drawn lanes are compared in the upper halves of words: what stands below changes nothing.
         least = draw[4].to(tl.uint32) << 16
-        # Lanes are compared in the upper halves of words: what stands below changes nothing.
         if bits is not None:
             lane = tl.arange(0, 8)
             each = bits[:, :, None] >> (lane % 2 * 4 + lane // 2)[None, None, :]
@@ -1227,12 +1230,11 @@ def _like(
     return (x.shape, x.device, plan, compiled_for, tuple(map(_row_stride, tensors[1:])), *others)
 
 
-def _bits_of(x: Tensor, wanted: bool) -> Tensor:
-    """Where a forward pass is to store its mask for the backward pass; empty where both draw it."""
+def _empty_bits(x: Tensor, wanted: bool) -> Tensor:
+    """What a forward pass is to store its mask in for the backward pass; (0,) where both draw it."""
     count, channels, height, width = x.shape
-    wanted = wanted and channels % 8 == 0 and _wishes.bits is not False
     pixels = height * width
-    shape = (count, channels // 8, -(-pixels // 4) * 4) if wanted else (0,)
+    shape = (count, channels // 8, -(-pixels // 4) * 4) if wanted and channels % 8 == 0 else (0,)
     fresh = torch.empty if pixels % 4 == 0 else torch.zeros  # no kernel writes what is added to the pixels
     return fresh(shape, dtype=torch.uint8, device=x.device)
 
@@ -1254,7 +1256,7 @@ def _forward(
     silu: bool,
     keeps_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, (N, num_groups, 2) fp32 mean and rstd, and if wanted the mask; see `_bits_of`."""
+    """y, (N, num_groups, 2) fp32 mean and rstd, and if wanted the mask; see `_empty_bits`."""
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias, scale, shift, pre_bias = map(_unit_stride, (weight, bias, scale, shift, pre_bias))
     count, channels, height, width = x.shape
@@ -1262,9 +1264,9 @@ def _forward(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     stats = torch.empty(count, num_groups, 2, dtype=torch.float32, device=x.device)
     dropout, chunk_bytes = threshold > 0, _chunk_bytes(x.device)
-    bits = _bits_of(x, dropout and keeps_mask)
-    stored = bits if bits.numel() > 0 else None
+    bits = _empty_bits(x, dropout and keeps_mask)
     plan = _plan(count, channels, pixels, num_groups, x.element_size(), False, dropout, chunk_bytes)
+    stored = bits if plan.keeps_mask and bits.numel() > 0 else None
     tensors = (x, weight, bias, scale, shift, pre_bias, seed, offset_tensor, stored)
     like = _like(tensors, (offset, stream), plan, num_groups, silu, dropout)
     elements = plan.rows * sum(plan.widths)
@@ -1382,7 +1384,7 @@ def _backward(
 
     dropout, chunk_bytes = threshold > 0, _chunk_bytes(x.device)
     plan = _plan(count, channels, pixels, num_groups, x.element_size(), True, dropout, chunk_bytes)
-    stored = bits if plan.bits and bits.numel() > 0 else None
+    stored = bits if plan.keeps_mask and bits.numel() > 0 else None
     if stored is not None:
         seed, offset_tensor = None, None
     parameters = (weight, bias, scale, shift, pre_bias)
@@ -1519,7 +1521,7 @@ def _(x, num_groups, *others):
     return (
         torch.empty_like(x, memory_format=torch.channels_last),
         stats,
-        _bits_of(x, threshold > 0 and keeps_mask),
+        _empty_bits(x, threshold > 0 and keeps_mask),
     )
 
 

@@ -59,8 +59,8 @@ def test_what_is_tried_can_be_computed_and_is_another_plan_each_time() -> None:
         ),
         ("cifar10", "256 x 32 x 32, 32 groups, bf16, dropout, pre_bias", "forward", {"num_warps": 16}),
         # The mask drawn twice, not kept.
-        ("cifar10", "256 x 16 x 16, 32 groups, bf16, dropout, pre_bias", "backward", {"bits": False}),
-        ("cifar10", "256 x 16 x 16, 32 groups, bf16, dropout, pre_bias", "forward", {"bits": False}),
+        ("cifar10", "256 x 16 x 16, 32 groups, bf16, dropout, pre_bias", "backward", {"keeps_mask": False}),
+        ("cifar10", "256 x 16 x 16, 32 groups, bf16, dropout, pre_bias", "forward", {"keeps_mask": False}),
         ("imagenet64", "576 x 16 x 16, 32 groups, bf16", "forward", {"num_warps": 8, "maxnreg": 128}),
         # Chunks that a larger L2 holds, and none.
         (

@@ -213,8 +213,8 @@ def test_a_mask_that_is_kept_is_the_one_that_would_be_drawn(size, channels, resi
     arguments, options = arguments_of(norm, 2**19 // size**2 // channels * 64), options_of(norm)
     gradient = torch.randn_like(arguments["x"])
     found = []
-    for bits in (True, False):
-        with planned(resident=resident, bits=bits):
+    for keeps_mask in (True, False):
+        with planned(resident=resident, keeps_mask=keeps_mask):
             found.append(results(arguments, gradient, False, **options))
     kept, drawn = found
     assert torch.equal(kept["y"] == 0, drawn["y"] == 0)

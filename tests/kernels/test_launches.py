@@ -130,7 +130,7 @@ def edge_launches() -> list[Launch]:
             weight, scale = empty(channels), empty(count, channels)
             tensors = (1, weight, weight, scale, scale, scale, integers(2), integers())
             numbers = (1, DROPOUT << 16 | 1, 1)
-            for bits in (norm._bits_of(x, True), norm._bits_of(x, False)):
+            for bits in (norm._empty_bits(x, True), norm._empty_bits(x, False)):
                 norm._forward(x, *tensors, *numbers, 1e-5, True, bits.numel() > 0)
                 norm._backward(x, x, empty(count, 1, 2), *tensors, bits, *numbers, True, [True] * 5)
         # A convolution's bias has no row of its own for each sample; an offset may need 64 bits.
@@ -237,7 +237,7 @@ def test_launches_after_the_first_go_to_what_triton_compiled_with_the_arguments_
     x = torch.empty(5, 64, 9, 9).to(memory_format=torch.channels_last)
     weight, stats = torch.empty(64), torch.empty(5, 8, 2)
     none = (None,) * 5
-    last = (norm._bits_of(x, False), 0, 0, 0, True, [True, True, False, False, False])
+    last = (norm._empty_bits(x, False), 0, 0, 0, True, [True, True, False, False, False])
     try:
         with norm.planned(resident=False, chunk_bytes=2 * x[0].numel() * 4):
             norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True, True)

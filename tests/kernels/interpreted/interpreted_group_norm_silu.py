@@ -302,6 +302,17 @@ def test_the_mask_that_forward_keeps_for_backward_is_the_definitions(algorithm, 
         for each in (bits, torch.empty(0, dtype=torch.uint8))
     )
     assert torch.equal(read, drawn)
+    bits[0, 0, 0] ^= 1
+    changed = torch.ops.ict_kernels.group_norm_silu_backward(
+        dy, x, stats, 1, *(None,) * 5, *given, bits, *numbers, True, [False] * 5
+    )[0]
+    assert changed[0, 0, 0, 0] != read[0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("plan", [{}, {"resident": False, "rows": 8}], ids=str)
+def test_a_plan_may_draw_the_mask_again(plan):
+    with planned(keeps_mask=False, **plan):
+        compare(tensors((2, 16, 5, 3)), 2, dropout=0.4, seed=torch.tensor([3, 4]), offset=7, layer=2)
 
 
 @triton.jit
@@ -393,12 +404,23 @@ def test_a_frozen_norm_gives_the_gradients_that_were_asked_for():
         assert torch.equal(leaves[name].grad, everything[name].grad)
 
 
-def op_arguments(dropout: bool) -> tuple[Any, ...]:
-    arguments = {name: value.float() for name, value in tensors((2, 8, 3, 5)).items()}
+def op_arguments(dropout: bool, channels: int = 8, keeps_mask: bool = True) -> tuple[Any, ...]:
+    arguments = {name: value.float() for name, value in tensors((2, channels, 3, 5)).items()}
     x = arguments.pop("x").contiguous(memory_format=torch.channels_last)
     drawn = (torch.tensor([1, 2]), torch.tensor(3)) if dropout else (None, None)
     parameters = [value.requires_grad_() for value in arguments.values()]
-    return (x.requires_grad_(), 2, *parameters, *drawn, 0, 3 << 16, 9999 if dropout else 0, 1e-5, True, True)
+    return (
+        x.requires_grad_(),
+        2,
+        *parameters,
+        *drawn,
+        0,
+        3 << 16,
+        9999 if dropout else 0,
+        1e-5,
+        True,
+        keeps_mask,
+    )
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -414,6 +436,15 @@ def test_traced_by_opcheck_the_ops_pass(dropout):
             torch.ops.ict_kernels.group_norm_silu_backward,
             (torch.randn_like(y), x, stats, groups, *tensors, bits, *numbers),
         )
+
+
+@pytest.mark.parametrize(("channels", "keeps_mask"), [(8, True), (8, False), (6, True)])
+def test_traced_the_mask_has_the_shape_that_it_has(channels, keeps_mask):
+    arguments = op_arguments(True, channels, keeps_mask)
+    *_, bits = torch.ops.ict_kernels.group_norm_silu(*arguments)
+    assert bits.shape == ((2, 1, 16) if keeps_mask and channels == 8 else (0,))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.ict_kernels.group_norm_silu, arguments, test_utils=checks)
 
 
 def test_traced_whole_with_two_shapes_it_gives_the_eager_gradients():

@@ -245,8 +245,8 @@ def _plan_for(
     A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
     128 bytes as long as several tiles fit on a processor. Where none of two sectors fits (32 x 32), rows of
     one whole sector do; but backward the registers hold one such tile on a processor, whose program waits
-    most of the time. There split was 1.24 to 1.28 times as fast on an H200, though not with dropout, which it
-    would draw twice (0.83).
+    most of the time. There split was 1.24 to 1.28 times as fast on an H200, but 0.83 times where it drew a
+    mask, which it does twice. (No run has timed it with a mask that is kept.)
 
     A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
     1.14 times as fast there, and once 0.99.
@@ -1233,10 +1233,12 @@ def _like(
 def _empty_bits(x: Tensor, wanted: bool) -> Tensor:
     """What a forward pass is to store its mask in for the backward pass; (0,) where both draw it."""
     count, channels, height, width = x.shape
+    if not wanted or channels % 8 != 0:
+        return x.new_empty(0, dtype=torch.uint8)
     pixels = height * width
-    shape = (count, channels // 8, -(-pixels // 4) * 4) if wanted and channels % 8 == 0 else (0,)
-    fresh = torch.empty if pixels % 4 == 0 else torch.zeros  # no kernel writes what is added to the pixels
-    return fresh(shape, dtype=torch.uint8, device=x.device)
+    shape = (count, channels // 8, -(-pixels // 4) * 4)
+    # No kernel writes what is added to the pixels.
+    return (x.new_empty if pixels % 4 == 0 else x.new_zeros)(shape, dtype=torch.uint8)
 
 
 def _forward(

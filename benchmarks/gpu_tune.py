@@ -89,7 +89,9 @@ def tune(
         "direction": direction,
         "samples": samples,
         "uses_per_forward_pass": case.uses,
-        "minimum_bytes": elements * case.dtype.itemsize * (3 if direction == "backward" else 2),
+        "minimum_bytes": int(
+            elements * (case.dtype.itemsize * (3 if direction == "backward" else 2) + (case.dropout > 0) / 8)
+        ),
         "present": {"plan": asdict(present)},
         "plans": {},
         "failed": {},
@@ -136,7 +138,7 @@ def plan_of(case: NormCase, samples: int, direction: str, wishes: Wishes | None 
 
 
 def tiles(case: NormCase, samples: int, direction: str, best: Wishes) -> list[Wishes]:
-    """Tiles of other groups, with about 64 elements per thread; split by rows and by chunk."""
+    """Tiles of other groups, with about 64 elements per thread; split by rows and chunk; no mask kept."""
     norm = case.norm
     present = plan_of(case, samples, direction)
     group = norm.channels // norm.num_groups
@@ -156,7 +158,8 @@ def tiles(case: NormCase, samples: int, direction: str, best: Wishes) -> list[Wi
         for elements in ((_ELEMENTS[1],) if present.resident else _ELEMENTS)
         for chunk in (_CHUNK_BYTES[1:] if present.resident else _CHUNK_BYTES)
     ]
-    return bundles[:4] + split
+    drawn: list[Wishes] = [{"keeps_mask": False}] if present.keeps_mask else []
+    return bundles[:4] + split + drawn
 
 
 def _warps_for(elements: int) -> int:
@@ -199,6 +202,7 @@ def label(wishes: Wishes) -> str:
         "" if chunk is None else "unchunked" if chunk == _CHUNK_BYTES[-1] else f"{chunk // _MEGABYTE} MB",
         f"{wishes['num_warps']} warps" if wishes.get("num_warps") else "",
         f"at most {wishes['maxnreg']} registers" if wishes.get("maxnreg") else "",
+        "mask drawn again" if wishes.get("keeps_mask") is False else "",
     ]
     return ", ".join(filter(None, words))
 
@@ -207,23 +211,30 @@ def label(wishes: Wishes) -> str:
 
 
 def _run(
-    case: NormCase, direction: str, wishes: Wishes, x: Tensor, dy: Tensor, stats: Tensor, rest: Any
+    case: NormCase,
+    direction: str,
+    wishes: Wishes,
+    x: Tensor,
+    dy: Tensor,
+    kept: Sequence[Tensor],
+    rest: Sequence[Any],
 ) -> Any:
-    """One direction as the op computes it: y and its statistics, or the gradients.
+    """One direction as the op computes it: y, its statistics and the mask's bits, or the gradients.
 
     Args:
+        kept: what a forward pass returns beside y.
         rest: weight, bias, scale, shift, pre_bias, seed.
     """
     *parameters, seed = rest
     threshold = dropout_threshold(case.dropout)
     numbers = (0, (DROPOUT << 16) + LAYER, threshold)
-    tensors = (case.norm.num_groups, *parameters, seed if threshold else None, None, *numbers)
+    tensors = (case.norm.num_groups, *parameters, seed if threshold else None, None)
     with module.planned(**wishes):
         if direction == "forward":
-            return module._forward(x, *tensors, EPS, case.norm.silu)
-        return module._backward(
-            dy, x, stats, *tensors, case.norm.silu, [each is not None for each in parameters]
-        )
+            return module._forward(x, *tensors, *numbers, EPS, case.norm.silu, True)
+        stats, bits = kept
+        wanted = [each is not None for each in parameters]
+        return module._backward(dy, x, stats, *tensors, bits, *numbers, case.norm.silu, wanted)
 
 
 def _time(
@@ -237,12 +248,12 @@ def _time(
     """Adds the times of plans to the record, beside the present one's in the same rounds."""
     rest = [None if each is None else each.detach() for each in (*arguments.ours, arguments.seed)]
     x, dy = [each.detach() for each in arguments.x], arguments.dy
-    statistics = [_run(case, "forward", {}, each, each, each, rest)[1] for each in x]
+    kept = [_run(case, "forward", {}, each, each, (), rest)[1:] for each in x]
 
     def stage(each: Wishes) -> dict[str, Stage]:
         return {
             direction: lambda number, _: _run(
-                case, direction, each, x[number], dy[number], statistics[number], rest
+                case, direction, each, x[number], dy[number], kept[number], rest
             )
         }
 
@@ -299,6 +310,8 @@ def _poison(like: Tensor) -> None:
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
     """What is wrong with tensors that should be others up to rounding, or None; NaN is wrong."""
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        if not theirs.is_floating_point():  # a mask's bits, which not every plan keeps
+            continue
         by = relative_difference(ours, theirs)
         if not by <= _TOLERANCE[theirs.dtype]:
             return f"wrong: tensor {number} differs from the present plan's by {by:.2g}"
@@ -344,7 +357,8 @@ def _compile(case: NormCase, direction: str, wishes: Wishes) -> None:
     seed = torch.zeros(2, dtype=torch.int64, device="cuda")
     stats = torch.empty(samples, norm.num_groups, 2, device="cuda")
     rest = (vector, vector, rows(norm.scale_shift), rows(norm.scale_shift), rows(norm.pre_bias), seed)
-    _run(case, direction, wishes, x, x, stats, rest)
+    kept = (stats, module._empty_bits(x, dropout_threshold(case.dropout) > 0))
+    _run(case, direction, wishes, x, x, kept, rest)
     torch.cuda.synchronize()
-    del x, stats, rest
+    del x, stats, kept, rest
     torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,13 @@ def about(report: Entry) -> str:
 
 
 def left_out(found: dict[str, Entry]) -> Iterator[str]:
-    lines = [
-        f"* {name}: {entry.record.get('error') or entry.record.get('not_measured')} ({link(entry.file)})"
-        for name, entry in found.items()
-        if "error" in entry.record or entry.record.get("not_measured")
-    ] + [
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, entry in found.items():
+        reason = entry.record.get("error") or entry.record.get("not_measured")
+        if reason:
+            reasons.setdefault((reason, link(entry.file)), []).append(name)
+    lines = [f"* {_together(names)}: {reason} ({file})" for (reason, file), names in reasons.items()]
+    lines += [
         f"* {name}: the figure is of {link(entry.file)}; a later run failed:"
         f" {entry.failed_since.record['error']} ({link(entry.failed_since.file)})"
         for name, entry in found.items()
@@ -79,6 +82,14 @@ def left_out(found: dict[str, Entry]) -> Iterator[str]:
     ]
     if lines:
         yield "Not measured, or in part:\n\n" + "\n".join(lines)
+
+
+def _together(names: list[str]) -> str:
+    """The names; of many that are of one kernel, how many of which presets."""
+    if len(names) <= 3:
+        return "; ".join(names)
+    kinds = Counter(", ".join(name.split(", ")[:2]) for name in names)
+    return "; ".join(f"{kind}: {count} cases" if count > 1 else kind for kind, count in kinds.items())
 
 
 def tests_blocks(found: dict[str, Entry]) -> Iterator[str]:

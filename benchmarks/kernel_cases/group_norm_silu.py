@@ -79,8 +79,8 @@ def plan_of(each: Norm, backward: bool, count: int = 64) -> Any:
     return norm._plan(count, each.channels, each.size**2, each.num_groups, itemsize, backward, each.dropout)
 
 
-def case_of(each: Norm, backward: bool) -> Case:
-    """Its launches, for one chunk of samples."""
+def case_of(each: Norm, backward: bool, *, keeps_mask: bool = True) -> Case:
+    """Its launches, for one chunk of samples; without a mask to keep those of a teacher, forward."""
     plan = plan_of(each, backward)
     count, itemsize = plan.chunk, 4 if each.fp32 else 2
 
@@ -97,23 +97,25 @@ def case_of(each: Norm, backward: bool) -> Case:
     seed = empty(2, dtype=torch.int64) if each.dropout else None
     offset = empty(dtype=torch.int64) if each.dropout else None
     threshold = round(0.3 * 65536) if each.dropout else 0
+    bits = norm._empty_bits(x, each.dropout)
     tensors = (each.num_groups, weight, weight, scale, shift, pre_bias, seed, offset)
     numbers = (0, DROPOUT << 16, threshold)
     with record_launches() as launches:
         if backward:
             stats = empty(count, each.num_groups, 2)
             wanted = [True, True, each.scale_shift, each.scale_shift, each.pre_bias]
-            norm._backward(x, x, stats, *tensors, *numbers, each.silu, wanted)
+            norm._backward(x, x, stats, *tensors, bits, *numbers, each.silu, wanted)
         else:
-            norm._forward(x, *tensors, *numbers, 1e-5, each.silu)
-    minimum = (3 if backward else 2) * itemsize
+            norm._forward(x, *tensors, *numbers, 1e-5, each.silu, keeps_mask)
+    minimum = (3 if backward else 2) * itemsize + (each.dropout and keeps_mask) / 8
     moved: float = minimum
     if not plan.resident:
         partials = 2 + each.pre_bias if backward else 2
         moved += (2 if backward else 1) * itemsize + partials * 2 * 4 / plan.rows
+        moved += backward and each.dropout / 8
     return Case(
         op=f"group_norm_silu {'backward' if backward else 'forward'}",
-        shape=str(each),
+        shape=str(each) if keeps_mask else f"{each}, no mask kept",
         algorithm="resident" if plan.resident else "split",
         launches=launches,
         bytes_per_element=moved,
@@ -123,14 +125,14 @@ def case_of(each: Norm, backward: bool) -> Case:
 
 def cases(full: bool) -> Iterator[Case]:
     """Both directions of every norm; without `full`, one of each algorithm, with everything switched on."""
+    norms = {
+        Norm(16, 576, 32, dropout=True, pre_bias=True),
+        Norm(32, 384, 32, dropout=True, pre_bias=True, scale_shift=True),
+    }
     if full:
-        for each in sorted(norms_of("cifar10") | norms_of("imagenet64") | norms_of("imagenet64-ct2023")):
-            yield case_of(each, backward=False)
-            yield case_of(each, backward=True)
-    else:
-        for each in (
-            Norm(16, 576, 32, dropout=True, pre_bias=True),
-            Norm(32, 384, 32, dropout=True, pre_bias=True, scale_shift=True),
-        ):
-            yield case_of(each, backward=False)
-            yield case_of(each, backward=True)
+        norms = norms_of("cifar10") | norms_of("imagenet64") | norms_of("imagenet64-ct2023")
+    for each in sorted(norms):
+        yield case_of(each, backward=False)
+        if each.dropout:
+            yield case_of(each, backward=False, keeps_mask=False)
+        yield case_of(each, backward=True)

@@ -5,8 +5,8 @@
 
 Statistics and everything between are fp32 for fp16, bf16 and fp32 inputs (float64 for float64); the output
 has the input's dtype and memory layout. Dropout's mask is a function of (seed, step, sample, element, layer),
-see philox.py: no generator state, no stored mask needed, and student and teacher share one by sharing the
-seed.
+see philox.py: no generator state, and student and teacher share one by sharing the seed. Where a backward
+pass will come and 8 divides the channels, the forward pass leaves its mask, an eighth of a byte per element.
 
 Group norm: Wu & He, "Group Normalization", ECCV 2018. SiLU: x sigmoid(x).
 
@@ -19,9 +19,8 @@ Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen 
   chunks that fit there (`_chunk_bytes`), and 2 and 4 of the bytes come from it.
 
 On an H200 (benchmarks/RESULTS.md) split reached 84 to 97 % of a copy of its bytes, 78 % with a gradient of
-pre_bias, and resident forward 66 % at 32 x 32. With dropout it was 36 to 65 %: instructions (backward 40 to
-54 per element, results/compiled-kernels.md) and memory take turns there, see results/analysis.md, which also
-has shapes that are further from it.
+pre_bias, and resident forward 66 % at 32 x 32. With dropout it was 36 to 65 %, when both passes drew the
+mask: instructions and memory took turns there, see results/analysis.md, which has shapes further from it too.
 
 The kernels work on channels_last; other layouts are converted on the way in and back on the way out. No sum
 is taken in an order that depends on timing: equal inputs give equal bits.
@@ -133,6 +132,7 @@ class _Plan:
         num_warps: of each program.
         maxnreg: the most registers of a thread; None: as the compiler sees fit.
         chunk: samples that a split pass takes at once.
+        keeps_mask: of dropout: the forward pass stores it, the backward pass reads it; else both draw it.
     """
 
     resident: bool
@@ -142,6 +142,7 @@ class _Plan:
     num_warps: int
     maxnreg: int | None
     chunk: int
+    keeps_mask: bool
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class _Wishes:
     num_warps: int | None = None
     maxnreg: int | None = None
     chunk_bytes: int | None = None
+    keeps_mask: bool | None = None
 
 
 _wishes = _Wishes()
@@ -168,6 +170,7 @@ def planned(
     num_warps: int | None = None,
     maxnreg: int | None = None,
     chunk_bytes: int | None = None,
+    keeps_mask: bool | None = None,
 ) -> Iterator[None]:
     """Overrides the plan of the Triton kernels, to time variants: `with planned(num_warps=8, maxnreg=128):`.
 
@@ -179,22 +182,25 @@ def planned(
         resident: True for one pass over tiles in registers, False for split.
         groups: in a resident tile (and so implies one): divides the number of groups. The limits on a tile's
             size do not hold: it may spill.
-        rows: pixels in a split tile, a power of two.
+        rows: pixels in a split tile, a power of two, at least 4.
         num_warps: of each program, a power of two. The small kernels that merge partial sums keep theirs.
         maxnreg: the most registers of a thread, in the same kernels.
         chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2.
+        keeps_mask: False to draw dropout's mask again backward.
     Raises:
-        ValueError: for a number that is not a power of two where it must be; and by a norm whose shape cannot
-            be computed so.
+        ValueError: for a number that is no such power of two where it must be; and by a norm whose shape
+            cannot be computed so.
     """
     global _wishes
     for name, value in (("rows", rows), ("num_warps", num_warps)):
         if value is not None and value != _power_of_2(value):
             raise ValueError(f"{name} must be a power of two, got {value}")
+    if rows is not None and rows < 4:
+        raise ValueError(f"rows must be at least 4, whose masks are one word; got {rows}")
     if groups is not None and resident is False:
         raise ValueError(f"groups = {groups} are of a resident tile, which resident=False excludes")
     before = _wishes
-    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes)
+    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes, keeps_mask)
     try:
         yield
     finally:
@@ -239,8 +245,8 @@ def _plan_for(
     A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
     128 bytes as long as several tiles fit on a processor. Where none of two sectors fits (32 x 32), rows of
     one whole sector do; but backward the registers hold one such tile on a processor, whose program waits
-    most of the time. There split was 1.24 to 1.28 times as fast on an H200, though not with dropout, which it
-    would draw twice (0.83).
+    most of the time. There split was 1.24 to 1.28 times as fast on an H200, but 0.83 times where it drew a
+    mask, which it does twice. (No run has timed it with a mask that is kept.)
 
     A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
     1.14 times as fast there, and once 0.99.
@@ -251,7 +257,9 @@ def _plan_for(
     candidates = []
     for groups in range(1, num_groups + 1):
         width = groups * group
-        if num_groups % groups or (channels % 8 == 0 and width % 8 != 0 and groups != wishes.groups):
+        if num_groups % groups or (
+            channels % 8 == 0 and width % 8 != 0 and (dropout or groups != wishes.groups)
+        ):
             continue
         widths = _parts(width)
         elements = rows * sum(widths)
@@ -268,7 +276,9 @@ def _plan_for(
             f" groups and {pixels} pixels"
         )
     # A wish for resident tiles is heard all the same.
-    split_is_faster = backward and not dropout and pixels >= 1024 and not wishes.resident
+    keeps_mask = dropout and channels % 8 == 0 and wishes.keeps_mask is not False
+    draws = dropout and not (backward and keeps_mask)
+    split_is_faster = backward and not draws and pixels >= 1024 and not wishes.resident
     if candidates and wishes.resident is not False and not split_is_faster:
         # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
         roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
@@ -276,13 +286,15 @@ def _plan_for(
         groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
         # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
         num_warps = min(16, _power_of_2(-(-elements // (2304 if backward else 3072))))
-        return _Plan(True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count)
+        return _Plan(
+            True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count, keeps_mask
+        )
     width = min(64, _power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
     chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
     elements = 8192 if backward or dropout or itemsize > 2 else 16384
     rows = min(rows, wishes.rows or elements // width)
-    return _Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk)
+    return _Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk, keeps_mask)
 
 
 def _parts(width: int) -> tuple[int, int]:
@@ -306,9 +318,10 @@ _VARYING = ["offset", "philox_stream", "threshold", "start"]
 
 
 @jit
-def _sigmoid(z):
+def _sigmoid(z, share):
+    """sigmoid(z) / share."""
     # 1 / u as rsqrt(u)^2: two instructions, where a division takes eight. exp2 may overflow; then this is 0.
-    root = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
+    root = tl.rsqrt(share + share * tl.exp2(z * -1.4426950408889634))
     return root * root
 
 
@@ -376,62 +389,133 @@ def _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP: tl.constexpr
 
 
 @jit
-def _keep_mask(
-    n, p, first, draw, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EIGHTS: tl.constexpr
-):
-    """dropout_keep_mask of pixels p and channels first, first + 1, ... as [ROWS, WIDTH].
-
-    EIGHTS: 8 divides CHANNELS, `first` and WIDTH, so that 8 neighbouring channels are one call.
-    """
-    seed_ptr, offset_ptr, offset, philox_stream, threshold = draw
-    sample = n + offset
-    if offset_ptr is not None:
-        sample += tl.load(offset_ptr)
-    if EIGHTS:
-        eighth = (first // 8 + tl.arange(0, WIDTH // 8)).to(tl.uint32)
-        call = p.to(tl.uint32)[:, None] * (CHANNELS // 8) + eighth[None, :]
-        w0, w1, w2, w3 = philox_call(seed_ptr, sample, call, philox_stream)
-        words = interleave4(w0, w1, w2, w3)
-        # Lanes are compared where they are, in the upper halves of words: what stands below changes nothing.
-        lanes = tl.reshape(tl.join(words << 16, words), (ROWS, WIDTH))
-    else:
-        element = p.to(tl.int64)[:, None] * CHANNELS + (first + tl.arange(0, WIDTH))[None, :]
-        w0, w1, w2, w3 = philox_call(seed_ptr, sample, element >> 3, philox_stream)
-        lane = (element & 7).to(tl.int32)
-        words = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
-        lanes = tl.where((lane & 1) == 1, words, words << 16)
-    return lanes >= (threshold.to(tl.uint32) << 16)
-
-
-@jit
-def _dropped(
-    values,
+def _mask_bits(
     n,
     p,
     first,
+    end,
+    pixels,
     draw,
     CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
     DROP: tl.constexpr,
-    EIGHTS: tl.constexpr,
 ):
-    """dropout(values); without DROP the values."""
+    """The mask of pixels p and channels first, first + 1, ... up to `end` as memory has it: [ROWS, WIDTH //
+    8] words whose low byte is `_kept_lanes` of 8 channels. None without DROP or a bits_ptr.
+
+    With a seed_ptr it is drawn and stored first, while the loads that precede are under way. Memory has bytes
+    (N, CHANNELS // 8, pixels), so that a tile fills whole sectors, and of pixels a multiple of four, to be
+    loaded as words: the compiler tests seven bits of a word at once, but those of a byte one by one.
+    """
+    seed_ptr, _, _, _, threshold, bits_ptr = draw
+    if not DROP or bits_ptr is None:
+        bits = None
+    else:
+        eighth = first // 8 + tl.arange(0, WIDTH // 8)
+        stride = (pixels + 3) // 4 * 4
+        start = n * stride * (CHANNELS // 8)
+        mask = (p < pixels)[:, None] & (eighth * 8 < end)[None, :]
+        if seed_ptr is not None:
+            tl.debug_barrier()  # else those loads would come after
+            lanes = _kept_lanes(_eight_lanes(n, p, eighth, draw, CHANNELS), threshold)
+            at = bits_ptr + start + eighth[None, :] * stride + p[:, None]
+            if FULL:
+                tl.store(at, lanes.to(tl.uint8))
+            else:
+                tl.store(at, lanes.to(tl.uint8), mask=mask)
+            tl.debug_barrier()  # other threads load it
+        words = bits_ptr.to(tl.pointer_type(tl.int32)) + start // 4
+        at = words + eighth[None, :] * (stride // 4) + (p // 4)[:, None]
+        bits = (tl.load(at) if FULL else tl.load(at, mask=mask, other=0)) >> (p % 4 * 8)[:, None]
+    return bits
+
+
+@jit
+def _eight_lanes(n, p, eighth, draw, CHANNELS: tl.constexpr):
+    """The words of one call for each 8 neighbouring channels."""
+    call = p.to(tl.uint32)[:, None] * (CHANNELS // 8) + eighth.to(tl.uint32)[None, :]
+    return philox_call(draw[0], _number_in_run(n, draw), call, draw[3])
+
+
+@jit
+def _number_in_run(n, draw):
+    _, offset_ptr, offset, _, _, _ = draw
+    number = n + offset
+    if offset_ptr is not None:
+        number += tl.load(offset_ptr)
+    return number
+
+
+@jit
+def _kept_lanes(words, threshold):
+    """Which of the 8 lanes of a call are at least the threshold, as a byte: bits j and 4 + j are those of the
+    lower and the upper lane of word j."""
+    # Both lanes of a word at once: by their top bits, or where these are equal by what a difference of the
+    # rest leaves in their place.
+    least = threshold.to(tl.uint32) * 0x10001
+    below = least ^ 0xFFFFFFFF
+    places = tl.zeros(words[0].shape, tl.uint32)
+    for j in tl.static_range(4):
+        rest = (words[j] | 0x80008000) - (least & 0x7FFF7FFF)
+        at_least = (words[j] & below) | ((words[j] ^ below) & rest)
+        places |= (at_least & 0x80008000) >> (3 - j)
+    return (places >> 12) | (places >> 24)
+
+
+@jit
+def _dropped(values, bits, n, p, first, draw, CHANNELS: tl.constexpr, DROP: tl.constexpr):
+    """With DROP, 0 for what dropout_keep_mask drops of pixels p and channels first, first + 1, ...; what it
+    keeps is not scaled yet. The mask is `bits`, or drawn here where these are None."""
     if DROP:
-        keep = _keep_mask(n, p, first, draw, CHANNELS, ROWS, WIDTH, EIGHTS)
-        values = tl.where(keep, values * (65536.0 / (65536 - draw[4]).to(tl.float32)), 0.0)
+        WIDTH: tl.constexpr = values.shape[1]
+        # Drawn lanes are compared in the upper halves of words: what stands below changes nothing.
+        least = draw[4].to(tl.uint32) << 16
+        if bits is not None:
+            lane = tl.arange(0, 8)
+            each = bits[:, :, None] >> (lane % 2 * 4 + lane // 2)[None, None, :]
+            keep = (tl.reshape(each, values.shape) & 1) != 0
+        elif CHANNELS % 8 == 0:  # and so it divides `first` and WIDTH
+            w0, w1, w2, w3 = _eight_lanes(n, p, first // 8 + tl.arange(0, WIDTH // 8), draw, CHANNELS)
+            words = interleave4(w0, w1, w2, w3)
+            keep = tl.reshape(tl.join(words << 16, words), values.shape) >= least
+        else:
+            element = p.to(tl.int64)[:, None] * CHANNELS + (first + tl.arange(0, WIDTH))[None, :]
+            w0, w1, w2, w3 = philox_call(draw[0], _number_in_run(n, draw), element >> 3, draw[3])
+            lane = (element & 7).to(tl.int32)
+            words = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
+            keep = tl.where((lane & 1) == 1, words, words << 16) >= least
+        values = tl.where(keep, values, 0.0)
     return values
 
 
 @jit
-def _silu(z, SILU: tl.constexpr):
-    return z * _sigmoid(z) if SILU else z
+def _kept_share(draw, DROP: tl.constexpr):
+    """The share that dropout keeps."""
+    return (65536 - draw[4]).to(tl.float32) * (1.0 / 65536) if DROP else 1.0
+
+
+@jit
+def _scale(draw, DROP: tl.constexpr):
+    """By which dropout multiplies what it keeps: in a gradient, sums and coefficients instead of elements."""
+    return 1.0 / _kept_share(draw, DROP)
+
+
+@jit
+def _activation(z, bits, n, p, first, draw, CHANNELS: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr):
+    """dropout(silu(z)). A factor of z is dropped: of the product the compiler would do it in 16 bits, one by
+    one, and of z it takes more registers."""
+    if SILU:
+        factor = _sigmoid(z, _kept_share(draw, DROP))
+    else:
+        factor = tl.full(z.shape, 1.0, tl.float32) * _scale(draw, DROP)
+    return z * _dropped(factor, bits, n, p, first, draw, CHANNELS, DROP)
 
 
 @jit
 def _silu_backward(z, dy, SILU: tl.constexpr):
     if SILU:
-        s = _sigmoid(z)
+        s = _sigmoid(z, 1.0)
         dy *= s + s * (z - z * s)
     return dy
 
@@ -531,6 +615,7 @@ def resident_forward(
     pre_ptr,
     seed_ptr,
     offset_ptr,
+    bits_ptr,
     scale_stride,
     shift_stride,
     pre_stride,
@@ -548,14 +633,13 @@ def resident_forward(
     GROUPS: tl.constexpr,
     SILU: tl.constexpr,
     DROP: tl.constexpr,
-    EIGHTS: tl.constexpr,
 ):
     """One program: all PIXELS of BUNDLE channels of a sample. GROUPS: a power of two >= BUNDLE / GROUP."""
     FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     FILLED: tl.constexpr = FULL0 and WIDTH1 == 0 and WIDTH0 == GROUPS * GROUP
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold, bits_ptr)
     program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
     first = (program % (CHANNELS // BUNDLE)) * BUNDLE
@@ -570,6 +654,10 @@ def resident_forward(
             p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
         )
         x1 = _load(x_ptr + at1, mask1, FULL1)
+    end = first + BUNDLE
+    bits0 = _mask_bits(n, p, first, end, PIXELS, draw, CHANNELS, WIDTH0, FULL0, DROP)
+    if WIDTH1 > 0:
+        bits1 = _mask_bits(n, p, first + WIDTH0, end, PIXELS, draw, CHANNELS, WIDTH1, FULL1, DROP)
 
     pre0 = _vector(pre_ptr, n * pre_stride + c0, inside0, 0.0)
     if FILLED:
@@ -598,19 +686,23 @@ def resident_forward(
 
     q0, b0 = _affine_of(n, c0, inside0, affine)
     z0 = x0 * (q0 * _to_channels(rstd, member0))[None, :] + b0[None, :]
-    y0 = _dropped(_silu(z0, SILU), n, p, first, draw, CHANNELS, ROWS, WIDTH0, DROP, EIGHTS)
-    _store(y_ptr + at0, y0, mask0, FULL0)
+    _store(y_ptr + at0, _activation(z0, bits0, n, p, first, draw, CHANNELS, SILU, DROP), mask0, FULL0)
     if WIDTH1 > 0:
         q1, b1 = _affine_of(n, c1, inside1, affine)
         z1 = x1 * (q1 * _to_channels(rstd, member1))[None, :] + b1[None, :]
-        y1 = _dropped(_silu(z1, SILU), n, p, first + WIDTH0, draw, CHANNELS, ROWS, WIDTH1, DROP, EIGHTS)
-        _store(y_ptr + at1, y1, mask1, FULL1)
+        _store(
+            y_ptr + at1,
+            _activation(z1, bits1, n, p, first + WIDTH0, draw, CHANNELS, SILU, DROP),
+            mask1,
+            FULL1,
+        )
 
 
 @jit
 def _first_half(
     x,
     dy,
+    bits,
     n,
     p,
     c,
@@ -624,22 +716,22 @@ def _first_half(
     draw,
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     DROP: tl.constexpr,
-    EIGHTS: tl.constexpr,
 ):
-    """Of one part of a tile: dz; the sums over its pixels of dz and of dz x_hat; by group, [GROUPS, 2], those
-    of q dz and q dz x_hat. Each pair is summed side by side, so that threads wait for each other once."""
-    dy = _dropped(dy, n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
+    """Of one part of a tile: dz, not scaled yet; the sums over its pixels of dz and of dz x_hat; by group,
+    [GROUPS, 2], those of q dz and q dz x_hat. Each pair is summed side by side, so that threads wait for each
+    other once."""
+    dy = _dropped(dy, bits, n, p, first, draw, CHANNELS, DROP)
     centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = _affine_of(n, c, inside, affine)
     x -= centre[None, :]
     z = x * (q * rstd)[None, :] + b[None, :]
     dz = _silu_backward(z, dy, SILU)
     s1, s2 = tl.split(tl.sum(tl.join(_rounded_if_few(dz), _rounded_if_few(dz * x)), axis=0))
-    s2 *= rstd
+    scale = _scale(draw, DROP)
+    s1 *= scale
+    s2 *= rstd * scale
     of_channels = _rounded(tl.join(q * s1, q * s2))
     of_groups = tl.sum(tl.where(member[:, :, None], of_channels[:, None, :], 0.0), axis=0)
     return dz, s1, s2, of_groups
@@ -664,10 +756,12 @@ def _second_half(
     pre_ptr,
     pre_stride,
     affine,
+    draw,
     outputs,
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     FULL: tl.constexpr,
+    DROP: tl.constexpr,
 ):
     """Stores dx of one part of a tile, its sums over the pixels, dweight and so on.
 
@@ -683,7 +777,9 @@ def _second_half(
     x -= centre[None, :]
     of_channels = tl.sum(tl.where(member[:, :, None], _rounded(means)[None, :, :], 0.0), axis=1)
     u, v = tl.split(of_channels)
-    dx = dz * (q * rstd)[None, :] - (x * (v * rstd * rstd)[None, :] + (u * rstd)[None, :])
+    dx = dz * (q * (rstd * _scale(draw, DROP)))[None, :] - (
+        x * (v * rstd * rstd)[None, :] + (u * rstd)[None, :]
+    )
     _store(dx_ptr + at, dx, mask, FULL)
     if dpre_ptr is not None:
         _store_vector(
@@ -706,6 +802,7 @@ def resident_backward(
     pre_ptr,
     seed_ptr,
     offset_ptr,
+    bits_ptr,
     dweight_ptr,
     dbias_ptr,
     dscale_ptr,
@@ -727,13 +824,12 @@ def resident_backward(
     GROUPS: tl.constexpr,
     SILU: tl.constexpr,
     DROP: tl.constexpr,
-    EIGHTS: tl.constexpr,
 ):
     """One program: all PIXELS of BUNDLE channels of a sample; what it stores per channel is the sample's."""
     FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold, bits_ptr)
     outputs = (dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr)
     program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
@@ -750,31 +846,35 @@ def resident_backward(
             p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
         )
         x1, dy1 = _load(x_ptr + at1, mask1, FULL1), _load(dy_ptr + at1, mask1, FULL1)
+    end = first + BUNDLE
+    bits0 = _mask_bits(n, p, first, end, PIXELS, draw, CHANNELS, WIDTH0, FULL0, DROP)
+    if WIDTH1 > 0:
+        bits1 = _mask_bits(n, p, first + WIDTH0, end, PIXELS, draw, CHANNELS, WIDTH1, FULL1, DROP)
     # All loads are under way before the first is waited for: else the compiler spreads them. With dropout
     # that would take the registers of a third program on a processor, where there is room for one.
     if not DROP or ROWS >= 1024:
         tl.debug_barrier()
 
     dz0, s10, s20, means = _first_half(
-        x0, dy0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine, draw, CHANNELS,
-        GROUP, ROWS, WIDTH0, SILU, DROP, EIGHTS,
+        x0, dy0, bits0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine, draw,
+        CHANNELS, GROUP, SILU, DROP,
     )  # fmt: skip
     if WIDTH1 > 0:
         dz1, s11, s21, means1 = _first_half(
-            x1, dy1, n, p, c1, inside1, first + WIDTH0, member1, stats_ptr, pre_ptr, pre_stride, affine, draw,
-            CHANNELS, GROUP, ROWS, WIDTH1, SILU, DROP, EIGHTS,
+            x1, dy1, bits1, n, p, c1, inside1, first + WIDTH0, member1, stats_ptr, pre_ptr, pre_stride,
+            affine, draw, CHANNELS, GROUP, SILU, DROP,
         )  # fmt: skip
         means += means1
     means /= PIXELS * GROUP
 
     _second_half(
         x_ptr, dx_ptr, dpre_ptr, dz0, s10, s20, means, n, c0, inside0, at0, mask0, member0, stats_ptr,
-        pre_ptr, pre_stride, affine, outputs, CHANNELS, GROUP, FULL0,
+        pre_ptr, pre_stride, affine, draw, outputs, CHANNELS, GROUP, FULL0, DROP,
     )  # fmt: skip
     if WIDTH1 > 0:
         _second_half(
             x_ptr, dx_ptr, dpre_ptr, dz1, s11, s21, means, n, c1, inside1, at1, mask1, member1, stats_ptr,
-            pre_ptr, pre_stride, affine, outputs, CHANNELS, GROUP, FULL1,
+            pre_ptr, pre_stride, affine, draw, outputs, CHANNELS, GROUP, FULL1, DROP,
         )  # fmt: skip
 
 
@@ -885,6 +985,7 @@ def split_apply(
     pre_ptr,
     seed_ptr,
     offset_ptr,
+    bits_ptr,
     scale_stride,
     shift_stride,
     pre_stride,
@@ -900,20 +1001,19 @@ def split_apply(
     FULL: tl.constexpr,
     SILU: tl.constexpr,
     DROP: tl.constexpr,
-    EIGHTS: tl.constexpr,
 ):
     """y, from the statistics of the groups."""
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold, bits_ptr)
     n, _, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
     x = _load(x_ptr + base + at, mask, FULL)
+    bits = _mask_bits(n, p, first, CHANNELS, pixels, draw, CHANNELS, WIDTH, FULL, DROP)
     centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = _affine_of(n, c, inside, affine)
     z = (x - centre[None, :]) * (q * rstd)[None, :] + b[None, :]
-    y = _dropped(_silu(z, SILU), n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
-    _store(y_ptr + base + at, y, mask, FULL)
+    _store(y_ptr + base + at, _activation(z, bits, n, p, first, draw, CHANNELS, SILU, DROP), mask, FULL)
 
 
 @jit(do_not_specialize=_VARYING)
@@ -929,6 +1029,7 @@ def split_backward(
     pre_ptr,
     seed_ptr,
     offset_ptr,
+    bits_ptr,
     s1_ptr,
     s2_ptr,
     sx_ptr,
@@ -948,32 +1049,34 @@ def split_backward(
     FULL: tl.constexpr,
     SILU: tl.constexpr,
     DROP: tl.constexpr,
-    EIGHTS: tl.constexpr,
 ):
     """Without dx: sums over ROWS pixels of dz, dz x_hat and (with sx) x_hat. With dx: dx, by their means."""
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold, bits_ptr)
     n, place, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
     x, dy = _load(x_ptr + base + at, mask, FULL), _load(dy_ptr + base + at, mask, FULL)
     tl.debug_barrier()  # see resident_backward
-    dy = _dropped(dy, n, p, first, draw, CHANNELS, ROWS, WIDTH, DROP, EIGHTS)
+    bits = _mask_bits(n, p, first, CHANNELS, pixels, draw, CHANNELS, WIDTH, FULL, DROP)
     centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = _affine_of(n, c, inside, affine)
     x -= centre[None, :]
     z = x * (q * rstd)[None, :] + b[None, :]
-    dz = _silu_backward(z, dy, SILU)
+    dz = _dropped(_silu_backward(z, dy, SILU), bits, n, p, first, draw, CHANNELS, DROP)
     if dx_ptr is None:
         s1, s2 = tl.split(tl.sum(tl.join(_rounded_if_few(dz), _rounded_if_few(dz * x)), axis=0))
-        tl.store(s1_ptr + place + c, s1, mask=inside)
-        tl.store(s2_ptr + place + c, s2 * rstd, mask=inside)
+        scale = _scale(draw, DROP)
+        tl.store(s1_ptr + place + c, s1 * scale, mask=inside)
+        tl.store(s2_ptr + place + c, s2 * (rstd * scale), mask=inside)
         if sx_ptr is not None:
             sx = tl.sum(x if FULL else tl.where(mask, x, 0.0), axis=0)
             tl.store(sx_ptr + place + c, sx * rstd, mask=inside)
     else:
         m1, m2 = _pair_of_group(means_ptr, n - start, c, inside, GROUP, CHANNELS)
-        dx = dz * (q * rstd)[None, :] - (x * (m2 * rstd * rstd)[None, :] + (m1 * rstd)[None, :])
+        dx = dz * (q * (rstd * _scale(draw, DROP)))[None, :] - (
+            x * (m2 * rstd * rstd)[None, :] + (m1 * rstd)[None, :]
+        )
         _store(dx_ptr + base + at, dx, mask, FULL)
 
 
@@ -1127,9 +1230,15 @@ def _like(
     return (x.shape, x.device, plan, compiled_for, tuple(map(_row_stride, tensors[1:])), *others)
 
 
-def _one_call_for_eight(plan: _Plan, channels: int, num_groups: int) -> bool:
-    bundle = plan.groups * (channels // num_groups)
-    return channels % 8 == 0 and bundle % 8 == 0 and all(width % 8 == 0 for width in plan.widths)
+def _empty_bits(x: Tensor, wanted: bool) -> Tensor:
+    """What a forward pass is to store its mask in for the backward pass; (0,) where both draw it."""
+    count, channels, height, width = x.shape
+    if not wanted or channels % 8 != 0:
+        return x.new_empty(0, dtype=torch.uint8)
+    pixels = height * width
+    shape = (count, channels // 8, -(-pixels // 4) * 4)
+    # No kernel writes what is added to the pixels.
+    return (x.new_empty if pixels % 4 == 0 else x.new_zeros)(shape, dtype=torch.uint8)
 
 
 def _forward(
@@ -1147,8 +1256,9 @@ def _forward(
     threshold: int,
     eps: float,
     silu: bool,
-) -> tuple[Tensor, Tensor]:
-    """y, and (N, num_groups, 2) fp32 mean and rstd."""
+    keeps_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, (N, num_groups, 2) fp32 mean and rstd, and if wanted the mask; see `_empty_bits`."""
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias, scale, shift, pre_bias = map(_unit_stride, (weight, bias, scale, shift, pre_bias))
     count, channels, height, width = x.shape
@@ -1156,8 +1266,10 @@ def _forward(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     stats = torch.empty(count, num_groups, 2, dtype=torch.float32, device=x.device)
     dropout, chunk_bytes = threshold > 0, _chunk_bytes(x.device)
+    bits = _empty_bits(x, dropout and keeps_mask)
     plan = _plan(count, channels, pixels, num_groups, x.element_size(), False, dropout, chunk_bytes)
-    tensors = (x, weight, bias, scale, shift, pre_bias, seed, offset_tensor)
+    stored = bits if plan.keeps_mask and bits.numel() > 0 else None
+    tensors = (x, weight, bias, scale, shift, pre_bias, seed, offset_tensor, stored)
     like = _like(tensors, (offset, stream), plan, num_groups, silu, dropout)
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
@@ -1172,6 +1284,7 @@ def _forward(
         "pre_ptr": pre_bias,
         "seed_ptr": seed,
         "offset_ptr": offset_tensor,
+        "bits_ptr": stored,
         "scale_stride": _row_stride(scale),
         "shift_stride": _row_stride(shift),
         "pre_stride": _row_stride(pre_bias),
@@ -1181,7 +1294,6 @@ def _forward(
         **tile,
         "SILU": silu,
         "DROP": threshold > 0,
-        "EIGHTS": _one_call_for_eight(plan, channels, num_groups),
     }
     if plan.resident:
         programs = count * (num_groups // plan.groups)
@@ -1195,7 +1307,7 @@ def _forward(
             eps=eps,
             **arguments,
         )
-        return y, stats
+        return y, stats, bits
     blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
     partial = torch.empty(2, plan.chunk, blocks, channels, dtype=torch.float32, device=x.device)
     over_tiles: dict[str, Any] = {
@@ -1231,7 +1343,7 @@ def _forward(
         launch(split_statistics, (blocks * pieces, samples), start=start, **statistics)
         launch(merge_statistics, (num_groups, samples), start=start, **merge)
         launch(split_apply, (blocks * pieces, samples), start=start, **arguments, **over_tiles)
-    return y, stats
+    return y, stats, bits
 
 
 def _backward(
@@ -1246,13 +1358,17 @@ def _backward(
     pre_bias: Tensor | None,
     seed: Tensor | None,
     offset_tensor: Tensor | None,
+    bits: Tensor,
     offset: int,
     stream: int,
     threshold: int,
     silu: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and, as far as wanted, of weight, bias, scale, shift, pre_bias; others are empty."""
+    """Gradients of x and, as far as wanted, of weight, bias, scale, shift, pre_bias; others are empty.
+
+    The mask is that of `bits`, or drawn again if they are empty.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     dy = dy.contiguous(memory_format=torch.channels_last)
     dx, *gradients = _empty_gradients(x, (weight, bias, scale, shift, pre_bias), wanted)
@@ -1270,9 +1386,12 @@ def _backward(
 
     dropout, chunk_bytes = threshold > 0, _chunk_bytes(x.device)
     plan = _plan(count, channels, pixels, num_groups, x.element_size(), True, dropout, chunk_bytes)
+    stored = bits if plan.keeps_mask and bits.numel() > 0 else None
+    if stored is not None:
+        seed, offset_tensor = None, None
     parameters = (weight, bias, scale, shift, pre_bias)
     kinds = tuple(wanted), tuple([0 if each is None else each.dim() for each in parameters])
-    tensors = (x, dy, stats, *parameters, seed, offset_tensor)
+    tensors = (x, dy, stats, *parameters, seed, offset_tensor, stored)
     like = _like(tensors, (offset, stream), plan, num_groups, silu, dropout, *kinds)
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
@@ -1291,6 +1410,7 @@ def _backward(
         "pre_ptr": pre_bias,
         "seed_ptr": seed,
         "offset_ptr": offset_tensor,
+        "bits_ptr": stored,
         "scale_stride": _row_stride(scale),
         "shift_stride": _row_stride(shift),
         "pre_stride": _row_stride(pre_bias),
@@ -1300,7 +1420,6 @@ def _backward(
         **tile,
         "SILU": silu,
         "DROP": threshold > 0,
-        "EIGHTS": _one_call_for_eight(plan, channels, num_groups),
     }
     if plan.resident:
         programs = count * (num_groups // plan.groups)
@@ -1398,9 +1517,14 @@ _backward_op = torch.library.custom_op(
 
 
 @_forward_op.register_fake
-def _(x: Tensor, num_groups: int, *_: object) -> tuple[Tensor, Tensor]:
+def _(x, num_groups, *others):
+    threshold, _eps, _silu, keeps_mask = others[-4:]
     stats = torch.empty(x.shape[0], num_groups, 2, dtype=torch.float32, device=x.device)
-    return torch.empty_like(x, memory_format=torch.channels_last), stats
+    return (
+        torch.empty_like(x, memory_format=torch.channels_last),
+        stats,
+        _empty_bits(x, threshold > 0 and keeps_mask),
+    )
 
 
 @_backward_op.register_fake
@@ -1410,15 +1534,16 @@ def _(dy, x, stats, num_groups, weight, bias, scale, shift, pre_bias, *others):
 
 def _save_for_backward(ctx, inputs, output) -> None:
     x, num_groups, weight, bias, scale, shift, pre_bias, seed, offset_tensor, *numbers = inputs
-    ctx.save_for_backward(x, output[1], weight, bias, scale, shift, pre_bias, seed, offset_tensor)
-    offset, stream, threshold, _eps, silu = numbers
+    _, stats, bits = output
+    ctx.save_for_backward(x, stats, weight, bias, scale, shift, pre_bias, seed, offset_tensor, bits)
+    offset, stream, threshold, _eps, silu, _keeps_mask = numbers
     ctx.num_groups, ctx.numbers = num_groups, (offset, stream, threshold, silu)
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_forward(ctx, dy, _dstats):
+def _backward_of_forward(ctx, dy, _dstats, _dbits):
     if dy is None:
-        return (None,) * 14
+        return (None,) * 15
     x, stats, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[i] for i in range(2, 7)]
@@ -1428,7 +1553,7 @@ def _backward_of_forward(ctx, dy, _dstats):
         dx if needs[0] else None,
         None,
         *(each if want else None for each, want in zip(others, wanted, strict=True)),
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 
@@ -1519,7 +1644,9 @@ def group_norm_silu(
         offset_tensor, offset_int = offset_arguments(offset, x.device)
     else:
         seed = None
-    y, _ = _forward_op(
+    tensors = (x, weight, bias, scale, shift, pre_bias)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, _, _ = _forward_op(
         _as_channels_last(x),
         num_groups,
         weight,
@@ -1534,6 +1661,7 @@ def group_norm_silu(
         threshold,
         eps,
         activation == "silu",
+        differentiable,
     )
     return _with_layout_of(x, y.view(x.shape) if x.dim() <= 4 else y.unflatten(3, x.shape[3:]))
 

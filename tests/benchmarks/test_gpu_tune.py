@@ -54,10 +54,13 @@ def test_what_is_tried_can_be_computed_and_is_another_plan_each_time() -> None:
         (
             "cifar10",
             "256 x 32 x 32, 32 groups, bf16, dropout, pre_bias",
-            "backward",
+            "forward",
             {"num_warps": 8, "maxnreg": 128},
         ),
-        ("cifar10", "256 x 32 x 32, 32 groups, bf16, dropout, pre_bias", "backward", {"num_warps": 16}),
+        ("cifar10", "256 x 32 x 32, 32 groups, bf16, dropout, pre_bias", "forward", {"num_warps": 16}),
+        # The mask drawn twice, not kept.
+        ("cifar10", "256 x 16 x 16, 32 groups, bf16, dropout, pre_bias", "backward", {"keeps_mask": False}),
+        ("cifar10", "256 x 16 x 16, 32 groups, bf16, dropout, pre_bias", "forward", {"keeps_mask": False}),
         ("imagenet64", "576 x 16 x 16, 32 groups, bf16", "forward", {"num_warps": 8, "maxnreg": 128}),
         # Chunks that a larger L2 holds, and none.
         (
@@ -92,8 +95,8 @@ cases = gpu_group_norm.norm_cases("digits", 1)
 (case,) = (each for each in cases if str(each.norm) == "24 x 4 x 4, 6 groups, bf16, pre_bias")
 run = gpu_tune._run
 def wrong_if_split(case, direction, wishes, *tensors):
-    y, stats = run(case, direction, wishes, *tensors)
-    return (y * 1.01, stats) if wishes.get("resident") is False else (y, stats)
+    y, *kept = run(case, direction, wishes, *tensors)
+    return (y * 1.01, *kept) if wishes.get("resident") is False else (y, *kept)
 gpu_tune._run = wrong_if_split
 print(json.dumps(list(gpu_tune.tune(case, "forward", torch.device("cpu"), lambda: 0.0))))
 """

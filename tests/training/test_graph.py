@@ -6,6 +6,8 @@ thing is tests/gpu/test_graph.py's, which no GPU has run yet.
 
 from __future__ import annotations
 
+import importlib
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +32,8 @@ from ict_fast.training.trainer import train
 from ict_fast.training.world import World
 from ict_kernels import radam_ema
 
+sys.path.append(str(Path(__file__).parent))
+Recording: Any = importlib.import_module("recording").Recording
 CPU = torch.device("cpu")
 
 
@@ -85,51 +89,6 @@ def test_a_step_is_the_same_operations_with_the_same_numbers_in_every_stage(
     assert len(recorded[0]) > 500
     for later in recorded[1:]:
         assert later == recorded[0]
-
-
-class Recording(TorchDispatchMode):
-    """What a CUDA graph is: operations on tensors that stay where they are, and nothing that Python does."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        super().__init__()
-        self._operations: list[tuple[Any, ...]] = []
-        self._before: list[tuple[Tensor, Tensor]] = []
-        with self:
-            work()
-        with torch.no_grad():
-            for tensor, value in reversed(self._before):  # a capture only records
-                tensor.copy_(value)
-        self._before.clear()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "profiler":
-            return func(*args, **kwargs)
-        given = [*args, *kwargs.values()]
-        names = [*(each.name for each in func._schema.arguments[: len(args)]), *kwargs]
-        written = {
-            each.name for each in func._schema.arguments if each.alias_info and each.alias_info.is_write
-        }
-        for each in tree_flatten(
-            [value for name, value in zip(names, given, strict=True) if name in written]
-        )[0]:
-            self._before.append((each, each.clone()))
-        results = func(*args, **kwargs)
-        self._operations.append((func, args, kwargs, results))
-        return results
-
-    def __call__(self) -> None:
-        with torch.no_grad():
-            for func, args, kwargs, results in self._operations:
-                again = tree_flatten(func(*args, **kwargs))[0]
-                for place, result in zip(tree_flatten(results)[0], again, strict=True):
-                    if isinstance(place, Tensor) and not _overlap(place, result):
-                        place.copy_(result)
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether they lie in the same memory: views, and what is written in place."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 @pytest.fixture

@@ -275,9 +275,9 @@ def _plan_for(
             f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
             f" groups and {pixels} pixels"
         )
-    # A wish for resident tiles is heard all the same.
     keeps_mask = dropout and channels % 8 == 0 and wishes.keeps_mask is not False
     draws = dropout and not (backward and keeps_mask)
+    # A wish for resident tiles is heard all the same.
     split_is_faster = backward and not draws and pixels >= 1024 and not wishes.resident
     if candidates and wishes.resident is not False and not split_is_faster:
         # several programs to a processor: 8,192 elements, or where that is too narrow 16,384

@@ -44,13 +44,20 @@ def train(world: World, folder: Path, dtype: str) -> None:
     store = open_store(Path(config.data.path))
     loader, _ = make_loader(config, store, CPU, rank=world.rank, world_size=world.size)
     places = _watch_gradients(step)
-    advance = CapturedStep(step) if config.training.cuda_graph else step
+    is_captured = config.training.cuda_graph
+    advance = CapturedStep(step) if is_captured else step
+    watched = 0
     with loader, _without_cuda():
         for k in range(config.training.total_steps):
             places.clear()
             advance(k, loader.micro_batches(k))
-            is_replayed = config.training.cuda_graph and not places
-            assert world.size == 1 or is_replayed or len(set(places)) == 1, "only where they are reduced"
+            watched += bool(places)  # Python does nothing in a replay
+            assert world.size == 1 or len(set(places)) == bool(places), (
+                "gradients only where they are reduced"
+            )
+    assert (
+        0 < watched < config.training.total_steps if is_captured else watched == config.training.total_steps
+    )
     world.require_equal_state(step.tensors(), config.training.total_steps)
     assert step.loss_scale is not None or int(step.optimizer.skipped) == 0
     if world.is_first:

@@ -4,7 +4,8 @@ What can be chosen of a plan: resident or split; of a resident tile its groups; 
 bytes are taken at once; warps and the most registers of a thread. First tiles and chunks are tried, each with
 the warps that its size asks for, then warps and registers of the best of them. Every plan's results are held
 to the present plan's before it is timed, in turn with it and with a copy of the fewest bytes that must move.
-The best plan of each shape is printed, as what would be changed in `_plan`, with what that saves of a step.
+The best plan of each shape is printed, as what would be changed in group_norm_plan.py, with what that saves
+of a step.
 
 On a GPU other processes compile what is to be timed, see compilers.py.
 """
@@ -26,6 +27,8 @@ from gpu_timing import COPIES, OURS, Stage, buffer_sets, copies, relative_differ
 from kernel_cases.group_norm_silu import norm as module
 from torch import Tensor
 
+from ict_kernels import group_norm_plan
+from ict_kernels.group_norm_plan import Plan, parts, power_of_2
 from ict_kernels.philox import DROPOUT, dropout_threshold
 from ict_kernels.triton_support import runs_on
 
@@ -115,15 +118,15 @@ def tune(
             yield record
 
 
-def plan_of(case: NormCase, samples: int, direction: str, wishes: Wishes | None = None) -> Any:
+def plan_of(case: NormCase, samples: int, direction: str, wishes: Wishes | None = None) -> Plan:
     """The plan that a norm has with some wishes.
 
     Raises:
         ValueError: if its shape cannot be computed so.
     """
     norm = case.norm
-    with module.planned(**wishes or {}):
-        return module._plan(
+    with group_norm_plan.planned(**wishes or {}):
+        return group_norm_plan.plan_of(
             samples,
             norm.channels,
             norm.size**2,
@@ -146,13 +149,13 @@ def tiles(case: NormCase, samples: int, direction: str, best: Wishes) -> list[Wi
     for groups in range(1, norm.num_groups + 1):
         if norm.num_groups % groups or (norm.channels % 8 == 0 and groups * group % 8):
             continue
-        elements = module._power_of_2(norm.size**2) * sum(module._parts(groups * group))
+        elements = power_of_2(norm.size**2) * sum(parts(groups * group))
         if elements <= _MOST_ELEMENTS:
             bundles.append({"groups": groups, "num_warps": _warps_for(elements)})
     if present.resident:  # the next smaller and larger ones
         near = [abs(each["groups"].bit_length() - present.groups.bit_length()) for each in bundles]
         bundles = [each for each, distance in zip(bundles, near, strict=True) if distance <= 1]
-    width = min(64, module._power_of_2(norm.channels))
+    width = min(64, power_of_2(norm.channels))
     split = [
         {"resident": False, "rows": max(1, elements // width), "chunk_bytes": chunk}
         for elements in ((_ELEMENTS[1],) if present.resident else _ELEMENTS)
@@ -163,7 +166,7 @@ def tiles(case: NormCase, samples: int, direction: str, best: Wishes) -> list[Wi
 
 
 def _warps_for(elements: int) -> int:
-    return max(1, min(16, module._power_of_2(elements // 2048)))
+    return max(1, min(16, power_of_2(elements // 2048)))
 
 
 def warps_and_registers(case: NormCase, samples: int, direction: str, best: Wishes) -> list[Wishes]:
@@ -229,7 +232,7 @@ def _run(
     threshold = dropout_threshold(case.dropout)
     numbers = (0, (DROPOUT << 16) + LAYER, threshold)
     tensors = (case.norm.num_groups, *parameters, seed if threshold else None, None)
-    with module.planned(**wishes):
+    with group_norm_plan.planned(**wishes):
         if direction == "forward":
             return module._forward(x, *tensors, *numbers, EPS, case.norm.silu, True)
         stats, bits = kept

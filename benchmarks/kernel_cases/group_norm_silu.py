@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import ict_kernels
+from ict_kernels import group_norm_plan
 from ict_kernels.philox import DROPOUT
 from ict_kernels.triton_support import record_launches
 
@@ -73,10 +74,13 @@ def norms_of(preset: str) -> set[Norm]:
     return found
 
 
-def plan_of(each: Norm, backward: bool, count: int = 64) -> Any:
-    """What `_plan` says of a norm."""
+def plan_of(each: Norm, backward: bool, count: int = 64) -> group_norm_plan.Plan:
+    """What `group_norm_plan` says of a norm."""
     itemsize = 4 if each.fp32 else 2
-    return norm._plan(count, each.channels, each.size**2, each.num_groups, itemsize, backward, each.dropout)
+    pixels = each.size**2
+    return group_norm_plan.plan_of(
+        count, each.channels, pixels, each.num_groups, itemsize, backward, each.dropout
+    )
 
 
 def case_of(each: Norm, backward: bool, *, keeps_mask: bool = True) -> Case:

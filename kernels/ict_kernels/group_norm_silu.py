@@ -10,13 +10,13 @@ pass will come and 8 divides the channels, the forward pass leaves its mask, an 
 
 Group norm: Wu & He, "Group Normalization", ECCV 2018. SiLU: x sigmoid(x).
 
-Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen by `_plan`:
+Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen by `plan_of`:
 
 - resident: a program holds every pixel of a bundle of neighbouring groups in registers, and reads its input
   once: 4 and 6 bytes.
 - split: a kernel writes partial statistics per block of pixels and channel, a small one merges them, a third
   reads the input again: 6 and 10 bytes. Where L2 is large beside the memory's rate, samples are taken in
-  chunks that fit there (`_chunk_bytes`), and 2 and 4 of the bytes come from it.
+  chunks that fit there (`chunk_bytes_of`), and 2 and 4 of the bytes come from it.
 
 On an H200 (benchmarks/RESULTS.md) split reached 84 to 97 % of a copy of its bytes, 78 % with a gradient of
 pre_bias, and resident forward 66 % at 32 x 32. With dropout it was 36 to 65 %, when both passes drew the
@@ -27,10 +27,7 @@ is taken in an order that depends on timing: equal inputs give equal bits.
 """
 
 import math
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +37,7 @@ from torch import Tensor, nn
 from . import apex_backend
 from ._ops import add_op_namespace_prefix
 from .backend import get_backend, use_triton
+from .group_norm_plan import Plan, chunk_bytes_of, plan_of, power_of_2
 from .philox import (
     DROPOUT,
     Seed,
@@ -108,205 +106,6 @@ def _definition(
         # since torch 2.11 does not compile a view of bool.
         y = y * (wide(keep.to(torch.uint8)) * (1.0 / (1.0 - dropout_threshold(dropout) / 65536)))
     return y.to(x.dtype)
-
-
-# ---------------------------------------------------------------------------------- which algorithm, and how
-
-_TILE_BYTES = 65536  # tiles of twice as much spill (compiled ahead of time)
-_CHUNK_BYTES = 20 * 2**20  # half of an A100's L2
-_UNCHUNKED = 2**62
-_GRID_Y = 65535  # of CUDA: samples in a chunk, at most
-_SECTOR_BYTES = 32
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How one shape is computed.
-
-    Attributes:
-        resident: one pass over tiles held in registers; else split.
-        rows: pixels per tile, a power of two: all of them if resident.
-        widths: channels of a tile, in two parts, each a power of two: 72 channels are 64 + 8. The second may
-            be 0, and the first may be wider than what it holds.
-        groups: whole groups per tile if resident; else 0.
-        num_warps: of each program.
-        maxnreg: the most registers of a thread; None: as the compiler sees fit.
-        chunk: samples that a split pass takes at once.
-        keeps_mask: of dropout: the forward pass stores it, the backward pass reads it; else both draw it.
-    """
-
-    resident: bool
-    rows: int
-    widths: tuple[int, int]
-    groups: int
-    num_warps: int
-    maxnreg: int | None
-    chunk: int
-    keeps_mask: bool
-
-
-@dataclass(frozen=True)
-class _Wishes:
-    """The arguments of `planned`."""
-
-    resident: bool | None = None
-    groups: int | None = None
-    rows: int | None = None
-    num_warps: int | None = None
-    maxnreg: int | None = None
-    chunk_bytes: int | None = None
-    keeps_mask: bool | None = None
-
-
-_wishes = _Wishes()
-
-
-@contextmanager
-def planned(
-    *,
-    resident: bool | None = None,
-    groups: int | None = None,
-    rows: int | None = None,
-    num_warps: int | None = None,
-    maxnreg: int | None = None,
-    chunk_bytes: int | None = None,
-    keeps_mask: bool | None = None,
-) -> Iterator[None]:
-    """Overrides the plan of the Triton kernels, to time variants: `with planned(num_warps=8, maxnreg=128):`.
-
-    In force for whatever is launched meanwhile, or captured into a graph: forward and backward, every shape,
-    all threads. What is not given is chosen as ever; contexts do not add up, the innermost counts. Results
-    stay within rounding, but are not bit for bit those of another plan.
-
-    Args:
-        resident: True for one pass over tiles in registers, False for split.
-        groups: in a resident tile (and so implies one): divides the number of groups. The limits on a tile's
-            size do not hold: it may spill.
-        rows: pixels in a split tile, a power of two, at least 4.
-        num_warps: of each program, a power of two. The small kernels that merge partial sums keep theirs.
-        maxnreg: the most registers of a thread, in the same kernels.
-        chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2.
-        keeps_mask: False to draw dropout's mask again backward.
-    Raises:
-        ValueError: for a number that is no such power of two where it must be; and by a norm whose shape
-            cannot be computed so.
-    """
-    global _wishes
-    for name, value in (("rows", rows), ("num_warps", num_warps)):
-        if value is not None and value != _power_of_2(value):
-            raise ValueError(f"{name} must be a power of two, got {value}")
-    if rows is not None and rows < 4:
-        raise ValueError(f"rows must be at least 4, whose masks are one word; got {rows}")
-    if groups is not None and resident is False:
-        raise ValueError(f"groups = {groups} are of a resident tile, which resident=False excludes")
-    before = _wishes
-    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes, keeps_mask)
-    try:
-        yield
-    finally:
-        _wishes = before
-
-
-@lru_cache
-def _chunk_bytes(device: torch.device) -> int:
-    """Of x (and dy) that the passes of split take at once, so that the second finds them in L2.
-
-    All of them on Hopper and Blackwell's data centre GPUs. A chunk costs microseconds, of launches and of
-    processors that stand idle at its end; to read 20 MB again takes 13 us from an A100's memory, but 7 from
-    an H100's and 5 from an H200's. There chunks of 20 MB took 1.2 to 2.1 times as long as none; the other
-    GPUs were not timed.
-    """
-    if device.type != "cuda":
-        return _UNCHUNKED
-    properties = torch.cuda.get_device_properties(device)
-    worth_it = properties.major not in (9, 10) and properties.L2_cache_size >= 2 * _CHUNK_BYTES
-    return _CHUNK_BYTES if worth_it else _UNCHUNKED
-
-
-def _plan(*shape: Any, **more: Any) -> _Plan:
-    """`_plan_for` what `planned` wishes."""
-    return _plan_for(_wishes, *shape, **more)
-
-
-@lru_cache(4096)
-def _plan_for(
-    wishes: _Wishes,
-    count: int,
-    channels: int,
-    pixels: int,
-    num_groups: int,
-    itemsize: int,
-    backward: bool,
-    dropout: bool = False,
-    chunk_bytes: int = _UNCHUNKED,
-) -> _Plan:
-    """The algorithm for x (count, channels, pixels): resident where a tile fits, else split; see `planned`.
-
-    A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
-    128 bytes as long as several tiles fit on a processor. Where none of two sectors fits (32 x 32), rows of
-    one whole sector do; but backward the registers hold one such tile on a processor, whose program waits
-    most of the time. There split was 1.24 to 1.28 times as fast on an H200, but 0.83 times where it drew a
-    mask, which it does twice. (No run has timed it with a mask that is kept.)
-
-    A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
-    1.14 times as fast there, and once 0.99.
-    """
-    rows = _power_of_2(pixels)
-    group = channels // num_groups
-    most_elements = 20480 if backward else 32768
-    candidates = []
-    for groups in range(1, num_groups + 1):
-        width = groups * group
-        if num_groups % groups or (
-            channels % 8 == 0 and width % 8 != 0 and (dropout or groups != wishes.groups)
-        ):
-            continue
-        widths = _parts(width)
-        elements = rows * sum(widths)
-        row_bytes = width * itemsize
-        whole_sectors = row_bytes % _SECTOR_BYTES == 0 or row_bytes >= 2 * _SECTOR_BYTES or width == channels
-        chosen = whole_sectors and elements * itemsize <= _TILE_BYTES and elements <= most_elements
-        if wishes.groups is not None:
-            chosen = groups == wishes.groups
-        if chosen:
-            candidates.append((groups, widths, elements, row_bytes))
-    if wishes.resident and not candidates:
-        raise ValueError(
-            f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
-            f" groups and {pixels} pixels"
-        )
-    keeps_mask = dropout and channels % 8 == 0 and wishes.keeps_mask is not False
-    draws = dropout and not (backward and keeps_mask)
-    # A wish for resident tiles is heard all the same.
-    split_is_faster = backward and not draws and pixels >= 1024 and not wishes.resident
-    if candidates and wishes.resident is not False and not split_is_faster:
-        # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
-        roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
-        wide = [each for each in candidates if each[2] <= 16384 and each[3] >= 2 * _SECTOR_BYTES]
-        groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
-        # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
-        num_warps = min(16, _power_of_2(-(-elements // (2304 if backward else 3072))))
-        return _Plan(
-            True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count, keeps_mask
-        )
-    width = min(64, _power_of_2(channels))
-    sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
-    chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
-    elements = 8192 if backward or dropout or itemsize > 2 else 16384
-    rows = min(rows, wishes.rows or elements // width)
-    return _Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk, keeps_mask)
-
-
-def _parts(width: int) -> tuple[int, int]:
-    """Two powers of two (or one and 0) that hold `width` channels."""
-    first = _power_of_2(width + 1) // 2
-    second = _power_of_2(width - first) if width > first else 0
-    return (2 * first, 0) if second == first else (first, second)
-
-
-def _power_of_2(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << max(0, number - 1).bit_length()
 
 
 # ----------------------------------------------------------------------------------- kernels: what they share
@@ -1194,7 +993,7 @@ def _unit_stride(values: Tensor | None) -> Tensor | None:
     return values if values is None or values.stride(-1) == 1 else values.contiguous()
 
 
-def _tile_arguments(plan: _Plan, channels: int, pixels: int, num_groups: int) -> dict[str, Any]:
+def _tile_arguments(plan: Plan, channels: int, pixels: int, num_groups: int) -> dict[str, Any]:
     group = channels // num_groups
     if plan.resident:
         return {
@@ -1205,7 +1004,7 @@ def _tile_arguments(plan: _Plan, channels: int, pixels: int, num_groups: int) ->
             "ROWS": plan.rows,
             "WIDTH0": plan.widths[0],
             "WIDTH1": plan.widths[1],
-            "GROUPS": _power_of_2(plan.groups),
+            "GROUPS": power_of_2(plan.groups),
         }
     full = pixels % plan.rows == 0 and channels % plan.widths[0] == 0
     return {
@@ -1219,7 +1018,7 @@ def _tile_arguments(plan: _Plan, channels: int, pixels: int, num_groups: int) ->
 
 
 def _like(
-    tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], plan: _Plan, *others: Hashable
+    tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], plan: Plan, *others: Hashable
 ) -> tuple[Hashable, ...] | None:
     """`launch`'s argument: what the tensors of an op, x first, and the others say about all its launches."""
     compiled_for = what_is_compiled_for(tensors, numbers)
@@ -1265,9 +1064,9 @@ def _forward(
     pixels = height * width
     y = torch.empty_like(x, memory_format=torch.channels_last)
     stats = torch.empty(count, num_groups, 2, dtype=torch.float32, device=x.device)
-    dropout, chunk_bytes = threshold > 0, _chunk_bytes(x.device)
+    dropout, chunk_bytes = threshold > 0, chunk_bytes_of(x.device)
     bits = _empty_bits(x, dropout and keeps_mask)
-    plan = _plan(count, channels, pixels, num_groups, x.element_size(), False, dropout, chunk_bytes)
+    plan = plan_of(count, channels, pixels, num_groups, x.element_size(), False, dropout, chunk_bytes)
     stored = bits if plan.keeps_mask and bits.numel() > 0 else None
     tensors = (x, weight, bias, scale, shift, pre_bias, seed, offset_tensor, stored)
     like = _like(tensors, (offset, stream), plan, num_groups, silu, dropout)
@@ -1336,7 +1135,7 @@ def _forward(
         "CHANNELS": channels,
         "GROUP": channels // num_groups,
         "ROWS": plan.rows,
-        "BLOCK": min(1024, _power_of_2(blocks * (channels // num_groups))),
+        "BLOCK": min(1024, power_of_2(blocks * (channels // num_groups))),
     }
     for start in range(0, count, plan.chunk):
         samples = min(plan.chunk, count - start)
@@ -1384,8 +1183,8 @@ def _backward(
         for i, each in zip(over_samples, sums.unbind(), strict=True):
             rows[i] = each
 
-    dropout, chunk_bytes = threshold > 0, _chunk_bytes(x.device)
-    plan = _plan(count, channels, pixels, num_groups, x.element_size(), True, dropout, chunk_bytes)
+    dropout, chunk_bytes = threshold > 0, chunk_bytes_of(x.device)
+    plan = plan_of(count, channels, pixels, num_groups, x.element_size(), True, dropout, chunk_bytes)
     stored = bits if plan.keeps_mask and bits.numel() > 0 else None
     if stored is not None:
         seed, offset_tensor = None, None
@@ -1466,8 +1265,8 @@ def _backward(
             "CHANNELS": channels,
             "GROUP": group,
             "ROWS": plan.rows,
-            "BLOCKS": min(32, _power_of_2(blocks)),
-            "WIDTH": min(64, _power_of_2(group)),
+            "BLOCKS": min(32, power_of_2(blocks)),
+            "WIDTH": min(64, power_of_2(group)),
             **merged,
             **outputs,
         }
@@ -1491,7 +1290,7 @@ def _backward(
             to2_ptr=targets[2] if len(targets) > 2 else None,
             rows=count,
             CHANNELS=channels,
-            ROWS=min(512, _power_of_2(count)),
+            ROWS=min(512, power_of_2(count)),
             WIDTH=8,
         )
     return (dx, *gradients)  # type: ignore[return-value]

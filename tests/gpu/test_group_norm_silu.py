@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ict_kernels import GroupNormSiLU, group_norm_silu
-from ict_kernels.group_norm_silu import planned
+from ict_kernels.group_norm_plan import planned
 from ict_kernels.philox import dropout_keep_mask
 
 pytest.importorskip("triton")

@@ -31,6 +31,7 @@ from triton.compiler import compiler as triton_compiler
 from ict_kernels import RAdamEMA, triton_support
 from ict_kernels.consistency_loss import launch_loss, launch_loss_backward
 from ict_kernels.fir_resampling import launch_down, launch_up
+from ict_kernels.group_norm_plan import plan_of, planned
 from ict_kernels.noise_levels import launch_levels
 from ict_kernels.noising import launch_noise
 from ict_kernels.philox import DROPOUT
@@ -239,7 +240,7 @@ def test_launches_after_the_first_go_to_what_triton_compiled_with_the_arguments_
     none = (None,) * 5
     last = (norm._empty_bits(x, False), 0, 0, 0, True, [True, True, False, False, False])
     try:
-        with norm.planned(resident=False, chunk_bytes=2 * x[0].numel() * 4):
+        with planned(resident=False, chunk_bytes=2 * x[0].numel() * 4):
             norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True, True)
             norm._backward(x, x, stats, 8, weight, weight, *none, *last)
             first = len(made)
@@ -383,7 +384,7 @@ def test_launches_that_are_said_to_be_alike_are_compiled_alike(
         {"resident": False},
         {"resident": False, "rows": 8},
     ):
-        with norm.planned(**wishes):
+        with planned(**wishes):
             for call in calls:
                 call()
             alike = len(compiled_for)
@@ -398,6 +399,6 @@ def test_launches_that_are_said_to_be_alike_are_compiled_alike(
 
 
 def test_launches_on_two_devices_are_never_alike() -> None:
-    plan = norm._plan(2, 32, 16, 8, 2, False)
+    plan = plan_of(2, 32, 16, 8, 2, False)
     there = torch.zeros(2, 32, 4, 4, device="meta")
     assert norm._like((torch.zeros(2, 32, 4, 4),), (), plan) != norm._like((there,), (), plan)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ict_kernels
 from ict_kernels import GroupNormSiLU, group_norm_silu
-from ict_kernels.group_norm_silu import planned
+from ict_kernels.group_norm_plan import planned
 from ict_kernels.philox import DROPOUT, dropout_keep_mask
 
 module: Any = sys.modules["ict_kernels.group_norm_silu"]  # the function has its module's name
@@ -44,11 +44,11 @@ def _poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(params=["resident", "split"])
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both, whatever `_plan` would choose; split in several blocks of pixels, and one sample at a time."""
+    """Both, whatever `plan_of` would choose; split in several blocks of pixels, and one sample at a time."""
     name: str = request.param
     used = []
-    plan = module._plan
-    monkeypatch.setattr(module, "_plan", lambda *a, **k: used.append(plan(*a, **k)) or used[-1])
+    plan = module.plan_of
+    monkeypatch.setattr(module, "plan_of", lambda *a, **k: used.append(plan(*a, **k)) or used[-1])
     with planned(resident=False, rows=8, chunk_bytes=1) if name == "split" else nullcontext():
         yield name
     assert all(plan.resident == (name == "resident") for plan in used)

@@ -1,0 +1,226 @@
+"""Which algorithm computes a group norm of some shape, and with which tiles: measured facts as rules.
+
+The algorithms are group_norm_silu.py's. `plan_of` chooses, and `planned` overrides it to time others.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+_TILE_BYTES = 65536  # tiles of twice as much spill (compiled ahead of time)
+_CHUNK_BYTES = 20 * 2**20  # half of an A100's L2
+_UNCHUNKED = 2**62
+_GRID_Y = 65535  # of CUDA: samples in a chunk, at most
+_SECTOR_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one shape is computed.
+
+    Attributes:
+        resident: one pass over tiles held in registers; else split.
+        rows: pixels per tile, a power of two: all of them if resident.
+        widths: channels of a tile, in two parts, each a power of two: 72 channels are 64 + 8. The second may
+            be 0, and the first may be wider than what it holds.
+        groups: whole groups per tile if resident; else 0.
+        num_warps: of each program.
+        maxnreg: the most registers of a thread; None: as the compiler sees fit.
+        chunk: samples that a split pass takes at once.
+        keeps_mask: of dropout: the forward pass stores it, the backward pass reads it; else both draw it.
+    """
+
+    resident: bool
+    rows: int
+    widths: tuple[int, int]
+    groups: int
+    num_warps: int
+    maxnreg: int | None
+    chunk: int
+    keeps_mask: bool
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """The arguments of `planned`."""
+
+    resident: bool | None = None
+    groups: int | None = None
+    rows: int | None = None
+    num_warps: int | None = None
+    maxnreg: int | None = None
+    chunk_bytes: int | None = None
+    keeps_mask: bool | None = None
+
+
+_wishes = _Wishes()
+
+
+@contextmanager
+def planned(
+    *,
+    resident: bool | None = None,
+    groups: int | None = None,
+    rows: int | None = None,
+    num_warps: int | None = None,
+    maxnreg: int | None = None,
+    chunk_bytes: int | None = None,
+    keeps_mask: bool | None = None,
+) -> Iterator[None]:
+    """Overrides the plan of the Triton kernels, to time variants: `with planned(num_warps=8, maxnreg=128):`.
+
+    In force for whatever is launched meanwhile, or captured into a graph: forward and backward, every shape,
+    all threads. What is not given is chosen as ever; contexts do not add up, the innermost counts. Results
+    stay within rounding, but are not bit for bit those of another plan.
+
+    Args:
+        resident: True for one pass over tiles in registers, False for split.
+        groups: in a resident tile (and so implies one): divides the number of groups. The limits on a tile's
+            size do not hold: it may spill.
+        rows: pixels in a split tile, a power of two, at least 4.
+        num_warps: of each program, a power of two. The small kernels that merge partial sums keep theirs.
+        maxnreg: the most registers of a thread, in the same kernels.
+        chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2.
+        keeps_mask: False to draw dropout's mask again backward.
+    Raises:
+        ValueError: for a number that is no such power of two where it must be; and by a norm whose shape
+            cannot be computed so.
+    """
+    global _wishes
+    for name, value in (("rows", rows), ("num_warps", num_warps)):
+        if value is not None and value != power_of_2(value):
+            raise ValueError(f"{name} must be a power of two, got {value}")
+    if rows is not None and rows < 4:
+        raise ValueError(f"rows must be at least 4, whose masks are one word; got {rows}")
+    if groups is not None and resident is False:
+        raise ValueError(f"groups = {groups} are of a resident tile, which resident=False excludes")
+    before = _wishes
+    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes, keeps_mask)
+    try:
+        yield
+    finally:
+        _wishes = before
+
+
+@lru_cache
+def chunk_bytes_of(device: torch.device) -> int:
+    """Of x (and dy) that the passes of split take at once, so that the second finds them in L2.
+
+    All of them on Hopper and Blackwell's data centre GPUs. A chunk costs microseconds, of launches and of
+    processors that stand idle at its end; to read 20 MB again takes 13 us from an A100's memory, but 7 from
+    an H100's and 5 from an H200's. There chunks of 20 MB took 1.2 to 2.1 times as long as none; the other
+    GPUs were not timed.
+    """
+    if device.type != "cuda":
+        return _UNCHUNKED
+    properties = torch.cuda.get_device_properties(device)
+    worth_it = properties.major not in (9, 10) and properties.L2_cache_size >= 2 * _CHUNK_BYTES
+    return _CHUNK_BYTES if worth_it else _UNCHUNKED
+
+
+def plan_of(
+    count: int,
+    channels: int,
+    pixels: int,
+    num_groups: int,
+    itemsize: int,
+    backward: bool,
+    dropout: bool = False,
+    chunk_bytes: int = _UNCHUNKED,
+) -> Plan:
+    """The algorithm for x (count, channels, pixels), or what `planned` wishes instead.
+
+    Args:
+        count, channels, pixels, num_groups: of x.
+        itemsize: bytes of an element of x.
+        backward: of the backward pass.
+        dropout: some is applied.
+        chunk_bytes: `chunk_bytes_of` x's device.
+    Raises:
+        ValueError: where x cannot be computed as wished.
+    """
+    return _plan_for(_wishes, count, channels, pixels, num_groups, itemsize, backward, dropout, chunk_bytes)
+
+
+@lru_cache(4096)
+def _plan_for(
+    wishes: _Wishes,
+    count: int,
+    channels: int,
+    pixels: int,
+    num_groups: int,
+    itemsize: int,
+    backward: bool,
+    dropout: bool,
+    chunk_bytes: int,
+) -> Plan:
+    """`plan_of`: resident where a tile fits, else split.
+
+    A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
+    128 bytes as long as several tiles fit on a processor. Where none of two sectors fits (32 x 32), rows of
+    one whole sector do; but backward the registers hold one such tile on a processor, whose program waits
+    most of the time. There split was 1.24 to 1.28 times as fast on an H200, but 0.83 times where it drew a
+    mask, which it does twice. (No run has timed it with a mask that is kept.)
+
+    A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
+    1.14 times as fast there, and once 0.99.
+    """
+    rows = power_of_2(pixels)
+    group = channels // num_groups
+    most_elements = 20480 if backward else 32768
+    candidates = []
+    for groups in range(1, num_groups + 1):
+        width = groups * group
+        if num_groups % groups or (
+            channels % 8 == 0 and width % 8 != 0 and (dropout or groups != wishes.groups)
+        ):
+            continue
+        widths = parts(width)
+        elements = rows * sum(widths)
+        row_bytes = width * itemsize
+        whole_sectors = row_bytes % _SECTOR_BYTES == 0 or row_bytes >= 2 * _SECTOR_BYTES or width == channels
+        chosen = whole_sectors and elements * itemsize <= _TILE_BYTES and elements <= most_elements
+        if wishes.groups is not None:
+            chosen = groups == wishes.groups
+        if chosen:
+            candidates.append((groups, widths, elements, row_bytes))
+    if wishes.resident and not candidates:
+        raise ValueError(
+            f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
+            f" groups and {pixels} pixels"
+        )
+    keeps_mask = dropout and channels % 8 == 0 and wishes.keeps_mask is not False
+    draws = dropout and not (backward and keeps_mask)
+    # A wish for resident tiles is heard all the same.
+    split_is_faster = backward and not draws and pixels >= 1024 and not wishes.resident
+    if candidates and wishes.resident is not False and not split_is_faster:
+        # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
+        roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
+        wide = [each for each in candidates if each[2] <= 16384 and each[3] >= 2 * _SECTOR_BYTES]
+        groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
+        # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
+        num_warps = min(16, power_of_2(-(-elements // (2304 if backward else 3072))))
+        return Plan(
+            True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count, keeps_mask
+        )
+    width = min(64, power_of_2(channels))
+    sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
+    chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
+    elements = 8192 if backward or dropout or itemsize > 2 else 16384
+    rows = min(rows, wishes.rows or elements // width)
+    return Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk, keeps_mask)
+
+
+def parts(width: int) -> tuple[int, int]:
+    """Two powers of two (or one and 0) that hold `width` channels."""
+    first = power_of_2(width + 1) // 2
+    second = power_of_2(width - first) if width > first else 0
+    return (2 * first, 0) if second == first else (first, second)
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(0, number - 1).bit_length()

@@ -1,0 +1,141 @@
+"""The algorithm and the tile of group_norm_silu's kernels, at every shape of the networks and at others."""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ict_kernels.group_norm_plan import chunk_bytes_of, plan_of, planned
+
+# What is split at each resolution, and backward all at 32 x 32 that has no dropout; everything else of the
+# networks is resident.
+SPLIT_FORWARD = {64: {192, 384, 576}, 32: {192, 384, 576, 768, 960}, 16: {1344}, 8: set()}
+SPLIT_BACKWARD = {64: {192, 384, 576}, 32: {192, 384, 576, 768, 960}, 16: {960, 1344}, 8: set()}
+
+
+@pytest.fixture(scope="module")
+def norms_of_networks():
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    cases = importlib.import_module("kernel_cases.group_norm_silu")
+    return cases, sorted(cases.norms_of("cifar10") | cases.norms_of("imagenet64"))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_norm_of_the_networks_has_the_algorithm_of_the_table(norms_of_networks, backward):
+    cases, norms = norms_of_networks
+    assert len({(norm.size, norm.channels) for norm in norms}) == 25
+    for norm in norms:
+        plan = cases.plan_of(norm, backward)
+        expected = norm.channels in (SPLIT_BACKWARD if backward else SPLIT_FORWARD)[norm.size]
+        if backward and norm.size == 32:
+            expected = True
+        assert plan.resident != expected, norm
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_tile_fits_and_holds_whole_groups(norms_of_networks, backward):
+    cases, norms = norms_of_networks
+    for norm in norms:
+        plan = cases.plan_of(norm, backward)
+        itemsize, group = 4 if norm.fp32 else 2, norm.channels // norm.num_groups
+        assert plan.rows * sum(plan.widths) * itemsize <= 65536, norm
+        if plan.resident:
+            width = plan.groups * group
+            assert norm.num_groups % plan.groups == 0
+            assert width * itemsize >= 32, norm
+            assert width % 8 == 0, norm  # 128-bit accesses, and one Philox call for eight channels
+            assert width <= sum(plan.widths) < 1.15 * width, norm
+        else:
+            assert norm.channels % sum(plan.widths) == 0, norm
+            shape = (norm.channels, norm.size**2, norm.num_groups, itemsize, backward, norm.dropout)
+            assert plan.chunk == 64
+            chunk = plan_of(64, *shape, 20 * 2**20).chunk
+            sample = norm.channels * norm.size**2 * itemsize * (1 + backward)
+            assert chunk * sample <= 20 * 2**20 < (chunk + 1) * sample or chunk == 64, norm
+
+
+@pytest.mark.parametrize(
+    ("gpu", "major", "megabytes", "chunked"),
+    [
+        ("V100", 7, 6, False),
+        ("A100", 8, 40, True),
+        ("A10", 8, 6, False),
+        ("RTX 4090", 8, 72, True),
+        ("H100", 9, 50, False),
+        ("B200", 10, 126, False),
+        ("RTX 5090", 12, 96, True),
+    ],
+)
+def test_samples_are_taken_in_chunks_where_l2_holds_them_and_memory_is_slow(
+    monkeypatch, gpu, major, megabytes, chunked
+):
+    properties = SimpleNamespace(major=major, L2_cache_size=megabytes * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    bytes_at_once = chunk_bytes_of.__wrapped__(torch.device("cuda", 0))
+    assert (bytes_at_once == 20 * 2**20) == chunked, gpu
+    assert chunked or bytes_at_once > 2**60
+    assert chunk_bytes_of(torch.device("cpu")) > 2**60
+
+
+def test_the_plan_has_a_tile_for_any_shape():
+    for count, channels, pixels, groups in (
+        (1, 1, 1, 1),
+        (1, 1, 10**7, 1),
+        (3, 7, 35, 7),
+        (1, 40_000, 1, 1),
+        (2, 30, 1_000_003, 5),
+        (10**6, 2, 1, 2),
+    ):
+        for itemsize in (2, 4):
+            for backward in (False, True):
+                chosen = plan_of(count, channels, pixels, groups, itemsize, backward)
+                assert 1 <= chosen.chunk <= count
+                assert chosen.rows * sum(chosen.widths) * itemsize <= 65536
+                if chosen.resident:
+                    assert chosen.rows >= pixels
+                    assert sum(chosen.widths) >= chosen.groups * (channels // groups)
+
+
+def test_a_plan_can_be_overridden(norms_of_networks):
+    cases, _ = norms_of_networks
+    small, large = cases.Norm(16, 576, 32), cases.Norm(64, 192, 32)
+    before = [cases.plan_of(norm, backward) for norm in (small, large) for backward in (False, True)]
+    for backward in (False, True):
+        with planned(resident=False, rows=32, num_warps=8, maxnreg=96, chunk_bytes=2**21):
+            plan = cases.plan_of(small, backward)
+            assert (plan.resident, plan.rows, plan.num_warps, plan.maxnreg) == (False, 32, 8, 96)
+            assert plan.chunk == 2**21 // (576 * 16 * 16 * 2 * (1 + backward))
+            launches = cases.case_of(small, backward).launches
+        # The kernels that merge partial sums keep what they have.
+        merging = {"merge_statistics", "merge_backward", "sum_samples"}
+        tuned = [each for each in launches if each.kernel.__name__ not in merging]
+        assert len(tuned) == 2
+        assert {(each.num_warps, each.maxnreg, each.arguments["ROWS"]) for each in tuned} == {(8, 96, 32)}
+        assert 96 not in {each.maxnreg for each in launches if each not in tuned}
+        with planned(groups=16):  # by itself it would be 4, or 1
+            assert cases.plan_of(small, backward).groups == 16
+            assert cases.case_of(small, backward).launches[0].arguments["BUNDLE"] == 16 * 18
+            with planned(num_warps=2):
+                assert cases.plan_of(small, backward).groups < 16
+                assert cases.case_of(small, backward).launches[0].num_warps == 2
+        with planned(resident=True), pytest.raises(ValueError, match="no resident tile of any groups"):
+            cases.plan_of(large, backward)
+        with planned(groups=5), pytest.raises(ValueError, match="no resident tile of 5 groups"):
+            cases.plan_of(small, backward)
+        dropping = cases.Norm(32, 256, 32, dropout=True)
+        given = [each.arguments["bits_ptr"] for each in cases.case_of(dropping, backward).launches[:1]]
+        assert cases.plan_of(dropping, backward).resident != backward
+        with planned(keeps_mask=False):  # to draw it twice would be slower than what resident costs
+            assert cases.plan_of(dropping, backward).resident
+            given += [each.arguments["bits_ptr"] for each in cases.case_of(dropping, backward).launches[:1]]
+        assert [each is None for each in given] == [False, True]
+        with planned(groups=1), pytest.raises(ValueError, match="no resident tile of 1 groups"):
+            cases.plan_of(replace(small, dropout=True), backward)  # bytes of the mask belong to one tile
+    assert before == [cases.plan_of(norm, b) for norm in (small, large) for b in (False, True)]
+    for wrong in ({"rows": 24}, {"rows": 2}, {"num_warps": 0}, {"groups": 2, "resident": False}):
+        with pytest.raises(ValueError, match=next(iter(wrong))), planned(**wrong):
+            pass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -48,9 +50,8 @@ def workshop() -> Path:
     return folder
 
 
-def run_commands() -> int:
-    """Runs them; gives their number."""
-    ran = 0
+def ict_fast_commands() -> Iterator[list[str]]:
+    """Those of the README, shortened."""
     for command in commands():
         if command[0] != "ict-fast" or "--download" in command:  # test_download.py has a server for it
             continue
@@ -64,20 +65,26 @@ def run_commands() -> int:
             command = [*command, *shlex.split("--only ict --seeds 1 --total-steps 8 --count 64 --device cpu")]
         elif command[1] == "train" and "--dry-run" not in command:
             command = [*shlex.split(re.sub(r"--training.total-steps \d+", "", shlex.join(command))), *SHORT]
-        run = subprocess.run(
-            [sys.executable, "-m", "ict_fast", *command[1:]],
-            cwd=workshop(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, f"{shlex.join(command)}\n{run.stdout}{run.stderr}"
-        ran += 1
-    return ran
+        yield command
 
 
-def test_the_readmes_ict_fast_commands_run_in_their_order() -> None:
-    assert run_commands() >= 12
+def test_the_readmes_ict_fast_commands_run_in_their_order(tmp_path: Path) -> None:
+    output, ran = tmp_path / "output", 0
+    with subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("forked_commands.py")],
+        cwd=workshop(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as runner:
+        assert runner.stdin
+        assert runner.stdout
+        for command in ict_fast_commands():
+            print(json.dumps([str(output), *command[1:]]), file=runner.stdin, flush=True)
+            code = runner.stdout.readline().strip()
+            assert code == "0", f"{shlex.join(command)}\n{output.read_text()}"
+            ran += 1
+    assert ran >= 12
     for name in ("digits.png", "samples.npz", "runs/two-processes/config.json", "data/imagenet64/meta.json"):
         assert (workshop() / name).exists()
 

@@ -561,13 +561,13 @@ def test_sharded_parameters_are_refused_also_those_that_come_in_the_place_of_oth
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("decay", [0.9999, 0.999943])
+@pytest.mark.parametrize("decay", [0.99995, 0.999943])
 def test_the_average_of_a_constant_is_that_constant(decay):
     """decay and 1 - decay, each rounded to fp32, do not add up to 1: the average would settle beside it."""
     p = nn.Parameter(torch.tensor([1.0, -3.0, 1e-3]))
     optimizer = RAdamEMA([p], lr=0.0, ema_decay=decay)
     p.grad = torch.zeros_like(p)
-    for _ in range(1000):
+    for _ in range(100):
         optimizer.step()
     [average] = optimizer.ema_parameters()
-    torch.testing.assert_close(average, p.detach(), rtol=3e-6, atol=0)
+    torch.testing.assert_close(average, p.detach(), rtol=1e-6, atol=0)

@@ -190,8 +190,7 @@ def _edm_forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
     x = self.conv1(F.dropout(x, p=self.dropout, training=self.training))
     x = (x + (skipped if self.skip is None else self.skip(skipped))) * self.skip_scale
     if self.num_heads:
-        original: Any = type(self).__mro__[1]
-        attention = original.forward.__globals__["AttentionOp"]
+        attention = self._ict_original.forward.__globals__["AttentionOp"]
         heads = x.shape[0] * self.num_heads
         q, k, v = self.qkv(self.norm2(x)).reshape(heads, x.shape[1] // self.num_heads, 3, -1).unbind(2)
         mixed = torch.einsum("nqk,nck->ncq", attention.apply(q, k), v)

@@ -96,15 +96,12 @@ class _Replaced:
 
     __slots__ = ()
     _ict_pattern: Pattern
-
-
-def _original(module: Any) -> Any:
-    return type(module).__mro__[1]
+    _ict_original: type[Any]
 
 
 def _twin(module: Any) -> Any:
     """An object of the original class that shares a replaced module's state."""
-    original = _original(module)
+    original = module._ict_original
     twin = original.__new__(original)
     object.__setattr__(twin, "__dict__", module.__dict__)
     return twin
@@ -132,6 +129,7 @@ def _replaced_class(original: Any, method: str, forward: Callable[..., Any], pat
         "__reduce_ex__": __reduce_ex__,
         "__deepcopy__": __deepcopy__,
         "_ict_pattern": pattern,
+        "_ict_original": original,
         method: forward,
     }
     return type(original.__name__, (original, _Replaced), members)

@@ -32,6 +32,13 @@ def test_what_its_diffs_add_exists():
     assert named == {("ict_kernels.adapters.ect", "ECMLoss")}
 
 
+def test_a_diff_imports_the_module_that_it_looks_itself_up_in():
+    """None of the scripts imports sys."""
+    looked_up = [block for block in blocks("diff") if "sys.modules" in block]
+    assert len(looked_up) == 2
+    assert all("+import sys\n" in block for block in looked_up)
+
+
 def test_every_code_base_has_a_diff_of_its_own():
     for section in re.findall(r"\]\(#([^)]+)\)", GUIDE):
         heading = next(

@@ -279,6 +279,21 @@ def test_seeded_dropout_after_a_norm_goes_into_its_op_with_the_same_mask(name, m
         seed.advance()
 
 
+def test_a_block_may_get_a_class_of_its_own_afterwards():
+    """As fully_shard gives one to each module that it shards: its mixin, and then the module's class."""
+    block, inputs, _ = CASES["edm, added, wider, attention"]()
+    untrained_to_trained(block)
+    expected = outcome(block, *inputs)
+    GroupNormSiLU.replace_in(block)
+
+    class FSDPModule:
+        pass
+
+    block.__class__ = type("FSDPUNetBlock", (FSDPModule, type(block)), {})
+    assert_same(outcome(block, *inputs), expected)
+    assert type(pickle.loads(pickle.dumps(block))) is UNetBlock
+
+
 def test_activation_checkpointing_around_a_guided_block_stays():
     """Their forward wraps _forward in it; only _forward is replaced."""
     block, _ = guided(use_scale_shift_norm=True)

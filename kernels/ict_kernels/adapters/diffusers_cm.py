@@ -7,6 +7,7 @@ teacher's dropout masks are the student's on a CPU only, and with several proces
 the curriculum.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -61,19 +62,19 @@ def get_input_preconditioning(
     return c_in(sigmas, sigma_data=sigma_data)
 
 
-@ours
 def scalings_for_boundary_conditions(
-    timestep: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 1.0
+    timestep: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 1.0, sigma_min: float = 0.002
 ) -> tuple[Tensor, Tensor]:
-    """The script's function of this name: (c_skip, c_out), with the boundary at sigma_min = 0.002."""
-    return precondition(timestep_scaling * timestep, sigma_data=sigma_data)[:2]
+    """The script's function of this name: (c_skip, c_out), with the boundary at sigma_min."""
+    return precondition(timestep_scaling * timestep, sigma_data=sigma_data, sigma_min=sigma_min)[:2]
 
 
-def apply_ict_kernels_to_diffusers_cm(script: Any) -> Patch:
+def apply_ict_kernels_to_diffusers_cm(script: Any, *, sigma_min: float = 0.002) -> Patch:
     """Replaces the script's two preconditioning functions; its loss stands in main() and is edited by hand.
 
     Args:
         script: train_cm_ct_unconditional as a module, or sys.modules["__main__"] from inside it.
+        sigma_min: the script's args.sigma_min, with which its scheduler samples.
     Returns:
         Call it to undo.
     Raises:
@@ -81,6 +82,5 @@ def apply_ict_kernels_to_diffusers_cm(script: Any) -> Patch:
     """
     names = ("get_input_preconditioning", "scalings_for_boundary_conditions")
     module = owners(script, names, "train_cm_ct_unconditional", "train_cm_ct_unconditional")[0]
-    return Patch(
-        {(module, names[0]): get_input_preconditioning, (module, names[1]): scalings_for_boundary_conditions}
-    )
+    scalings = ours(functools.partial(scalings_for_boundary_conditions, sigma_min=sigma_min))
+    return Patch({(module, names[0]): get_input_preconditioning, (module, names[1]): scalings})

@@ -4,9 +4,12 @@ Their convention: conditional_loss(model_pred, target, reduction, loss_type, hub
 2 c (sqrt(e^2 + c^2) - c) of each element and "smooth_l1" the same without the factor c. Here the elementwise
 metric is what is meant, so nothing is corrected; it is computed in one pass, in fp32. (The consistency
 distillation scripts write it out: there `pseudo_huber_loss(prediction, target, c=args.huber_c,
-norm="element", reduction="mean")` takes its place.)
+norm="element", reduction="mean")` takes its place.) Two of the scripts have a function of that name that is
+another: train_dreambooth_lora_sdxl.py's weights each image, train_text_to_image_lora_sdxl.py's lacks the 2.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,14 +62,35 @@ def conditional_loss(
 
 
 def apply_ict_kernels_to_hf_trainers(script: Any) -> Patch:
-    """Replaces a script's `conditional_loss`.
+    """Replaces a script's `conditional_loss`, which is tried first: it must be the same function.
 
     Args:
         script: the script as a module, or sys.modules["__main__"] from inside it.
     Returns:
         Call it to undo.
     Raises:
-        ValueError: if it has no conditional_loss.
+        ValueError: if it has no conditional_loss, or another.
     """
     module = owners(script, ("conditional_loss",), "script", "a script that defines it")[0]
+    if (reason := _why_not(module.conditional_loss)) is not None:
+        name = getattr(module, "__name__", module)
+        raise ValueError(f"{name!r} has another conditional_loss than the one known here: {reason}")
     return Patch({(module, "conditional_loss"): conditional_loss})
+
+
+def _why_not(theirs: Callable[..., Any]) -> str | None:
+    """Why a script's function cannot be replaced by ours; None if it can."""
+    others = inspect.signature(theirs).parameters.keys() - inspect.signature(conditional_loss).parameters
+    if others:
+        return f"it takes {', '.join(sorted(others))}"
+    prediction = torch.tensor([[0.5, -3.0], [0.0, 0.1]], device="cpu")
+    target = torch.zeros_like(prediction)
+    for loss_type in ("l2", "huber", "smooth_l1"):
+        arguments: dict[str, Any] = {"reduction": "none", "loss_type": loss_type, "huber_c": 0.2}
+        try:
+            expected = theirs(prediction, target, **arguments)
+        except NotImplementedError:
+            continue  # it is not called with that one
+        if not torch.allclose(conditional_loss(prediction, target, **arguments), expected, rtol=1e-4):
+            return f"its {loss_type!r} is another"
+    return None

@@ -84,6 +84,17 @@ def test_the_patch_replaces_both_functions(theirs):
     assert theirs.get_input_preconditioning is original
 
 
+def test_the_boundary_is_the_scripts_sigma_min(theirs):
+    """--sigma_min of the script, which its scheduler takes too."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.CMStochasticIterativeScheduler(sigma_min=0.02)
+    with apply_ict_kernels_to_diffusers_cm(theirs, sigma_min=0.02):
+        assert apply_ict_kernels_to_diffusers_cm(theirs, sigma_min=0.02).changed == []
+        for sigma in torch.tensor([0.02, 0.3, 80.0]):
+            ours = theirs.scalings_for_boundary_conditions(sigma)
+            torch.testing.assert_close(ours, scheduler.get_scalings_for_boundary_condition(sigma))
+
+
 def test_a_module_without_them_is_refused(a_module):
     with pytest.raises(ValueError, match="'train' has no get_input_preconditioning and no scalings_for"):
         apply_ict_kernels_to_diffusers_cm(a_module("train"))

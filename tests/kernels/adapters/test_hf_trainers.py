@@ -79,3 +79,22 @@ def test_the_patch_can_be_undone(theirs):
 def test_a_script_without_it_is_refused(a_module):
     with pytest.raises(ValueError, match="'train_dreambooth' has no conditional_loss"):
         apply_ict_kernels_to_hf_trainers(a_module("train_dreambooth"))
+
+
+def test_a_conditional_loss_that_is_another_is_refused(theirs, a_module):
+    """Two of the scripts with a scheduled Huber loss have one: weighted by image; without the factor 2."""
+
+    def weighted(model_pred, target, reduction="mean", loss_type="l2", huber_c=0.1, weighting=None):
+        raise AssertionError("tried in vain")
+
+    def half(model_pred, target, reduction="mean", loss_type="l2", huber_c=0.1):
+        if loss_type == "smooth_l1":
+            raise NotImplementedError
+        loss = theirs.conditional_loss(model_pred, target, reduction, loss_type, huber_c)
+        return loss if loss_type == "l2" else loss / 2
+
+    for function, reason in ((weighted, "it takes weighting"), (half, "its 'huber' is another")):
+        script = a_module("train_lora", conditional_loss=function)
+        with pytest.raises(ValueError, match=f"'train_lora' has another conditional_loss.*: {reason}"):
+            apply_ict_kernels_to_hf_trainers(script)
+        assert script.conditional_loss is function

@@ -34,6 +34,6 @@ def run(options: ReportOptions) -> int:
     from ict_fast.report import page, read_run
 
     record = read_run(folder)
-    results.write(out, page(record).encode())
+    results.write(out, page(record).encode(errors="replace"))  # a path may hold bytes that are no letters
     print(f"{out}" + "".join(f"\nmissing: {text}" for text in record.missing))
     return errors.EXIT_DONE

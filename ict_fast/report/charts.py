@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from html import escape
 
-from ict_fast.report.curves import Line, curve, heat_map
+from ict_fast.report.curves import MOST_LABELLED_STAGES, Line, curve, heat_map
 from ict_fast.report.run_record import RunRecord, is_figure
+from ict_fast.screen import rate
 
-_NOTE = (
+_BORDERS = (
     "Dashed lines are the borders of the curriculum's stages, the numbers above them the noise levels N of"
-    " each. The loss of one stage does not compare with that of another: its weights grow with N."
+    " each, where there is room."
 )
 
 
@@ -37,7 +38,7 @@ def charts(record: RunRecord) -> str:
             continue
         words = ""
         if name == "images_per_second":
-            words = f"median {statistics.median(values):,.0f}"
+            words = f"median {rate(statistics.median(values))}"
         elif form == "percent":
             words = f"median {100 * statistics.median(values):.3g} %"
         line = Line(steps, [value * scale for value in values])
@@ -46,14 +47,26 @@ def charts(record: RunRecord) -> str:
         add(title, words, svg)
     if heat := _loss_by_sigma(record, total):
         cards.insert(1, heat)
-    if len(plan) > 12:  # too many borders to draw
+    if len(plan) > MOST_LABELLED_STAGES:  # too many borders to draw
         steps, values = record.series("num_scales")
         if values:
             line = Line(steps, values)
             add("Noise levels N", "", curve("Noise levels", [line], total_steps=total))
     if not cards:
         return ""
-    return f"<p class='note'>{_NOTE}</p>\n<div class='charts'>{''.join(cards)}</div>"
+    return f"{_note(record)}<div class='charts'>{''.join(cards)}</div>"
+
+
+def _note(record: RunRecord) -> str:
+    """What the stages of the curriculum mean for the curves; empty for a single one."""
+    plan = record.stages
+    if len(plan) < 2:
+        return ""
+    weighted = record.config.method.weighting != "uniform"
+    why = "its weights grow with N" if weighted else "the more levels, the nearer they are to each other"
+    compared = f"The loss of one stage does not compare with that of another: {why}."
+    borders = f"{_BORDERS} " if len(plan) <= MOST_LABELLED_STAGES else ""
+    return f"<p class='note'>{borders}{compared}</p>\n"
 
 
 def _loss_by_sigma(record: RunRecord, total: int) -> str:

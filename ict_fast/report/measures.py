@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from html import escape
 from typing import Any
 
@@ -14,6 +15,10 @@ _COLUMNS = (
     ("inception_score", "Inception score", "{:.4g}"),
     ("precision", "Precision", "{:.3f}"),
     ("recall", "Recall", "{:.3f}"),
+)
+_KINDS = (
+    "Each line is of one number of samples, one set of features and one reference. They changed on the way:"
+    " figures of different lines do not compare."
 )
 _COMPARED = (("halves", "real, half to half"), ("gaussian", "Gaussian of pixels"), ("noise", "uniform noise"))
 
@@ -107,20 +112,26 @@ def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
 def _curves(record: RunRecord) -> str:
     total = record.config.training.total_steps
     keys = dict.fromkeys(key for line in record.evaluations for key in line if key.endswith("_step"))
+    kinds: list[list[dict[str, Any]]] = []  # what compares, by rising step
+    for line in record.evaluations:
+        same = next((kind for kind in kinds if measured_with(kind[0]) == measured_with(line)), None)
+        kinds.append([line]) if same is None else same.append(line)
     cards = []
     for field, title, _ in _COLUMNS:
         lines = []
-        for key in keys:
+        for key, kind in itertools.product(keys, kinds):
             points = [
                 (line["step"], line[key][field])
-                for line in record.evaluations
+                for line in kind
                 if isinstance(line.get(key), dict) and _number(line[key], field)
             ]
             if points:
                 steps, values = zip(*points, strict=True)
-                lines.append(Line(steps, values, in_words(key), marked=True))
-        if lines and (field == "frechet_distance" or len(lines[0].steps) > 1):
+                since = f", since step {steps[0]:,}" if len(kinds) > 1 else ""
+                lines.append(Line(steps, values, in_words(key) + since, marked=True))
+        if lines and (field == "frechet_distance" or any(len(line.steps) > 1 for line in lines)):
             top = 1.0 if field in ("precision", "recall") else None
             svg = curve(title, lines, total_steps=total, stages=record.stages, top=top)
             cards.append(f"<figure class='card'><h3>{escape(title)} while training</h3>{svg}</figure>\n")
-    return f"<div class='charts'>{''.join(cards)}</div>"
+    note = f"<p class='note'>{_KINDS}</p>\n" if len(kinds) > 1 else ""
+    return f"{note}<div class='charts'>{''.join(cards)}</div>"

@@ -74,9 +74,9 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """Steps done, as far as the log or a checkpoint tells."""
-        logged = self.log[-1]["step"] if self.log else 0
-        return max(logged, self.state.get("step", 0))
+        """Steps done, as far as the log, a measurement or a checkpoint tells."""
+        lines = [*self.log[-1:], *self.evaluations[-1:]]
+        return max([self.state.get("step", 0), *(line["step"] for line in lines)])
 
     @property
     def stages(self) -> list[Stage]:
@@ -119,7 +119,7 @@ class RunRecord:
             on_cpu = self.about.get("device") == "cpu"
             words += ["--device", "cpu"] if on_cpu else ["--gpus", str(processes)]
             words += ["--processes", str(processes)] if on_cpu and processes > 1 else []
-        return shlex.join([*words, "--out", f"{self.path.name}-again"])
+        return shlex.join([*words, "--out", f"{self.path.resolve().name}-again"])
 
 
 def read_run(path: Path) -> RunRecord:
@@ -161,7 +161,8 @@ def read_run(path: Path) -> RunRecord:
         network = config.network
         digits = (network.resolution, network.image_channels) == (8, 1)  # for which features are at hand
         features = "" if digits else " --features FILE.pt"
-        missing.append(f"metrics: the run was not measured; `ict-fast evaluate {path}{features}` does it")
+        command = f"ict-fast evaluate {shlex.quote(str(path))}{features}"
+        missing.append(f"metrics: the run was not measured; `{command}` does it")
     return record
 
 

@@ -59,6 +59,8 @@ class Line:
     label: str = ""
     marked: bool = False
     """With a point for each value: for few of them."""
+    begins_anew: Sequence[float] = ()
+    """Steps whose values do not compare with those before: the line is broken there."""
 
 
 def curve(
@@ -92,6 +94,8 @@ def curve(
             if low is not None and high is not None:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
             marker = shape if line.marked else "None"
+            broken = np.unique(np.searchsorted(steps, line.begins_anew))
+            steps, values = (np.insert(each, broken, np.nan) for each in (steps, values))
             [drawn] = axes.plot(steps, values, color=colour, linewidth=1.6, label=line.label)
             drawn.set(marker=marker, markersize=4, clip_on=not line.marked)
         values = np.concatenate([np.asarray(line.values, float) for line in lines])

@@ -16,10 +16,6 @@ _COLUMNS = (
     ("precision", "Precision", "{:.3f}"),
     ("recall", "Recall", "{:.3f}"),
 )
-_KINDS = (
-    "Each line is of one number of samples, one set of features and one reference. They changed on the way:"
-    " figures of different lines do not compare."
-)
 _COMPARED = (("halves", "real, half to half"), ("gaussian", "Gaussian of pixels"), ("noise", "uniform noise"))
 
 
@@ -112,26 +108,30 @@ def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
 def _curves(record: RunRecord) -> str:
     total = record.config.training.total_steps
     keys = dict.fromkeys(key for line in record.evaluations for key in line if key.endswith("_step"))
-    kinds: list[list[dict[str, Any]]] = []  # what compares, by rising step
-    for line in record.evaluations:
-        same = next((kind for kind in kinds if measured_with(kind[0]) == measured_with(line)), None)
-        kinds.append([line]) if same is None else same.append(line)
+    changed = [
+        line["step"]
+        for before, line in itertools.pairwise(record.evaluations)
+        if measured_with(before) != measured_with(line)
+    ]
     cards = []
     for field, title, _ in _COLUMNS:
         lines = []
-        for key, kind in itertools.product(keys, kinds):
+        for key in keys:
             points = [
                 (line["step"], line[key][field])
-                for line in kind
+                for line in record.evaluations
                 if isinstance(line.get(key), dict) and _number(line[key], field)
             ]
             if points:
                 steps, values = zip(*points, strict=True)
-                since = f", since step {steps[0]:,}" if len(kinds) > 1 else ""
-                lines.append(Line(steps, values, in_words(key) + since, marked=True))
-        if lines and (field == "frechet_distance" or any(len(line.steps) > 1 for line in lines)):
+                lines.append(Line(steps, values, in_words(key), marked=True, begins_anew=changed))
+        if lines and (field == "frechet_distance" or len(lines[0].steps) > 1):
             top = 1.0 if field in ("precision", "recall") else None
             svg = curve(title, lines, total_steps=total, stages=record.stages, top=top)
             cards.append(f"<figure class='card'><h3>{escape(title)} while training</h3>{svg}</figure>\n")
-    note = f"<p class='note'>{_KINDS}</p>\n" if len(kinds) > 1 else ""
-    return f"{note}<div class='charts'>{''.join(cards)}</div>"
+    note = (
+        f"<p class='note'>The number of samples, the features or the reference changed at step"
+        f" {' and '.join(f'{step:,}' for step in changed)}, where the lines are broken: figures before and"
+        " after do not compare.</p>\n"
+    )
+    return f"{note if changed else ''}<div class='charts'>{''.join(cards)}</div>"

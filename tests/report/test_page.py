@@ -183,7 +183,7 @@ def test_the_letters_of_the_curves_are_the_pages(run: Path) -> None:
     assert text.count("font-family") == STYLE.count("font-family")
 
 
-def test_measurements_that_do_not_compare_are_lines_of_their_own(run: Path) -> None:
+def test_measurements_that_do_not_compare_are_not_joined(run: Path) -> None:
     """The run went on with more samples from step 300 on; then the features changed."""
     _loss_alone(run)
     features = {"name": "a", "sha256": "1"}
@@ -197,14 +197,22 @@ def test_measurements_that_do_not_compare_are_lines_of_their_own(run: Path) -> N
         )
     ]
     (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = page(read_run(run))
-    for step in (100, 300, 400):
-        assert f">one step, since step {step}<" in text
-    assert "figures of different lines do not compare" in text
+
+    def strokes() -> tuple[int, str]:
+        """How many pieces the line has."""
+        text = page(read_run(run))
+        chart = re.search(r'<svg role="img" aria-label="Fréchet distance".*?</svg>', text, re.DOTALL)
+        assert chart is not None
+        [line] = re.findall(r'<path d="([^"]+)"[^>]*style="fill: none; stroke: var\(--first\)', chart[0])
+        return line.count("M "), text
+
+    pieces, text = strokes()
+    assert pieces == 3
+    assert "changed at step 300 and 400, where the lines are broken: figures before and after do not" in text
     (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
-    text = page(read_run(run))
-    assert "since step" not in text
-    assert "do not compare" not in text
+    pieces, text = strokes()
+    assert pieces == 1
+    assert "are broken" not in text
 
 
 def test_the_loss_by_noise_level_is_drawn_at_its_true_steps() -> None:

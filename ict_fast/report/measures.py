@@ -106,7 +106,7 @@ def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
 
 
 def _curves(record: RunRecord) -> str:
-    total = record.config.training.total_steps
+    end, stages = record.drawn
     keys = dict.fromkeys(key for line in record.evaluations for key in line if key.endswith("_step"))
     changed = [
         line["step"]
@@ -127,7 +127,7 @@ def _curves(record: RunRecord) -> str:
                 lines.append(Line(steps, values, in_words(key), marked=True, begins_anew=changed))
         if lines and (field == "frechet_distance" or len(lines[0].steps) > 1):
             top = 1.0 if field in ("precision", "recall") else None
-            svg = curve(title, lines, total_steps=total, stages=record.stages, top=top)
+            svg = curve(title, lines, total_steps=end, stages=stages, top=top)
             cards.append(f"<figure class='card'><h3>{escape(title)} while training</h3>{svg}</figure>\n")
     note = (
         f"<p class='note'>The number of samples, the features or the reference changed at step"

@@ -84,6 +84,15 @@ class RunRecord:
         return stages_trained(self.config.training.total_steps, self.config.method, self.extensions)
 
     @property
+    def drawn(self) -> tuple[int, list[Stage]]:
+        """Where the axes of steps end, and the stages until there: with the run, or while less than a quarter
+        of it is done, with that, which would be a line at the left edge."""
+        total = self.config.training.total_steps
+        end = total if self.step == 0 or 4 * self.step >= total else self.step
+        begun = [stage for stage in self.stages if stage.first_step < end]
+        return end, [stage._replace(end_step=min(stage.end_step, end)) for stage in begun]
+
+    @property
     def measured(self) -> dict[str, Any] | None:
         """The newest measurement; of two of one step that of `ict-fast evaluate`."""
         last = self.evaluations[-1] if self.evaluations else None

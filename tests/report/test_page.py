@@ -168,6 +168,25 @@ def test_the_note_says_of_the_curves_what_they_have(run: Path) -> None:
     assert "does not compare with that of another" not in note(curriculum="fixed", s0=10)
 
 
+@pytest.mark.parametrize(("total", "last"), [(1_600, "1,600"), (1_601, "400"), (800_000, "400")])
+def test_the_beginning_of_a_long_run_fills_the_axes(run: Path, total: int, last: str) -> None:
+    _loss_alone(run)
+    for file in (run / "config.json", run / "checkpoints/step-00000400/state.json"):
+        content = json.loads(file.read_text())
+        (content.get("config", content))["training"]["total_steps"] = total
+        file.write_text(json.dumps(content))
+    text = page(read_run(run))
+    for name in ("Loss", "Fréchet distance"):
+        chart = re.search(rf'<svg role="img" aria-label="{name}".*?</svg>', text, re.DOTALL)
+        assert chart is not None
+        found = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>([\d.,k]+)</text>', chart[0])
+        lowest = max(float(y) for _, y, _ in found)
+        assert max((float(x), label) for x, y, label in found if float(y) == lowest)[1] == last
+        levels = [label for _, label in _stage_labels(chart[0])]
+        assert ("1,281" in levels) == (total == 1_600)
+        assert max(float(x) for x, _, _ in found) < 330, "nothing is written beyond the figure"
+
+
 def test_lines_of_one_chart_differ_in_more_than_colour_and_none_is_left_out() -> None:
     lines = [Line([1, 2], [float(i), i + 1.0], f"line {i}", marked=True) for i in range(14)]
     svg = curve("name", lines, total_steps=2)

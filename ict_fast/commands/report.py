@@ -29,7 +29,9 @@ def run(options: ReportOptions) -> int:
     results.require_run(options.run)
     folder = results.run_folder(options.run)
     out = folder / "report.html" if options.out is None else options.out
-    results.require_file_place(out, "the run" if options.out is None else "--out", "report.html")
+    results.require_file_place(
+        out, "--out (by default in the run)" if options.out is None else "--out", "report.html"
+    )
 
     from ict_fast.report import page, read_run
 

@@ -280,6 +280,15 @@ def test_a_path_of_bytes_that_are_no_letters_is_reported_too(
     assert "data/caf?" in (renamed / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_run_that_cannot_be_written_is_told_of_the_option(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ict_fast.results.os.access", lambda path, mode: False)
+    assert main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"--out (by default in the run) is {run}, but {run} cannot be written; choose another" in error
+
+
 def test_the_command_line_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err

@@ -245,7 +245,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1, ...: the same in every figure
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    # The page's own letters: as `font-family` since matplotlib 3.10 or so, within `font` before.
+    # The page's own letters. matplotlib 3.11 writes `font-family`, older ones write it within `font`.
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r"font: ([^;]*?)'DejaVu Sans'[^;\"]*", r"font: \1sans-serif", text)
     for written_colour, variable in _COLOURS.items():

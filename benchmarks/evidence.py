@@ -22,6 +22,7 @@ from PIL import Image  # noqa: E402
 
 from ict_fast.ablation.picture import REPORT_KEY, plot  # noqa: E402
 from ict_fast.ablation.summary import as_text, digest  # noqa: E402
+from ict_fast.errors import InputError  # noqa: E402
 
 PAGE = ROOT / "docs/EVIDENCE.md"
 RESULTS = ROOT / "benchmarks/results"
@@ -93,8 +94,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ablation", type=Path, help="take over this ablation.json first, and plot it")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     options = parser.parse_args(argv)
+    if options.check and options.ablation is not None:
+        parser.error("--check writes nothing, and --ablation takes a report over; give one of them")
     if options.ablation is not None:
-        report = json.loads(options.ablation.read_bytes())
+        try:
+            report = json.loads(options.ablation.read_bytes())
+            ablation_page.section(report)  # before it takes the place of the one that is there
+        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+            print(
+                f"evidence.py: error: {options.ablation}: no report of an ablation ({error})", file=sys.stderr
+            )
+            return 2
         (RESULTS / "ablation.json").write_text(as_text(report), encoding="utf-8")
         plot(report, RESULTS / "ablation.png")
     text = page(RESULTS)

@@ -147,7 +147,7 @@ def section(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{near['copies']} samples are copies of a training image;"
-        f" {near['nearer_than_1_percent_of_real']:.1%} are nearer to one",
+        f" {near['nearer_than_1_percent_of_real']:.2%} are nearer to one",
         "than the nearest 1 % of real digits are to each other.",
         "",
     ]

@@ -23,6 +23,8 @@ from plots import suite_plot  # noqa: E402
 from render_gpu import gpu_blocks  # noqa: E402
 from results_index import RESULTS, Results  # noqa: E402
 
+from ict_fast.screen import rate  # noqa: E402
+
 MISSING = "**analysis missing**"
 
 
@@ -137,7 +139,7 @@ def _suite_rows(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             each["op"],
             each["variant"],
             f"{each['ms']:.4g}",
-            f"{each['images_per_second']:,.0f}" if "images_per_second" in each else "",
+            rate(each["images_per_second"]) if "images_per_second" in each else "",
             f"{each['percent_of_copy']:.0f} %" if "percent_of_copy" in each else "",
             f"{each['percent_of_matrix_rate']:.0f} %" if "percent_of_matrix_rate" in each else "",
             f"{baseline / each['ms']:.2f}x" if baseline else "",

@@ -33,6 +33,10 @@ class TrainingError(Exception):
     """Training could not go on although the input was right. One line; exit code 1."""
 
 
+class DivergedError(TrainingError):
+    """Weights, gradients or images are not finite: what was asked for has no better answer."""
+
+
 class HungError(TrainingError):
     """A process waited for another one that did not come."""
 

@@ -89,3 +89,8 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds // size}{unit}{seconds % size // next_size:02d}{next_unit}"
     return f"{seconds}s"
+
+
+def rate(value: float) -> str:
+    """A rate with three digits at least: 1,234, 23.5, 0.427."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

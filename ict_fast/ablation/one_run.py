@@ -16,7 +16,7 @@ from typing import Any
 from ict_fast import errors
 from ict_fast.config import from_dict
 from ict_fast.durable import replace_durably
-from ict_fast.errors import InputError, TrainingError
+from ict_fast.errors import DivergedError, InputError, TrainingError
 
 RUN, RESULT, OUTPUT = "run", "result.json", "output.txt"
 
@@ -41,7 +41,12 @@ class Job:
 
 
 def do(job: Job) -> int:
-    """Trains and evaluates; returns the exit code. A run that diverges has a result too: why it has none."""
+    """Trains and evaluates; returns the exit code. A run that diverges has a result too: why it has none.
+
+    Raises:
+        InputError, TrainingError: what says nothing of the variant, such as a full disk or too little memory:
+            the run has no result, and can be made again.
+    """
     from ict_fast.consistency import load_model
     from ict_fast.evaluation import evaluate
     from ict_fast.training.trainer import train
@@ -55,7 +60,7 @@ def do(job: Job) -> int:
             return trained.exit_code
         model = load_model(folder / RUN, device=job.device)
         result |= evaluate(model, Path(config.data.path), steps=job.steps, count=job.count)
-    except TrainingError as error:
+    except DivergedError as error:
         result["failed"] = str(error)
     result["seconds"] = round(time.monotonic() - started, 1)
     replace_durably(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
@@ -68,6 +73,9 @@ def main() -> int:
     except InputError as error:
         print(f"ict-fast: error: {error}", file=sys.stderr)
         return errors.EXIT_BAD_INPUT
+    except TrainingError as error:
+        print(f"ict-fast: error: {error}", file=sys.stderr)
+        return errors.EXIT_FAILED
 
 
 if __name__ == "__main__":

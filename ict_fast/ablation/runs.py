@@ -77,18 +77,28 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any] | int:
         the report (see `gather`), or the exit code 130 or 143 after a signal: the runs have saved.
     Raises:
         InputError: results of other settings are in the folder, or a run's input cannot work.
-        TrainingError: a process was lost.
+        TrainingError: a run ended without a result; all others have theirs.
     """
     prepare_if_bundled(plan.base)
     jobs = plan.jobs()
     waiting = [(variant, seed, job) for variant, seed, job in jobs if _result(job) is None]
     if waiting:  # before any of them is started
         open_images(plan.base)
+        _require_measure(plan.base)
     if len(waiting) < len(jobs):
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
     with StopRequest() as stop:
         code = _run(plan, waiting, stop, say)
     return gather(plan) if code is None else code
+
+
+def _require_measure(base: Config) -> None:
+    """Raises InputError unless runs of the preset end with a distance in units of that of noise."""
+    if (base.network.resolution, base.network.image_channels) != (8, 1):
+        raise InputError(
+            f"--preset is {base.preset}; an ablation measures with the features of scikit-learn's digits,"
+            " which know no other images: --preset digits can be run, --list shows the variants of this one"
+        )
 
 
 def gather(plan: Plan) -> dict[str, Any]:
@@ -197,9 +207,15 @@ def _run(
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> int | None:
-    """Keeps `plan.parallel` processes busy; None when all are done, an exit code if a signal came."""
+    """Keeps `plan.parallel` processes busy; None when all are done, an exit code if a signal came.
+
+    Raises:
+        InputError: at once.
+        TrainingError: at the end, when the runs that can have a result have it.
+    """
     queue, done = list(waiting), 0
     running: list[_Running] = []
+    lost: list[TrainingError] = []
     started = last_line = time.monotonic()
     before = sum(_share_done(plan, job) for _, _, job in waiting)
     try:
@@ -211,7 +227,12 @@ def _run(
             for each in [each for each in running if each.process.poll() is not None]:
                 running.remove(each)
                 done += 1
-                say(f"{done} of {len(waiting)}: {each.variant.label}, seed {each.seed}: {_outcome(each)}")
+                try:
+                    said = f"{each.variant.label}, seed {each.seed}: {_outcome(each)}"
+                except TrainingError as error:
+                    lost.append(error)
+                    said = str(error)
+                say(f"{done} of {len(waiting)}: {said}")
             if time.monotonic() - last_line >= LINE_INTERVAL:
                 last_line = time.monotonic()
                 share = sum(_share_done(plan, each.job) for each in running) + done
@@ -222,6 +243,9 @@ def _run(
                     say(f"{done_of}, {len(running)} at once, ETA {left}")
     finally:
         _end(running)
+    if lost and stop.exit_code is None:
+        without = f"{len(lost)} of {len(waiting)} runs ended without a result"
+        raise TrainingError(f"{without}; the same command makes them again; {lost[0]}")
     return stop.exit_code
 
 

@@ -110,7 +110,9 @@ def run(options: EvaluateOptions) -> int:
     if options.reference is None and not reference.exists():
         raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
     out = _default_out(checkpoint, group) if options.out is None else options.out
-    results.require_file_place(out, "the run" if options.out is None else "--out", "evaluation.json")
+    results.require_file_place(
+        out, "--out (by default in the run)" if options.out is None else "--out", "evaluation.json"
+    )
     if options.count is not None and (larger := _count_in(out)) > options.count:
         say(
             f"ict-fast: warning: {out} is of {larger:,} samples, and is replaced by a measurement of"

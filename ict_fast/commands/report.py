@@ -29,11 +29,13 @@ def run(options: ReportOptions) -> int:
     results.require_run(options.run)
     folder = results.run_folder(options.run)
     out = folder / "report.html" if options.out is None else options.out
-    results.require_file_place(out, "the run" if options.out is None else "--out", "report.html")
+    results.require_file_place(
+        out, "--out (by default in the run)" if options.out is None else "--out", "report.html"
+    )
 
     from ict_fast.report import page, read_run
 
     record = read_run(folder)
-    results.write(out, page(record).encode())
+    results.write(out, page(record).encode(errors="replace"))  # a path may hold bytes that are no letters
     print(f"{out}" + "".join(f"\nmissing: {text}" for text in record.missing))
     return errors.EXIT_DONE

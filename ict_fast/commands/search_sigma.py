@@ -76,7 +76,9 @@ def run(options: SearchSigmaOptions) -> int:
         )
     results.require_run(options.run)
     out = results.run_folder(options.run) / "search-sigma.json" if options.out is None else options.out
-    results.require_file_place(out, "the run" if options.out is None else "--out", "search-sigma.json")
+    results.require_file_place(
+        out, "--out (by default in the run)" if options.out is None else "--out", "search-sigma.json"
+    )
     partial = out.with_name(f"{out.name}.partial")
 
     from ict_fast.checkpoint import open_checkpoint

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import ConsistencyModel, check_classes
-from ict_fast.errors import InputError, TrainingError
+from ict_fast.errors import DivergedError, InputError
 from ict_kernels.philox import INITIAL, normal
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def sample_pixels(
         uint8 (count, H, W, C).
     Raises:
         InputError: see `check_sampling`.
-        TrainingError: images that are not finite; the model's training has diverged.
+        DivergedError: images that are not finite; the model's training has diverged.
     """
     # What tensors of samples, and a training step, do without.
     import numpy as np
@@ -163,7 +163,7 @@ def sample_pixels(
         pixels[done : done + len(batch)] = to_uint8(batch)
         done += len(batch)
     if broken:
-        raise TrainingError(
+        raise DivergedError(
             f"{broken} of {count} images sampled in {steps} step{'s' if steps > 1 else ''} hold NaN or"
             f" infinite values: {DIVERGED}"
         )

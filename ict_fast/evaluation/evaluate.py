@@ -105,7 +105,7 @@ def evaluate(
         distances for comparison, see `table`); count, seed and what else the numbers depend on; warnings.
     Raises:
         InputError: references, features, counts or steps that cannot work, before anything is sampled.
-        TrainingError: the samples hold NaN or infinite values.
+        DivergedError: the samples hold NaN or infinite values.
     """
     report = progress or (lambda fraction, text: None)
     opened = open_reference(Path(reference))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import statistics
 from html import escape
 
-from ict_fast.report.curves import Line, curve, heat_map
+from ict_fast.report.curves import MOST_LABELLED_STAGES, Line, curve, heat_map
 from ict_fast.report.run_record import RunRecord, is_figure
+from ict_fast.screen import rate
 
-_NOTE = (
+_BORDERS = (
     "Dashed lines are the borders of the curriculum's stages, the numbers above them the noise levels N of"
-    " each. The loss of one stage does not compare with that of another: its weights grow with N."
+    " each, where there is room."
 )
 
 
 def charts(record: RunRecord) -> str:
     """All curves as HTML; empty if there are none."""
-    total, plan = record.config.training.total_steps, record.stages
+    end, plan = record.drawn
     cards = []
 
     def add(title: str, words: str, svg: str) -> None:
@@ -37,26 +38,38 @@ def charts(record: RunRecord) -> str:
             continue
         words = ""
         if name == "images_per_second":
-            words = f"median {statistics.median(values):,.0f}"
+            words = f"median {rate(statistics.median(values))}"
         elif form == "percent":
             words = f"median {100 * statistics.median(values):.3g} %"
         line = Line(steps, [value * scale for value in values])
         logarithmic = False if form or name == "memory_gb" else None
-        svg = curve(title, [line], total_steps=total, stages=plan, logarithmic=logarithmic, form=form)
+        svg = curve(title, [line], total_steps=end, stages=plan, logarithmic=logarithmic, form=form)
         add(title, words, svg)
-    if heat := _loss_by_sigma(record, total):
+    if heat := _loss_by_sigma(record, end):
         cards.insert(1, heat)
-    if len(plan) > 12:  # too many borders to draw
+    if len(plan) > MOST_LABELLED_STAGES:  # too many borders to draw
         steps, values = record.series("num_scales")
         if values:
             line = Line(steps, values)
-            add("Noise levels N", "", curve("Noise levels", [line], total_steps=total))
+            add("Noise levels N", "", curve("Noise levels", [line], total_steps=end))
     if not cards:
         return ""
-    return f"<p class='note'>{_NOTE}</p>\n<div class='charts'>{''.join(cards)}</div>"
+    return f"{_note(record)}<div class='charts'>{''.join(cards)}</div>"
 
 
-def _loss_by_sigma(record: RunRecord, total: int) -> str:
+def _note(record: RunRecord) -> str:
+    """What the stages of the curriculum mean for the curves; empty for a single one."""
+    _, plan = record.drawn
+    if len(plan) < 2:
+        return ""
+    weighted = record.config.method.weighting != "uniform"
+    why = "its weights grow with N" if weighted else "the more levels, the nearer they are to each other"
+    compared = f"The loss of one stage does not compare with that of another: {why}."
+    borders = f"{_BORDERS} " if len(plan) <= MOST_LABELLED_STAGES else ""
+    return f"<p class='note'>{borders}{compared}</p>\n"
+
+
+def _loss_by_sigma(record: RunRecord, end: int) -> str:
     """Mean loss by step and noise level, if the log has it and it is known which levels they are."""
     edges = record.about.get("sigma_edges")
     found = [line for line in record.log if isinstance(line.get("loss_by_sigma"), list)]
@@ -66,5 +79,5 @@ def _loss_by_sigma(record: RunRecord, total: int) -> str:
     rows = [line["loss_by_sigma"] for line in found]
     if not any(value is not None and value > 0 for row in rows for value in row):
         return ""
-    svg = heat_map("Loss by noise level", [line["step"] for line in found], rows, edges, total)
+    svg = heat_map("Loss by noise level", [line["step"] for line in found], rows, edges, end)
     return f"<figure class='card'><h3>Loss by noise level <small>weighted means</small></h3>{svg}</figure>\n"

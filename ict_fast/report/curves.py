@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +31,10 @@ _COLOURS = {
 }
 _INK, _MUTED, _LINE, *SERIES = _COLOURS
 _MOST_POINTS = 600
-_MOST_LABELLED_STAGES = 12
+_MARKERS = "os^Dv"  # as many as lines of one colour need, for those to whom colours look alike
+MOST_LABELLED_STAGES = 12
+"""Borders of more stages are not drawn."""
+_LETTER = 0.02  # of the axis, at the size of the stages' labels
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "font.size": 11,
@@ -54,6 +59,8 @@ class Line:
     label: str = ""
     marked: bool = False
     """With a point for each value: for few of them."""
+    begins_anew: Sequence[float] = ()
+    """Steps whose values do not compare with those before: the line is broken there."""
 
 
 def curve(
@@ -80,12 +87,15 @@ def curve(
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes()
-        _borders(axes, stages)
-        for line, colour in zip(lines, (SERIES * 4), strict=False):
+        _borders(axes, stages, total_steps)
+        looks = zip(itertools.cycle(SERIES), itertools.cycle(_MARKERS), strict=True)
+        for line, (colour, shape) in zip(lines, looks, strict=False):
             steps, values, low, high = _thinned(line.steps, line.values)
             if low is not None and high is not None:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-            marker = "o" if line.marked else "None"
+            marker = shape if line.marked else "None"
+            broken = np.unique(np.searchsorted(steps, line.begins_anew))
+            steps, values = (np.insert(each, broken, np.nan) for each in (steps, values))
             [drawn] = axes.plot(steps, values, color=colour, linewidth=1.6, label=line.label)
             drawn.set(marker=marker, markersize=4, clip_on=not line.marked)
         values = np.concatenate([np.asarray(line.values, float) for line in lines])
@@ -166,15 +176,22 @@ def _axes() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _borders(axes: Axes, stages: Sequence[Stage]) -> None:
-    if not 1 < len(stages) <= _MOST_LABELLED_STAGES:
+def _borders(axes: Axes, stages: Sequence[Stage], total: int) -> None:
+    """Dashed lines, and labels as far as none meets the one to its right."""
+    if not 1 < len(stages) <= MOST_LABELLED_STAGES:
         return
-    for stage in stages:
+    free_until = math.inf
+    for stage in reversed(stages):
         axes.axvline(stage.first_step, color=_LINE, linewidth=0.9, linestyle=(0, (3, 3)), zorder=0)
+        label, middle = f"{stage.num_scales:,}", (stage.first_step + stage.end_step) / 2
+        room = _LETTER * total * len(label) / 2
+        if middle + room > free_until:
+            continue
+        free_until = middle - room
         axes.text(
-            (stage.first_step + stage.end_step) / 2,
+            middle,
             1.02,
-            f"{stage.num_scales:,}",
+            label,
             transform=axes.get_xaxis_transform(),
             ha="center",
             fontsize=9.5,
@@ -228,6 +245,8 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1, ...: the same in every figure
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    # The page's own letters. matplotlib 3.11 writes `font-family`, older ones write it within `font`.
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r"font: ([^;]*?)'DejaVu Sans'[^;\"]*", r"font: \1sans-serif", text)
     for written_colour, variable in _COLOURS.items():
         text = text.replace(written_colour, variable)

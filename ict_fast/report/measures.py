@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from html import escape
 from typing import Any
 
@@ -105,8 +106,13 @@ def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
 
 
 def _curves(record: RunRecord) -> str:
-    total = record.config.training.total_steps
+    end, stages = record.drawn
     keys = dict.fromkeys(key for line in record.evaluations for key in line if key.endswith("_step"))
+    changed = [
+        line["step"]
+        for before, line in itertools.pairwise(record.evaluations)
+        if measured_with(before) != measured_with(line)
+    ]
     cards = []
     for field, title, _ in _COLUMNS:
         lines = []
@@ -118,9 +124,14 @@ def _curves(record: RunRecord) -> str:
             ]
             if points:
                 steps, values = zip(*points, strict=True)
-                lines.append(Line(steps, values, in_words(key), marked=True))
+                lines.append(Line(steps, values, in_words(key), marked=True, begins_anew=changed))
         if lines and (field == "frechet_distance" or len(lines[0].steps) > 1):
             top = 1.0 if field in ("precision", "recall") else None
-            svg = curve(title, lines, total_steps=total, stages=record.stages, top=top)
+            svg = curve(title, lines, total_steps=end, stages=stages, top=top)
             cards.append(f"<figure class='card'><h3>{escape(title)} while training</h3>{svg}</figure>\n")
-    return f"<div class='charts'>{''.join(cards)}</div>"
+    note = (
+        f"<p class='note'>The number of samples, the features or the reference changed at step"
+        f" {' and '.join(f'{step:,}' for step in changed)}, where the lines are broken: figures before and"
+        " after do not compare.</p>\n"
+    )
+    return f"{note if changed else ''}<div class='charts'>{''.join(cards)}</div>"

@@ -14,6 +14,7 @@ from ict_fast.report.charts import charts
 from ict_fast.report.measures import in_words, measured_with, measures
 from ict_fast.report.run_record import Field, RunRecord, is_figure
 from ict_fast.report.style import STYLE
+from ict_fast.screen import rate
 from ict_fast.version import __version__
 
 _MOST_GRIDS = 9
@@ -83,7 +84,7 @@ def _facts(record: RunRecord) -> str:
     facts.append((f"{record.step:,}", f"steps of {batch:,} images"))
     rates = record.series("images_per_second")[1]
     if rates:
-        facts.append((f"{statistics.median(rates):,.0f}", "images/s, median"))
+        facts.append((rate(statistics.median(rates)), "images/s, median"))
         facts.append((_duration(_training_seconds(record)), "of training"))
     mfu = record.series("mfu")[1]
     if mfu:
@@ -103,8 +104,8 @@ def _facts(record: RunRecord) -> str:
 def _training_seconds(record: RunRecord) -> float:
     """Time spent training: by the rates, as a run may have been stopped in between."""
     batch, before, seconds = record.config.training.batch_size, 0, 0.0
-    for step, rate in zip(*record.series("images_per_second"), strict=True):
-        seconds += (step - before) * batch / rate if rate > 0 else 0
+    for step, images in zip(*record.series("images_per_second"), strict=True):
+        seconds += (step - before) * batch / images if images > 0 else 0
         before = step
     return seconds
 

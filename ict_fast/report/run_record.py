@@ -74,14 +74,23 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """Steps done, as far as the log or a checkpoint tells."""
-        logged = self.log[-1]["step"] if self.log else 0
-        return max(logged, self.state.get("step", 0))
+        """Steps done, as far as the log, a measurement or a checkpoint tells."""
+        lines = [*self.log[-1:], *self.evaluations[-1:]]
+        return max([self.state.get("step", 0), *(line["step"] for line in lines)])
 
     @property
     def stages(self) -> list[Stage]:
         """The curriculum's, done and to come."""
         return stages_trained(self.config.training.total_steps, self.config.method, self.extensions)
+
+    @property
+    def drawn(self) -> tuple[int, list[Stage]]:
+        """Where the axes of steps end, and the stages until there: with the run, or while less than a quarter
+        of it is done, with that, which would be a line at the left edge."""
+        total = self.config.training.total_steps
+        end = total if self.step == 0 or 4 * self.step >= total else self.step
+        begun = [stage for stage in self.stages if stage.first_step < end]
+        return end, [stage._replace(end_step=min(stage.end_step, end)) for stage in begun]
 
     @property
     def measured(self) -> dict[str, Any] | None:
@@ -119,7 +128,7 @@ class RunRecord:
             on_cpu = self.about.get("device") == "cpu"
             words += ["--device", "cpu"] if on_cpu else ["--gpus", str(processes)]
             words += ["--processes", str(processes)] if on_cpu and processes > 1 else []
-        return shlex.join([*words, "--out", f"{self.path.name}-again"])
+        return shlex.join([*words, "--out", f"{self.path.resolve().name}-again"])
 
 
 def read_run(path: Path) -> RunRecord:
@@ -161,7 +170,8 @@ def read_run(path: Path) -> RunRecord:
         network = config.network
         digits = (network.resolution, network.image_channels) == (8, 1)  # for which features are at hand
         features = "" if digits else " --features FILE.pt"
-        missing.append(f"metrics: the run was not measured; `ict-fast evaluate {path}{features}` does it")
+        command = f"ict-fast evaluate {shlex.quote(str(path))}{features}"
+        missing.append(f"metrics: the run was not measured; `{command}` does it")
     return record
 
 

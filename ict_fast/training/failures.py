@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ict_fast.config import Config
 from ict_fast.data.loaders import Loader
-from ict_fast.errors import TrainingError, is_out_of_memory
+from ict_fast.errors import DivergedError, TrainingError, is_out_of_memory
 from ict_fast.training.monitor import reason
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import World
@@ -62,12 +62,12 @@ def require_progress(train_step: TrainStep, step: int, config: Config) -> None:
     """Gives up after too many steps in a row without a finite gradient; begins a new window of the loss.
 
     Raises:
-        TrainingError: see above. The weights are still those of the last good step.
+        DivergedError: see above. The weights are still those of the last good step.
     """
     in_a_row = int(train_step.skipped_in_a_row)
     train_step.reset_losses()
     if in_a_row >= config.training.max_skipped_steps:
-        raise TrainingError(
+        raise DivergedError(
             f"{in_a_row} steps in a row up to step {step:,} had no finite gradient, and changed no weight;"
             f" {what_may_help(config)}"
         )

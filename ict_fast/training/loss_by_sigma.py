@@ -44,6 +44,9 @@ class LossBySigma:
 
 
 def bucket_means(sums_and_counts: Tensor) -> list[float | None]:
-    """Mean loss of each bucket, None for an empty one; waits for the device."""
+    """Mean loss of each bucket, waits for the device; None for an empty one, or a sum beyond fp32."""
     sums, counts = sums_and_counts.cpu().view(2, BUCKETS).tolist()
-    return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+    return [
+        total / count if count and math.isfinite(total) else None
+        for total, count in zip(sums, counts, strict=True)
+    ]

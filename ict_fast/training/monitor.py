@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ict_fast.consistency.curriculum import stages
-from ict_fast.screen import LINE_INTERVAL, duration, say
+from ict_fast.screen import LINE_INTERVAL, duration, rate, say
 from ict_fast.training.panel import Panel, live_panel
 from ict_fast.training.run_directory import LOG_NAME, Run
 from ict_fast.training.trackers import Tracker, tagged, tagged_evaluation
@@ -44,7 +44,7 @@ class Monitor:
         self._path = run.out / LOG_NAME
         self._total = run.config.training.total_steps
         self._last_line = 0.0
-        self._log_failed = False
+        self._log_failed = self._log_is_cut = False
         self.restart_clock(run.step)
         self._panel = Panel(
             f"training {run.config.preset} in {run.out}",
@@ -139,11 +139,12 @@ class Monitor:
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 # A line that a full disk cut short must not swallow this one.
-                file.write(("\n" if self._log_failed else "") + json.dumps(line, allow_nan=False) + "\n")
+                file.write(("\n" if self._log_is_cut else "") + json.dumps(line, allow_nan=False) + "\n")
+            self._log_is_cut = False
         except OSError as error:
             if not self._log_failed:
                 self.warn(f"{self._path} cannot be written ({error.strerror}); training goes on")
-            self._log_failed = True
+            self._log_failed = self._log_is_cut = True
         self._track(lambda tracker: tracker.figures(step, tagged(line, self._config)))
         self._show(step, line, now)
 
@@ -178,7 +179,7 @@ class Monitor:
         remaining = duration((self._total - step) * per_step)
         loss, gradient, mfu = line["loss"], line.get("gradient_norm"), line["mfu"]
         skipped = f", {line['skipped']} skipped" if line["skipped"] else ""
-        speed = f"{line['images_per_second']:,.0f} images/s"
+        speed = f"{rate(line['images_per_second'])} images/s"
         if self._live is not None:
             panel = self._panel
             if loss is not None:

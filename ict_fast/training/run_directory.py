@@ -22,6 +22,7 @@ LOG_NAME = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 REFERENCES = "evaluation"  # what was computed of a reference that has no folder of its own
 SNAPSHOTS = "ema-snapshots"
+GRIDS = "grids"
 TRACEBACK = "crash.txt"
 _LOCK_NAME = ".lock"
 
@@ -214,9 +215,14 @@ def prepare_directory(run: Run) -> None:
             if log.exists():
                 kept = [line for line in log.read_bytes().splitlines() if _step_of(line) <= run.step]
                 replace_durably(log, b"".join(line + b"\n" for line in kept))
+        # Those of later steps are another history's.
         for step, snapshot in step_folders(run.out / SNAPSHOTS).items():
-            if step > run.step:  # another history's
+            if step > run.step:
                 shutil.rmtree(snapshot)
+        for grid in (run.out / GRIDS).glob("step-*.png"):
+            number = grid.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > run.step:
+                grid.unlink()
     except OSError as error:
         raise InputError(f"{run.out} cannot be written ({error.strerror}); choose another --out") from None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ict_fast.checkpoint import mark_best, write_checkpoint, write_whole
 from ict_fast.config import to_dict
 from ict_fast.data.store import Store
-from ict_fast.errors import TrainingError
+from ict_fast.errors import DivergedError, TrainingError
 from ict_fast.training import outcome
 from ict_fast.training.failures import what_may_help
 from ict_fast.training.monitor import Monitor, reason
@@ -140,7 +140,7 @@ class Saver:
         """Waits until nothing is being written any more.
 
         Raises:
-            TrainingError: if the state was not finite; nothing was written.
+            DivergedError: if the state was not finite; nothing was written.
         """
         if self._writing_snapshot is not None:
             (step, future), self._writing_snapshot = self._writing_snapshot, None
@@ -164,7 +164,7 @@ class Saver:
             )
             return
         except TrainingError as error:
-            raise TrainingError(
+            raise DivergedError(
                 f"{error}: the training has diverged; {what_may_help(self._run.config)}"
             ) from error
         self.step = step

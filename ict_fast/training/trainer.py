@@ -37,7 +37,7 @@ from ict_fast.training.outcome import RunResult, report_progress
 from ict_fast.training.precision import choice_is_due, choose_trunk, chooses_trunk
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
-from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
+from ict_fast.training.run_directory import GRIDS, Run, lock, open_run, prepare_directory
 from ict_fast.training.saving import Saver, trunk_name
 from ict_fast.training.step import TrainStep, describe_trunk
 from ict_fast.training.trackers import chosen_tracker, open_tracker
@@ -260,7 +260,7 @@ def _loop(
                 require_progress(train_step, step, config)
             if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
                 with _between_steps(advance, monitor):
-                    save_grid(train_step, step, out / "grids" / f"step-{step:08d}.png", monitor)
+                    save_grid(train_step, step, out / GRIDS / f"step-{step:08d}.png", monitor)
         if step > run.step and config.optimizer.power_ema and (done or step % _snapshot_every(config) == 0):
             saver.save_snapshot(step)
         is_saved = step > run.step and (done or agreed is not None or _is_saved(step, logging))

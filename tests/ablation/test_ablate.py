@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ict_fast import cli, presets
-from ict_fast.ablation import one_run
-from ict_fast.ablation.runs import Plan, gather
+from ict_fast.ablation import one_run, runs
+from ict_fast.ablation.runs import Plan, gather, run_all
 from ict_fast.ablation.summary import commands
-from ict_fast.ablation.variants import variants_of
+from ict_fast.ablation.variants import Variant, preset_names, variants_of
 from ict_fast.config import Config, to_dict
-from ict_fast.errors import InputError
+from ict_fast.data.store import write_store
+from ict_fast.errors import InputError, TrainingError
 
 WORDS = ("ablate", "--only", "ict", "l2", "--seeds", "1", "--total-steps", "40", "--count", "64")
 
@@ -117,6 +121,26 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert [path.name for path in tmp_path.iterdir()] == ["images.npy"]
 
 
+@pytest.mark.parametrize("preset", [name for name in preset_names() if name != "digits"])
+def test_a_preset_that_cannot_be_measured_is_refused_before_a_run_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str
+) -> None:
+    """Its data are there. The features and the unit of the distances are those of the digits."""
+    monkeypatch.chdir(tmp_path)
+    config = presets.get(preset)
+    pixels = (4, config.network.resolution, config.network.resolution, 3)
+    images = np.random.default_rng(0).integers(0, 256, pixels, np.uint8)
+    classes = [f"{number}" for number in range(config.network.num_classes)]
+    labels = np.zeros(4, np.int64)
+    write_store(Path(config.data.path), images, labels, source="test", recipe="zero", classes=classes)
+    monkeypatch.setattr(runs, "_start", lambda *job: pytest.fail("a run is started"))
+    assert cli.main([*WORDS, "--device", "cpu", "--preset", preset]) == 2
+    error = capsys.readouterr().err
+    assert f"--preset is {preset}; an ablation measures with the features of scikit-learn's digits" in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
 def test_the_list_names_every_variant_and_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,7 +157,7 @@ def _leave_result(plan: Plan, name: str, seed: int, **changes: object) -> None:
     job = plan.job(variant, seed)
     measured = {"frechet_distance": 3.5, "relative_to_noise": 0.01}
     result = {"config": job.config, "asked_count": None, "one_step": measured, "two_step": measured}
-    Path(job.folder).mkdir(parents=True)
+    Path(job.folder).mkdir(parents=True, exist_ok=True)
     (Path(job.folder) / one_run.RESULT).write_text(json.dumps(result | {"seconds": 1.0} | changes))
 
 
@@ -178,3 +202,65 @@ def test_a_run_that_diverges_is_a_result(tiny: Config, tmp_path: Path) -> None:
     result = json.loads((Path(job.folder) / one_run.RESULT).read_text())
     assert "finite" in result["failed"]
     assert result["config"] == to_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "said"),
+    [
+        ("saving.write_checkpoint", OSError(errno.ENOSPC, "No space left on device"), "could not be saved"),
+        ("step.TrainStep.__call__", MemoryError("cannot allocate memory"), "out of memory"),
+    ],
+    ids=["disk", "memory"],
+)
+def test_a_full_disk_and_too_little_memory_say_nothing_of_a_variant(
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    error: Exception,
+    said: str,
+) -> None:
+    """No result, which would be a seed that diverged: the same command makes the run again."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    plan = Plan(tiny, variants_of(tiny)[:1], (0,), tmp_path, "cpu", 1, count=16)
+    ((_, _, job),) = plan.jobs()
+    monkeypatch.setattr(f"ict_fast.training.{place}", fail)
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asdict(job))))
+    assert one_run.main() == 1
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert complaint.startswith("ict-fast: error:")
+    assert said in complaint
+    assert not (Path(job.folder) / one_run.RESULT).exists()
+
+
+def test_a_run_that_is_lost_takes_no_other_with_it(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six runs, two at once, the first one's processes end without a result."""
+    variants = tuple(v for v in variants_of(tiny) if v.name in ("ict", "l2", "l1"))
+    plan = Plan(tiny, variants, (0, 1), tmp_path, "cpu", 2)
+
+    def start(plan: Plan, variant: Variant, seed: int, job: one_run.Job, slot: int) -> runs._Running:
+        folder, ends = Path(job.folder), int(variant.name == "ict")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / one_run.OUTPUT).write_text("Killed\n")
+        if not ends:
+            _leave_result(plan, variant.name, seed)
+        process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({ends})"])
+        return runs._Running(variant, seed, job, process, slot)
+
+    monkeypatch.setattr(runs, "_start", start)
+    said: list[str] = []
+    with pytest.raises(TrainingError, match=r"^2 of 6 runs ended without a result; .*ict, seed 0, ended"):
+        run_all(plan, said.append)
+    assert sum("distance 3.50" in line for line in said) == 4
+    assert sum("ended with 1: Killed" in line for line in said) == 2
+    _leave_result(plan, "ict", 0)
+    _leave_result(plan, "ict", 1)
+    report = run_all(plan, said.append)
+    assert isinstance(report, dict)
+    assert [len(variant["runs"]) for variant in report["variants"]] == [2, 2, 2]

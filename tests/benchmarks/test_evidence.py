@@ -68,3 +68,28 @@ def test_a_picture_of_another_report_is_noticed(
     (tmp_path / "ablation.png").unlink()
     assert evidence.main(["--check"]) == 1
     assert "ablation.png is not of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b'{"base": {"preset": "none"}, "variants": []}']
+)
+def test_what_is_no_ablation_takes_no_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    (tmp_path / "ablation.json").write_text("the one that is there")
+    if content:
+        (tmp_path / "other.json").write_bytes(content)
+    assert evidence.main(["--ablation", str(tmp_path / "other.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("evidence.py: error: ")
+    assert error.count("\n") == 1
+    assert (tmp_path / "ablation.json").read_text() == "the one that is there"
+
+
+def test_a_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    (tmp_path / "other.json").write_text(json.dumps(_report("2026-01-01")))
+    with pytest.raises(SystemExit, match="2"):
+        evidence.main(["--check", "--ablation", str(tmp_path / "other.json")])
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]

@@ -137,6 +137,12 @@ def test_the_page_names_the_distance_from_the_data_as_a_weakness() -> None:
         assert f"a sample lies {words} the" in honesty.section(report)
 
 
+def test_one_sample_of_ten_thousand_is_not_rounded_away() -> None:
+    report = json.loads((ROOT / "benchmarks/results/honesty.json").read_bytes())
+    report["neighbours"]["nearer_than_1_percent_of_real"] = 1 / report["count"]
+    assert "0.01% are nearer to one" in honesty.section(report)
+
+
 def test_the_committed_picture_is_that_of_the_committed_report() -> None:
     results = ROOT / "benchmarks/results"
     written = (results / "honesty.json").read_bytes()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,8 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ict_fast import presets
+from ict_fast.consistency.curriculum import Extension, stages_trained
 from ict_fast.report import page, read_run
 from ict_fast.report.curves import Line, curve, heat_map
+from ict_fast.report.style import STYLE
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -111,6 +116,122 @@ def test_every_stage_has_its_border_and_its_number_of_levels(run: Path) -> None:
     assert loss is not None
     labels = re.findall(r">([\d,]+)</text>", loss[0])
     assert [n for n in ("11", "21", "41", "81", "161", "321", "641", "1,281") if n not in labels] == []
+
+
+def _stage_labels(svg: str) -> list[tuple[float, str]]:
+    """Place and text of what stands above the axes, by place."""
+    found = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>([\d,]+)</text>', svg)
+    top = min(float(y) for _, y, _ in found)
+    return sorted((float(x), label) for x, y, label in found if float(y) == top)
+
+
+def test_no_number_of_levels_is_written_over_another() -> None:
+    """A run of 1,200 steps that was extended to 4,800 at step 300: two short stages, then eight long ones."""
+    method = presets.get("digits").method
+    plans = {1200: [], 4800: [Extension(300, 1200)]}
+    for total, extensions in plans.items():
+        stages = stages_trained(total, method, extensions)
+        svg = curve("name", [Line([1, 2], [1.0, 2.0])], total_steps=total, stages=stages)
+        labels = _stage_labels(svg)
+        assert [label for _, label in labels][-8:] == ["11", "21", "41", "81", "161", "321", "641", "1,281"]
+        for (left, a), (right, b) in itertools.pairwise(labels):
+            assert right - left > 9.5 * 0.55 * (len(a) + len(b)) / 2, (a, b)  # 9.5 pixels high, in figures
+
+
+def _loss_alone(run: Path) -> None:
+    """Leaves one curve and no picture, which take the time."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = ("step", "loss")
+    (run / "log.jsonl").write_text("".join(json.dumps({k: line[k] for k in kept}) + "\n" for line in lines))
+    shutil.rmtree(run / "grids")
+
+
+def test_the_note_says_of_the_curves_what_they_have(run: Path) -> None:
+    """Borders of 8 stages, none of the 149 of a square-root curriculum, and a single stage."""
+    _loss_alone(run)
+    (run / "evaluations.jsonl").unlink()
+
+    def note(**method: object) -> str:
+        values = json.loads((run / "config.json").read_text())
+        values["method"] |= method
+        (run / "config.json").write_text(json.dumps(values))
+        text = page(read_run(run))
+        assert text.count("stroke-dasharray") > 0 or "Dashed lines" not in text
+        return text
+
+    doubling = note()
+    assert "Dashed lines are the borders" in doubling
+    assert "does not compare with that of another: its weights grow with N." in doubling
+    square_root = note(curriculum="square-root", s0=2, s1=150, weighting="uniform")
+    assert "Dashed lines" not in square_root
+    assert "does not compare with that of another: the more levels, the nearer they are" in square_root
+    assert "does not compare with that of another" not in note(curriculum="fixed", s0=10)
+
+
+@pytest.mark.parametrize(("total", "last"), [(1_600, "1,600"), (1_601, "400"), (800_000, "400")])
+def test_the_beginning_of_a_long_run_fills_the_axes(run: Path, total: int, last: str) -> None:
+    _loss_alone(run)
+    for file in (run / "config.json", run / "checkpoints/step-00000400/state.json"):
+        content = json.loads(file.read_text())
+        (content.get("config", content))["training"]["total_steps"] = total
+        file.write_text(json.dumps(content))
+    text = page(read_run(run))
+    for name in ("Loss", "Fréchet distance"):
+        chart = re.search(rf'<svg role="img" aria-label="{name}".*?</svg>', text, re.DOTALL)
+        assert chart is not None
+        found = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>([\d.,k]+)</text>', chart[0])
+        lowest = max(float(y) for _, y, _ in found)
+        assert max((float(x), label) for x, y, label in found if float(y) == lowest)[1] == last
+        levels = [label for _, label in _stage_labels(chart[0])]
+        assert ("1,281" in levels) == (total == 1_600)
+        assert max(float(x) for x, _, _ in found) < 330, "nothing is written beyond the figure"
+
+
+def test_lines_of_one_chart_differ_in_more_than_colour_and_none_is_left_out() -> None:
+    lines = [Line([1, 2], [float(i), i + 1.0], f"line {i}", marked=True) for i in range(14)]
+    svg = curve("name", lines, total_steps=2)
+    shapes = dict(re.findall(r'<path id="(m[^"]+)" d="([^"]+)"', svg))
+    drawn = re.findall(r'xlink:href="#(m[^"]+)"[^>]*fill: (var\(--[a-z]+\))', svg)
+    assert len({(shapes[name], colour) for name, colour in drawn}) == 14
+    assert all(f">line {i}<" in svg for i in range(14))
+
+
+def test_the_letters_of_the_curves_are_the_pages(run: Path) -> None:
+    text = page(read_run(run))
+    assert "DejaVu" not in text
+    assert text.count("font-family") == STYLE.count("font-family")
+
+
+def test_measurements_that_do_not_compare_are_not_joined(run: Path) -> None:
+    """The run went on with more samples from step 300 on; then the features changed."""
+    _loss_alone(run)
+    features = {"name": "a", "sha256": "1"}
+    lines = [
+        {"step": step, "one_step": {"frechet_distance": distance}, "count": count, "features": of}
+        for step, distance, count, of in (
+            (100, 9.0, 500, features),
+            (200, 8.0, 500, features),
+            (300, 2.0, 5000, features),
+            (400, 1.0, 5000, features | {"sha256": "2"}),
+        )
+    ]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def strokes() -> tuple[int, str]:
+        """How many pieces the line has."""
+        text = page(read_run(run))
+        chart = re.search(r'<svg role="img" aria-label="Fréchet distance".*?</svg>', text, re.DOTALL)
+        assert chart is not None
+        [line] = re.findall(r'<path d="([^"]+)"[^>]*style="fill: none; stroke: var\(--first\)', chart[0])
+        return line.count("M "), text
+
+    pieces, text = strokes()
+    assert pieces == 3
+    assert "changed at step 300 and 400, where the lines are broken: figures before and after do not" in text
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    pieces, text = strokes()
+    assert pieces == 1
+    assert "are broken" not in text
 
 
 def test_the_loss_by_noise_level_is_drawn_at_its_true_steps() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def test_the_command_of_a_run_on_cpus_says_so(run: Path) -> None:
     assert "--device cpu --processes 2" in read_run(run).command()
 
 
+def test_the_command_of_a_run_that_is_named_by_a_dot_has_its_name(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    assert read_run(Path()).command().endswith(" --out everything-again")
+
+
 def test_an_extended_run_is_not_said_to_be_repeatable(run: Path) -> None:
     """Its curriculum was another one than that of a run of as many steps from the start."""
     file = run / "checkpoints/step-00000400/state.json"
@@ -120,6 +128,14 @@ def test_an_extended_run_is_not_said_to_be_repeatable(run: Path) -> None:
     assert "The run was extended: its curriculum was one for 80 until step 80, 240 until step 240." in text
     file.write_text(json.dumps(json.loads(file.read_text()) | {"extended": "often"}))
     assert read_run(run).missing == ["state.json: its record of --extend is altered"]
+
+
+def test_measurements_alone_say_how_far_a_run_is(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "log.jsonl").unlink()
+    record = read_run(run)
+    assert record.step == 400
+    assert "finished" in page(record)
 
 
 def test_a_gap_in_the_log_is_a_gap(run: Path) -> None:
@@ -211,6 +227,8 @@ def test_a_run_of_other_images_than_digits_is_told_to_name_features(run: Path) -
     values["network"]["image_channels"] = 3
     (run / "config.json").write_text(json.dumps(values))
     assert f"`ict-fast evaluate {run} --features FILE.pt` does it" in read_run(run).missing[-1]
+    spaced = run.rename(run.with_name("two words"))
+    assert f"`ict-fast evaluate '{spaced}' --features FILE.pt` does it" in read_run(spaced).missing[-1]
 
 
 def test_a_picture_that_is_none_is_left_out(run: Path) -> None:
@@ -248,6 +266,27 @@ def test_the_command_line_writes_the_report_into_the_run(
     capsys.readouterr()
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\nmissing: curves: there is no log.jsonl\n"
+
+
+def test_a_path_of_bytes_that_are_no_letters_is_reported_too(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Python names a file whose name is not UTF-8, and JSON writes it."""
+    renamed = run.rename(run.with_name("caf\udce9"))
+    values = json.loads((renamed / "config.json").read_text())
+    values["data"]["path"] = "data/caf\udce9"
+    (renamed / "config.json").write_text(json.dumps(values))
+    assert main(["report", str(renamed)]) == 0
+    assert "data/caf?" in (renamed / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_cannot_be_written_is_told_of_the_option(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ict_fast.results.os.access", lambda path, mode: False)
+    assert main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"--out (by default in the run) is {run}, but {run} cannot be written; choose another" in error
 
 
 def test_the_command_line_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ict_fast import presets
 from ict_fast.config import Config
 from ict_fast.hardware import peak_flops
+from ict_fast.screen import rate
 from ict_fast.training.figures import figures
 from ict_fast.training.loss_by_sigma import BUCKETS, LossBySigma, bucket_means, sigma_edges
 from ict_fast.training.monitor import Monitor
@@ -52,6 +56,13 @@ def test_losses_are_sorted_by_the_teachers_noise_level(tiny: Config) -> None:
     assert sums.tolist() == pytest.approx(expected[0].tolist(), rel=1e-5)
     means = bucket_means(torch.tensor([1.0] + [0.0] * (BUCKETS - 1) + [4.0] + [0.0] * (BUCKETS - 1)))
     assert means == [0.25] + [None] * (BUCKETS - 1)
+
+
+def test_losses_whose_sum_is_not_finite_have_no_mean(tiny: Config) -> None:
+    """JSON has no infinity: the log's line would end the run."""
+    losses = torch.tensor([3e38, 3e38, 1.0])
+    means = bucket_means(LossBySigma(tiny.method, CPU)(losses, torch.tensor([0.003, 0.003, 70.0])))
+    assert means == [None] * (BUCKETS - 1) + [1.0]
 
 
 def test_the_buckets_of_a_window_make_up_its_mean_loss(tiny: Config, batches: Callable[..., list]) -> None:
@@ -155,3 +166,36 @@ def test_time_that_is_not_training_does_not_count_for_the_rate(
     first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert first["images_per_second"] == second["images_per_second"] == 16 * 2 / 4
     assert (first["data_wait"], second["data_wait"]) == (0.25, 0)
+
+
+def test_a_log_that_a_full_disk_has_cut_short_goes_on_line_by_line(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two lines meet a full disk, the first one in its middle; said once, and no other line is lost."""
+    original, appended = Path.open, 0
+
+    def open_until_full(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        nonlocal appended
+        appended += 1
+        if appended == 2:
+            with original(self, mode) as file:
+                file.write('{"step": 2, "lo')
+        if appended in (2, 3):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, mode, *arguments, **options)
+
+    monitor = Monitor(Run(tmp_path, tiny, None))
+    monkeypatch.setattr(Path, "open", open_until_full)
+    values = {"loss": 1.0, "num_scales": 11, "skipped": 0, "precision": "fp32", "loss_by_sigma": []}
+    for step in range(1, 8):
+        monitor.record(step, values)
+    monkeypatch.undo()
+    first, cut, *others = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert cut == '{"step": 2, "lo'
+    assert [json.loads(line)["step"] for line in (first, *others)] == [1, 4, 5, 6, 7]
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize(("value", "said"), [(12_345.6, "12,346"), (99.4, "99.4"), (0.4273, "0.427")])
+def test_a_rate_is_never_nothing(value: float, said: str) -> None:
+    assert rate(value) == said

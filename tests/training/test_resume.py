@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import torch
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
 from ict_fast.training import saving
+from ict_fast.training.run_directory import Run, prepare_directory
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 
@@ -325,3 +328,16 @@ def test_checkpoints_by_the_clock_come_between_those_by_steps_and_change_no_bit(
 
 def _checkpoints(out: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, ["mine.png"]), (20, ["mine.png", "step-00000020.png"])])
+def test_pictures_of_later_steps_than_the_checkpoints_are_another_historys(
+    tiny: Config, tmp_path: Path, step: int, kept: list[str]
+) -> None:
+    """As the lines of the log are. A report would show them as the newest of the run that goes on."""
+    (tmp_path / "grids").mkdir()
+    for name in ("mine.png", "step-00000020.png", "step-00000600.png"):
+        (tmp_path / "grids" / name).touch()
+    checkpoint: Any = SimpleNamespace(step=step) if step else None
+    prepare_directory(Run(tmp_path, tiny, checkpoint))
+    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == kept

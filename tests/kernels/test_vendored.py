@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "kernels/ict_kernels"
-SECONDS = 0.3  # over torch's own
+SHARE = 1 / 3  # of torch's own time; 0.3 s where torch takes 0.9
 
 
 def run(code: str, folder: Path, *arguments: str) -> str:
@@ -45,14 +45,16 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} - sys.s
 
 
 def test_importing_costs_little_over_torchs_own(tmp_path):
-    """Processor time, which does not depend on what else the machine is doing."""
+    """In processor time of one process: a busy machine takes more of it for both."""
     code = """
-import time, torch
+import time
 start = time.process_time()
+import torch
+between = time.process_time()
 import ict_kernels
-print(time.process_time() - start)
+print((time.process_time() - between) / (between - start))
 """
-    assert statistics.median(float(run(code, tmp_path)) for _ in range(3)) <= SECONDS
+    assert statistics.median(float(run(code, tmp_path)) for _ in range(3)) <= SHARE
 
 
 WITHOUT_TRITON = """

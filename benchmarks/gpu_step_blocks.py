@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from cache_keys import kept_keys
 from compilers import compile_beside, dismiss
 from gpu_baselines import INDUCTOR, RAISED_THRESHOLDS, TUNED, set_reductions
 from plain_network import use_torchs_layers
@@ -89,6 +90,7 @@ def block_work(name: str, config: Config) -> list[Callable[[], None]]:
     return list(work.values())
 
 
+@kept_keys()
 def _compile_block(
     name: str,
     config: Config,

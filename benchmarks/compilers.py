@@ -7,13 +7,15 @@ hand on what they compiled. They have ended their work, or are ended, before any
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
@@ -66,23 +68,35 @@ def compile_beside(work: Sequence[Callable[[], object]], seconds: float) -> list
     Returns:
         Of each "ended", "given up", or the error that ended it.
     """
-    futures = []
-    try:
-        for each in work:
-            futures.append(_processes().submit(each))
-        _, late = wait(futures, timeout=max(1.0, seconds))
-        broken = any(isinstance(each.exception(), BrokenExecutor) for each in futures if each.done())
-    except BrokenExecutor:
-        late, broken = set(), True
-    if late or broken:
-        dismiss(kill=True)
-    found = ["given up" if each in late or not each.done() else _outcome(each) for each in futures]
-    return found + ["given up"] * (len(work) - len(found))
+    found = ["given up"] * len(work)
+    to_come, running = iter(enumerate(work)), dict[Future[object], tuple[int, int]]()
+
+    def begin(lane: int) -> None:
+        for number, each in to_come:
+            try:
+                future = _lanes()[lane].submit(each)
+            except BrokenExecutor:  # its process died while it had no work
+                _lanes()[lane] = _lane()
+                future = _lanes()[lane].submit(each)
+            running[future] = number, lane
+            return
+
+    for lane in range(len(_lanes())):
+        begin(lane)
+    deadline = time.monotonic() + max(1.0, seconds)
+    while running:
+        done, _ = wait(running, timeout=max(0.0, deadline - time.monotonic()), return_when=FIRST_COMPLETED)
+        if not done:
+            dismiss(kill=True)
+            break
+        for future in done:
+            number, lane = running.pop(future)
+            found[number] = _outcome(future)
+            begin(lane)
+    return found
 
 
 def _outcome(future: Future[object]) -> str:
-    if future.cancelled():
-        return "given up"
     error = future.exception()
     return "ended" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -93,24 +107,30 @@ def dismiss(kill: bool = False) -> None:
     Args:
         kill: do not wait for what they are at.
     """
-    if _processes.cache_info().currsize:
-        processes = _processes()
-        _processes.cache_clear()
+    if _lanes.cache_info().currsize:
+        lanes = _lanes()
+        _lanes.cache_clear()
         for child in multiprocessing.active_children() if kill else ():
             child.kill()
-        processes.shutdown(cancel_futures=True)
+        for each in lanes:
+            each.shutdown(cancel_futures=True)
 
 
 @cache
-def _processes() -> ProcessPoolExecutor:
-    count = max(1, min(12, (os.cpu_count() or 2) - 2))
-    return ProcessPoolExecutor(count, initializer=_alone, mp_context=multiprocessing.get_context("spawn"))
+def _lanes() -> list[ProcessPoolExecutor]:
+    return [_lane() for _ in range(max(1, min(12, (os.cpu_count() or 2) - 2)))]
+
+
+def _lane() -> ProcessPoolExecutor:
+    """A pool of one process: of a larger one, a process that crashes takes the work of all others along."""
+    return ProcessPoolExecutor(1, initializer=_alone, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _alone() -> None:
     """Without processes of its own; and which of Inductor's variants is fastest is not found on a GPU that
-    others use.
+    others use. A process that crashes says where.
     """
+    faulthandler.enable()
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1

@@ -13,10 +13,12 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from cache_keys import explained_misses
 from gpu_step_blocks import OURS, compile_beforehand
 from gpu_step_floor import measure_floor
 from gpu_step_variants import AUTOTUNED, CAPTURED, CPU_VARIANTS, FLOOR, ON_REQUEST, QUICK, VARIANTS, WORDS
@@ -229,7 +231,8 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
     step, state = VARIANTS[name](config, device)
     batches = synthetic_batches(config, device)
     counters.clear()
-    first = seconds_of(lambda: step(0, batches), device)
+    with explained_misses() if device.type == "cuda" else nullcontext(dict[str, int]()) as unlike:
+        first = seconds_of(lambda: step(0, batches), device)
     graphs = {each: counters["inductor"][f"fxgraph_cache_{each}"] for each in ("hit", "miss")}
     for k in range(1, WARM_UP_STEPS):
         step(k, batches)
@@ -249,6 +252,7 @@ def _time_variant(name: str, config: Config, device: torch.device) -> dict[str, 
     return {
         "first_step_s": round(first, 2),
         "graphs_in_cache": graphs,  # whether what was compiled beforehand is what the step needs
+        "unlike_beforehand": dict(unlike),  # and if not, in which parts of its key
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "peak_memory_bytes": peak,
         "profile": profiled,

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from cache_keys import kept_keys
 from compilers import compile_beside, dismiss
 from gpu_baselines import INDUCTOR, RAISED_THRESHOLDS, TUNED, set_reductions
 from plain_network import use_torchs_layers
@@ -25,6 +26,7 @@ from ict_fast.networks.casts import TrunkCasts
 from ict_fast.training.compilation import compile_blocks
 from ict_fast.training.launch import configure_torch
 from ict_fast.training.step import trunk_dtype
+from ict_kernels.philox import layer_seeds
 
 OURS = "ict-fast"
 COMPILED = (OURS, TUNED, INDUCTOR)
@@ -67,7 +69,7 @@ def block_work(name: str, config: Config) -> list[Callable[[], None]]:
     """What compiles the distinct blocks of a variant, for `compile_beside`."""
     with torch.device("meta"):  # where torch's norms cannot be called
         network = build_network(config.network)
-    shapes_of: dict[nn.Module, tuple[tuple[int, ...] | None, ...]] = {}
+    shapes_of: dict[nn.Module, tuple[tuple[int, ...] | None, ...]] = {}  # in the order in which they run
 
     def note(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         skip = named.get("skip_nchw")
@@ -80,17 +82,29 @@ def block_work(name: str, config: Config) -> list[Callable[[], None]]:
         x = torch.empty(config.training.batch_size, sizes.image_channels, sizes.resolution, sizes.resolution)
         labels = torch.zeros(len(x), dtype=torch.int64) if sizes.num_classes else None
         network(x, torch.empty(len(x)), labels)
+    numbers = {block: number for number, block in enumerate(network.blocks())}
     work = {}
-    for number, block in enumerate(network.blocks()):
-        shapes = shapes_of[block]
-        work.setdefault((repr(block), shapes), partial(_compile_block, name, config, number, *shapes))
+    for turn, (block, shapes) in enumerate(shapes_of.items()):
+        compiling = partial(_compile_block, name, config, numbers[block], turn, *shapes)
+        work.setdefault((repr(block), shapes), compiling)
     return list(work.values())
 
 
+@kept_keys()
 def _compile_block(
-    name: str, config: Config, number: int, shape: tuple[int, ...], skip_shape: tuple[int, ...] | None
+    name: str,
+    config: Config,
+    number: int,
+    turn: int,
+    shape: tuple[int, ...],
+    skip_shape: tuple[int, ...] | None,
 ) -> None:
-    """In another process: runs a block as a step does, on whatever stands in memory."""
+    """In another process: runs a block as a step does, on whatever stands in memory.
+
+    Args:
+        number: of the block among `network.blocks()`.
+        turn: how many blocks run before it; a step compiles the first of a kind that runs.
+    """
     device = torch.device("cuda")
     configure_torch(device, deterministic=False)
     torch.backends.cudnn.benchmark = False  # tries algorithms for nobody, and is in no key of the caches
@@ -111,7 +125,7 @@ def _compile_block(
     embedding = torch.empty(shape[0], 4 * config.network.channels, device=device)
     dropout: tuple[int | Tensor, ...] = (0, 0)
     if name == OURS:
-        dropout = torch.zeros(2, dtype=torch.int64, device=device), torch.tensor(0, device=device)
+        dropout = seed_of(network, turn, device), torch.tensor(0, device=device)
     with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=False):
         with torch.no_grad():
             block(x, embedding, *dropout, skip_nchw=skip)
@@ -123,3 +137,13 @@ def _compile_block(
     torch.cuda.synchronize()
     del block, network, x, skip, y
     torch.cuda.empty_cache()
+
+
+def seed_of(network: Any, turn: int, device: torch.device) -> Tensor:
+    """A block's seed as a step has it, one row of those of all blocks.
+
+    Where a row begins, and how long all are, is in the key of a backward pass in Inductor's cache: on a GPU,
+    of what a forward pass keeps.
+    """
+    run_seed = torch.zeros(2, dtype=torch.int64, device=device)
+    return layer_seeds(run_seed, network.block_count, device).unbind()[turn]

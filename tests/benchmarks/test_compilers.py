@@ -70,10 +70,12 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_has_not_ended_in_time_is_named_and_its_process_killed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def when_one_has_ended(futures: Any, timeout: float) -> Any:
+    def until_one_has_ended(futures: Any, **options: Any) -> Any:
+        if (tmp_path / "first").exists():
+            return set(), set(futures)
         return wait(futures, return_when=FIRST_COMPLETED)
 
-    monkeypatch.setattr(compilers, "wait", when_one_has_ended)
+    monkeypatch.setattr(compilers, "wait", until_one_has_ended)
     work = [partial((tmp_path / "first").touch), partial(time.sleep, 600.0)]
     assert compilers.compile_beside(work, 1.0) == ["ended", "given up"]
     assert (tmp_path / "first").exists()
@@ -90,3 +92,18 @@ def test_work_that_fails_or_crashes_says_so_and_the_next_work_is_done(tmp_path: 
     assert (tmp_path / "next").exists()
     compilers.dismiss()
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_a_process_that_crashes_takes_its_own_work_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # two processes
+    third = tmp_path / "third"
+    # Still running when the first crashes: it ends when the third does, which is begun after that.
+    second = f"import os, time\nwhile not os.path.exists({str(third)!r}): time.sleep(0.01)"
+    work = [partial(os._exit, 7), partial(exec, second), partial(third.touch)]
+    crashed, *others = compilers.compile_beside(work, 60.0)
+    compilers.dismiss()
+    assert crashed.startswith("BrokenProcessPool: ")
+    assert others == ["ended", "ended"]

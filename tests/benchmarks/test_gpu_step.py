@@ -245,7 +245,7 @@ def test_every_kind_of_block_is_compiled_beforehand_for_the_images_that_it_sees(
     for name in gpu_step_blocks.COMPILED:
         work = [each.args for each in gpu_step_blocks.block_work(name, config)]
         assert {kind(blocks[number]) for _, _, number, *_ in work} == set(map(kind, blocks))
-        for _, _, number, (samples, channels, height, width), skip in work:
+        for _, _, number, _, (samples, channels, height, width), skip in work:
             brought = skip[1] if skip else 0
             assert (samples, channels) == (128, blocks[number].in_channels - brought)
             assert (skip is not None) == (number in decoding)
@@ -257,6 +257,34 @@ def test_every_kind_of_block_is_compiled_beforehand_for_the_images_that_it_sees(
     # A place of dropout has its number in its code.
     dropping = sum(block.norm1.dropout > 0 for block in blocks)
     assert dropping < len(ours) < len(blocks)
+
+
+def test_blocks_are_compiled_beforehand_with_the_seed_that_the_first_of_their_kind_has_in_a_step() -> None:
+    """On a GPU the key of a backward pass in Inductor's cache says where its seed stands among all."""
+    config = gpu_step.step_config("cifar10", 8)
+    with torch.device("meta"):
+        network = build_network(config.network)
+        arguments = torch.empty(8, 3, 32, 32), torch.empty(8)
+        seed = torch.empty(2, dtype=torch.int64)
+    places: dict[Any, tuple[int, int]] = {}
+
+    def note(block: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        skip = named.get("skip_nchw")
+        kind = repr(block), inputs[0].shape, skip is not None and skip.shape
+        places.setdefault(kind, (inputs[2].storage_offset(), inputs[2].untyped_storage().nbytes()))
+
+    for block in network.blocks():
+        block.register_forward_pre_hook(note, with_kwargs=True)
+    network(*arguments, dropout_seed=seed)
+    blocks, found = list(network.blocks()), {}
+    for _, _, number, turn, shape, skip in (
+        each.args for each in gpu_step_blocks.block_work("ict-fast", config)
+    ):
+        ours = gpu_step_blocks.seed_of(network, turn, torch.device("meta"))
+        kind = repr(blocks[number]), shape, skip is not None and skip
+        found[kind] = ours.storage_offset(), ours.untyped_storage().nbytes()
+    assert found == places
+    assert len(set(found.values())) == len(found)
 
 
 def test_what_could_not_be_compiled_beforehand_is_said_at_once(

@@ -24,7 +24,8 @@ DIGITS = Config(preset="digits", network=NetworkConfig(num_classes=10))
 
 _LARGE_RUN_LOGGING = LoggingConfig(log_every=100, grid_every=5000, checkpoint_every=5000, keep_checkpoints=3)
 
-# iCT, table of hyper-parameters, CIFAR-10 column. NCSN++ of Song et al. (ICLR 2021).
+# iCT on CIFAR-10: its table 1, which MethodConfig's defaults are, and its text; it has no table of the rest.
+# NCSN++ of Song et al. (ICLR 2021).
 CIFAR10 = Config(
     preset="cifar10",
     data=DataConfig(path="data/cifar10", flip=True),
@@ -72,7 +73,9 @@ IMAGENET64 = Config(
 )
 
 # "Consistency Models" (Song, Dhariwal, Chen, Sutskever; ICML 2023): consistency training from scratch, with
-# L2 in place of LPIPS. Believed: learning rates, batch sizes, EMA, dropout 0, Fourier scale 16.
+# L2 in place of LPIPS. The figures are those of the authors' own commands: launch.sh of the repositories
+# openai/consistency_models_cifar10 and openai/consistency_models (ImageNet). Left out: in the former the rate
+# rises over the first 10 million images, 19,531 steps. Believed: CIFAR-10's second sigma, which is iCT's.
 _CT2023 = MethodConfig(
     s0=2,
     s1=150,
@@ -104,8 +107,9 @@ _PRESETS = {
         replace(
             IMAGENET64,
             preset="imagenet64-ct2023",
-            network=replace(IMAGENET64.network, adaptive_norm=True, dropout=0.0),
-            method=replace(_CT2023, s1=200, teacher_ema=0.95, second_sigma=1.526),
+            network=replace(IMAGENET64.network, adaptive_norm=True, dropout=0.0, c_noise="adm-openai"),
+            # Of 0..200 from sigma_max down to sigma_min the authors take level 106 for the second step.
+            method=replace(_CT2023, s1=200, teacher_ema=0.95, second_sigma=1.913),
             optimizer=replace(IMAGENET64.optimizer, ema_decay=0.999943),
             training=replace(IMAGENET64.training, batch_size=2048),
         ),

@@ -73,7 +73,8 @@ IMAGENET64 = {
     "optimizer.ema_decay": 0.99997,
     "method.second_sigma": 1.526,
 }
-# METHOD.md, "The ablation baseline".
+# METHOD.md, "The ablation baseline", and the authors' commands: consistency_models_cifar10/launch.sh (its
+# cifar10_ve_ct_adaptive.py) and consistency_models/scripts/launch.sh ("L_CT^N on ImageNet-64").
 CT2023_METHOD = {
     "method.curriculum": "square-root",
     "method.s0": 2,
@@ -82,6 +83,11 @@ CT2023_METHOD = {
     "method.metric": "l2",
     "method.teacher": "ema",
     "network.dropout": 0.0,
+    "optimizer.name": "radam",
+    "optimizer.weight_decay": 0.0,
+    "optimizer.ema_warmup": False,
+    "training.total_steps": 800_000,
+    "data.flip": True,
 }
 # Small enough for the demo.
 DIGITS = {
@@ -113,6 +119,16 @@ TABLE = {
         "method.teacher_ema": 0.9,
         "network.name": "ncsnpp",
         "network.resolution": 32,
+        "network.num_classes": 0,
+        "network.channels": 128,
+        "network.channel_mult": [2, 2, 2],
+        "network.num_blocks": 4,
+        "network.attention_resolutions": [16],
+        "network.embedding_scale": 16.0,
+        "network.c_noise": "log",
+        "optimizer.lr": 4e-4,
+        "optimizer.ema_decay": 0.9999,
+        "training.batch_size": 512,
     },
     "imagenet64-ct2023": {
         **CT2023_METHOD,
@@ -122,6 +138,18 @@ TABLE = {
         "network.resolution": 64,
         "network.adaptive_norm": True,
         "network.num_classes": 1000,
+        "network.channels": 192,
+        "network.num_blocks": 3,
+        "network.attention_resolutions": [32, 16, 8],
+        "network.head_channels": 64,
+        "network.c_noise": "adm-openai",  # karras_diffusion.py: 1000 * 0.25 * log(sigma + 1e-44)
+        "optimizer.lr": 1e-4,
+        "optimizer.ema_decay": 0.999943,
+        "training.batch_size": 2048,
+        # --sampler multistep --ts 0,106,200 --steps 201
+        "method.second_sigma": pytest.approx(
+            (80 ** (1 / 7) + 106 / 200 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, rel=1e-3
+        ),
     },
 }
 

@@ -196,7 +196,10 @@ def _ladder(base: Config, old: Config) -> list[Variant]:
 
 
 def _ingredients(base: Config, old: Config) -> list[_Ingredient]:
-    """iCT's order of presentation, sections 3.1 to 3.5, but for what the preset's network does not have."""
+    """iCT's order of presentation, sections 3.1 to 3.5, less what the preset's network does not have.
+
+    But for the weight, of section 3.1: it comes with the indices.
+    """
     network, found = base.network, []
     if network.embedding == "fourier":
         scales = f"{network.embedding_scale:g} instead of {old.network.embedding_scale:g}"

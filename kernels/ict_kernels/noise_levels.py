@@ -7,7 +7,7 @@ equation 5, in ascending order), for i = 1 .. N:
     sigma_i = (sigma_min^(1/rho) + (i-1)/(N-1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho
 
 Index distribution and weight (Song & Dhariwal, "Improved Techniques for Training Consistency Models", ICLR
-2024, sections 3.3 and 3.5), for the N - 1 pairs:
+2024, sections 3.5 and 3.1), for the N - 1 pairs:
 
     p(i) ~ erf((ln sigma_{i+1} - p_mean) / (sqrt2 p_std)) - erf((ln sigma_i - p_mean) / (sqrt2 p_std))
     weight(i) = 1 / (sigma_{i+1} - sigma_i)
@@ -390,7 +390,7 @@ def sample_noise_levels(
     Raises:
         ValueError: for a parameter out of range.
     Source:
-        Song & Dhariwal 2024, sections 3.3 and 3.5.
+        Song & Dhariwal 2024, sections 3.1 (weight) and 3.5 (distribution).
     """
     if device is None:
         on_device = next((t for t in (num_scales, seed) if isinstance(t, Tensor)), None)

@@ -2,7 +2,7 @@
 """RAdam and the exponential moving average of the weights, in one step that never waits for the host.
 
 With g the gradient, t the step, b1, b2 = betas (Liu et al., "On the variance of the adaptive learning rate
-and beyond", ICLR 2020, algorithm 2; eps as in torch.optim.RAdam):
+and beyond", ICLR 2020, algorithm 2; eps, and rho > 5 where the paper has 4, as in torch.optim.RAdam):
 
     m   <- b1 m + (1 - b1) g                    v <- b2 v + (1 - b2) g^2
     rho <- rho_inf - 2 t b2^t / (1 - b2^t)      rho_inf = 2 / (1 - b2) - 1

@@ -1,7 +1,7 @@
 """One dropout mask for student and teacher, in networks whose dropout is torch's.
 
 The consistency loss compares two passes of one network; with different masks it measures dropout's noise
-instead (Song & Dhariwal 2024, section 3.2: both sides use the same mask). Public trainers restore the CPU's
+instead (Song & Dhariwal 2024, section 3.1: both sides use the same mask). Public trainers restore the CPU's
 generator between the passes, which leaves a GPU's masks different. Two ways to do it right:
 
     masks = SharedDropout(network, x.device)     # eager, or a network that is compiled by itself:

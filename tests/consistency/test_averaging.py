@@ -102,5 +102,24 @@ def test_a_tracked_average_is_its_own_combination_and_a_constant_stays_one() -> 
     alone = combine(profiles[-1:], power_profile(0.05, 200), 200)
     assert alone.coefficients == pytest.approx([1])
     assert alone.error > 0.1, "and says how far off it is"
-    remembers = exponential_profile(np.full(200, 1 - 1 / 200))  # 37 % of it are the initial weights
-    assert combine(profiles, remembers, 200).error > 0.1
+
+
+@pytest.mark.parametrize("decay", [0.9, 1 - 1 / 200], ids=["forgets", "remembers the initial weights"])
+def test_a_combination_is_the_nearest_there_is(decay: float) -> None:
+    """By Lagrange's multiplier, of profiles by their recurrences; the initial weights count with step 1."""
+    steps, columns, profiles = 200, [], []
+    for t in (50, 100, 150, 200):
+        for width in (0.05, 0.1):
+            decays = (1 - 1 / np.arange(1, t + 1)) ** (power_exponent(width) + 1)
+            columns.append(np.pad(_by_recurrence(decays), (0, steps - t)))
+            profiles.append(power_profile(width, t))
+    wanted = _by_recurrence(np.full(steps, decay))
+    a, b = (np.concatenate([w[:1] + w[1:2], w[2:]]) for w in (np.stack(columns, axis=1), wanted))
+    ones = np.ones((len(profiles), 1))
+    system = np.block([[a.T @ a, ones], [ones.T, np.zeros((1, 1))]])
+    expected = np.linalg.solve(system, np.append(a.T @ b, 1.0))[:-1]
+    found = combine(profiles, exponential_profile(np.full(steps, decay)), steps)
+    assert found.coefficients == pytest.approx(expected, abs=1e-6)
+    error = np.linalg.norm(a @ expected - b) / np.linalg.norm(b)
+    assert found.error == pytest.approx(error, rel=1e-6)
+    assert (error > 0.9) == (decay > 0.99), "an average that remembers cannot be made"

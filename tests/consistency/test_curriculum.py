@@ -54,11 +54,12 @@ def test_steps_after_the_last_whole_stage_stay_at_the_cap() -> None:
 
 
 def test_a_ratio_that_is_no_power_of_two_still_ends_at_the_cap() -> None:
-    method = replace(ICT, s0=10, s1=100)
-    length = math.floor(1000 / (math.log2(10) + 1))
-    expected = [min(10 * 2 ** (k // length), 100) + 1 for k in range(1001)]
-    assert [num_scales(k, 1000, method) for k in range(1001)] == expected
-    assert expected[-1] == 101
+    for s1 in (100, 105):  # floor(s1 / s0) is 10 of both
+        method = replace(ICT, s0=10, s1=s1)
+        length = math.floor(1000 / (math.log2(10) + 1))
+        expected = [min(10 * 2 ** (k // length), s1) + 1 for k in range(1001)]
+        assert [num_scales(k, 1000, method) for k in range(1001)] == expected
+        assert expected[-1] == s1 + 1
 
 
 def test_square_root_curriculum_equals_its_formula() -> None:

@@ -47,8 +47,10 @@ def test_f_at_sigma_min_is_the_identity_to_the_last_bit(tiny: Config) -> None:
     assert not torch.equal(model(x, 2 * tiny.method.sigma_min), x)
 
 
-def test_forward_equals_the_equation_in_float64(tiny: Config) -> None:
-    model = _awake(ConsistencyModel(tiny))
+@pytest.mark.parametrize(("data", "low"), [(0.5, 0.002), (0.7, 0.001)])
+def test_forward_equals_the_equation_in_float64(tiny: Config, data: float, low: float) -> None:
+    config = replace(tiny, method=replace(tiny.method, sigma_data=data, sigma_min=low))
+    model = _awake(ConsistencyModel(config))
     x = torch.randn(5, 1, 8, 8)
     sigma = torch.tensor([0.002, 0.1, 0.821, 5.0, 80.0])
     seen = {}
@@ -59,9 +61,9 @@ def test_forward_equals_the_equation_in_float64(tiny: Config) -> None:
     model.network.register_forward_hook(record)
     denoised = model(x, sigma)
     for i, s in enumerate(sigma.double().tolist()):
-        c_in = 1 / math.sqrt(s**2 + 0.25)
-        c_skip = 0.25 / ((s - 0.002) ** 2 + 0.25)
-        c_out = 0.5 * (s - 0.002) / math.sqrt(s**2 + 0.25)
+        c_in = 1 / math.sqrt(s**2 + data**2)
+        c_skip = data**2 / ((s - low) ** 2 + data**2)
+        c_out = data * (s - low) / math.sqrt(s**2 + data**2)
         torch.testing.assert_close(seen["input"][i].double(), c_in * x[i].double(), rtol=1e-6, atol=1e-7)
         assert float(seen["noise"][i]) == pytest.approx(math.log(s) / 4, rel=1e-6)
         expected = c_skip * x[i].double() + c_out * seen["output"][i].double()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ict_fast.config import Config, MethodConfig
 from ict_fast.consistency.model import build_seeded_network
 from ict_fast.consistency.objective import ConsistencyObjective
+from ict_kernels import philox
 
 SCALES = (11, 81)
 
@@ -67,19 +68,20 @@ def _grid(scales: int) -> Tensor:
     return torch.tensor([(low + i / (scales - 1) * (high - low)) ** 7 for i in range(scales)]).double()
 
 
-def _float64_loss(network: Recorder, metric: str, weighted: bool) -> Tensor:
+def _float64_loss(network: Recorder, metric: str, weighted: bool, method: MethodConfig) -> Tensor:
     """lambda d(f_student, f_teacher) from what the network saw and said, straight from the equations."""
     teacher, student = network.calls
+    data, low = method.sigma_data, method.sigma_min
     images, sigmas = [], []
     for call in (student, teacher):
         s = _sigma(call["noise"]).view(-1, 1, 1, 1)
-        x = call["x"].double() * torch.sqrt(s**2 + 0.25)
-        skip, out = 0.25 / ((s - 0.002) ** 2 + 0.25), 0.5 * (s - 0.002) / torch.sqrt(s**2 + 0.25)
+        x = call["x"].double() * torch.sqrt(s**2 + data**2)
+        skip, out = data**2 / ((s - low) ** 2 + data**2), data * (s - low) / torch.sqrt(s**2 + data**2)
         images.append(skip * x + out * call["output"].detach().double())
         sigmas.append(s.flatten())
     difference = (images[0] - images[1]).flatten(1)
     if metric == "pseudo-huber":
-        c = 0.00054 * math.sqrt(64)
+        c = 0.00054 * math.sqrt(64) if method.huber_c is None else method.huber_c
         distance = torch.sqrt(difference.square().sum(1) + c**2) - c
     else:
         distance = difference.square().sum(1) if metric == "l2" else difference.abs().sum(1)
@@ -89,9 +91,42 @@ def _float64_loss(network: Recorder, metric: str, weighted: bool) -> Tensor:
 @pytest.mark.parametrize("metric", ["pseudo-huber", "l2", "l1"])
 @pytest.mark.parametrize("weighting", ["inverse-gap", "uniform"])
 def test_loss_equals_the_equation_in_float64(metric: str, weighting: str) -> None:
-    loss, network = _run(replace(MethodConfig(), metric=metric, weighting=weighting), scales=11)
-    expected = _float64_loss(network, metric, weighting == "inverse-gap")
+    method = replace(MethodConfig(), metric=metric, weighting=weighting)
+    loss, network = _run(method, scales=11)
+    expected = _float64_loss(network, metric, weighting == "inverse-gap", method)
     torch.testing.assert_close(loss.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+def test_every_number_of_the_method_is_the_equations() -> None:
+    """None at its default: levels by the quantiles of the draw, images out of the inputs, the loss."""
+    method = replace(
+        MethodConfig(),
+        p_mean=0.3,
+        p_std=0.8,
+        sigma_min=0.01,
+        sigma_max=20.0,
+        rho=3.0,
+        sigma_data=0.7,
+        huber_c=0.2,
+    )
+    loss, network = _run(method, scales=81)
+    teacher, student = network.calls
+    ends = 0.01 ** (1 / 3), 20 ** (1 / 3)
+    grid = torch.tensor([(ends[0] + i / 80 * (ends[1] - ends[0])) ** 3 for i in range(81)]).double()
+    cdf = torch.special.ndtr((grid.log() - 0.3) / 0.8)
+    share = philox.uniform_bits(12, 7, purpose=philox.LEVELS).double() / 2**32
+    index = torch.searchsorted((cdf[1:-1] - cdf[0]) / (cdf[-1] - cdf[0]), share, right=True)
+    assert len(index.unique()) > 6
+    for call, expected in ((teacher, grid[index]), (student, grid[index + 1])):
+        torch.testing.assert_close(_sigma(call["noise"]), expected, rtol=1e-5, atol=0)
+        s = expected.view(-1, 1, 1, 1)
+        noise = philox.normal((12, 1, 8, 8), 7, 0, philox.NOISE).double()
+        clean = call["x"].double() * torch.sqrt(s**2 + 0.49) - s * noise
+        images = _images().permute(0, 3, 1, 2).double() / 127.5 - 1
+        torch.testing.assert_close(clean, images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        loss.double(), _float64_loss(network, "pseudo-huber", True, method), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_student_is_one_grid_point_above_the_teacher_on_the_same_noise() -> None:

@@ -41,24 +41,30 @@ def test_one_step_is_f_of_pure_noise(tiny: Config) -> None:
     assert float(z.std()) == pytest.approx(1, abs=0.02)
 
 
-def test_two_steps_add_noise_up_to_tau_and_map_back(tiny: Config) -> None:
+@pytest.mark.parametrize("tau", [0.821, 0.003])  # near sigma_min what is left of the noise is another amount
+def test_two_steps_add_noise_up_to_tau_and_map_back(tiny: Config, tau: float) -> None:
     model = Shrink(tiny)
-    images = sample(model, 100, steps=2, sigmas=[0.821], seed=3, clamp=False)
+    images = sample(model, 100, steps=2, sigmas=[tau], seed=3, clamp=False)
     (first, _), (second, sigma) = model.seen
     added = second - first / 81
-    assert sigma == 0.821
-    assert float(added.std()) == pytest.approx((0.821**2 - 0.002**2) ** 0.5, rel=0.03)
+    assert sigma == tau
+    assert float(added.std()) == pytest.approx((tau**2 - 0.002**2) ** 0.5, rel=0.03)
     assert abs(float((added * first).mean()) / float(added.std() * first.std())) < 0.05, "fresh noise"
-    torch.testing.assert_close(images, second / 1.821)
+    torch.testing.assert_close(images, second / (1 + tau))
 
 
 def test_images_are_clamped_between_steps(tiny: Config) -> None:
-    model = Shrink(replace(tiny, method=replace(tiny.method, sigma_max=3.0)))
-    images = sample(model, 100, steps=2)
+    config = replace(tiny, method=replace(tiny.method, sigma_max=3.0))
+    clamped, free = Shrink(config), Shrink(config)
+    images = sample(clamped, 100, steps=2)
+    sample(free, 100, steps=2, clamp=False)
     assert float(images.abs().max()) <= 1
-    first = model.seen[0][0] / 4
-    noise_unclamped = model.seen[1][0] - first.clamp(-1, 1)
-    assert float(noise_unclamped.std()) == pytest.approx(0.821, rel=0.05)
+    first = clamped.seen[0][0] / 4
+    assert float(first.abs().max()) > 2
+    # The same noise on top of either.
+    noise, noise_free = clamped.seen[1][0] - first.clamp(-1, 1), free.seen[1][0] - first
+    torch.testing.assert_close(noise, noise_free, atol=1e-5, rtol=0)
+    assert float(noise.std()) == pytest.approx(0.821, rel=0.05)
 
 
 def test_image_i_does_not_depend_on_the_count(tiny: Config) -> None:
@@ -69,7 +75,12 @@ def test_image_i_does_not_depend_on_the_count(tiny: Config) -> None:
 
 @pytest.mark.parametrize("first", [0, 256, 512])
 def test_pixels_are_those_of_the_images_from_any_batch_on(tiny: Config, first: int) -> None:
-    model = Shrink(replace(tiny, network=replace(tiny.network, num_classes=10)))
+    class OfClass(Shrink):
+        def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+            assert labels is not None
+            return super().forward(x, sigma) / 2 + labels.view(-1, 1, 1, 1) / 20
+
+    model = OfClass(replace(tiny, network=replace(tiny.network, num_classes=10)))
     labels = torch.arange(700) % 10
     whole = to_uint8(sample(model, 700, steps=2, labels=labels, seed=4))
     part = sample_pixels(model, 700 - first, steps=2, labels=labels[first:], seed=4, first=first)

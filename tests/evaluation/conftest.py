@@ -14,11 +14,12 @@ from ict_fast.evaluation import metrics
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_subsets() -> Iterator[None]:
-    """The kernel distance as a mean over 4 subsets instead of 100, which take 3 s."""
+def few_subsets() -> Iterator[int]:
+    """The kernel distance as a mean over 4 subsets instead of 100, which take 3 s; the number it has else."""
     with pytest.MonkeyPatch.context() as patch:
+        number = metrics._KERNEL_SUBSETS
         patch.setattr(metrics, "_KERNEL_SUBSETS", 4)
-        yield
+        yield number
 
 
 class LikeInception(nn.Module):

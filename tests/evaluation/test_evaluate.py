@@ -168,6 +168,22 @@ def test_a_model_that_returns_real_digits_is_precise_and_recalls_them(good):
         assert 8.5 < measures["inception_score"] < 10
 
 
+def test_precision_and_recall_are_of_equal_numbers(store, monkeypatch):
+    """The balls of the larger set would be smaller."""
+    seen = []
+
+    def measured(real, generated, **_):
+        seen.append((len(real), len(generated)))
+        return 0.5, 0.5
+
+    monkeypatch.setattr(evaluate_module, "precision_and_recall", measured)
+    for other in ("kernel_distance", "inception_score"):  # which take seconds
+        monkeypatch.setattr(evaluate_module, other, lambda *_: (0.0, 0.0))
+    for count in (300, 1800):
+        evaluate(RemembersDigits(), store, steps=(1,), count=count)
+    assert seen == [(300, 300), (1797, 1797)]
+
+
 def test_the_table_names_every_distance(good):
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(json.loads(json.dumps(good))))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ict_fast.evaluation import metrics
 from ict_fast.evaluation.metrics import gaussian_images, halves, inception_score, kernel_distance
 
 
@@ -43,6 +44,22 @@ def test_the_kernel_distance_is_unbiased():
         assert values.min() < -error  # not a distance cut off at zero
 
 
+def test_the_kernel_distance_is_over_100_subsets_of_1000(monkeypatch, few_subsets):
+    from torchmetrics.image import kid
+
+    monkeypatch.setattr(metrics, "_KERNEL_SUBSETS", few_subsets)
+    sizes = []
+
+    def distance(x, y, *_):
+        sizes.append((len(x), len(y)))
+        return torch.tensor(float(len(sizes)))
+
+    monkeypatch.setattr(kid, "poly_mmd", distance)  # of its kernel other tests say what it is
+    mean, deviation = kernel_distance(np.zeros((1500, 2)), np.zeros((1200, 2)))
+    assert sizes == [(1000, 1000)] * 100
+    assert (mean, deviation) == pytest.approx((np.mean(range(1, 101)), np.std(range(1, 101))))
+
+
 def test_the_kernel_distance_tells_distributions_apart():
     generator = np.random.default_rng(2)
     x, same, other = (generator.normal(mean, 1, size=(400, 8)) for mean in (0, 0, 0.5))
@@ -58,6 +75,11 @@ def test_the_inception_score_of_sure_and_balanced_classes_is_their_number():
         # Within each of ten random parts the classes are not quite balanced.
         assert score == pytest.approx(classes, rel=0.03)
         assert deviation < 0.05 * classes
+
+
+def test_the_inception_score_is_the_mean_over_ten_parts():
+    """Twenty images, each surely of a class of its own: two in each part."""
+    assert inception_score(np.eye(20)) == pytest.approx((2, 0))
 
 
 def test_the_inception_score_of_images_that_say_nothing_is_one():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from ict_fast.config import Config, DataConfig
 from ict_fast.data.store import write_store
 from ict_fast.errors import InputError
-from ict_fast.evaluation.reference import check_reference, open_reference
+from ict_fast.evaluation.chunks import Finished, reference_chunks
+from ict_fast.evaluation.measured_reference import put_together
+from ict_fast.evaluation.reference import Images, Reference, check_reference, labels_as_in, open_reference
 
 
 def save(path, **arrays):
@@ -175,3 +178,25 @@ def test_a_singular_covariance_in_single_precision_is_one(tmp_path):
     assert np.linalg.eigvalsh(covariance.astype(np.float64))[0] < 0
     reference = open_reference(save(tmp_path / "stats.npz", mu=samples.mean(0), sigma=covariance))
     assert reference.statistics is not None
+
+
+def test_of_a_store_sorted_by_class_labels_and_features_are_drawn_from_everywhere():
+    """What is fewer than the store holds would else be the first classes alone."""
+    count = 1000
+    sorted_store = Reference(
+        path=Path("store"),
+        kind="store",
+        fingerprint="",
+        images=Images(Path("images.npy"), (count, 8, 8, 1)),
+        labels=np.arange(count) // 100,
+        num_classes=10,
+    )
+    labels = labels_as_in(sorted_store, 10, 300)
+    assert np.bincount(labels, minlength=10) == pytest.approx(30, abs=15)
+    finished, chunks = Finished(None), reference_chunks(count)
+    for chunk in chunks:
+        numbers = np.arange(chunk.first, chunk.first + chunk.count)[:, None]
+        finished.keep(chunk, {"features": numbers, "mean": np.zeros(1), "products": np.zeros((1, 1))})
+    features = put_together(sorted_store, finished, chunks).features
+    assert sorted(features[:, 0]) == list(range(count))
+    assert np.bincount(features[:300, 0] // 100, minlength=10) == pytest.approx(30, abs=15)

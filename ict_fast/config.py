@@ -200,7 +200,7 @@ class TrainingConfig:
     compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
     """Compile the network's blocks with torch.compile, minutes at the first start. auto: on a GPU."""
     cuda_graph: bool = False
-    """Capture the step as CUDA graphs, with --data.loader resident. No GPU has run it yet."""
+    """Capture the step as CUDA graphs, with --data.loader resident. Not timed yet."""
     max_skipped_steps: int = 100
     """Give up after this many steps in a row with a non-finite gradient."""
     deterministic: bool = False

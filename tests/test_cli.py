@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,11 +126,13 @@ def test_help_and_refusals_import_neither_torch_nor_numpy(words):
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["train", "--help"]])
 def test_it_answers_in_under_a_second(words):
+    """Of a processor's time, in which what else the machine does is not counted."""
     seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        before = os.times()
         assert run(*words).returncode == 0
-        seconds.append(time.perf_counter() - begun)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))  # of the processes that this one has waited for
     assert min(seconds) < 1
 
 

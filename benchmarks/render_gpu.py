@@ -211,11 +211,12 @@ def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
                 if floor["share_of_flops"] == 1
                 else f", {100 * floor['share_of_flops']:.0f} % of their FLOPs"
             )
-            times = (
-                f"; the step takes {record['times_the_floor']:.2f} times that"
-                if "times_the_floor" in record
-                else ""
-            )
+            times = ""
+            if "times_the_floor" in record:
+                times = f"; the step takes {record['times_the_floor']:.2f} times that"
+                if sequence := floor.get("in_sequence"):
+                    ratio = record["times_the_floor"] * floor["ms"] / sequence["ms"]
+                    times += f", and {ratio:.2f} times the same calls as one sequence"
             yield f"Convolutions and attention alone{of}: {floor['ms']:.1f} ms ({parts}){times}."
         yield from _what_held_up(record)
         profiles = {each: of["profile"] for each, of in record["variants"].items() if "profile" in of}

@@ -113,7 +113,8 @@ def suite_blocks(results: Results, plots: Path) -> Iterator[str]:
         f" {signed['hardware']['threads']} threads, {versions}. Measured roofs: a copy"
         f" {ceiling['copy_gb_per_s']:.1f} GB/s; an fp32 matrix product"
         f" {1000 * ceiling['matrix_tflop_per_s']['fp32']:.0f} GFLOP/s. A copy is of as many bytes as the"
-        " operation must move; what fits into the caches is copied faster than the large copy."
+        " operation must move; what fits into the caches is copied faster than the large copy. The product is"
+        " that of torch's BLAS, which oneDNN's convolutions exceed: it is a scale for them, not a roof."
     )
     file = suite_plot(results, plots / "cpu-suite.png")
     if file is not None:

@@ -138,7 +138,7 @@ def matrix_tflop_per_s(a: torch.Tensor, b: torch.Tensor) -> float:
 def ceilings(kind: str) -> dict[str, Any]:
     """The two rates that results are compared with, measured: a large copy, and a large matrix product.
 
-    Nothing exceeds them on a GPU. On a CPU oneDNN's convolutions were 1.3 to 1.9 times as fast as the product.
+    On a CPU oneDNN's convolutions exceed the latter: they were 1.3 to 1.9 times as fast.
 
     Args:
         kind: "cpu" or "cuda".

@@ -32,7 +32,7 @@ def run(backend: str, adaptive_norm: bool) -> tuple[list[float], torch.Tensor, t
     config = replace(
         preset,
         network=replace(preset.network, channels=8, num_classes=0, dropout=0.2, adaptive_norm=adaptive_norm),
-        training=replace(preset.training, total_steps=24, batch_size=2),
+        training=replace(preset.training, total_steps=24, batch_size=4),
     )
     step = TrainStep(config, torch.device("cpu"))
     with torch.no_grad():  # fresh networks end in zeros, where every gradient but the last is zero
@@ -42,8 +42,8 @@ def run(backend: str, adaptive_norm: bool) -> tuple[list[float], torch.Tensor, t
     generator = torch.Generator().manual_seed(0)
     losses = []
     for number in range(24 - STEPS, 24):
-        images = torch.randint(0, 256, (2, 8, 8, 1), dtype=torch.uint8, generator=generator)
-        batch = SimpleNamespace(images=images, labels=None, offset=0, flip=torch.tensor([0, 1]).byte())
+        images = torch.randint(0, 256, (4, 8, 8, 1), dtype=torch.uint8, generator=generator)
+        batch = SimpleNamespace(images=images, labels=None, offset=0, flip=torch.tensor([0, 1, 0, 1]).byte())
         step.reset_losses()
         step(number, [batch])
         losses.append(float(step.losses.sum))

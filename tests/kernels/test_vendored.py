@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "kernels/ict_kernels"
-SHARE = 1 / 3  # of torch's own time; 0.3 s where torch takes 0.9
+SHARE = 0.3  # of torch's own time
 
 
 def run(code: str, folder: Path, *arguments: str) -> str:

@@ -141,7 +141,7 @@ def plan_of(case: NormCase, samples: int, direction: str, wishes: Wishes | None 
 
 
 def tiles(case: NormCase, samples: int, direction: str, best: Wishes) -> list[Wishes]:
-    """Tiles of other groups, with about 64 elements per thread; split by rows and chunk; no mask kept."""
+    """Tiles of other groups, with about 64 elements per thread; split by rows and chunk."""
     norm = case.norm
     present = plan_of(case, samples, direction)
     group = norm.channels // norm.num_groups
@@ -161,8 +161,7 @@ def tiles(case: NormCase, samples: int, direction: str, best: Wishes) -> list[Wi
         for elements in ((_ELEMENTS[1],) if present.resident else _ELEMENTS)
         for chunk in (_CHUNK_BYTES[1:] if present.resident else _CHUNK_BYTES)
     ]
-    drawn: list[Wishes] = [{"keeps_mask": False}] if present.keeps_mask else []
-    return bundles[:4] + split + drawn
+    return bundles[:4] + split
 
 
 def _warps_for(elements: int) -> int:
@@ -205,7 +204,6 @@ def label(wishes: Wishes) -> str:
         "" if chunk is None else "unchunked" if chunk == _CHUNK_BYTES[-1] else f"{chunk // _MEGABYTE} MB",
         f"{wishes['num_warps']} warps" if wishes.get("num_warps") else "",
         f"at most {wishes['maxnreg']} registers" if wishes.get("maxnreg") else "",
-        "mask drawn again" if wishes.get("keeps_mask") is False else "",
     ]
     return ", ".join(filter(None, words))
 
@@ -219,13 +217,13 @@ def _run(
     wishes: Wishes,
     x: Tensor,
     dy: Tensor,
-    kept: Sequence[Tensor],
+    stats: Tensor | None,
     rest: Sequence[Any],
 ) -> Any:
-    """One direction as the op computes it: y, its statistics and the mask's bits, or the gradients.
+    """One direction as the op computes it: y and its statistics, or the gradients.
 
     Args:
-        kept: what a forward pass returns beside y.
+        stats: which only the backward pass reads.
         rest: weight, bias, scale, shift, pre_bias, seed.
     """
     *parameters, seed = rest
@@ -234,10 +232,9 @@ def _run(
     tensors = (case.norm.num_groups, *parameters, seed if threshold else None, None)
     with group_norm_plan.planned(**wishes):
         if direction == "forward":
-            return module._forward(x, *tensors, *numbers, EPS, case.norm.silu, True)
-        stats, bits = kept
+            return module._forward(x, *tensors, *numbers, EPS, case.norm.silu)
         wanted = [each is not None for each in parameters]
-        return module._backward(dy, x, stats, *tensors, bits, *numbers, case.norm.silu, wanted)
+        return module._backward(dy, x, stats, *tensors, *numbers, case.norm.silu, wanted)
 
 
 def _time(
@@ -251,12 +248,12 @@ def _time(
     """Adds the times of plans to the record, beside the present one's in the same rounds."""
     rest = [None if each is None else each.detach() for each in (*arguments.ours, arguments.seed)]
     x, dy = [each.detach() for each in arguments.x], arguments.dy
-    kept = [_run(case, "forward", {}, each, each, (), rest)[1:] for each in x]
+    stats = [_run(case, "forward", {}, each, each, None, rest)[1] for each in x]
 
     def stage(each: Wishes) -> dict[str, Stage]:
         return {
             direction: lambda number, _: _run(
-                case, direction, each, x[number], dy[number], kept[number], rest
+                case, direction, each, x[number], dy[number], stats[number], rest
             )
         }
 
@@ -313,8 +310,6 @@ def _poison(like: Tensor) -> None:
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
     """What is wrong with tensors that should be others up to rounding, or None; NaN is wrong."""
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        if not theirs.is_floating_point():  # a mask's bits, which not every plan keeps
-            continue
         by = relative_difference(ours, theirs)
         if not by <= _TOLERANCE[theirs.dtype]:
             return f"wrong: tensor {number} differs from the present plan's by {by:.2g}"
@@ -360,8 +355,7 @@ def _compile(case: NormCase, direction: str, wishes: Wishes) -> None:
     seed = torch.zeros(2, dtype=torch.int64, device="cuda")
     stats = torch.empty(samples, norm.num_groups, 2, device="cuda")
     rest = (vector, vector, rows(norm.scale_shift), rows(norm.scale_shift), rows(norm.pre_bias), seed)
-    kept = (stats, module._empty_bits(x, dropout_threshold(case.dropout) > 0))
-    _run(case, direction, wishes, x, x, kept, rest)
+    _run(case, direction, wishes, x, x, stats, rest)
     torch.cuda.synchronize()
-    del x, stats, kept, rest
+    del x, stats, rest
     torch.cuda.empty_cache()

@@ -83,8 +83,8 @@ def plan_of(each: Norm, backward: bool, count: int = 64) -> group_norm_plan.Plan
     )
 
 
-def case_of(each: Norm, backward: bool, *, keeps_mask: bool = True) -> Case:
-    """Its launches, for one chunk of samples; without a mask to keep those of a teacher, forward."""
+def case_of(each: Norm, backward: bool) -> Case:
+    """Its launches, for one chunk of samples."""
     plan = plan_of(each, backward)
     count, itemsize = plan.chunk, 4 if each.fp32 else 2
 
@@ -101,25 +101,23 @@ def case_of(each: Norm, backward: bool, *, keeps_mask: bool = True) -> Case:
     seed = empty(2, dtype=torch.int64) if each.dropout else None
     offset = empty(dtype=torch.int64) if each.dropout else None
     threshold = round(0.3 * 65536) if each.dropout else 0
-    bits = norm._empty_bits(x, each.dropout)
     tensors = (each.num_groups, weight, weight, scale, shift, pre_bias, seed, offset)
     numbers = (0, DROPOUT << 16, threshold)
     with record_launches() as launches:
         if backward:
             stats = empty(count, each.num_groups, 2)
             wanted = [True, True, each.scale_shift, each.scale_shift, each.pre_bias]
-            norm._backward(x, x, stats, *tensors, bits, *numbers, each.silu, wanted)
+            norm._backward(x, x, stats, *tensors, *numbers, each.silu, wanted)
         else:
-            norm._forward(x, *tensors, *numbers, 1e-5, each.silu, keeps_mask)
-    minimum = (3 if backward else 2) * itemsize + (each.dropout and keeps_mask) / 8
+            norm._forward(x, *tensors, *numbers, 1e-5, each.silu)
+    minimum = (3 if backward else 2) * itemsize
     moved: float = minimum
     if not plan.resident:
         partials = 2 + each.pre_bias if backward else 2
         moved += (2 if backward else 1) * itemsize + partials * 2 * 4 / plan.rows
-        moved += backward and each.dropout / 8
     return Case(
         op=f"group_norm_silu {'backward' if backward else 'forward'}",
-        shape=str(each) if keeps_mask else f"{each}, no mask kept",
+        shape=str(each),
         algorithm="resident" if plan.resident else "split",
         launches=launches,
         bytes_per_element=moved,
@@ -137,6 +135,4 @@ def cases(full: bool) -> Iterator[Case]:
         norms = norms_of("cifar10") | norms_of("imagenet64") | norms_of("imagenet64-ct2023")
     for each in sorted(norms):
         yield case_of(each, backward=False)
-        if each.dropout:
-            yield case_of(each, backward=False, keeps_mask=False)
         yield case_of(each, backward=True)

@@ -13,7 +13,7 @@ An activation is kept once, whoever needs it. By layer, in the order of ict_fast
     attention        its input (norm), the norm's output (convolution), query, key, value, the mixture
     output           its input and the norm's output, in fp32
 
-The fused GroupNorm-SiLU-dropout keeps its input, two numbers per group, and a bit per element of its mask.
+The fused GroupNorm-SiLU-dropout keeps its input and two numbers per group, and no mask.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ class NetworkCost:
         parameters: number of them.
         forward_flops, backward_flops: of one pass.
         trunk_values: activations kept for the backward pass in the trunk's dtype.
-        end_bytes: bytes of those kept whatever the trunk's dtype: in fp32 ends, embedding, loss; dropout's
-            masks.
+        end_bytes: bytes of those kept in fp32 whatever the trunk's dtype: ends, embedding, loss.
         widest_values: of the largest activation of the trunk.
     """
 
@@ -151,8 +150,6 @@ def _add_block(cost: NetworkCost, block: ResidualBlock, before: int, after: int)
         cost.end_bytes += 2 * block.attention.norm.num_groups * _FP32
     cost.end_bytes += 2 * (block.norm0.num_groups + block.norm1.num_groups) * _FP32
     cost.end_bytes += block.embedding.out_features * _FP32
-    if block.norm1.dropout > 0 and width % 8 == 0:
-        cost.end_bytes += width // 8 * (-(-pixels // 4) * 4)
     cost.trunk_values += kept
     cost.widest_values = max(cost.widest_values, wide, narrow, width * pixels)
 

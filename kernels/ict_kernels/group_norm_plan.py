@@ -30,7 +30,6 @@ class Plan:
         num_warps: of each program.
         maxnreg: the most registers of a thread; None: as the compiler sees fit.
         chunk: samples that a split pass takes at once.
-        keeps_mask: of dropout: the forward pass stores it, the backward pass reads it; else both draw it.
     """
 
     resident: bool
@@ -40,7 +39,6 @@ class Plan:
     num_warps: int
     maxnreg: int | None
     chunk: int
-    keeps_mask: bool
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class _Wishes:
     num_warps: int | None = None
     maxnreg: int | None = None
     chunk_bytes: int | None = None
-    keeps_mask: bool | None = None
 
 
 _wishes = _Wishes()
@@ -68,7 +65,6 @@ def planned(
     num_warps: int | None = None,
     maxnreg: int | None = None,
     chunk_bytes: int | None = None,
-    keeps_mask: bool | None = None,
 ) -> Iterator[None]:
     """Overrides the plan of the Triton kernels, to time variants: `with planned(num_warps=8, maxnreg=128):`.
 
@@ -80,25 +76,22 @@ def planned(
         resident: True for one pass over tiles in registers, False for split.
         groups: in a resident tile (and so implies one): divides the number of groups. The limits on a tile's
             size do not hold: it may spill.
-        rows: pixels in a split tile, a power of two, at least 4.
+        rows: pixels in a split tile, a power of two.
         num_warps: of each program, a power of two. The small kernels that merge partial sums keep theirs.
         maxnreg: the most registers of a thread, in the same kernels.
         chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2.
-        keeps_mask: False to draw dropout's mask again backward.
     Raises:
-        ValueError: for a number that is no such power of two where it must be; and by a norm whose shape
+        ValueError: for a number that is not a power of two where it must be; and by a norm whose shape
             cannot be computed so.
     """
     global _wishes
     for name, value in (("rows", rows), ("num_warps", num_warps)):
         if value is not None and value != power_of_2(value):
             raise ValueError(f"{name} must be a power of two, got {value}")
-    if rows is not None and rows < 4:
-        raise ValueError(f"rows must be at least 4, whose masks are one word; got {rows}")
     if groups is not None and resident is False:
         raise ValueError(f"groups = {groups} are of a resident tile, which resident=False excludes")
     before = _wishes
-    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes, keeps_mask)
+    _wishes = _Wishes(True if groups else resident, groups, rows, num_warps, maxnreg, chunk_bytes)
     try:
         yield
     finally:
@@ -162,8 +155,8 @@ def _plan_for(
     A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
     128 bytes as long as several tiles fit on a processor. Where none of two sectors fits (32 x 32), rows of
     one whole sector do; but backward the registers hold one such tile on a processor, whose program waits
-    most of the time. There split was 1.24 to 1.28 times as fast on an H200, but 0.83 times where it drew a
-    mask, which it does twice; with a mask that is kept, 1.04 times as fast as resident that draws it.
+    most of the time. There split was 1.24 to 1.28 times as fast on an H200, but 0.83 times with dropout,
+    whose mask it draws twice.
 
     A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
     1.14 times as fast there, and once 0.99.
@@ -192,10 +185,8 @@ def _plan_for(
             f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
             f" groups and {pixels} pixels"
         )
-    keeps_mask = dropout and channels % 8 == 0 and wishes.keeps_mask is not False
-    draws = dropout and not (backward and keeps_mask)
     # A wish for resident tiles is heard all the same.
-    split_is_faster = backward and not draws and pixels >= 1024 and not wishes.resident
+    split_is_faster = backward and not dropout and pixels >= 1024 and not wishes.resident
     if candidates and wishes.resident is not False and not split_is_faster:
         # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
         roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
@@ -203,15 +194,13 @@ def _plan_for(
         groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
         # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
         num_warps = min(16, power_of_2(-(-elements // (2304 if backward else 3072))))
-        return Plan(
-            True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count, keeps_mask
-        )
+        return Plan(True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count)
     width = min(64, power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
     chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
     elements = 8192 if backward or dropout or itemsize > 2 else 16384
     rows = min(rows, wishes.rows or elements // width)
-    return Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk, keeps_mask)
+    return Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk)
 
 
 def parts(width: int) -> tuple[int, int]:

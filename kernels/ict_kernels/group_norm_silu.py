@@ -5,8 +5,8 @@
 
 Statistics and everything between are fp32 for fp16, bf16 and fp32 inputs (float64 for float64); the output
 has the input's dtype and memory layout. Dropout's mask is a function of (seed, step, sample, element, layer),
-see philox.py: no generator state, and student and teacher share one by sharing the seed. Where a backward
-pass will come and 8 divides the channels, the forward pass leaves its mask, an eighth of a byte per element.
+see philox.py: no generator state, no stored mask (the backward pass draws it again), and student and teacher
+share one by sharing the seed.
 
 Group norm: Wu & He, "Group Normalization", ECCV 2018. SiLU: x sigmoid(x).
 
@@ -19,8 +19,8 @@ Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen 
   chunks that fit there (`chunk_bytes_of`), and 2 and 4 of the bytes come from it.
 
 On an H200 (benchmarks/RESULTS.md) split reached 84 to 97 % of a copy of its bytes, 78 % with a gradient of
-pre_bias, and resident forward 66 % at 32 x 32; with dropout 51 % forward there, 65 % backward. Instructions
-and memory take turns in it, see results/analysis.md, which has shapes further from a copy too.
+pre_bias, and resident forward 66 % at 32 x 32; with dropout 36 to 65 %, where instructions and memory take
+turns. See results/analysis.md, which has shapes further from a copy too.
 
 The kernels work on channels_last; other layouts are converted on the way in and back on the way out. No sum
 is taken in an order that depends on timing: equal inputs give equal bits.
@@ -188,49 +188,6 @@ def _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP: tl.constexpr
 
 
 @jit
-def _mask_bits(
-    n,
-    p,
-    first,
-    end,
-    pixels,
-    draw,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FULL: tl.constexpr,
-    DROP: tl.constexpr,
-):
-    """The mask of pixels p and channels first, first + 1, ... up to `end` as memory has it: [ROWS, WIDTH //
-    8] words whose low byte is `_kept_lanes` of 8 channels. None without DROP or a bits_ptr.
-
-    With a seed_ptr it is drawn and stored first, while the loads that precede are under way. Memory has bytes
-    (N, CHANNELS // 8, pixels), so that a tile fills whole sectors, and of pixels a multiple of four, to be
-    loaded as words: the compiler tests seven bits of a word at once, but those of a byte one by one.
-    """
-    seed_ptr, _, _, _, threshold, bits_ptr = draw
-    if not DROP or bits_ptr is None:
-        bits = None
-    else:
-        eighth = first // 8 + tl.arange(0, WIDTH // 8)
-        stride = (pixels + 3) // 4 * 4
-        start = n * stride * (CHANNELS // 8)
-        mask = (p < pixels)[:, None] & (eighth * 8 < end)[None, :]
-        if seed_ptr is not None:
-            tl.debug_barrier()  # else those loads would come after
-            lanes = _kept_lanes(_eight_lanes(n, p, eighth, draw, CHANNELS), threshold)
-            at = bits_ptr + start + eighth[None, :] * stride + p[:, None]
-            if FULL:
-                tl.store(at, lanes.to(tl.uint8))
-            else:
-                tl.store(at, lanes.to(tl.uint8), mask=mask)
-            tl.debug_barrier()  # other threads load it
-        words = bits_ptr.to(tl.pointer_type(tl.int32)) + start // 4
-        at = words + eighth[None, :] * (stride // 4) + (p // 4)[:, None]
-        bits = (tl.load(at) if FULL else tl.load(at, mask=mask, other=0)) >> (p % 4 * 8)[:, None]
-    return bits
-
-
-@jit
 def _eight_lanes(n, p, eighth, draw, CHANNELS: tl.constexpr):
     """The words of one call for each 8 neighbouring channels."""
     call = p.to(tl.uint32)[:, None] * (CHANNELS // 8) + eighth.to(tl.uint32)[None, :]
@@ -239,7 +196,7 @@ def _eight_lanes(n, p, eighth, draw, CHANNELS: tl.constexpr):
 
 @jit
 def _number_in_run(n, draw):
-    _, offset_ptr, offset, _, _, _ = draw
+    _, offset_ptr, offset, _, _ = draw
     number = n + offset
     if offset_ptr is not None:
         number += tl.load(offset_ptr)
@@ -247,34 +204,14 @@ def _number_in_run(n, draw):
 
 
 @jit
-def _kept_lanes(words, threshold):
-    """Which of the 8 lanes of a call are at least the threshold, as a byte: bits j and 4 + j are those of the
-    lower and the upper lane of word j."""
-    # Both lanes of a word at once: by their top bits, or where these are equal by what a difference of the
-    # rest leaves in their place.
-    least = threshold.to(tl.uint32) * 0x10001
-    below = least ^ 0xFFFFFFFF
-    places = tl.zeros(words[0].shape, tl.uint32)
-    for j in tl.static_range(4):
-        rest = (words[j] | 0x80008000) - (least & 0x7FFF7FFF)
-        at_least = (words[j] & below) | ((words[j] ^ below) & rest)
-        places |= (at_least & 0x80008000) >> (3 - j)
-    return (places >> 12) | (places >> 24)
-
-
-@jit
-def _dropped(values, bits, n, p, first, draw, CHANNELS: tl.constexpr, DROP: tl.constexpr):
+def _dropped(values, n, p, first, draw, CHANNELS: tl.constexpr, DROP: tl.constexpr):
     """With DROP, 0 for what dropout_keep_mask drops of pixels p and channels first, first + 1, ...; what it
-    keeps is not scaled yet. The mask is `bits`, or drawn here where these are None."""
+    keeps is not scaled yet."""
     if DROP:
         WIDTH: tl.constexpr = values.shape[1]
         # Drawn lanes are compared in the upper halves of words: what stands below changes nothing.
         least = draw[4].to(tl.uint32) << 16
-        if bits is not None:
-            lane = tl.arange(0, 8)
-            each = bits[:, :, None] >> (lane % 2 * 4 + lane // 2)[None, None, :]
-            keep = (tl.reshape(each, values.shape) & 1) != 0
-        elif CHANNELS % 8 == 0:  # and so it divides `first` and WIDTH
+        if CHANNELS % 8 == 0:  # and so it divides `first` and WIDTH
             w0, w1, w2, w3 = _eight_lanes(n, p, first // 8 + tl.arange(0, WIDTH // 8), draw, CHANNELS)
             words = interleave4(w0, w1, w2, w3)
             keep = tl.reshape(tl.join(words << 16, words), values.shape) >= least
@@ -301,14 +238,14 @@ def _scale(draw, DROP: tl.constexpr):
 
 
 @jit
-def _activation(z, bits, n, p, first, draw, CHANNELS: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr):
+def _activation(z, n, p, first, draw, CHANNELS: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr):
     """dropout(silu(z)). A factor of z is dropped: of the product the compiler would do it in 16 bits, one by
     one, and of z it takes more registers."""
     if SILU:
         factor = _sigmoid(z, _kept_share(draw, DROP))
     else:
         factor = tl.full(z.shape, 1.0, tl.float32) * _scale(draw, DROP)
-    return z * _dropped(factor, bits, n, p, first, draw, CHANNELS, DROP)
+    return z * _dropped(factor, n, p, first, draw, CHANNELS, DROP)
 
 
 @jit
@@ -414,7 +351,6 @@ def resident_forward(
     pre_ptr,
     seed_ptr,
     offset_ptr,
-    bits_ptr,
     scale_stride,
     shift_stride,
     pre_stride,
@@ -438,7 +374,7 @@ def resident_forward(
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     FILLED: tl.constexpr = FULL0 and WIDTH1 == 0 and WIDTH0 == GROUPS * GROUP
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold, bits_ptr)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
     first = (program % (CHANNELS // BUNDLE)) * BUNDLE
@@ -453,10 +389,6 @@ def resident_forward(
             p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
         )
         x1 = _load(x_ptr + at1, mask1, FULL1)
-    end = first + BUNDLE
-    bits0 = _mask_bits(n, p, first, end, PIXELS, draw, CHANNELS, WIDTH0, FULL0, DROP)
-    if WIDTH1 > 0:
-        bits1 = _mask_bits(n, p, first + WIDTH0, end, PIXELS, draw, CHANNELS, WIDTH1, FULL1, DROP)
 
     pre0 = _vector(pre_ptr, n * pre_stride + c0, inside0, 0.0)
     if FILLED:
@@ -485,13 +417,13 @@ def resident_forward(
 
     q0, b0 = _affine_of(n, c0, inside0, affine)
     z0 = x0 * (q0 * _to_channels(rstd, member0))[None, :] + b0[None, :]
-    _store(y_ptr + at0, _activation(z0, bits0, n, p, first, draw, CHANNELS, SILU, DROP), mask0, FULL0)
+    _store(y_ptr + at0, _activation(z0, n, p, first, draw, CHANNELS, SILU, DROP), mask0, FULL0)
     if WIDTH1 > 0:
         q1, b1 = _affine_of(n, c1, inside1, affine)
         z1 = x1 * (q1 * _to_channels(rstd, member1))[None, :] + b1[None, :]
         _store(
             y_ptr + at1,
-            _activation(z1, bits1, n, p, first + WIDTH0, draw, CHANNELS, SILU, DROP),
+            _activation(z1, n, p, first + WIDTH0, draw, CHANNELS, SILU, DROP),
             mask1,
             FULL1,
         )
@@ -501,7 +433,6 @@ def resident_forward(
 def _first_half(
     x,
     dy,
-    bits,
     n,
     p,
     c,
@@ -521,7 +452,7 @@ def _first_half(
     """Of one part of a tile: dz, not scaled yet; the sums over its pixels of dz and of dz x_hat; by group,
     [GROUPS, 2], those of q dz and q dz x_hat. Each pair is summed side by side, so that threads wait for each
     other once."""
-    dy = _dropped(dy, bits, n, p, first, draw, CHANNELS, DROP)
+    dy = _dropped(dy, n, p, first, draw, CHANNELS, DROP)
     centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = _affine_of(n, c, inside, affine)
     x -= centre[None, :]
@@ -601,7 +532,6 @@ def resident_backward(
     pre_ptr,
     seed_ptr,
     offset_ptr,
-    bits_ptr,
     dweight_ptr,
     dbias_ptr,
     dscale_ptr,
@@ -628,7 +558,7 @@ def resident_backward(
     FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold, bits_ptr)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     outputs = (dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr)
     program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
@@ -645,22 +575,18 @@ def resident_backward(
             p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
         )
         x1, dy1 = _load(x_ptr + at1, mask1, FULL1), _load(dy_ptr + at1, mask1, FULL1)
-    end = first + BUNDLE
-    bits0 = _mask_bits(n, p, first, end, PIXELS, draw, CHANNELS, WIDTH0, FULL0, DROP)
-    if WIDTH1 > 0:
-        bits1 = _mask_bits(n, p, first + WIDTH0, end, PIXELS, draw, CHANNELS, WIDTH1, FULL1, DROP)
     # All loads are under way before the first is waited for: else the compiler spreads them. With dropout
     # that would take the registers of a third program on a processor, where there is room for one.
     if not DROP or ROWS >= 1024:
         tl.debug_barrier()
 
     dz0, s10, s20, means = _first_half(
-        x0, dy0, bits0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine, draw,
+        x0, dy0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine, draw,
         CHANNELS, GROUP, SILU, DROP,
     )  # fmt: skip
     if WIDTH1 > 0:
         dz1, s11, s21, means1 = _first_half(
-            x1, dy1, bits1, n, p, c1, inside1, first + WIDTH0, member1, stats_ptr, pre_ptr, pre_stride,
+            x1, dy1, n, p, c1, inside1, first + WIDTH0, member1, stats_ptr, pre_ptr, pre_stride,
             affine, draw, CHANNELS, GROUP, SILU, DROP,
         )  # fmt: skip
         means += means1
@@ -784,7 +710,6 @@ def split_apply(
     pre_ptr,
     seed_ptr,
     offset_ptr,
-    bits_ptr,
     scale_stride,
     shift_stride,
     pre_stride,
@@ -803,16 +728,15 @@ def split_apply(
 ):
     """y, from the statistics of the groups."""
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold, bits_ptr)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     n, _, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
     x = _load(x_ptr + base + at, mask, FULL)
-    bits = _mask_bits(n, p, first, CHANNELS, pixels, draw, CHANNELS, WIDTH, FULL, DROP)
     centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = _affine_of(n, c, inside, affine)
     z = (x - centre[None, :]) * (q * rstd)[None, :] + b[None, :]
-    _store(y_ptr + base + at, _activation(z, bits, n, p, first, draw, CHANNELS, SILU, DROP), mask, FULL)
+    _store(y_ptr + base + at, _activation(z, n, p, first, draw, CHANNELS, SILU, DROP), mask, FULL)
 
 
 @jit(do_not_specialize=_VARYING)
@@ -828,7 +752,6 @@ def split_backward(
     pre_ptr,
     seed_ptr,
     offset_ptr,
-    bits_ptr,
     s1_ptr,
     s2_ptr,
     sx_ptr,
@@ -851,18 +774,18 @@ def split_backward(
 ):
     """Without dx: sums over ROWS pixels of dz, dz x_hat and (with sx) x_hat. With dx: dx, by their means."""
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
-    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold, bits_ptr)
+    draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     n, place, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
     x, dy = _load(x_ptr + base + at, mask, FULL), _load(dy_ptr + base + at, mask, FULL)
     tl.debug_barrier()  # see resident_backward
-    bits = _mask_bits(n, p, first, CHANNELS, pixels, draw, CHANNELS, WIDTH, FULL, DROP)
+    dy = _dropped(dy, n, p, first, draw, CHANNELS, DROP)
     centre, rstd = _centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = _affine_of(n, c, inside, affine)
     x -= centre[None, :]
     z = x * (q * rstd)[None, :] + b[None, :]
-    dz = _dropped(_silu_backward(z, dy, SILU), bits, n, p, first, draw, CHANNELS, DROP)
+    dz = _silu_backward(z, dy, SILU)
     if dx_ptr is None:
         s1, s2 = tl.split(tl.sum(tl.join(_rounded_if_few(dz), _rounded_if_few(dz * x)), axis=0))
         scale = _scale(draw, DROP)
@@ -1029,17 +952,6 @@ def _like(
     return (x.shape, x.device, plan, compiled_for, tuple(map(_row_stride, tensors[1:])), *others)
 
 
-def _empty_bits(x: Tensor, wanted: bool) -> Tensor:
-    """What a forward pass is to store its mask in for the backward pass; (0,) where both draw it."""
-    count, channels, height, width = x.shape
-    if not wanted or channels % 8 != 0:
-        return x.new_empty(0, dtype=torch.uint8)
-    pixels = height * width
-    shape = (count, channels // 8, -(-pixels // 4) * 4)
-    # No kernel writes what is added to the pixels.
-    return (x.new_empty if pixels % 4 == 0 else x.new_zeros)(shape, dtype=torch.uint8)
-
-
 def _forward(
     x: Tensor,
     num_groups: int,
@@ -1055,9 +967,8 @@ def _forward(
     threshold: int,
     eps: float,
     silu: bool,
-    keeps_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, (N, num_groups, 2) fp32 mean and rstd, and if wanted the mask; see `_empty_bits`."""
+) -> tuple[Tensor, Tensor]:
+    """y and (N, num_groups, 2) fp32 mean and rstd."""
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias, scale, shift, pre_bias = map(_unit_stride, (weight, bias, scale, shift, pre_bias))
     count, channels, height, width = x.shape
@@ -1065,10 +976,8 @@ def _forward(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     stats = torch.empty(count, num_groups, 2, dtype=torch.float32, device=x.device)
     dropout, chunk_bytes = threshold > 0, chunk_bytes_of(x.device)
-    bits = _empty_bits(x, dropout and keeps_mask)
     plan = plan_of(count, channels, pixels, num_groups, x.element_size(), False, dropout, chunk_bytes)
-    stored = bits if plan.keeps_mask and bits.numel() > 0 else None
-    tensors = (x, weight, bias, scale, shift, pre_bias, seed, offset_tensor, stored)
+    tensors = (x, weight, bias, scale, shift, pre_bias, seed, offset_tensor)
     like = _like(tensors, (offset, stream), plan, num_groups, silu, dropout)
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
@@ -1083,7 +992,6 @@ def _forward(
         "pre_ptr": pre_bias,
         "seed_ptr": seed,
         "offset_ptr": offset_tensor,
-        "bits_ptr": stored,
         "scale_stride": _row_stride(scale),
         "shift_stride": _row_stride(shift),
         "pre_stride": _row_stride(pre_bias),
@@ -1106,7 +1014,7 @@ def _forward(
             eps=eps,
             **arguments,
         )
-        return y, stats, bits
+        return y, stats
     blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
     partial = torch.empty(2, plan.chunk, blocks, channels, dtype=torch.float32, device=x.device)
     over_tiles: dict[str, Any] = {
@@ -1142,7 +1050,7 @@ def _forward(
         launch(split_statistics, (blocks * pieces, samples), start=start, **statistics)
         launch(merge_statistics, (num_groups, samples), start=start, **merge)
         launch(split_apply, (blocks * pieces, samples), start=start, **arguments, **over_tiles)
-    return y, stats, bits
+    return y, stats
 
 
 def _backward(
@@ -1157,17 +1065,13 @@ def _backward(
     pre_bias: Tensor | None,
     seed: Tensor | None,
     offset_tensor: Tensor | None,
-    bits: Tensor,
     offset: int,
     stream: int,
     threshold: int,
     silu: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and, as far as wanted, of weight, bias, scale, shift, pre_bias; others are empty.
-
-    The mask is that of `bits`, or drawn again if they are empty.
-    """
+    """Gradients of x and, as far as wanted, of weight, bias, scale, shift, pre_bias; others are empty."""
     x = x.contiguous(memory_format=torch.channels_last)
     dy = dy.contiguous(memory_format=torch.channels_last)
     dx, *gradients = _empty_gradients(x, (weight, bias, scale, shift, pre_bias), wanted)
@@ -1185,12 +1089,9 @@ def _backward(
 
     dropout, chunk_bytes = threshold > 0, chunk_bytes_of(x.device)
     plan = plan_of(count, channels, pixels, num_groups, x.element_size(), True, dropout, chunk_bytes)
-    stored = bits if plan.keeps_mask and bits.numel() > 0 else None
-    if stored is not None:
-        seed, offset_tensor = None, None
     parameters = (weight, bias, scale, shift, pre_bias)
     kinds = tuple(wanted), tuple([0 if each is None else each.dim() for each in parameters])
-    tensors = (x, dy, stats, *parameters, seed, offset_tensor, stored)
+    tensors = (x, dy, stats, *parameters, seed, offset_tensor)
     like = _like(tensors, (offset, stream), plan, num_groups, silu, dropout, *kinds)
     elements = plan.rows * sum(plan.widths)
     tile = _tile_arguments(plan, channels, pixels, num_groups)
@@ -1209,7 +1110,6 @@ def _backward(
         "pre_ptr": pre_bias,
         "seed_ptr": seed,
         "offset_ptr": offset_tensor,
-        "bits_ptr": stored,
         "scale_stride": _row_stride(scale),
         "shift_stride": _row_stride(shift),
         "pre_stride": _row_stride(pre_bias),
@@ -1317,13 +1217,8 @@ _backward_op = torch.library.custom_op(
 
 @_forward_op.register_fake
 def _(x, num_groups, *others):
-    threshold, _eps, _silu, keeps_mask = others[-4:]
     stats = torch.empty(x.shape[0], num_groups, 2, dtype=torch.float32, device=x.device)
-    return (
-        torch.empty_like(x, memory_format=torch.channels_last),
-        stats,
-        _empty_bits(x, threshold > 0 and keeps_mask),
-    )
+    return torch.empty_like(x, memory_format=torch.channels_last), stats
 
 
 @_backward_op.register_fake
@@ -1333,16 +1228,15 @@ def _(dy, x, stats, num_groups, weight, bias, scale, shift, pre_bias, *others):
 
 def _save_for_backward(ctx, inputs, output) -> None:
     x, num_groups, weight, bias, scale, shift, pre_bias, seed, offset_tensor, *numbers = inputs
-    _, stats, bits = output
-    ctx.save_for_backward(x, stats, weight, bias, scale, shift, pre_bias, seed, offset_tensor, bits)
-    offset, stream, threshold, _eps, silu, _keeps_mask = numbers
+    ctx.save_for_backward(x, output[1], weight, bias, scale, shift, pre_bias, seed, offset_tensor)
+    offset, stream, threshold, _eps, silu = numbers
     ctx.num_groups, ctx.numbers = num_groups, (offset, stream, threshold, silu)
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_forward(ctx, dy, _dstats, _dbits):
+def _backward_of_forward(ctx, dy, _dstats):
     if dy is None:
-        return (None,) * 15
+        return (None,) * 14
     x, stats, *tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[i] for i in range(2, 7)]
@@ -1352,7 +1246,7 @@ def _backward_of_forward(ctx, dy, _dstats, _dbits):
         dx if needs[0] else None,
         None,
         *(each if want else None for each, want in zip(others, wanted, strict=True)),
-        *(None,) * 8,
+        *(None,) * 7,
     )
 
 
@@ -1443,9 +1337,7 @@ def group_norm_silu(
         offset_tensor, offset_int = offset_arguments(offset, x.device)
     else:
         seed = None
-    tensors = (x, weight, bias, scale, shift, pre_bias)
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, _, _ = _forward_op(
+    y, _ = _forward_op(
         _as_channels_last(x),
         num_groups,
         weight,
@@ -1460,7 +1352,6 @@ def group_norm_silu(
         threshold,
         eps,
         activation == "silu",
-        differentiable,
     )
     return _with_layout_of(x, y.view(x.shape) if x.dim() <= 4 else y.unflatten(3, x.shape[3:]))
 

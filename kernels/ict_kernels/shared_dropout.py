@@ -160,9 +160,8 @@ def seed_dropout(network: nn.Module, seed: int | None = None) -> DropoutSeed:
 
     Until `advance` is called, all passes have the same masks: student, teacher, a recomputation under
     activation checkpointing. Parameters, state dict and module tree stay as they are. Where
-    `GroupNormSiLU.replace_in` has replaced the norm before a dropout layer, its kernel draws the mask and
-    keeps a bit of each element; elsewhere on a GPU it is some hundred small operations, which torch.compile
-    makes one.
+    `GroupNormSiLU.replace_in` has replaced the norm before a dropout layer, its kernel draws the mask and no
+    mask is stored; elsewhere on a GPU it is some hundred small operations, which torch.compile makes one.
 
     A mask belongs to a layer: one that a pass calls in two places draws the same mask in both, if the shapes
     are equal. Give each place a layer of its own.

@@ -205,23 +205,6 @@ def test_the_mask_is_the_cpus_and_does_not_depend_on_the_split():
         assert torch.equal((whole != 0).cpu(), dropout_keep_mask(shape, 0.3, seed.cpu(), 0, 9))
 
 
-@pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize(("size", "channels"), [(7, 256), (8, 256), (16, 576), (32, 256)])
-def test_a_mask_that_is_kept_is_the_one_that_would_be_drawn(size, channels, resident):
-    """Threads read what others of their program have stored; many samples, so that it is under load."""
-    norm = kernel_cases.Norm(size, channels, GROUPS, dropout=True, pre_bias=True)
-    arguments, options = arguments_of(norm, 2**19 // size**2 // channels * 64), options_of(norm)
-    gradient = torch.randn_like(arguments["x"])
-    found = []
-    for keeps_mask in (True, False):
-        with planned(resident=resident, keeps_mask=keeps_mask):
-            found.append(results(arguments, gradient, False, **options))
-    kept, drawn = found
-    assert torch.equal(kept["y"] == 0, drawn["y"] == 0)
-    for name, value in drawn.items():
-        assert (kept[name] - value).norm() <= 1e-3 * value.norm(), name
-
-
 @pytest.mark.parametrize(
     "norm",
     [kernel_cases.Norm(16, 256, GROUPS, dropout=True, pre_bias=True), kernel_cases.Norm(64, 192, GROUPS)],

@@ -131,12 +131,11 @@ def edge_launches() -> list[Launch]:
             weight, scale = empty(channels), empty(count, channels)
             tensors = (1, weight, weight, scale, scale, scale, integers(2), integers())
             numbers = (1, DROPOUT << 16 | 1, 1)
-            for bits in (norm._empty_bits(x, True), norm._empty_bits(x, False)):
-                norm._forward(x, *tensors, *numbers, 1e-5, True, bits.numel() > 0)
-                norm._backward(x, x, empty(count, 1, 2), *tensors, bits, *numbers, True, [True] * 5)
+            norm._forward(x, *tensors, *numbers, 1e-5, True)
+            norm._backward(x, x, empty(count, 1, 2), *tensors, *numbers, True, [True] * 5)
         # A convolution's bias has no row of its own for each sample; an offset may need 64 bits.
         x, bias = empty(2, 36, 3, 3, dtype=torch.float16), empty(36)
-        norm._forward(x, 2, bias, None, None, None, bias, integers(2), None, 2**40, 5, 7, 1e-5, False, True)
+        norm._forward(x, 2, bias, None, None, None, bias, integers(2), None, 2**40, 5, 7, 1e-5, False)
 
         for shape in ((1, 1, 1, 1), (1, 1, 130, 1000)):
             images = [empty(*shape, dtype=bf16)] * 2 + [empty(*shape)] * 2 + [empty(shape[0])] * 3
@@ -238,18 +237,18 @@ def test_launches_after_the_first_go_to_what_triton_compiled_with_the_arguments_
     x = torch.empty(5, 64, 9, 9).to(memory_format=torch.channels_last)
     weight, stats = torch.empty(64), torch.empty(5, 8, 2)
     none = (None,) * 5
-    last = (norm._empty_bits(x, False), 0, 0, 0, True, [True, True, False, False, False])
+    last = (0, 0, 0, True, [True, True, False, False, False])
     try:
         with planned(resident=False, chunk_bytes=2 * x[0].numel() * 4):
-            norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True, True)
+            norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
             norm._backward(x, x, stats, 8, weight, weight, *none, *last)
             first = len(made)
-            norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True, True)
+            norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
             assert len(made) == first, "a second call of the op has nothing to bind"
             with record_launches() as wanted:
-                norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True, True)
+                norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
                 norm._backward(x, x, stats, 8, weight, weight, *none, *last)
-                norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True, True)
+                norm._forward(x, 8, weight, weight, *none, 0, 0, 0, 1e-5, True)
     finally:
         triton.runtime.driver.set_active(before)
         for kernel in made:
@@ -293,7 +292,6 @@ def norm_calls() -> Iterator[Callable[[], object]]:
         "stream": 0,
         "threshold": 0,
         "silu": True,
-        "keeps_mask": True,
         "wanted": [True, True, False, False, False],
         "dy": None,
         "stats": None,
@@ -319,7 +317,6 @@ def norm_calls() -> Iterator[Callable[[], object]]:
         {"weight": None, "wanted": [False, True, False, False, False]},
         {"silu": False},
         drawing,
-        {**drawing, "keeps_mask": False},
         {**drawing, "seed": odd(seed)},
         {**drawing, "offset": 9, "threshold": 16, "stream": 48},
         {**drawing, "offset": 2**40},
@@ -346,11 +343,11 @@ def norm_calls() -> Iterator[Callable[[], object]]:
         def call(given: dict[str, Any] = given) -> None:
             x, *tensors = list(given.values())[:9]
             numbers = given["offset"], given["stream"], given["threshold"]
-            *_, bits = norm._forward(x, *tensors, *numbers, 1e-5, given["silu"], given["keeps_mask"])
+            norm._forward(x, *tensors, *numbers, 1e-5, given["silu"])
             stats, dy = given["stats"], given["dy"]
             stats = torch.zeros(len(x), given["groups"], 2) if stats is None else stats
             dy = torch.zeros_like(x) if dy is None else dy
-            norm._backward(dy, x, stats, *tensors, bits, *numbers, given["silu"], given["wanted"])
+            norm._backward(dy, x, stats, *tensors, *numbers, given["silu"], given["wanted"])
 
         yield call
 

@@ -317,7 +317,7 @@ def test_a_short_run_is_given_in_minutes_and_its_rate_is_doubted(capsys: pytest.
         (["--micro-batch", "4", "--gpus", "512", "--batch-size", "3072"], "must divide the 6 images"),
         (["--preset", "imagnet64"], 'there is no preset "imagnet64"; did you mean "imagenet64"'),
         (["--mfu", "1.2"], "--mfu is 1.2; it must be a share"),
-        (["--micro-batch", "512", "--gpu", "h100"], "needs 111 GB on each GPU for 512 images"),
+        (["--micro-batch", "512", "--gpu", "h100"], "needs 110 GB on each GPU for 512 images"),
         (["--json", "/dev/null/plan.json"], "--json is /dev/null, but /dev/null is not a folder"),
         (["--json", "/"], "--json is /, a folder; name a file to write, such as /plan.json"),
         (["--results", "/dev/null"], "--results is /dev/null, which is no folder"),

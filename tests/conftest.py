@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from ict_fast.config import Config
 # processes that run side by side on two cores would spin against each other with more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+sys.path.append(str(Path(__file__).parent))  # for forked.py
 
 
 # The files that take longest begin first: of several workers, none is left alone with one of them at the end.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from forked import ForkedPython
 from PIL import Image
 
 from ict_fast.cli import main
@@ -69,21 +69,11 @@ def ict_fast_commands() -> Iterator[list[str]]:
 
 
 def test_the_readmes_ict_fast_commands_run_in_their_order(tmp_path: Path) -> None:
-    output, ran = tmp_path / "output", 0
-    with subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("forked_commands.py")],
-        cwd=workshop(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as runner:
-        assert runner.stdin
-        assert runner.stdout
-        for command in ict_fast_commands():
-            print(json.dumps([str(output), *command[1:]]), file=runner.stdin, flush=True)
-            code = runner.stdout.readline().strip()
-            assert code == "0", f"{shlex.join(command)}\n{output.read_text()}"
-            ran += 1
+    ran = 0
+    for command in ict_fast_commands():
+        process = ForkedPython(["-m", "ict_fast", *command[1:]], tmp_path / "output", workshop())
+        assert process.wait() == 0, f"{shlex.join(command)}\n{process.output()}"
+        ran += 1
     assert ran >= 12
     for name in ("digits.png", "samples.npz", "runs/two-processes/config.json", "data/imagenet64/meta.json"):
         assert (workshop() / name).exists()

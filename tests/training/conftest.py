@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forked import ForkedPython
 
 from ict_fast.config import Config
 from ict_fast.data.loaders import Batch
@@ -40,23 +41,25 @@ def flags(config: Config) -> list[str]:
 
 
 @pytest.fixture
-def command() -> Callable[..., subprocess.Popen]:
+def command(tmp_path: Path) -> Iterator[Callable[..., ForkedPython | subprocess.Popen]]:
     """Starts `ict-fast train` on the CPU in a process of its own, or in those of a launcher."""
 
-    def start(config: Config, out: Path, *extra: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-        return subprocess.Popen(
-            [
-                *(sys.executable, *launcher, "-m", "ict_fast", "train", "--device", "cpu", "--out", str(out)),
-                *flags(config),
-                *extra,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+    def start(
+        config: Config, out: Path, *extra: str, launcher: tuple[str, ...] = ()
+    ) -> ForkedPython | subprocess.Popen:
+        words = [*launcher, "-m", "ict_fast", "train", "--device", "cpu", "--out", str(out)]
+        words += [*flags(config), *extra]
+        if launcher:  # whose processes look at its command line
+            output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            return subprocess.Popen([sys.executable, *words], **output)
+        started.append(ForkedPython(words, tmp_path / f"output-{len(started)}.txt"))
+        return started[-1]
 
-    return start
+    started: list[ForkedPython] = []
+    yield start
+    for process in started:
+        if process.poll() is None:  # a test has failed
+            process.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture

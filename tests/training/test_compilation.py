@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import ForkedPython
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
@@ -313,7 +313,7 @@ def test_compiled_code_is_kept_by_version_and_device_where_the_user_says(
 
 @pytest.mark.drill
 def test_a_second_start_compiles_in_a_third_of_the_time(
-    tiny: Config, tmp_path: Path, command: Callable[..., subprocess.Popen], monkeypatch: pytest.MonkeyPatch
+    tiny: Config, tmp_path: Path, command: Callable[..., ForkedPython], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     seconds = []

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import ForkedPython
 from torch import Tensor
 from torch.distributed import HashStore
 
@@ -38,7 +38,7 @@ from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 from ict_fast.training.world import require_launched
 
-Command = Callable[..., subprocess.Popen]
+Command = Callable[..., ForkedPython]
 
 
 # ---- the same model, whatever the number of processes ----
@@ -50,15 +50,13 @@ def _together(task: str, size: int, folder: Path, *arguments: object) -> list[st
     """Runs `tests/training/peer.py TASK` in `size` processes that find each other; none may fail.
 
     Returns:
-        What each wrote on standard error.
+        What each wrote.
     """
-    words = [sys.executable, str(PEER), task, str(size), str(folder), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     peers = [
-        subprocess.Popen([*words, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        ForkedPython([PEER, task, str(size), folder, *map(str, arguments), str(rank)], folder / f"{rank}.txt")
         for rank in range(size)
     ]
-    written = [peer.communicate(timeout=300)[1] for peer in peers]
+    written = [peer.communicate(timeout=300)[0] for peer in peers]
     failed = [text for peer, text in zip(peers, written, strict=True) if peer.returncode]
     assert not failed, failed[0]
     return written
@@ -259,7 +257,7 @@ def _newest(out: Path) -> int:
     return max(steps, default=0)
 
 
-def _wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
+def _wait(process: ForkedPython, until: Callable[[], bool]) -> None:
     while process.poll() is None and not until():
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]

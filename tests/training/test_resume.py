@@ -8,7 +8,6 @@ import pty
 import random
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import ForkedPython
 
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
@@ -138,7 +138,7 @@ def _interrupt_at(config: Config, out: Path, steps: list[int]) -> None:
 def test_two_kill_nines_and_reruns_of_the_command_change_no_bit(
     tiny: Config,
     tmp_path: Path,
-    command: Callable[..., subprocess.Popen],
+    command: Callable[..., ForkedPython],
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
     threads: int,
@@ -173,7 +173,7 @@ def _newest(out: Path) -> int:
 
 
 def test_a_signal_saves_and_stops_and_the_same_command_resumes(
-    tiny: Config, tmp_path: Path, command: Callable[..., subprocess.Popen]
+    tiny: Config, tmp_path: Path, command: Callable[..., ForkedPython]
 ) -> None:
     config = replace(
         tiny,

@@ -1,6 +1,6 @@
 """These files run under TRITON_INTERPRET=1 alone: ../test_interpreted.py starts them."""
 
-import inspect
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         raise pytest.UsageError("set TRITON_INTERPRET=1, or run tests/kernels/test_interpreted.py")
 
 
-def remember_what_is_patched() -> None:
-    """At each call of each function Triton's interpreter looks through all of `triton.language` for what it
-    has to replace, which takes half of these tests' time. Here it looks once.
+def do_without_what_changes_nothing() -> None:
+    """Triton's interpreter spends most of these tests' time on two things that it need not do: at each sum of
+    integers it computes whether it overflows, which it looks at in debug mode alone; and at each call inside
+    of a kernel it replaces its language's functions, which the kernel's launch has replaced already.
     """
+    import triton.language as tl
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
+    builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+
     @cache
-    def names_in(package: Any) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+    def languages(fn: Any) -> list[Any]:
+        return [module for module in (tl, tl.core) if any(module is each for each in fn.__globals__.values())]
 
-    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-        for name in names_in(package):
-            member = getattr(package, name)
-            if is_builtin(member):  # else it has been replaced already
-                interpreter._patch_attr(package, name, member, builder, scope)
+    def patch_once(fn: Any) -> Any:
+        to_do = any(is_builtin(language.load) for language in languages(fn))
+        return patch(fn) if to_do else interpreter._LangPatchScope()
 
-    interpreter._patch_builtin = patch_builtin
+    interpreter._patch_lang = patch_once
 
 
 if INTERPRETED:
-    remember_what_is_patched()
+    do_without_what_changes_nothing()

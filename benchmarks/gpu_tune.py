@@ -92,9 +92,7 @@ def tune(
         "direction": direction,
         "samples": samples,
         "uses_per_forward_pass": case.uses,
-        "minimum_bytes": int(
-            elements * (case.dtype.itemsize * (3 if direction == "backward" else 2) + (case.dropout > 0) / 8)
-        ),
+        "minimum_bytes": elements * case.dtype.itemsize * (3 if direction == "backward" else 2),
         "present": {"plan": asdict(present)},
         "plans": {},
         "failed": {},

@@ -20,8 +20,8 @@ from ict_fast.config import Config
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-# Inductor compiles a program for each of the processor's vector units, in every new cache, to see whether the
-# compiler knows it: as long as it takes for two blocks.
+# In every new cache Inductor compiles a program for each of the processor's vector units, to see whether the
+# compiler knows them, which takes as long as two blocks. Here a compiler that does not know them fails.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 sys.path.append(str(Path(__file__).parent))  # for forked.py

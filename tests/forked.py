@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -18,9 +20,10 @@ _CONTEXT.set_forkserver_preload(["torch._dynamo", "ict_fast.training.trainer", "
 
 
 class ForkedPython:
-    """`python WORDS...` as subprocess.Popen would run it, its output and errors in one file.
+    """`python WORDS...`, its output and errors in one file, with the methods of subprocess.Popen.
 
-    What the libraries read of the environment when they are imported is as it was for the first of them.
+    All share what an interpreter begins with: the order of sets, and what libraries read of the environment
+    when they are imported. At its end there is no `atexit`.
     """
 
     def __init__(self, words: Sequence[str | Path], output: Path, cwd: Path | None = None) -> None:
@@ -46,7 +49,7 @@ class ForkedPython:
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if self.returncode is None:
-            self.send_signal(signal.SIGKILL)  # else Python would wait for it at its end
+            self.kill()  # else Python would wait for it at its end
             raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0, self.output().encode())
         return self.returncode
 
@@ -55,7 +58,12 @@ class ForkedPython:
         return self.output(), None
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
     def output(self) -> str:
         """Until now."""
@@ -63,6 +71,7 @@ class ForkedPython:
 
 
 def _run(words: list[str], output: Path, cwd: Path, environment: dict[str, str]) -> None:
+    resource_tracker._resource_tracker._fd = None  # a program starts its own, see ict_fast/children.py
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

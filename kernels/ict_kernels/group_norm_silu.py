@@ -19,8 +19,8 @@ Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen 
   chunks that fit there (`chunk_bytes_of`), and 2 and 4 of the bytes come from it.
 
 On an H200 (benchmarks/RESULTS.md) split reached 84 to 97 % of a copy of its bytes, 78 % with a gradient of
-pre_bias, and resident forward 66 % at 32 x 32; with dropout 36 to 65 %, where instructions and memory take
-turns. See results/analysis.md, which has shapes further from a copy too.
+pre_bias, and resident forward 66 % at 32 x 32; with dropout 36 to 65 % (an earlier forward pass), where
+instructions and memory take turns. See results/analysis.md, which has shapes further from a copy too.
 
 The kernels work on channels_last; other layouts are converted on the way in and back on the way out. No sum
 is taken in an order that depends on timing: equal inputs give equal bits.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -42,24 +41,27 @@ def flags(config: Config) -> list[str]:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[Callable[..., ForkedPython | subprocess.Popen]]:
-    """Starts `ict-fast train` on the CPU in a process of its own, or in those of a launcher."""
+    """Starts `ict-fast train` on the CPU in a process of its own, or in those of a launcher.
+
+    The process is forked, unless its end and the order of its sets are to be its own (`spawned`).
+    """
 
     def start(
-        config: Config, out: Path, *extra: str, launcher: tuple[str, ...] = ()
+        config: Config, out: Path, *extra: str, spawned: bool = False, launcher: tuple[str, ...] = ()
     ) -> ForkedPython | subprocess.Popen:
         words = [*launcher, "-m", "ict_fast", "train", "--device", "cpu", "--out", str(out)]
         words += [*flags(config), *extra]
-        if launcher:  # whose processes look at its command line
+        if spawned or launcher:  # whose processes look at its command line
             output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            return subprocess.Popen([sys.executable, *words], **output)
-        started.append(ForkedPython(words, tmp_path / f"output-{len(started)}.txt"))
+            started.append(subprocess.Popen([sys.executable, *words], **output))
+        else:
+            started.append(ForkedPython(words, tmp_path / f"output-{len(started)}.txt"))
         return started[-1]
 
-    started: list[ForkedPython] = []
+    started: list[ForkedPython | subprocess.Popen] = []
     yield start
     for process in started:
-        if process.poll() is None:  # a test has failed
-            process.send_signal(signal.SIGKILL)
+        process.kill()  # which does nothing unless a test has failed
 
 
 @pytest.fixture

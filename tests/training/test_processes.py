@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 from ict_fast.training.world import require_launched
 
-Command = Callable[..., ForkedPython]
+Command = Callable[..., ForkedPython | subprocess.Popen]
 
 
 # ---- the same model, whatever the number of processes ----
@@ -56,7 +57,11 @@ def _together(task: str, size: int, folder: Path, *arguments: object) -> list[st
         ForkedPython([PEER, task, str(size), folder, *map(str, arguments), str(rank)], folder / f"{rank}.txt")
         for rank in range(size)
     ]
-    written = [peer.communicate(timeout=300)[0] for peer in peers]
+    try:
+        written = [peer.communicate(timeout=300)[0] for peer in peers]
+    finally:
+        for peer in peers:
+            peer.kill()
     failed = [text for peer, text in zip(peers, written, strict=True) if peer.returncode]
     assert not failed, failed[0]
     return written
@@ -257,7 +262,7 @@ def _newest(out: Path) -> int:
     return max(steps, default=0)
 
 
-def _wait(process: ForkedPython, until: Callable[[], bool]) -> None:
+def _wait(process: ForkedPython | subprocess.Popen, until: Callable[[], bool]) -> None:
     while process.poll() is None and not until():
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]

@@ -150,19 +150,19 @@ def test_two_kill_nines_and_reruns_of_the_command_change_no_bit(
         training=replace(tiny.training, total_steps=160, micro_batch=8),
         logging=replace(tiny.logging, log_every=10, checkpoint_every=7),
     )
-    whole = command(config, tmp_path / "whole")
+    whole = command(config, tmp_path / "whole", spawned=True)
     assert whole.wait(timeout=300) == 0
     out, choose = tmp_path / "killed", random.Random(seed)
     for _ in range(2):
         before = _newest(out)
-        process = command(config, out)
+        process = command(config, out, spawned=True)
         while _newest(out) <= before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(choose.uniform(0, 0.6))
         assert process.poll() is None, process.communicate()[0]
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    process = command(config, out)
+    process = command(config, out, spawned=True)
     assert process.wait(timeout=120) == 0, process.communicate()[0]
     _assert_same_run(tmp_path / "whole", out, 160)
 

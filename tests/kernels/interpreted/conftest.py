@@ -1,5 +1,6 @@
 """These files run under TRITON_INTERPRET=1 alone: ../test_interpreted.py starts them."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,9 +19,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def do_without_what_changes_nothing() -> None:
-    """Triton's interpreter spends most of these tests' time on two things that it need not do: at each sum of
-    integers it computes whether it overflows, which it looks at in debug mode alone; and at each call inside
-    of a kernel it replaces its language's functions, which the kernel's launch has replaced already.
+    """Triton's interpreter spends most of these tests' time on what it need not do: at each sum of integers
+    it computes whether it overflows, which it looks at in debug mode alone; at each call inside of a kernel
+    it replaces its language's functions, which the kernel's launch has replaced already; for each value it
+    works out numpy's name of its type, and its shape as constants.
     """
     import triton.language as tl
     from triton.language.core import is_builtin
@@ -38,6 +40,20 @@ def do_without_what_changes_nothing() -> None:
         return patch(fn) if to_do else interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_once
+
+    numpy_type = interpreter._get_np_dtype
+    of_scalars = cache(numpy_type)
+    interpreter._get_np_dtype = lambda of: numpy_type(of) if of.scalar.is_ptr() else of_scalars(of.scalar)
+
+    @cache
+    def constants(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        return tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
+
+    def keep(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = constants(tuple(type.shape) if type.is_block() else ())
+
+    tl.tensor.__init__ = keep
 
 
 if INTERPRETED:

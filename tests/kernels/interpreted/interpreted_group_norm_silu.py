@@ -267,7 +267,7 @@ def test_the_mask_is_the_definitions_bit_for_bit(algorithm, shape):
 
 
 def test_dropout_and_its_gradients_are_those_of_the_definition(algorithm):
-    for shape in ((2, 16, 5, 3), (2, 6, 5, 3)):
+    for shape in ((2, 16, 5, 3), (2, 6, 5, 3), (1, 24, 4, 4), (1, 72, 3, 3)):
         for silu in ("silu", None):
             draw = {"dropout": 0.4, "seed": torch.tensor([3, 4]), "offset": 7, "layer": 2}
             compare(tensors(shape), 2, activation=silu, **draw)

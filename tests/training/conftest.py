@@ -51,7 +51,7 @@ def command(tmp_path: Path) -> Iterator[Callable[..., ForkedPython | subprocess.
     ) -> ForkedPython | subprocess.Popen:
         words = [*launcher, "-m", "ict_fast", "train", "--device", "cpu", "--out", str(out)]
         words += [*flags(config), *extra]
-        if spawned or launcher:  # whose processes look at its command line
+        if spawned or launcher:  # a launcher's processes look at its command line
             output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             started.append(subprocess.Popen([sys.executable, *words], **output))
         else:

@@ -70,6 +70,6 @@ $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.torch setup.py pyproject.toml
 	$(PIP) --editable ".[dev]"
-	@touch $@
+	@touch $(VENV)/.installed $@

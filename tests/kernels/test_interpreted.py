@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: each file of interpreted/ in a process of its own.
+"""The Triton kernels in Triton's interpreter: the files of interpreted/, in one process of their own.
 
 TRITON_INTERPRET is read when Triton is imported, and changes what it can do; so never in this process.
 """
@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
-NAMES = sorted(path.stem for path in FOLDER.glob("interpreted_*.py"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_in_the_interpreter(name: str) -> None:
+def test_all_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / f"{name}.py")]
+    files = [str(path) for path in sorted(FOLDER.glob("interpreted_*.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

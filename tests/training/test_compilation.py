@@ -193,9 +193,21 @@ def _gradients_in(dtype: torch.dtype, step: TrainStep) -> set[str]:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_only_the_switch_of_precision_compiles_anew(few_blocks: Config, batches: Callable) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.drill)])
+def test_only_the_switch_of_precision_compiles_anew(
+    few_blocks: Config, batches: Callable, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     """Not the measuring, which compares with gradients in fp32. And no more is computed in few bits than in
-    eager mode."""
+    eager mode.
+
+    When to compile is Dynamo's part, and in which dtype that of the graphs: both without machine code too,
+    which takes two minutes.
+    """
+    monkeypatch.setattr(
+        ResidualBlock,
+        "compile",
+        lambda self, *, mode, **options: nn.Module.compile(self, backend=backend, **options),
+    )
     training = replace(few_blocks.training, precision="bf16", micro_batch=0)
     config = replace(few_blocks, training=training)
     size = training.batch_size  # sums of micro-batches' gradients would be in fp32

@@ -9,13 +9,16 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ict_fast.config import Config
 from ict_fast.consistency.curriculum import stages
 from ict_fast.errors import InputError
+from ict_fast.networks import build_network
+from ict_fast.networks.cost import NetworkCost, network_cost
 from ict_fast.planning import gpus as machines
 from ict_fast.planning.gpus import Gpu
 from ict_fast.planning.measured import Measured, best_measured
-from ict_fast.planning.network_cost import NetworkCost, network_cost
 
 MOST_GPUS = 512
 DEFAULT_MFU = 0.40
@@ -133,7 +136,8 @@ def make_plan(
             f"--micro-batch is {training.micro_batch}; it must divide the {share} images that each of {gpus}"
             f" GPUs has of a batch of {training.batch_size}"
         )
-    cost = network_cost(config.network)
+    with torch.device("meta"):
+        cost = network_cost(build_network(config.network))
     usable = USABLE * kind.memory
     micro_batch = min(training.micro_batch or _largest(config, cost, share, usable), share)
     memory = memory_bytes(config, cost, micro_batch)

@@ -201,7 +201,7 @@ def _train_locked(
     world.decide(lambda: prepare_directory(run))
     if world.is_first:
         report_progress(run.step, run.step)
-        utilisation = Utilisation(config, device, world.size)
+        utilisation = Utilisation(train_step.network, device, world.size)
         describe_run(run, utilisation, world.size)
         monitor = Monitor(run, utilisation, open_tracker(run, warnings.append))
     else:

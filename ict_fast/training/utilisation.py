@@ -6,33 +6,17 @@ import json
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from ict_fast.config import Config, NetworkConfig
 from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
 from ict_fast.hardware import PeakFlops, peak_flops
-from ict_fast.networks import build_network
+from ict_fast.networks import UNet
+from ict_fast.networks.cost import network_cost
 from ict_fast.training.loss_by_sigma import sigma_edges
 from ict_fast.training.run_directory import Run
 
 # Student: forward, and twice that backward. Teacher: forward.
 _FORWARD_PASSES = 4
-
-
-def forward_flops(network: NetworkConfig) -> int:
-    """Floating-point operations of one forward pass of one image, a multiply-add as two.
-
-    Counted by torch on a network without memory: convolutions, matrix products and attention.
-    """
-    with torch.device("meta"):
-        counted = build_network(network)
-        image = torch.empty(1, network.image_channels, network.resolution, network.resolution)
-        labels = torch.zeros(1, dtype=torch.int64) if network.num_classes else None
-        level = torch.empty(1)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        counted(image, level, labels)
-    return counter.get_total_flops()
 
 
 class Utilisation:
@@ -44,8 +28,8 @@ class Utilisation:
         peak: of all devices; None where it is not known.
     """
 
-    def __init__(self, config: Config, device: torch.device, processes: int) -> None:
-        self.flops_per_image = _FORWARD_PASSES * forward_flops(config.network)
+    def __init__(self, network: UNet, device: torch.device, processes: int) -> None:
+        self.flops_per_image = _FORWARD_PASSES * network_cost(network).forward_flops
         self._device = device
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         rates = peak_flops(self.device)

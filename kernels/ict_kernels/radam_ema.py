@@ -49,6 +49,8 @@ _SHARDED = (
 
 # The same as torch.compiler.disable, but Dynamo is imported by the first call and not by this module.
 _not_traced = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+# torch's own, without what keeps it out of graphs: that would import Dynamo, the most of a short run's start.
+_add_param_group = getattr(Optimizer.add_param_group, "__wrapped__", Optimizer.add_param_group)
 
 
 class RAdamEMA(Optimizer):
@@ -161,7 +163,7 @@ class RAdamEMA(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's; complex and sharded parameters and a second device are refused."""
-        super().add_param_group(param_group)
+        _add_param_group(self, param_group)
         devices = {p.device for p in self._parameters()}
         unsupported = {p.dtype for p in param_group["params"] if p.is_complex()}
         sharded = any(map(_is_sharded, param_group["params"]))

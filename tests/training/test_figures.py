@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ict_fast import presets
 from ict_fast.config import Config
 from ict_fast.hardware import peak_flops
+from ict_fast.networks import build_network
+from ict_fast.networks.cost import network_cost
 from ict_fast.screen import rate
 from ict_fast.training.figures import figures
 from ict_fast.training.loss_by_sigma import BUCKETS, LossBySigma, bucket_means, sigma_edges
@@ -26,7 +28,7 @@ from ict_fast.training.monitor import Monitor
 from ict_fast.training.run_directory import Run
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
-from ict_fast.training.utilisation import Utilisation, forward_flops
+from ict_fast.training.utilisation import Utilisation
 from ict_kernels import sample_noise_levels
 
 CPU = torch.device("cpu")
@@ -98,12 +100,14 @@ def test_a_log_line_has_every_figure_and_run_json_what_they_refer_to(tiny: Confi
     assert described["sigma_edges"] == sigma_edges(tiny.method)
     assert described["processes"] == 1
     assert described["device"] == "cpu"
-    assert described["flops_per_image"] == 4 * forward_flops(tiny.network)
+    assert described["flops_per_image"] == 4 * network_cost(build_network(tiny.network)).forward_flops
 
 
 @pytest.mark.parametrize(("preset", "gigaflops"), [("cifar10", 42.8), ("imagenet64", 219.3)])
 def test_forward_passes_cost_what_the_papers_networks_do(preset: str, gigaflops: float) -> None:
-    assert forward_flops(presets.get(preset).network) / 1e9 == pytest.approx(gigaflops, rel=2e-3)
+    with torch.device("meta"):
+        network = build_network(presets.get(preset).network)
+    assert network_cost(network).forward_flops / 1e9 == pytest.approx(gigaflops, rel=2e-3)
 
 
 def test_four_forward_passes_are_a_training_step(tiny: Config, batches: Callable[..., list]) -> None:
@@ -114,8 +118,9 @@ def test_four_forward_passes_are_a_training_step(tiny: Config, batches: Callable
     with FlopCounterMode(display=False) as counter:
         train_step(0, batches(config))
     counted = counter.get_total_flops() / config.training.batch_size
-    assert counted == pytest.approx(4 * forward_flops(network), rel=0.03)
-    assert counted < 4 * forward_flops(network)
+    forward_flops = network_cost(train_step.network).forward_flops
+    assert counted == pytest.approx(4 * forward_flops, rel=0.03)
+    assert counted < 4 * forward_flops
 
 
 @pytest.mark.parametrize(
@@ -137,11 +142,12 @@ def test_a_gpu_is_known_by_its_name(name: str, half: float | None) -> None:
 
 
 def test_mfu_is_the_models_flops_over_the_peak_of_all_devices(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
-    config = presets.get("cifar10")
-    use = Utilisation(config, torch.device("cuda"), 8)
+    with torch.device("meta"):
+        network = build_network(presets.get("cifar10").network)
+    use = Utilisation(network, torch.device("cuda"), 8)
     assert use.mfu(5000, "bf16") == pytest.approx(5000 * 4 * 42.79e9 / (8 * 312e12), rel=1e-3)
     assert use.mfu(5000, "tf32") == pytest.approx(5000 * 4 * 42.79e9 / (8 * 156e12), rel=1e-3)
     assert use.mfu(5000, "fp32") == pytest.approx(5000 * 4 * 42.79e9 / (8 * 19.5e12), rel=1e-3)

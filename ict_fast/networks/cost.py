@@ -1,7 +1,7 @@
 """What one image costs a network: multiplications, and the activations that wait for the backward pass.
 
-Closed forms, layer by layer, from the shapes of a network that has no memory (torch's meta device). The tests
-hold the FLOPs to torch's counter and the bytes to what autograd really keeps.
+Closed forms, layer by layer. The tests hold the FLOPs to the count of torch, and the bytes to what autograd
+really keeps.
 
 FLOPs are those of matrix products, convolutions and attention, two per multiply-add; the backward pass needs
 twice those of the forward, but for layers whose input needs no gradient, or whose weights do not.
@@ -20,13 +20,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from ict_fast.config import NetworkConfig
-from ict_fast.networks import UNet, build_network
 from ict_fast.networks.layers import AverageDownsample, FirDownsample, FirUpsample, ResidualBlock
-from ict_fast.networks.unet import DecoderLevel, EncoderLevel
+from ict_fast.networks.unet import DecoderLevel, EncoderLevel, UNet
 
 _FP32 = 4  # bytes
 _FIR_TAPS = 16
@@ -61,18 +58,12 @@ class NetworkCost:
         return self.trunk_values * trunk_itemsize + self.end_bytes
 
 
-def network_cost(config: NetworkConfig) -> NetworkCost:
-    """The cost of a network's passes.
-
-    Raises:
-        InputError: if no network can be built from the configuration.
-    """
-    with torch.device("meta"):
-        network = build_network(config)
+def network_cost(network: UNet) -> NetworkCost:
+    """The cost of a network's passes, from its layers' shapes: they need no memory (torch's meta device)."""
     cost = NetworkCost(parameters=sum(p.numel() for p in network.parameters()))
     _add_ends(cost, network)
 
-    resolution = config.resolution
+    resolution = network.config.resolution
     for level in network.encoder:
         assert isinstance(level, EncoderLevel)
         if level.down is not None:

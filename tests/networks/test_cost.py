@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ict_fast import presets
 from ict_fast.config import NetworkConfig
 from ict_fast.networks import UNet, build_network
-from ict_fast.planning.network_cost import network_cost
+from ict_fast.networks.cost import network_cost
 from ict_fast.planning.plan import GRADIENTS_ALIVE
 
 COUNT = 7  # no layer has as many rows: what has is an activation
@@ -40,7 +40,7 @@ def test_flops_are_those_that_torch_counts(preset: str) -> None:
             network(x, noise, labels)
         with FlopCounterMode(display=False) as both:
             network(x, noise, labels).sum().backward()
-    cost = network_cost(config)
+    cost = network_cost(network)
     assert cost.parameters == sum(p.numel() for p in network.parameters())
     assert cost.forward_flops == forward.get_total_flops()
     assert cost.backward_flops == both.get_total_flops() - forward.get_total_flops()
@@ -76,7 +76,8 @@ def _output(network: UNet, config: NetworkConfig, itemsize: int) -> Tensor:
 @pytest.mark.parametrize("preset", FAMILIES)
 def test_activations_are_those_that_autograd_keeps(preset: str, itemsize: int) -> None:
     config = _narrow(preset)
-    network, cost = build_network(config), network_cost(config)
+    network = build_network(config)
+    cost = network_cost(network)
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -125,7 +126,8 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize("preset", FAMILIES)
 def test_the_peak_of_a_pass_is_within_what_a_plan_allows_for(preset: str, itemsize: int) -> None:
     config = _narrow(preset)
-    network, cost = build_network(config), network_cost(config)
+    network = build_network(config)
+    cost = network_cost(network)
     with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
         _output(network, config, itemsize).sum().backward()
     planned = cost.activation_bytes(itemsize) + GRADIENTS_ALIVE * cost.widest_values * itemsize

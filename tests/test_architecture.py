@@ -124,6 +124,18 @@ def test_what_help_needs_does_not_import_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(digits_store: Path, tmp_path: Path) -> None:
+    """Nor sympy: together two seconds of its start."""
+    words = ["train", "--device", "cpu", "--data.path", str(digits_store), "--out", str(tmp_path / "run")]
+    words += ["--training.total-steps", "2"]
+    code = (
+        "import sys; from ict_fast.cli import main; code = main(sys.argv[1:]);"
+        "sys.exit(code or str(sys.modules.keys() & {'torch._dynamo', 'torch._inductor', 'sympy'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert run.stderr.splitlines()[-1] == "set()", run.stderr
+
+
 def test_ict_kernels_brings_nothing_of_the_trainer() -> None:
     code = (
         "import sys, ict_kernels; "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ict_fast.config import Config, from_dict
 from ict_fast.errors import InputError
-from ict_fast.networks import build_network
+from ict_fast.networks import UNet, build_network
 from ict_kernels import c_in, c_out, c_skip
 
 
@@ -87,7 +87,7 @@ def _can_be_read(tensor: Tensor) -> bool:
     )
 
 
-def build_seeded_network(config: Config) -> nn.Module:
+def build_seeded_network(config: Config) -> UNet:
     """The network with weights drawn from config.training.seed, leaving torch's generators untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would seed GPUs too

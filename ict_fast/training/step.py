@@ -15,6 +15,7 @@ from ict_fast.config import Config
 from ict_fast.consistency.model import build_seeded_network
 from ict_fast.consistency.objective import ConsistencyObjective
 from ict_fast.errors import InputError
+from ict_fast.networks import UNet
 from ict_fast.networks.casts import TrunkCasts
 from ict_fast.networks.tf32 import set_tf32
 from ict_fast.training.adam_ema import AdamEMA
@@ -374,7 +375,7 @@ def _described(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
-def _on_device(network: nn.Module, device: torch.device) -> nn.Module:
+def _on_device(network: UNet, device: torch.device) -> UNet:
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -102,7 +102,7 @@ def test_the_optimizer_traces_whole_and_never_again():
 
 
 def test_the_private_names_in_use_are_those_of_torchs_public_functions():
-    """Both stand for a public function that would import Dynamo with the package."""
+    """All stand for a public function that would import Dynamo, with the package or with an optimizer."""
 
     def function() -> int:
         return 1
@@ -111,6 +111,7 @@ def test_the_private_names_in_use_are_those_of_torchs_public_functions():
     marked = vars(torch.compiler.assume_constant_result(function))
     assert {name: value for name, value in marked.items() if value is True} == vars(ours)
     assert radam_ema._not_traced is torch._disable_dynamo
+    assert radam_ema._add_param_group is torch.optim.Optimizer.add_param_group.__wrapped__
     kept_out = radam_ema._not_traced(lambda x: x + 1)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(lambda x: kept_out(x) * 2, backend="eager", fullgraph=True)(torch.ones(2))

@@ -147,7 +147,7 @@ def test_two_kill_nines_and_reruns_of_the_command_change_no_bit(
     # Long enough that a kill meets it in the middle; checkpoints at odd steps.
     config = replace(
         tiny,
-        training=replace(tiny.training, total_steps=160, micro_batch=8),
+        training=replace(tiny.training, total_steps=100, micro_batch=8),
         logging=replace(tiny.logging, log_every=10, checkpoint_every=7),
     )
     whole = command(config, tmp_path / "whole", spawned=True)
@@ -164,7 +164,7 @@ def test_two_kill_nines_and_reruns_of_the_command_change_no_bit(
         assert process.wait() == -signal.SIGKILL
     process = command(config, out, spawned=True)
     assert process.wait(timeout=120) == 0, process.communicate()[0]
-    _assert_same_run(tmp_path / "whole", out, 160)
+    _assert_same_run(tmp_path / "whole", out, 100)
 
 
 def _newest(out: Path) -> int:

@@ -29,9 +29,37 @@ COUNT = 7  # no layer has as many rows: what has is an activation
 FAMILIES = ["cifar10", "imagenet64", "imagenet64-ct2023"]
 
 
+_OTHERS: list[dict[str, Any]] = [
+    {"name": name, "adaptive_norm": adaptive, "embedding": embedding, "num_classes": classes, **shape}
+    for name, adaptive, embedding, classes in (
+        ("ncsnpp", True, "positional", 0),
+        ("ncsnpp", False, "fourier", 3),
+        ("ddpmpp", False, "positional", 3),
+        ("ddpmpp", True, "fourier", 0),
+        ("adm", False, "fourier", 0),
+        ("adm", True, "positional", 3),
+    )
+    for shape in (
+        {"channel_mult": (1,), "attention_resolutions": (16,), "image_channels": 3, "head_channels": 8},
+        {"channel_mult": (2, 1, 3), "attention_resolutions": (8, 4), "num_blocks": 2},
+        {"channel_mult": (1, 2), "attention_resolutions": ()},
+    )
+]
+
+
+@pytest.mark.parametrize("changes", _OTHERS, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_flops_of_any_network_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
+    """A run's own figure is of whatever network was asked for."""
+    small = replace(presets.get("digits").network, resolution=16, channels=16)
+    _assert_flops_are_torchs(replace(small, **changes))
+
+
 @pytest.mark.parametrize("preset", ["digits", *FAMILIES])
 def test_flops_are_those_that_torch_counts(preset: str) -> None:
-    config = presets.get(preset).network
+    _assert_flops_are_torchs(presets.get(preset).network)
+
+
+def _assert_flops_are_torchs(config: NetworkConfig) -> None:
     with torch.device("meta"):
         network = build_network(config)
         x = torch.zeros(1, config.image_channels, config.resolution, config.resolution)

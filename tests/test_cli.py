@@ -719,7 +719,7 @@ def test_doctor_fails_only_for_what_is_essential(monkeypatch, capsys, status, co
     assert ("Essential and missing: GPU." in out) == (code == 2)
 
 
-# --- pipes -------------------------------------------------------------------------------------------------
+# --- interrupts and pipes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -745,6 +745,20 @@ def test_an_output_that_is_closed_from_the_start_is_no_error():
         command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_interrupt_within_executed_text_is_an_exit_code_too(tmp_path):
+    """Where Python itself would end `python -m` by the signal; torch.compile executes text."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from ict_fast import cli\ncli._dispatch = lambda words: exec('raise KeyboardInterrupt')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY), str(REPOSITORY / "kernels")])
+    command = [sys.executable, "-m", "ict_fast"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "ict-fast: error: interrupted; nothing more was saved\n"
 
 
 def test_a_broken_pipe_of_something_else_is_a_bug(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import apex_backend
-from .triton_support import INTERPRETED, MISSING, runs_on
+from .triton_support import INTERPRETED, MISSING, is_differentiated_forward, is_transformed, runs_on
 
 _BACKENDS = ("auto", "triton", "eager", "apex")
 _chosen = "auto"
@@ -16,7 +16,8 @@ _chosen = "auto"
 def set_backend(name: str) -> None:
     """Choose the implementation of every op of this package, for the whole process.
 
-    float64 tensors, and whatever else the kernels do not take, go to the eager definitions in any case.
+    float64 tensors, what torch.func.grad and vmap transform, and whatever else the kernels do not take, go to
+    the eager definitions in any case.
 
     Args:
         name: "auto", the Triton kernels on CUDA (and on a CPU under TRITON_INTERPRET=1), the PyTorch
@@ -55,10 +56,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
-    """Whether an op on these tensors goes to its Triton kernel. float64 never does.
+    """Whether an op on these tensors goes to its Triton kernel. float64 never does, nor what is transformed.
 
     Raises:
-        RuntimeError: if "triton" was chosen, and a tensor lies where its kernels cannot run.
+        RuntimeError: if "triton" was chosen, and a tensor lies where its kernels cannot run; if the tensors
+            lie on several GPUs, whose addresses mean nothing to each other.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     if _chosen == "eager" or any(tensor.dtype == torch.float64 for tensor in given):
@@ -67,4 +69,8 @@ def use_triton(*tensors: Tensor | None) -> bool:
     if _chosen == "triton" and not able:
         devices = ", ".join(sorted({tensor.device.type for tensor in given}))
         raise RuntimeError(f"the backend is 'triton', whose kernels cannot run on: {devices}")
-    return able
+    if able and any(tensor.device != given[0].device for tensor in given):
+        devices = ", ".join(sorted({str(tensor.device) for tensor in given}))
+        raise RuntimeError(f"the tensors of one operation must be on one device, not on {devices}")
+    # Forward-mode AD is for the ops to refuse.
+    return able and (not is_transformed() or is_differentiated_forward())

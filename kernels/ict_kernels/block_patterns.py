@@ -96,7 +96,11 @@ def _edm_block(module: Any) -> list[str]:
 
 
 def _fused(norm: Any, x: Tensor, dropout: Any = None, **between: Any) -> Tensor:
-    """Norm and SiLU, with scale, shift or pre_bias between, and the dropout layer after, where it can be."""
+    """Norm and SiLU, with scale, shift or pre_bias between, and the dropout layer after, where it can be.
+
+    Samplers have one noise level, and so one embedding, for all images.
+    """
+    between = {name: None if row is None else row.expand(len(x), -1) for name, row in between.items()}
     if _is_seeded(dropout):
         source, layer = dropout._ict_dropout
         between |= {"dropout": dropout.p, "seed": source.on(x.device), "layer": layer}

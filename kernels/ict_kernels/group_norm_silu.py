@@ -49,7 +49,7 @@ from .philox import (
     philox_call,
     seed_tensor,
 )
-from .triton_support import jit, launch, refuse_forward_ad, tl, what_is_compiled_for
+from .triton_support import is_transformed, jit, launch, refuse_forward_ad, tl, what_is_compiled_for
 
 if TYPE_CHECKING:
     from .replacement import Replacement
@@ -1315,7 +1315,8 @@ def group_norm_silu(
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps must be at least 0 and finite, got {eps}")
     threshold = dropout_threshold(dropout)
-    if get_backend() == "apex":
+    if get_backend() == "apex" and not is_transformed():
+        refuse_forward_ad("group_norm_silu", x, weight, bias)
         extras = {"scale": scale, "shift": shift, "pre_bias": pre_bias, "dropout": threshold or None}
         reason = apex_backend.why_not(
             x, num_groups, weight, bias, {name: given is not None for name, given in extras.items()}
@@ -1365,8 +1366,8 @@ def _as_channels_last(x: Tensor) -> Tensor:
 
 def _with_layout_of(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory format that x's strides are of; free where the definition or the kernel has kept it."""
-    # torch.func.vmap knows no formats. (While compiling the question would be a node, which no cache takes.)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    # torch.func.vmap knows no formats.
+    if is_transformed():
         return y
     # By strides: some channels of a channels-last tensor have its order, but gaps between pixels.
     if x.dim() in (4, 5) and not x.is_contiguous() and 0 < x.stride(1) < x.stride(-1):

@@ -31,7 +31,7 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix
 from .backend import use_triton
 from .philox import INTEGERS, LEVELS, Seed, offset_arguments, philox_call, seed_tensor, uniform_bits
-from .triton_support import jit, launch, tl, triton
+from .triton_support import constant_in_graphs, jit, launch, tl, triton
 
 CURRICULUM_SCALES = (11, 21, 41, 81, 161, 321, 641, 1281)
 
@@ -156,6 +156,7 @@ def _constant(number: Any) -> Any:
 _tables: dict[tuple[object, ...], _Table] = {}
 
 
+@constant_in_graphs  # which the host computes once, while tracing
 def _table(
     scales: tuple[int, ...],
     p_mean: float,
@@ -199,12 +200,6 @@ def _table(
             weight.to(device, torch.float32),
         )
     return _tables[key]
-
-
-# Under torch.compile the table is a constant of the graph: the host computes it once, while tracing. (This is
-# torch.compiler.assume_constant_result, which would import all of Dynamo, a second and more, to say so;
-# tests/kernels/test_compile.py fails if torch no longer marks a function by that name.)
-_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _look_up(table: _Table, num_scales: Tensor | None, word: Tensor) -> NoiseLevels:

@@ -253,7 +253,7 @@ def noise_images(
     sigma_n, sigma_next_n = levels.sigma, levels.sigma_next
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (images, sigma_n, sigma_next_n))
     # The kernel counts the elements of a sample in 32 bits, and has no gradient.
-    if use_triton(images, sigma_n, sigma_next_n) and not differentiable and images[:1].numel() < 2**31:
+    if use_triton(images, sigma_n, sigma_next_n, flip) and not differentiable and images[:1].numel() < 2**31:
         refuse_forward_ad("noise_images", images, sigma_n, sigma_next_n)
         device = images.device
         offset_tensor, offset_int = offset_arguments(offset, device)

@@ -4,11 +4,11 @@ Kernels are `@jit` functions in the file of their op, beside the eager definitio
 """
 
 import os
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ except ImportError as error:  # Triton is for Linux
     def jit(function: Any = None, **options: Any) -> Any:
         return jit if function is None else function
 
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Triton reads the variable when it is imported; so it says for the life of the process what kernels do.
 INTERPRETED = MISSING is None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y")
@@ -105,7 +107,8 @@ def launch(
         if known is not None:
             known[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
             return
-        options = {} if maxnreg is None else {"maxnreg": maxnreg}
+        # Triton for AMD knows no such limit, and refuses the word.
+        options = {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
         # Multiply-add in one instruction, which Triton after 3.9 does not do by itself.
         compiled = kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=True, **options)
         if like is not None and compiled is not None:  # None from the interpreter
@@ -139,20 +142,41 @@ def runs_on(device: torch.device) -> bool:
     return INTERPRETED if device.type == "cpu" else device.type == "cuda"
 
 
+def constant_in_graphs(function: Function) -> Function:
+    """Marks a function whose result is a constant of what torch.compile traces: it runs while tracing.
+
+    As torch.compiler.assume_constant_result, which would import all of Dynamo, a second and more, to say so;
+    tests/kernels/test_compile.py fails if torch no longer marks a function by that name.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work: grad, vmap, jvp, and what is made of them."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_differentiated_forward() -> bool:
+    """Whether forward-mode AD is at work: within torch.func.jvp, or a dual level.
+
+    No constant in a graph, so that a graph which was traced without is not taken with it.
+    """
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def refuse_forward_ad(op: str, *tensors: Tensor | None) -> None:
     """Raises where forward-mode AD goes through a Triton op, which would return a zero tangent in silence.
 
     Raises:
-        NotImplementedError: if one of the tensors carries a tangent.
+        NotImplementedError: if one of the tensors carries a tangent, or may: while compiling, none tells.
     """
-    if torch.compiler.is_compiling():
+    if not is_differentiated_forward():
         return
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level < 0:
-        return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                f"{op} has no forward-mode derivative in its Triton kernels; use"
-                " ict_kernels.set_backend('eager') for torch.func.jvp and forward AD"
-            )
+    unpack = torch.autograd.forward_ad.unpack_dual
+    if torch.compiler.is_compiling() or any(t is not None and unpack(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative in its Triton kernels; use"
+            " ict_kernels.set_backend('eager') for torch.func.jvp and forward AD"
+        )

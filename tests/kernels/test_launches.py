@@ -75,6 +75,20 @@ def send(monkeypatch: pytest.MonkeyPatch) -> Iterator[Send]:
         kernel.device_caches.pop(DEVICE, None)
 
 
+@pytest.mark.parametrize("target", [H100, GPUTarget("hip", "gfx942", 64)], ids=lambda target: target.backend)
+def test_a_limit_of_registers_is_for_nvidia_alone(
+    send: Send, monkeypatch: pytest.MonkeyPatch, target: GPUTarget
+) -> None:
+    """Triton's backend for AMD refuses the word."""
+    amd = target.backend == "hip"
+    monkeypatch.setattr(triton.runtime.driver.active, "get_current_target", lambda: target)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if amd else None)
+    limited = [each for case in cases(full=False) for each in case.launches if each.maxnreg is not None]
+    assert limited
+    for each in limited:
+        assert ('"maxnreg"' in send(each)["specialization_data"]) is not amd
+
+
 def ir_of(each: Launch, asked: dict[str, Any]) -> str:
     """The first stage of compiling it, in which Triton runs the kernel's Python: types are found out here."""
     backend = triton_compiler.make_backend(H100)

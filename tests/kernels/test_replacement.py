@@ -207,6 +207,15 @@ def test_numbers_gradients_and_state_dict_stay(name, monkeypatch):
 _NO_SILU = "no SiLU module follows it, nor is its block one known here"
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("guided", "edm"))])
+def test_one_embedding_is_for_all_images_as_samplers_give_it(name):
+    network, (x, embedding), _ = CASES[name]()
+    untrained_to_trained(network)
+    expected = outcome(network, x, embedding[:1])
+    GroupNormSiLU.replace_in(network)
+    assert_same(outcome(network, x, embedding[:1]), expected)
+
+
 @pytest.mark.parametrize("name", ["sequential", "guided, scale and shift", "edm, adaptive"])
 def test_it_comes_once_and_can_be_undone(name, monkeypatch):
     network, inputs, norms = CASES[name]()

@@ -17,6 +17,17 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def warning() -> str | None:
+    """What keeps this process's torchrun from starting lost ones again, if anything is known to."""
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if keeps_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        return (
+            "after a lost process torchrun lets all meet by what is left of the attempt before, which was"
+            " seen to fail: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
+        )
+    return None
+
+
 def agent() -> int | None:
     """The process number of the torchrun that has started this process, or None."""
     parent = os.getppid()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # srun takes SIGTERM for the end of its step, whose processes it kills: they save nothing.
 SRUN = """\
 trap 'kill -KILL "$task"; touch killed; exit 143' TERM
-echo "$@" > asked
+echo "$OMP_NUM_THREADS threads: $@" > asked
 ./task & task=$!
 echo "$task" > task.pid
 wait "$task"
@@ -75,7 +75,8 @@ def test_a_job_that_is_stopped_before_its_end_is_saved_and_queued_again(
     job.send_signal(signal.SIGTERM)
     job.wait(timeout=30)
     asked = (tmp_path / "asked").read_text()
-    assert asked.startswith("--kill-on-bad-exit=0 --cpus-per-task=96 torchrun --nnodes 2 --nproc-per-node 8 ")
+    options = "--kill-on-bad-exit=0 --cpus-per-task=96"
+    assert asked.startswith(f"12 threads: {options} torchrun --nnodes 2 --nproc-per-node 8 ")
     assert (tmp_path / "saved").exists()
     assert not (tmp_path / "killed").exists()
     assert _queued_again(tmp_path) == queued_again

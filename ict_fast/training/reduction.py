@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ict_fast.config import TrainingConfig
 from ict_fast.training.world import World
 
 _ALIGNED_BYTES = 512  # as torch's allocator would: kernels read whole vectors, wherever a gradient begins
@@ -66,9 +67,12 @@ class Overlapped:
 
 
 class AtOnce:
-    """Views of one tensor, which is reduced when all are there: for gradients that a CUDA graph computes.
+    """Views of one tensor, which is reduced when all are there.
 
-    What DistributedDataParallel does would have to be captured with them, its communication included.
+    For gradients that a CUDA graph computes: what DistributedDataParallel does would have to be captured with
+    them, its communication included. And for the same bits after a resumption: which process's share of a
+    number is added first depends on the number's place in what is reduced, and there DistributedDataParallel
+    goes by other places in the first step of a process than in all later ones.
     """
 
     def __init__(self, network: nn.Module, world: World) -> None:
@@ -100,8 +104,11 @@ class AtOnce:
 Reduction = Alone | Overlapped | AtOnce
 
 
-def reduction_of(network: nn.Module, world: World, *, captured: bool) -> Reduction:
-    """The one for a network on its device; `captured`: its gradients are to be computed by a CUDA graph."""
+def reduction_of(
+    network: nn.Module, world: World, training: TrainingConfig, device: torch.device
+) -> Reduction:
+    """The one for a network on its device."""
     if world.size == 1:
         return Alone(network)
-    return AtOnce(network, world) if captured else Overlapped(network)
+    at_once = training.cuda_graph or training.deterministic or device.type == "cpu"
+    return AtOnce(network, world) if at_once else Overlapped(network)

@@ -84,7 +84,7 @@ class TrainStep:
             networks = (self.network,) if teacher is None else (self.network, teacher)
             autotune = config.training.compile == "max-autotune"
             self.compiled_blocks = compile_blocks(*networks, autotune=autotune)
-        self.reduction = reduction_of(self.network, self.world, captured=config.training.cuda_graph)
+        self.reduction = reduction_of(self.network, self.world, config.training, device)
         self.objective = ConsistencyObjective(
             self.reduction.network,
             config.method,

@@ -99,9 +99,10 @@ def train(
     if launched():
         require_launched(found, gpus or processes, max_restarts)
         here = torch.device("cuda", local_rank()) if found.type == "cuda" else found
-        if torchrun.restarts():  # an earlier attempt has begun the run
-            resume = "auto"
         with joined(here, collective_timeout) as world:
+            # An earlier attempt has begun the run. A node that joins the others' restart does not count it.
+            if world.any(torchrun.restarts() > 0):
+                resume = "auto"
             result = _train(config, out, here, world, resume, extend, init)
             return result if world.is_first else replace(result, message="")
     if count == 1:
@@ -157,7 +158,7 @@ def _train(
     init: Path | None,
 ) -> RunResult:
     """Trains in this process, one of the world's."""
-    warnings: list[str] = []
+    warnings = [] if (warning := torchrun.warning()) is None else [warning]
     run = world.decide(lambda: open_run(config, out, resume, extend, warnings.append, init))
     if run.finished:
         return _already_finished(run)

@@ -155,6 +155,15 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.size == 1:
+            return here
+        found = torch.tensor(here, dtype=torch.int64)
+        with self.waiting("all processes to begin"):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
+        return bool(found)
+
     def stop_code(self, mine: int | None) -> int | None:
         """The exit code with which all stop at this step, SAVE if they save it and go on, or None.
 
@@ -299,7 +308,11 @@ def _timed_out(error: Exception) -> bool:
 
 
 def _record() -> dist.Store:
-    """Where the processes say what they do: the store by which they have found each other."""
+    """Where the processes say what they do: the store by which they have found each other.
+
+    Words of an earlier attempt, in a store that torchrun keeps, are no danger: each process says its first
+    one before any is read.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-    return dist.PrefixStore(f"ict-fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore("ict-fast", store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -13,14 +14,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from recording import Recording
+from torch import nn
 
-from ict_fast.config import from_dict
+from ict_fast.config import TrainingConfig, from_dict
 from ict_fast.data.loaders import Batch, make_loader
 from ict_fast.data.store import open_store
 from ict_fast.errors import InputError, TrainingError
@@ -28,6 +31,7 @@ from ict_fast.training import graph, precision, trainer
 from ict_fast.training import step as step_module
 from ict_fast.training.graph import CapturedStep
 from ict_fast.training.outcome import RunResult
+from ict_fast.training.reduction import Reduction, reduction_of
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import SAVE, World
 from ict_kernels import radam_ema
@@ -39,7 +43,9 @@ def train(world: World, folder: Path, dtype: str) -> None:
     """All steps of folder/config.json; process 0 leaves the weights."""
     torch.set_default_dtype(getattr(torch, dtype))
     config = from_dict(json.loads((folder / "config.json").read_text()))
-    step = TrainStep(config, CPU, world)
+    with pytest.MonkeyPatch.context() as patch:
+        _reduce_as_on_gpus(patch)
+        step = TrainStep(config, CPU, world)
     assert next(step.network.parameters()).dtype == torch.get_default_dtype()
     store = open_store(Path(config.data.path))
     loader, _ = make_loader(config, store, CPU, rank=world.rank, world_size=world.size)
@@ -63,6 +69,38 @@ def train(world: World, folder: Path, dtype: str) -> None:
     if world.is_first:
         torch.save(step.network.state_dict(), folder / "weights.pt")
     del step.backward  # which holds the step: DDP would outlive the process group, and abort at the end
+
+
+def _reduce_as_on_gpus(patch: pytest.MonkeyPatch) -> None:
+    """By DistributedDataParallel, without which a CPU's processes do, unless steps are captured."""
+
+    def as_on_a_gpu(network: nn.Module, world: World, training: TrainingConfig, _: torch.device) -> Reduction:
+        return reduction_of(network, world, training, torch.device("cuda"))
+
+    patch.setattr(step_module, "reduction_of", as_on_a_gpu)
+
+
+def resume(world: World, folder: Path) -> None:
+    """Four steps, and the last two of them once more, by a new step from what the second one left."""
+    config = from_dict(json.loads((folder / "config.json").read_text()))
+    loader, _ = make_loader(
+        config, open_store(Path(config.data.path)), CPU, rank=world.rank, world_size=world.size
+    )
+    steps = TrainStep(config, CPU, world), TrainStep(config, CPU, world)
+    with loader:
+        batches = [loader.micro_batches(k) for k in range(4)]
+        for k in (0, 1):
+            steps[0](k, batches[k])
+        saved = copy.deepcopy(steps[0].tensors())
+        steps[1].restore(SimpleNamespace(state={}, tensors=saved.__getitem__))  # type: ignore[arg-type]
+        for step in steps:
+            for k in (2, 3):
+                step(k, batches[k])
+    whole, resumed = (step.tensors() for step in steps)
+    assert any(not tensor.equal(saved["weights"][name]) for name, tensor in whole["weights"].items())
+    for file, tensors in whole.items():
+        for name, tensor in tensors.items():
+            assert tensor.equal(resumed[file][name]), f"{file}/{name}"
 
 
 @contextmanager
@@ -95,6 +133,7 @@ def like_gpus() -> Iterator[None]:
         return replace(found, noise=1.0) if first_step == 8 else found
 
     with pytest.MonkeyPatch.context() as patch:
+        _reduce_as_on_gpus(patch)
         patch.setattr(step_module, "trunk_dtype", bf16)
         patch.setattr(precision, "measure_rounding", measured)
         patch.setattr(precision, "BATCHES", 2)
@@ -183,6 +222,7 @@ def disagree(world: World, folder: Path) -> None:
         with pytest.raises(type(error), match=str(error)):
             world.decide(partial(_raise, error))
     assert int(world.add(torch.tensor(world.rank))) == 3
+    assert [world.any(world.rank == rank) for rank in range(4)] == [True, True, True, False]
     asked = {(1, 2): 143, (0, 2): SAVE, (0, 4): SAVE}
     codes = [world.stop_code(asked.get((world.rank, step))) for step in range(7)]
     assert codes == [None, None, None, 143, None, SAVE, None], "all at one step, that after it was asked for"
@@ -215,6 +255,7 @@ if __name__ == "__main__":
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=int(size))
     world = World(timeout=3.0) if task == "wait" else World()
-    {"train": train, "disagree": disagree, "wait": wait, "fail": fail}[task](world, Path(folder), *arguments)
+    tasks = {"train": train, "resume": resume, "disagree": disagree, "wait": wait, "fail": fail}
+    tasks[task](world, Path(folder), *arguments)
     gc.collect()
     dist.destroy_process_group()

@@ -23,10 +23,14 @@ import torch
 from forked import ForkedPython
 from torch import Tensor
 from torch.distributed import HashStore
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
+from ict_fast import torchrun
 from ict_fast.checkpoint import Checkpoint, open_checkpoint
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
+from ict_fast.networks.switches import configure_torch
 from ict_fast.training import outcome, processes, trainer
 from ict_fast.training.dry_run import dry_run
 from ict_fast.training.failures import closing
@@ -110,6 +114,13 @@ def test_captured_steps_of_two_processes_are_those_without_capture(tiny: Config,
     captured = replace(training, cuda_graph=True)
     at_once = _weights(replace(config, training=captured), 2, tmp_path / "captured", "float32")
     assert all(at_once[name].equal(tensor) for name, tensor in overlapped.items())
+
+
+def test_three_processes_resume_to_the_last_bit(tiny: Config, tmp_path: Path) -> None:
+    """Of two, a + b is b + a: whatever the order of their sums."""
+    config = replace(tiny, training=replace(tiny.training, batch_size=12))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    _together("resume", 3, tmp_path)
 
 
 def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -553,6 +564,31 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_processes("cuda", 2) == (torch.device("cuda", 0), 2)
     with pytest.raises(InputError, match="--processes is 2, but each GPU has one process"):
         resolve_processes("auto", None, 2)
+
+
+def test_what_keeps_torchrun_from_starting_lost_processes_again_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As torch itself decides whether the store of an attempt is that of the one before."""
+    for disabled, restarts, warned in (("0", "3", True), ("1", "3", False), ("0", "0", False)):
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", disabled)
+        meeting = DynamicRendezvousHandler.from_backend(
+            "job", HashStore(), C10dRendezvousBackend(HashStore(), "job"), 1, 2
+        )
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(meeting.use_agent_store))
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        said = torchrun.warning()
+        assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (said or "")) is warned
+
+
+def test_a_deterministic_run_leaves_no_sum_to_the_switches_between_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    for given, expected in (({}, "^NVLS"), ({"NCCL_ALGO": "Ring"}, "Ring")):
+        monkeypatch.setattr(os, "environ", dict(given))
+        configure_torch(torch.device("cpu"), deterministic=True)
+        assert os.environ["NCCL_ALGO"] == expected
 
 
 def test_a_number_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,8 @@ def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
             )
             for each, figures in record["variants"].items()
         ]
-        yield table(("variant", "ms", "images/s", "MFU", "peak GiB", "first step, s"), rows, right=1)
+        names = ("variant", "ms", "images/s", "of the matrix rate", "peak GiB", "first step, s")
+        yield table(names, rows, right=1)
         if "floor" in record:
             floor = record["floor"]
             parts = ", ".join(f"{kind} {ms:.1f}" for kind, ms in floor["ms_by_operation"].items())

@@ -1,6 +1,6 @@
 """Named runs: the recipes of iCT (Song & Dhariwal, ICLR 2024), of its 2023 baseline, and a small default.
 
-Values marked "believed" were not verified against the papers. Every one is a flag.
+Values marked "believed" were not verified against the papers, nor was `c_noise` in config.py. Each is a flag.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -163,15 +164,26 @@ def run(options: SearchSigmaOptions) -> int:
             )
         if best in (min(search.tried)[0], max(search.tried)[0]):
             say(f"warning: step {number}: the best is the outermost one tried; widen --low or --high")
-    shown = " ".join(f"{sigma:.4g}" for sigma in sigmas)
-    print(f"sample with: --steps {options.steps} --sigmas {shown}")
+    shown = [f"{sigma:.4g}" for sigma in sigmas]
+    print(f"sample with: --steps {options.steps} --sigmas {' '.join(shown)}")
+    print(f"measure with: {_evaluate_command(options, shown)}")
     if len(sigmas) == 1:
-        for line in _how_to_keep(checkpoint, shown):
+        for line in _how_to_keep(checkpoint, shown[0]):
             print(line)
     results.write(out, trace(searches))
     partial.unlink(missing_ok=True)
     print(f"written: {out}")
     return errors.EXIT_DONE
+
+
+def _evaluate_command(options: SearchSigmaOptions, sigmas: list[str]) -> str:
+    """The command that measures the levels that were found, against what they were searched with."""
+    words = ["ict-fast", "evaluate", str(options.run), "--sigmas", *sigmas]
+    words += [] if options.reference is None else ["--reference", str(options.reference)]
+    words += [] if options.features is None else ["--features", str(options.features)]
+    words += [] if options.features_sha256 is None else ["--features-sha256", options.features_sha256]
+    words += ["--allow-other-recipe"] if options.allow_other_recipe else []
+    return shlex.join(words)
 
 
 def _how_to_keep(checkpoint: Checkpoint, sigma: str) -> list[str]:

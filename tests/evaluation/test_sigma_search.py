@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from ict_fast import cli
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.cli import main
-from ict_fast.commands.search_sigma import _how_to_keep
+from ict_fast.commands.search_sigma import SearchSigmaOptions, _evaluate_command, _how_to_keep
 from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel, load_model, sample
 from ict_fast.data.pictures import to_uint8
@@ -110,6 +112,31 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     real = open_store(Path(model.config.data.path)).images
     images = to_uint8(sample(model, 64, steps=2, sigmas=(best["sigma"],), seed=3))
     assert torchmetrics_distance(real, images) == pytest.approx(best["distance"], rel=1e-3)
+    # The command that it prints measures the same, but for the sigma's further digits.
+    [command] = [line.partition(": ")[2] for line in printed.splitlines() if line.startswith("measure with")]
+    _, *evaluated = shlex.split(command)
+    measured = tmp_path / "measured.json"
+    assert main([*evaluated, "--count", "64", "--seed", "3", "--out", str(measured)]) == 0
+    assert json.loads(measured.read_text())["two_step"]["frechet_distance"] == pytest.approx(
+        best["distance"], rel=1e-3
+    )
+
+
+def test_the_command_for_evaluate_compares_with_what_the_search_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    understood = []
+    for name in ("search-sigma", "evaluate"):
+        kind, _ = cli.COMMANDS[name]
+        monkeypatch.setitem(cli.COMMANDS, name, (kind, lambda given: understood.append(given) or 0))
+    compared = "'a run' --reference 'its data' --features f.pt --features-sha256 ab --allow-other-recipe"
+    for words in ("run", compared):
+        assert main(["search-sigma", *shlex.split(words)]) == 0
+        searched = understood[-1]
+        assert isinstance(searched, SearchSigmaOptions)
+        assert main(shlex.split(_evaluate_command(searched, ["1.5", "0.3"]))[1:]) == 0
+        measured = understood[-1]
+        for name in ("run", "reference", "features", "features_sha256", "allow_other_recipe"):
+            assert getattr(measured, name) == getattr(searched, name)
+        assert (measured.steps, measured.sigmas) == (None, (1.5, 0.3))
 
 
 @pytest.mark.parametrize(("count", "warned"), [(16, True), (17, False)])

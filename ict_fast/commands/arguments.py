@@ -29,6 +29,11 @@ def group_of(ema: str | None) -> str:
     return "ema" if ema is None else f"ema-{ema.removeprefix('ema-')}"
 
 
+def record_of(ema: str | None) -> dict[str, str]:
+    """What a result says of --ema: nothing of a run's own average."""
+    return {} if ema is None else {"ema": group_of(ema).removeprefix("ema-")}
+
+
 def at_least(least: int, name: str, value: int) -> None:
     """Raises InputError unless the option `name` is `least` or more."""
     if value < least:

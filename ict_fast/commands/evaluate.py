@@ -18,6 +18,7 @@ from ict_fast.commands.arguments import (
     Sigmas,
     at_least,
     group_of,
+    record_of,
     valid_count,
     valid_seed,
     valid_sigmas,
@@ -146,8 +147,8 @@ def run(options: EvaluateOptions) -> int:
                 devices=_devices(device, count),
                 work_folder=folder,
             )
-            average = {} if options.ema is None else {"ema": group.removeprefix("ema-")}
-            result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **average, **result}
+            about = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step}
+            result = {**about, **record_of(options.ema), **result}
             results.write(out, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     except KeyboardInterrupt:
         print("ict-fast: interrupted; the same command continues", file=sys.stderr)

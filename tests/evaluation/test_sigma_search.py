@@ -106,7 +106,10 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     checkpoint = open_checkpoint(trained)
     config = {"training": {"total_steps": checkpoint.step + 1}}
     unfinished = replace(checkpoint, state=checkpoint.state | {"config": config})
-    assert _how_to_keep(unfinished, "0.8") == ["make it the run's: resume it with --method.second-sigma 0.8"]
+    [line] = _how_to_keep(unfinished, "0.8", "")
+    assert line == "make it the run's: resume it with --method.second-sigma 0.8"
+    [line] = _how_to_keep(unfinished, "0.8", " --ema 0.9")
+    assert "`ict-fast export safetensors --ema 0.9` it" in line  # the run's level is for its own average
     # The same distance as measured from scratch on `sample`'s images.
     model = load_model(trained)
     real = open_store(Path(model.config.data.path)).images
@@ -128,13 +131,13 @@ def test_the_command_for_evaluate_compares_with_what_the_search_did(monkeypatch:
         kind, _ = cli.COMMANDS[name]
         monkeypatch.setitem(cli.COMMANDS, name, (kind, lambda given: understood.append(given) or 0))
     compared = "'a run' --reference 'its data' --features f.pt --features-sha256 ab --allow-other-recipe"
-    for words in ("run", compared):
+    for words in ("run", f"{compared} --ema power-0.05"):
         assert main(["search-sigma", *shlex.split(words)]) == 0
         searched = understood[-1]
         assert isinstance(searched, SearchSigmaOptions)
         assert main(shlex.split(_evaluate_command(searched, ["1.5", "0.3"]))[1:]) == 0
         measured = understood[-1]
-        for name in ("run", "reference", "features", "features_sha256", "allow_other_recipe"):
+        for name in ("run", "reference", "features", "features_sha256", "allow_other_recipe", "ema"):
             assert getattr(measured, name) == getattr(searched, name)
         assert (measured.steps, measured.sigmas) == (None, (1.5, 0.3))
 
@@ -164,7 +167,7 @@ def test_a_finished_run_is_not_to_be_resumed_for_the_level_of_an_earlier_checkpo
     checkpoint = open_checkpoint(trained)
     earlier = replace(checkpoint, step=checkpoint.step - 1)
     assert checkpoint.step == checkpoint.state["config"]["training"]["total_steps"]
-    [line] = _how_to_keep(earlier, "0.8")
+    [line] = _how_to_keep(earlier, "0.8", "")
     assert "export safetensors" in line
 
 
@@ -182,7 +185,7 @@ def test_an_imported_model_is_not_to_be_imported_from_a_file_inside_its_folder(
     imported = {"file": "weights.bin", "layout": layout}
     checkpoint = open_checkpoint(trained)
     model = replace(checkpoint, step=0, state=checkpoint.state | {"imported": imported})
-    [line] = _how_to_keep(model, "0.8")
+    [line] = _how_to_keep(model, "0.8", "")
     assert said in line
 
 

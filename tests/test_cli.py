@@ -397,6 +397,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("sample {run} --sigmas 0.8 -1", "--sigmas is 0.8 -1.0; it must be descending and positive"),
         ("sample {run} --sigmas nan", "--sigmas is nan; it must be descending and positive"),
         ("sample {run} --sigmas 0.8 --steps 3", "--sigmas has 1 values; --steps 3 needs 2"),
+        ("evaluate {run} --sigmas 0.3 0.8", "--sigmas is 0.3 0.8; it must be descending and positive"),
+        ("evaluate {run} --sigmas 0.8 --steps 3", "--sigmas has 1 values; --steps 3 needs 2"),
+        (
+            "evaluate {run} --sigmas 0.8 --steps 1,2",
+            "--steps is 1,2; with --sigmas it must be one number, here 2",
+        ),
+        ("evaluate {run} --sigmas high", "--sigmas high: expected numbers"),
         ("sample {run} --labels 1 two", "--labels 1 two: expected integers"),
         ("sample {run} --labels 1 2 3 --count 2", "--labels has 3 values; --count is 2"),
         (
@@ -631,6 +638,21 @@ def test_a_measurement_of_few_samples_says_what_it_replaces(model, run_folder, c
         assert (said in capsys.readouterr().err.replace("\n", " ")) == warned
 
 
+def test_a_measurement_at_sigmas_says_what_it_replaces(model, run_folder, capsys):
+    written = run_folder / "checkpoints/evaluation.json"
+    for before, warned in (
+        ("", False),
+        ("[]", False),
+        ('{"count": 9}', True),
+        ('{"sigmas": [0.8]}', False),
+        ('{"sigmas": [0.3]}', True),
+    ):
+        written.write_text(before)
+        assert main(["evaluate", str(run_folder), "--reference", "real", "--sigmas", "0.8"]) == 0
+        said = f"warning: {written} is of other noise levels than --sigmas, and is replaced;"
+        assert (said in capsys.readouterr().err.replace("\n", " ")) == warned
+
+
 def test_evaluate_writes_where_it_is_told(model, run_folder, capsys, tmp_path):
     out = tmp_path / "new/result.json"
     assert main(["evaluate", str(run_folder), "--reference", "real", "--out", str(out)]) == 0
@@ -657,6 +679,15 @@ def test_evaluate_takes_a_list_of_steps(model, run_folder, words):
     assert main(["evaluate", str(run_folder), *words, "--reference", "real"]) == 0
     assert model.calls[0]["steps"] == (1, 4)
     assert model.calls[0]["reference"] == Path("real")
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "sigmas"),
+    [("", (1, 2), None), ("--sigmas 0.8 0.3", (3,), (0.8, 0.3)), ("--sigmas 0.8 --steps 2", (2,), (0.8,))],
+)
+def test_evaluate_measures_the_levels_of_sigmas(model, run_folder, words, steps, sigmas):
+    assert main(["evaluate", str(run_folder), "--reference", "real", *words.split()]) == 0
+    assert (model.calls[0]["steps"], model.calls[0]["sigmas"]) == (steps, sigmas)
 
 
 def test_evaluate_hands_its_features_and_a_device_for_each_process_on(model, run_folder, tmp_path):

@@ -83,8 +83,8 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any] | int:
     jobs = plan.jobs()
     waiting = [(variant, seed, job) for variant, seed, job in jobs if _result(job) is None]
     if waiting:  # before any of them is started
-        open_images(plan.base)
         _require_measure(plan.base)
+        open_images(plan.base)
     if len(waiting) < len(jobs):
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
     with StopRequest() as stop:

@@ -33,7 +33,8 @@ class AblateOptions:
     """Compare iCT with its 2023 baseline, one ingredient at a time. The same command again goes on."""
 
     preset: Annotated[str, arg(metavar=f"{{{','.join(preset_names())}}}")] = DEFAULT_PRESET
-    """The run that every variant changes."""
+    """The run that every variant changes. Only digits can be run, as runs are measured with their features;
+    --list shows the variants of any."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/ablation)")] = None
     """Folder of all runs, and of ablation.json and ablation.png."""
     seeds: int = 3

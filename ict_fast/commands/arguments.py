@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,9 @@ Run = Annotated[Path, arg(metavar="RUN|CHECKPOINT")]
 Ema = Annotated[
     str | None, arg(metavar="NAME", help_behavior_hint="(default: the run's --optimizer.ema-decay)")
 ]
+Sigmas = Annotated[
+    tuple[float, ...] | None, arg(metavar="SIGMA ...", help_behavior_hint="(default: the method's)")
+]
 
 _MOST_STEPS = 10_000
 _MOST_IMAGES = 10**9
@@ -23,6 +27,11 @@ _MOST_IMAGES = 10**9
 def group_of(ema: str | None) -> str:
     """The group of tensors in a checkpoint that --ema means."""
     return "ema" if ema is None else f"ema-{ema.removeprefix('ema-')}"
+
+
+def record_of(ema: str | None) -> dict[str, str]:
+    """What a result says of --ema: nothing of a run's own average."""
+    return {} if ema is None else {"ema": group_of(ema).removeprefix("ema-")}
 
 
 def at_least(least: int, name: str, value: int) -> None:
@@ -36,6 +45,20 @@ def valid_steps(least: int, values: Sequence[int]) -> None:
     at_least(least, "steps", min(values, default=0))
     if max(values) > _MOST_STEPS:
         raise InputError(f"--steps is {max(values)}; it must be at most {_MOST_STEPS}")
+
+
+def valid_sigmas(values: Sequence[float], steps: Sequence[int]) -> None:
+    """Raises InputError unless --sigmas, if any are given, are levels of the one number of steps in --steps.
+
+    What they must lie between is known to the model.
+    """
+    if values and len(steps) > 1:
+        shown = ",".join(map(str, steps))
+        raise InputError(f"--steps is {shown}; with --sigmas it must be one number, here {len(values) + 1}")
+    if values and len(values) != steps[0] - 1:
+        raise InputError(f"--sigmas has {len(values)} values; --steps {steps[0]} needs {steps[0] - 1}")
+    if any(not later < earlier for earlier, later in itertools.pairwise((float("inf"), *values, 0.0))):
+        raise InputError(f"--sigmas is {' '.join(map(str, values))}; it must be descending and positive")
 
 
 def valid_count(least: int, value: int) -> None:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Run, at_least, valid_labels, valid_seed, valid_steps
+from ict_fast.commands.arguments import (
+    Device,
+    Ema,
+    Run,
+    at_least,
+    group_of,
+    valid_labels,
+    valid_seed,
+    valid_steps,
+)
 from ict_fast.errors import InputError, TrainingError, did_you_mean
 from ict_fast.screen import live_line
 
@@ -48,6 +57,8 @@ class EditOptions:
     """Noise level that stroke begins at: the larger, the less of the images stays."""
     seed: int = 0
     """Seed of the noise."""
+    ema: Ema = None
+    """A further average of the weights, by its decay (0.9999) or its width (power-0.05)."""
     device: Device = "auto"
     """auto: the GPU if the machine has one."""
 
@@ -70,7 +81,7 @@ def run(options: EditOptions) -> int:
 
     device = resolve_device(options.device, None)
     configure_torch(device, deterministic=False)
-    model = load_model(options.run).to(device)
+    model = load_model(options.run, weights=group_of(options.ema)).to(device)
     network = model.config.network
     total = len(files) * options.variants
     results.require_room(out, total * network.image_channels * network.resolution**2)

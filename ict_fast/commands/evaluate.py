@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -15,10 +15,13 @@ from ict_fast.commands.arguments import (
     Device,
     Ema,
     Run,
+    Sigmas,
     at_least,
     group_of,
+    record_of,
     valid_count,
     valid_seed,
+    valid_sigmas,
     valid_steps,
 )
 from ict_fast.errors import InputError
@@ -61,8 +64,12 @@ class EvaluateOptions:
         ),
     ] = None
     """Where the result is written; the default is overwritten by the next evaluation in the same run."""
-    steps: Annotated[tuple[str, ...], arg(metavar="1,2")] = ("1,2",)
+    steps: Annotated[
+        tuple[str, ...] | None, arg(metavar="1,2", help_behavior_hint="(default: 1,2, or as --sigmas)")
+    ] = None
     """Numbers of sampling steps to measure."""
+    sigmas: Sigmas = None
+    """Noise levels of the steps after the first, descending."""
     count: Annotated[
         int | None, arg(metavar="INT", help_behavior_hint="(default: 50000; of digits 10000)")
     ] = None
@@ -81,11 +88,9 @@ class EvaluateOptions:
 
 def run(options: EvaluateOptions) -> int:
     """Runs the command; returns its exit code."""
-    try:
-        steps = tuple(int(number) for text in options.steps for number in text.split(",") if number)
-    except ValueError:
-        raise InputError(errors.bad_value("--steps", " ".join(options.steps), tuple[int, ...])) from None
+    sigmas, steps = options.sigmas or (), _steps(options)
     valid_steps(1, steps)
+    valid_sigmas(sigmas, steps)
     if options.count is not None:
         valid_count(2, options.count)
     valid_seed(options.seed)
@@ -113,10 +118,17 @@ def run(options: EvaluateOptions) -> int:
     results.require_file_place(
         out, "--out (by default in the run)" if options.out is None else "--out", "evaluation.json"
     )
-    if options.count is not None and (larger := _count_in(out)) > options.count:
+    before = _measured_in(out)
+    larger = before.get("count")
+    if options.count is not None and type(larger) is int and larger > options.count:
         say(
             f"ict-fast: warning: {out} is of {larger:,} samples, and is replaced by a measurement of"
             f" {options.count:,}; with --out another file it stays"
+        )
+    if sigmas and before and before.get("sigmas") != list(sigmas):
+        say(
+            f"ict-fast: warning: {out} is of other noise levels than --sigmas, and is replaced; with --out"
+            " another file it stays"
         )
 
     try:
@@ -125,6 +137,7 @@ def run(options: EvaluateOptions) -> int:
                 model,
                 reference,
                 steps=steps,
+                sigmas=sigmas or None,
                 count=options.count,
                 seed=options.seed,
                 progress=progress,
@@ -134,8 +147,8 @@ def run(options: EvaluateOptions) -> int:
                 devices=_devices(device, count),
                 work_folder=folder,
             )
-            average = {} if options.ema is None else {"ema": group.removeprefix("ema-")}
-            result = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step, **average, **result}
+            about = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step}
+            result = {**about, **record_of(options.ema), **result}
             results.write(out, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     except KeyboardInterrupt:
         print("ict-fast: interrupted; the same command continues", file=sys.stderr)
@@ -147,6 +160,16 @@ def run(options: EvaluateOptions) -> int:
     return errors.EXIT_DONE
 
 
+def _steps(options: EvaluateOptions) -> tuple[int, ...]:
+    """The numbers of steps to measure."""
+    if options.steps is None:
+        return (len(options.sigmas) + 1,) if options.sigmas else (1, 2)
+    try:
+        return tuple(int(number) for text in options.steps for number in text.split(",") if number)
+    except ValueError:
+        raise InputError(errors.bad_value("--steps", " ".join(options.steps), tuple[int, ...])) from None
+
+
 def _default_out(checkpoint: Checkpoint, group: str) -> Path:
     """evaluation.json is about a run's own average; others, and what is made of a run, have theirs."""
     folder = Path(checkpoint.path)
@@ -155,13 +178,13 @@ def _default_out(checkpoint: Checkpoint, group: str) -> Path:
     return folder.parent / f"evaluation{group.removeprefix('ema')}.json"
 
 
-def _count_in(out: Path) -> int:
-    """The number of samples of the measurement that is there; 0 if none is."""
+def _measured_in(out: Path) -> dict[str, Any]:
+    """The measurement that is there; empty if none is."""
     try:
-        count = json.loads(out.read_text(encoding="utf-8"))["count"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return 0
-    return count if type(count) is int else 0
+        result = json.loads(out.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return result if isinstance(result, dict) else {}
 
 
 def _devices(first: torch.device, count: int) -> list[torch.device]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +13,12 @@ from ict_fast.commands.arguments import (
     Device,
     Ema,
     Run,
+    Sigmas,
     group_of,
     valid_count,
     valid_labels,
     valid_seed,
+    valid_sigmas,
     valid_steps,
 )
 from ict_fast.errors import InputError
@@ -36,9 +37,7 @@ class SampleOptions:
     """Number of images."""
     steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 1, or as --sigmas)")] = None
     """Network evaluations per image."""
-    sigmas: Annotated[
-        tuple[float, ...] | None, arg(metavar="SIGMA ...", help_behavior_hint="(default: the method's)")
-    ] = None
+    sigmas: Sigmas = None
     """Noise levels of the steps after the first, descending."""
     labels: Annotated[
         tuple[int, ...] | None, arg(metavar="CLASS ...", help_behavior_hint="(default: every class)")
@@ -59,10 +58,7 @@ def run(options: SampleOptions) -> int:
     sigmas = options.sigmas or ()
     steps = len(sigmas) + 1 if options.steps is None else options.steps
     valid_steps(1, [steps])
-    if sigmas and len(sigmas) != steps - 1:
-        raise InputError(f"--sigmas has {len(sigmas)} values; --steps {steps} needs {steps - 1}")
-    if any(not later < earlier for earlier, later in itertools.pairwise((float("inf"), *sigmas, 0.0))):
-        raise InputError(f"--sigmas is {' '.join(map(str, sigmas))}; it must be descending and positive")
+    valid_sigmas(sigmas, [steps])
     if options.labels and len(options.labels) > options.count:
         raise InputError(f"--labels has {len(options.labels)} values; --count is {options.count}")
     valid_labels(options.labels or ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
-from ict_fast.commands.arguments import Device, Run, valid_count, valid_seed, valid_steps
+from ict_fast.commands.arguments import (
+    Device,
+    Ema,
+    Run,
+    group_of,
+    record_of,
+    valid_count,
+    valid_seed,
+    valid_steps,
+)
 from ict_fast.errors import InputError
 from ict_fast.screen import live_line, say
 
@@ -50,12 +60,18 @@ class SearchSigmaOptions:
     count: int = 5000
     """Images per candidate."""
     out: Annotated[
-        Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: <run>/search-sigma.json)")
+        Path | None,
+        arg(
+            metavar="FILE.json",
+            help_behavior_hint="(default: <run>/search-sigma.json; search-sigma-NAME.json with --ema NAME)",
+        ),
     ] = None
     """Where the trace is written: every sigma that was tried, and its distance. Until the search has ended it
     is in FILE.json.partial."""
     seed: int = 0
     """Seed of the noise, the same for every candidate."""
+    ema: Ema = None
+    """A further average of the weights, by its decay (0.9999) or its width (power-0.05)."""
     device: Device = "auto"
     """auto: the GPU if the machine has one."""
 
@@ -75,7 +91,9 @@ def run(options: SearchSigmaOptions) -> int:
             f" {options.high / options.low:.4g}"
         )
     results.require_run(options.run)
-    out = results.run_folder(options.run) / "search-sigma.json" if options.out is None else options.out
+    group = group_of(options.ema)
+    name = f"search-sigma{group.removeprefix('ema')}.json"
+    out = results.run_folder(options.run) / name if options.out is None else options.out
     results.require_file_place(
         out, "--out (by default in the run)" if options.out is None else "--out", "search-sigma.json"
     )
@@ -93,7 +111,7 @@ def run(options: SearchSigmaOptions) -> int:
     configure_torch(device, deterministic=False)
     checkpoint = open_checkpoint(options.run)
     check_state(checkpoint)
-    model = load_model(checkpoint.path).to(device)
+    model = load_model(checkpoint.path, weights=group).to(device)
     reference = options.reference or Path(model.config.data.path)
     if options.reference is None and not reference.exists():
         raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
@@ -116,6 +134,7 @@ def run(options: SearchSigmaOptions) -> int:
         result = {
             "checkpoint": checkpoint.path.name,
             "step": checkpoint.step,
+            **record_of(options.ema),
             "sigmas": [search.best[0] for search in searches],
             "searches": [search.as_dict() for search in searches],
             "count": options.count,
@@ -163,10 +182,12 @@ def run(options: SearchSigmaOptions) -> int:
             )
         if best in (min(search.tried)[0], max(search.tried)[0]):
             say(f"warning: step {number}: the best is the outermost one tried; widen --low or --high")
-    shown = " ".join(f"{sigma:.4g}" for sigma in sigmas)
-    print(f"sample with: --steps {options.steps} --sigmas {shown}")
+    shown = [f"{sigma:.4g}" for sigma in sigmas]
+    ema = "" if options.ema is None else f" --ema {options.ema}"
+    print(f"sample with: --steps {options.steps} --sigmas {' '.join(shown)}{ema}")
+    print(f"measure with: {_evaluate_command(options, shown)}")
     if len(sigmas) == 1:
-        for line in _how_to_keep(checkpoint, shown):
+        for line in _how_to_keep(checkpoint, shown[0], ema):
             print(line)
     results.write(out, trace(searches))
     partial.unlink(missing_ok=True)
@@ -174,8 +195,23 @@ def run(options: SearchSigmaOptions) -> int:
     return errors.EXIT_DONE
 
 
-def _how_to_keep(checkpoint: Checkpoint, sigma: str) -> list[str]:
-    """What to type so that the level is the model's own; a finished run's configuration stays as it is."""
+def _evaluate_command(options: SearchSigmaOptions, sigmas: list[str]) -> str:
+    """The command that measures the levels that were found, against what they were searched with."""
+    words = ["ict-fast", "evaluate", str(options.run), "--sigmas", *sigmas]
+    words += [] if options.reference is None else ["--reference", str(options.reference)]
+    words += [] if options.features is None else ["--features", str(options.features)]
+    words += [] if options.features_sha256 is None else ["--features-sha256", options.features_sha256]
+    words += ["--allow-other-recipe"] if options.allow_other_recipe else []
+    words += [] if options.ema is None else ["--ema", options.ema]
+    return shlex.join(words)
+
+
+def _how_to_keep(checkpoint: Checkpoint, sigma: str, ema: str) -> list[str]:
+    """What to type so that the level is the model's own; a finished run's configuration stays as it is.
+
+    Args:
+        ema: " --ema NAME" if the level is for a further average; a run's configuration is for its own.
+    """
     from ict_fast.checkpoint import checkpoint_steps
 
     training = checkpoint.state["config"].get("training", {})
@@ -183,9 +219,9 @@ def _how_to_keep(checkpoint: Checkpoint, sigma: str) -> list[str]:
     if imported is not None and imported["layout"] not in ("ict-fast", "diffusers"):  # read from a file
         return [f"make it the model's: import {imported['file']} again with --second-sigma {sigma}"]
     newest = max(checkpoint_steps(checkpoint.path.parent.parent), default=checkpoint.step)
-    if imported is None and max(newest, checkpoint.step) < training.get("total_steps", 0):
+    if imported is None and not ema and max(newest, checkpoint.step) < training.get("total_steps", 0):
         return [f"make it the run's: resume it with --method.second-sigma {sigma}"]
     return [
-        "make it the model's: `ict-fast export safetensors` it, and `ict-fast import safetensors` that"
+        f"make it the model's: `ict-fast export safetensors{ema}` it, and `ict-fast import safetensors` that"
         f" with --second-sigma {sigma}"
     ]

@@ -81,6 +81,8 @@ class Work:
     """Of the reference."""
     chosen: np.ndarray
     """Sorted numbers of the reference images whose features are kept."""
+    sigmas: tuple[float, ...] | None = None
+    """Noise levels of the steps after the first; None for the method's."""
 
     def compute(self, chunk: Chunk, device: torch.device, advance: Advance) -> Arrays:
         """A reference chunk: mean and products (see `Sums`), and the features of chosen images. A generated
@@ -104,6 +106,7 @@ class Work:
             self.model,
             chunk.count,
             steps=chunk.steps,
+            sigmas=self.sigmas,
             labels=None if self.labels is None else self.labels[chunk.first : last],
             seed=self.seed,
             first=chunk.first,
@@ -151,6 +154,7 @@ class Work:
             "network": [self.network.name, self.network.sha256, self.network.batch_size],
             "labels": None if self.labels is None else _sha256(self.labels.numpy()),
             "seed": self.seed,
+            "sigmas": self.sigmas,
             "reference": reference,
             "chosen": _sha256(self.chosen),
             "device": [device, threads if device == "cpu" else None],

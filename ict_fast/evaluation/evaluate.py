@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ict_fast.consistency import ConsistencyModel, sampling_sigmas
+from ict_fast.consistency import ConsistencyModel
+from ict_fast.consistency.sampling import check_sampling
 from ict_fast.errors import InputError
 from ict_fast.evaluation.chunks import (
     Chunk,
@@ -64,6 +65,7 @@ def evaluate(
     reference: str | Path,
     *,
     steps: Sequence[int] = (1, 2),
+    sigmas: Sequence[float] | None = None,
     count: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -84,6 +86,8 @@ def evaluate(
         reference: folder of a prepared store, or an .npz with mu and sigma, or with arr_0; see
             `open_reference`.
         steps: numbers of sampling steps, each measured on its own.
+        sigmas: the noise levels of steps 2, 3, ..., descending, of the one number in `steps`; by default
+            `sampling_sigmas`.
         count: images per number of steps; by default 50,000, for digits 10,000, or as many as a reference of
             digits has if that is more.
         seed: of the samples' noise.
@@ -102,15 +106,19 @@ def evaluate(
         JSON-able: one_step, two_step, ..., 9_step, each with frechet_distance, kernel_distance and
         inception_score (with their _std), precision, recall, relative_to_noise, relative_to_gaussian, sigmas
         (those that are not available are missing, see `not_available`); reference (halves, noise, gaussian:
-        distances for comparison, see `table`); count, seed and what else the numbers depend on; warnings.
+        distances for comparison, see `table`); steps, sigmas (as asked for: None for the method's), count,
+        seed and what else the numbers depend on; warnings.
     Raises:
-        InputError: references, features, counts or steps that cannot work, before anything is sampled.
+        InputError: references, features, counts, steps or sigmas that cannot work, before anything is
+            sampled.
         DivergedError: the samples hold NaN or infinite values.
     """
     report = progress or (lambda fraction, text: None)
     opened = open_reference(Path(reference))
     features = None if features is None else Path(features)
     steps = _checked_steps(steps)
+    sigmas = None if sigmas is None else tuple(map(float, sigmas))
+    levels = {number: check_sampling(model, 1, number, sigmas, None) for number in steps}
     if count is not None and count < 2:
         raise InputError(
             f"--count is {count}; a Fréchet distance needs at least 2 images, and better thousands"
@@ -134,6 +142,7 @@ def evaluate(
         seed=seed,
         images=opened.images,
         chosen=chosen_images(image_count),
+        sigmas=sigmas,
     )
     of_reference = reference_chunks(image_count)
     of_model = {number: generated_chunks(number, count) for number in steps}
@@ -165,7 +174,6 @@ def evaluate(
         results: dict[str, Any] = {}
         for number, part in of_model.items():
             begun = 0.93 + 0.07 * len(results) / len(steps)
-            sigmas = [model.config.method.sigma_max, *sampling_sigmas(number, model.config.method)]
             values = _measures(
                 finished,
                 part,
@@ -174,12 +182,13 @@ def evaluate(
                 places[0],
                 lambda done, begun=begun: report(begun + 0.07 * done / len(steps), "comparing the sets"),  # type: ignore[misc]
             )
-            results[key(number)] = {**values, "sigmas": sigmas}
+            results[key(number)] = {**values, "sigmas": [model.config.method.sigma_max, *levels[number]]}
     report(1.0, "evaluated")
     return {
         **results,
         "reference": {**comparison, "count": measured.count, "kind": opened.kind, "recipe": opened.recipe},
         "steps": list(steps),
+        "sigmas": None if sigmas is None else list(sigmas),
         "count": count,
         "seed": seed,
         "features": _about(network),

@@ -45,11 +45,12 @@ def table(result: dict[str, Any]) -> Table:
     real = "" if reference["count"] is None else f" to {reference['count']:,} real images"
     accuracy = features.get("accuracy")
     known = "" if accuracy is None else f", right on {accuracy:.1%} of digits that it has not seen"
+    levels = f", sigmas {' '.join(map(str, result['sigmas']))}" if result.get("sigmas") else ""
     linear = "" if "gaussian" not in reference else " A linear model achieves the Gaussian's; be well below."
     shown = Table(
         title=f"Fréchet distance{real} (lower is better)",
-        caption=f"{result['count']:,} samples, seed {result['seed']}; features: {features['name']}{known}."
-        f"{linear} Compare only with distances of the same features and count.",
+        caption=f"{result['count']:,} samples, seed {result['seed']}{levels}; features:"
+        f" {features['name']}{known}.{linear} Compare only with distances of the same features and count.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
         pad_edge=False,

@@ -199,6 +199,8 @@ def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
         for key, words in (("count", "{} samples"), ("seed", "seed {}"))
         if type(result.get(key)) is int
     ]
+    if isinstance(result.get("sigmas"), list):  # not the method's
+        facts.append(f"sigmas {' '.join(map(str, result['sigmas']))}")
     return [*lines, "", ", ".join([*facts, f"features: {named or 'not named'}."])]
 
 

@@ -62,7 +62,13 @@ def measured_with(result: dict[str, Any]) -> tuple[Any, ...]:
     """What two measurements must have in common to be compared."""
     features = result.get("features")
     network = features.get("sha256") if isinstance(features, dict) else features
-    return result.get("count"), network, result.get("reference_fingerprint")
+    return result.get("count"), network, result.get("reference_fingerprint"), result.get("sigmas")
+
+
+def asked_sigmas(result: dict[str, Any]) -> str:
+    """ "sigmas 0.8 0.3", if it was measured with noise levels other than the method's; else empty."""
+    sigmas = result.get("sigmas")
+    return f"sigmas {' '.join(map(str, sigmas))}" if isinstance(sigmas, list) and sigmas else ""
 
 
 def _number(values: dict[str, Any], field: str) -> bool:
@@ -86,6 +92,7 @@ def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
         about.append(f"average {result['ema']} of the weights")
     if isinstance(result.get("count"), int):
         about.append(f"{result['count']:,} samples, seed {result.get('seed', 0)}")
+    about.append(asked_sigmas(result))
     if features.get("name"):
         about.append(f"features {features['name']}")
     if isinstance(compared.get("count"), int):

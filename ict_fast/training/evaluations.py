@@ -79,6 +79,7 @@ def evaluate_command(out: Path, config: Config) -> str:
     words = ["ict-fast", "evaluate", str(out)]
     words += [] if logging.evaluate_reference is None else ["--reference", logging.evaluate_reference]
     words += [] if logging.evaluate_features is None else ["--features", logging.evaluate_features]
+    words += ["--steps", ",".join(map(str, logging.evaluate_steps)), "--count", str(logging.evaluate_count)]
     return shlex.join(words)
 
 

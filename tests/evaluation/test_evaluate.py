@@ -12,6 +12,8 @@ from rich.console import Console
 from torch import nn
 
 from ict_fast.config import Config
+from ict_fast.consistency import load_model, sample
+from ict_fast.data.pictures import to_uint8
 from ict_fast.data.prepare import load_digits, prepare_digits
 from ict_fast.data.store import open_store, write_store
 from ict_fast.errors import InputError, TrainingError
@@ -119,6 +121,36 @@ def test_any_number_of_steps_has_a_key(store):
     assert {"three_step", "12_step"} <= result.keys()
 
 
+def test_sigmas_are_the_levels_that_are_sampled(store, trained, torchmetrics_distance):
+    """The distance is torchmetrics', of the images that `sample` makes at these levels."""
+    model = load_model(trained)
+    for sigmas in ((5.0,), (5.0, 0.3)):
+        steps = len(sigmas) + 1
+        result = evaluate(model, store, steps=(steps,), sigmas=sigmas, count=64, seed=3)
+        images = to_uint8(sample(model, 64, steps=steps, sigmas=sigmas, seed=3))
+        expected = torchmetrics_distance(open_store(store).images, images)
+        measured = result["two_step" if steps == 2 else "three_step"]
+        assert measured["frechet_distance"] == pytest.approx(expected, rel=1e-3)
+        assert measured["sigmas"] == [80.0, *sigmas]
+        assert result["sigmas"] == list(sigmas)
+
+
+@pytest.mark.parametrize(
+    ("steps", "sigmas", "said"),
+    [
+        ((1, 2), (0.3,), "1 steps need 0 sigmas after sigma_max; 1 were given"),
+        ((2,), (80.0,), "they must fall from below sigma_max = 80.0"),
+        ((3,), (0.3, 0.001), "to above sigma_min = 0.002"),
+    ],
+)
+def test_sigmas_that_the_model_cannot_be_sampled_at_are_refused_first(
+    store, monkeypatch, steps, sigmas, said
+):
+    monkeypatch.setattr(evaluate_module, "choose_network", lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError, match=said):
+        evaluate(RemembersDigits(), store, steps=steps, sigmas=sigmas)
+
+
 def test_by_default_10000_images_are_sampled(store, monkeypatch):
     assert evaluate_module.DEFAULT_DIGITS_COUNT == 10_000
     monkeypatch.setattr(evaluate_module, "DEFAULT_DIGITS_COUNT", 2000)
@@ -188,6 +220,7 @@ def test_the_table_names_every_distance(good):
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(json.loads(json.dumps(good))))
     text = console.export_text()
+    assert "sigmas" not in text
     for words in (
         "half to half",
         "one step",
@@ -200,6 +233,12 @@ def test_the_table_names_every_distance(good):
     ):
         assert words in text
     assert f"{good['one_step']['frechet_distance']:.3f}" in text
+
+
+def test_the_table_says_at_which_sigmas_the_model_was_sampled(good):
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(good | {"sigmas": [0.8]}))
+    assert "2,000 samples, seed 0, sigmas 0.8;" in console.export_text()
 
 
 def test_nan_in_the_samples_is_a_failure_of_training(store):

@@ -90,6 +90,18 @@ def test_what_was_computed_for_something_else_is_not_taken(
     assert measure(work_folder=tmp_path) == measure() != first
 
 
+def test_what_was_computed_at_other_noise_levels_is_not_taken(
+    model: ConsistencyModel, digits_store: Path, inception: Path, tmp_path: Path
+) -> None:
+    def measured(sigmas: tuple[float, ...] | None, folder: Path | None) -> dict[str, Any]:
+        options: dict[str, Any] = {"count": 64, "features": inception, "work_folder": folder}
+        return evaluate(model, digits_store, steps=(2,), sigmas=sigmas, **options)
+
+    results = [measured(sigmas, tmp_path) for sigmas in (None, (5.0,), (0.3,))]
+    assert results == [measured(sigmas, None) for sigmas in (None, (5.0,), (0.3,))]
+    assert len({result["two_step"]["frechet_distance"] for result in results}) == 3
+
+
 def test_what_was_kept_is_computed_again_whichever_byte_of_it_is_damaged(tmp_path: Path) -> None:
     chunk, kept = Chunk(1, 0, 3), Finished(tmp_path)
     kept.keep(chunk, {"features": np.ones((3, 4))})

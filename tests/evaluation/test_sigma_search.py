@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from ict_fast import cli
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.cli import main
-from ict_fast.commands.search_sigma import _how_to_keep
+from ict_fast.commands.search_sigma import SearchSigmaOptions, _evaluate_command, _how_to_keep
 from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel, load_model, sample
 from ict_fast.data.pictures import to_uint8
@@ -104,12 +106,40 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     checkpoint = open_checkpoint(trained)
     config = {"training": {"total_steps": checkpoint.step + 1}}
     unfinished = replace(checkpoint, state=checkpoint.state | {"config": config})
-    assert _how_to_keep(unfinished, "0.8") == ["make it the run's: resume it with --method.second-sigma 0.8"]
+    [line] = _how_to_keep(unfinished, "0.8", "")
+    assert line == "make it the run's: resume it with --method.second-sigma 0.8"
+    [line] = _how_to_keep(unfinished, "0.8", " --ema 0.9")
+    assert "`ict-fast export safetensors --ema 0.9` it" in line  # the run's level is for its own average
     # The same distance as measured from scratch on `sample`'s images.
     model = load_model(trained)
     real = open_store(Path(model.config.data.path)).images
     images = to_uint8(sample(model, 64, steps=2, sigmas=(best["sigma"],), seed=3))
     assert torchmetrics_distance(real, images) == pytest.approx(best["distance"], rel=1e-3)
+    # The command that it prints measures the same, but for the sigma's further digits.
+    [command] = [line.partition(": ")[2] for line in printed.splitlines() if line.startswith("measure with")]
+    _, *evaluated = shlex.split(command)
+    measured = tmp_path / "measured.json"
+    assert main([*evaluated, "--count", "64", "--seed", "3", "--out", str(measured)]) == 0
+    assert json.loads(measured.read_text())["two_step"]["frechet_distance"] == pytest.approx(
+        best["distance"], rel=1e-3
+    )
+
+
+def test_the_command_for_evaluate_compares_with_what_the_search_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    understood = []
+    for name in ("search-sigma", "evaluate"):
+        kind, _ = cli.COMMANDS[name]
+        monkeypatch.setitem(cli.COMMANDS, name, (kind, lambda given: understood.append(given) or 0))
+    compared = "'a run' --reference 'its data' --features f.pt --features-sha256 ab --allow-other-recipe"
+    for words in ("run", f"{compared} --ema power-0.05"):
+        assert main(["search-sigma", *shlex.split(words)]) == 0
+        searched = understood[-1]
+        assert isinstance(searched, SearchSigmaOptions)
+        assert main(shlex.split(_evaluate_command(searched, ["1.5", "0.3"]))[1:]) == 0
+        measured = understood[-1]
+        for name in ("run", "reference", "features", "features_sha256", "allow_other_recipe", "ema"):
+            assert getattr(measured, name) == getattr(searched, name)
+        assert (measured.steps, measured.sigmas) == (None, (1.5, 0.3))
 
 
 @pytest.mark.parametrize(("count", "warned"), [(16, True), (17, False)])
@@ -137,7 +167,7 @@ def test_a_finished_run_is_not_to_be_resumed_for_the_level_of_an_earlier_checkpo
     checkpoint = open_checkpoint(trained)
     earlier = replace(checkpoint, step=checkpoint.step - 1)
     assert checkpoint.step == checkpoint.state["config"]["training"]["total_steps"]
-    [line] = _how_to_keep(earlier, "0.8")
+    [line] = _how_to_keep(earlier, "0.8", "")
     assert "export safetensors" in line
 
 
@@ -155,7 +185,7 @@ def test_an_imported_model_is_not_to_be_imported_from_a_file_inside_its_folder(
     imported = {"file": "weights.bin", "layout": layout}
     checkpoint = open_checkpoint(trained)
     model = replace(checkpoint, step=0, state=checkpoint.state | {"imported": imported})
-    [line] = _how_to_keep(model, "0.8")
+    [line] = _how_to_keep(model, "0.8", "")
     assert said in line
 
 

@@ -175,6 +175,7 @@ def test_the_card_says_what_the_weights_are(trained: Path, tmp_path: Path) -> No
         "one_step": {"frechet_distance": 12.5},
         "count": 100,
         "seed": 0,
+        "sigmas": [0.8, 0.3],
         "features": {"name": "some-features"},
     }
     (checkpoint.path.parent / "evaluation.json").write_text(json.dumps(evaluation))
@@ -189,7 +190,7 @@ def test_the_card_says_what_the_weights_are(trained: Path, tmp_path: Path) -> No
         "| curriculum | doubling, s0 = 10, s1 = 1280 |",
         "scikit-learn",  # the data's source, from the store
         "| one | 12.5 |",
-        "some-features",
+        "100 samples, seed 0, sigmas 0.8 0.3, features: some-features.",
         "| second step at sigma | 0.821 |",
     ):
         assert fact in card, fact

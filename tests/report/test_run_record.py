@@ -105,6 +105,19 @@ def test_a_result_of_another_average_is_named(run: Path) -> None:
     assert "Step 400; average power-0.05 of the weights; 10,000 samples" in text
 
 
+def test_a_result_of_other_noise_levels_is_named_and_the_best_is_not_set_beside_it(run: Path) -> None:
+    file = run / "checkpoints/evaluation.json"
+    measured = json.loads(file.read_text()) | {"count": 500}  # as many as while training
+    (run / "checkpoints/best").write_text("step-00000200\n")
+    for sigmas in (None, [0.8, 0.3]):
+        file.write_text(json.dumps(measured | {"sigmas": sigmas}))
+        text = page(read_run(run))
+        asked = "" if sigmas is None else ", sigmas 0.8 0.3"
+        assert f"<span>Fréchet, two steps, at step 400{asked}, 500 samples</span>" in text
+        assert ("500 samples, seed 0; sigmas 0.8 0.3; " in text) == bool(asked)
+        assert ("best Fréchet" in text) == (not asked)
+
+
 def test_the_command_of_a_run_on_cpus_says_so(run: Path) -> None:
     (run / "run.json").write_text(json.dumps({"device": "cpu", "processes": 2}))
     assert "--device cpu --processes 2" in read_run(run).command()

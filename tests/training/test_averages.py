@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -278,11 +279,41 @@ def test_sample_and_evaluate_take_an_average_by_its_name(
     theirs = open_checkpoint(out).tensors("ema-0.9")
     assert any(torch.equal(ours, tensor) for tensor in theirs.values() if tensor.shape == ours.shape)
     capsys.readouterr()
-    for command in ("sample", "evaluate"):
+    for command in ("sample", "evaluate", "search-sigma"):
         assert main([command, str(out), "--ema", "0.95"]) == 2
         assert 'has no average 0.95; did you mean "0.9"?' in capsys.readouterr().err
     assert main(["sample", str(out), "--ema", "ema"]) == 2
     assert "has no average ema; choose one of: 0.8, 0.9, power-0.05" in capsys.readouterr().err
+
+
+def test_edit_and_search_sigma_take_an_average_by_its_name(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they take a model that is this average alone: an import of its export."""
+    config, out = run
+    whole, exported, alone = (tmp_path / name for name in ("whole", "exported", "alone"))
+    shutil.copytree(out, whole)
+    assert main(["export", "safetensors", str(whole), "--ema", "0.9", "--out", str(exported)]) == 0
+    assert main(["import", "safetensors", str(exported), "--out", str(alone)]) == 0
+    Image.fromarray(np.load(Path(config.data.path) / "images.npy")[0, :, :, 0]).save(tmp_path / "digit.png")
+    pixels = []
+    for model in ([str(whole), "--ema", "0.9"], [str(alone)], [str(whole)]):
+        edit = ["edit", "stroke", *model, "--input", str(tmp_path / "digit.png")]
+        assert main([*edit, "--out", str(tmp_path / "edited.npz")]) == 0
+        pixels.append(np.load(tmp_path / "edited.npz")["arr_0"])
+        words = ["--reference", config.data.path, "--count", "16", "--tolerance", "20"]
+        assert main(["search-sigma", *model, *words]) == 0
+    assert np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])
+    files = (whole / "search-sigma-0.9.json", alone / "search-sigma.json", whole / "search-sigma.json")
+    traces = [json.loads(file.read_text()) for file in files]
+    assert traces[0]["searches"] == traces[1]["searches"] != traces[2]["searches"]
+    assert [trace.get("ema") for trace in traces] == ["0.9", None, None]
+    said = capsys.readouterr().out
+    [sigma] = traces[0]["sigmas"]
+    assert f"--steps 2 --sigmas {sigma:.4g} --ema 0.9\n" in said
+    assert main([*edit, "--ema", "0.95", "--out", str(tmp_path / "no.npz")]) == 2
+    assert 'has no average 0.95; did you mean "0.9"?' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

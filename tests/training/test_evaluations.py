@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch
 import ict_fast.evaluation
 from ict_fast import presets
 from ict_fast.checkpoint import open_checkpoint
+from ict_fast.cli import main
 from ict_fast.config import Config
 from ict_fast.consistency import load_model
 from ict_fast.errors import EXIT_SIGINT, InputError
@@ -250,12 +252,25 @@ def test_ctrl_c_in_the_last_measurement_says_that_it_is_missing_and_how_to_make_
     config = _measured(tiny, evaluate_reference=tiny.data.path)
     result = train(config, out=out, device="cpu")
     assert (result.exit_code, result.step) == (EXIT_SIGINT, 24)
-    command = f"`ict-fast evaluate {out} --reference {tiny.data.path}`"
+    command = f"`ict-fast evaluate {out} --reference {tiny.data.path} --steps 1 --count 64`"
     assert result.message.endswith(
         f"24 steps are done; their last measurement is missing: {command} makes it"
     )
     assert _kept(out)[-1] == 24
     assert [line["step"] for line in _lines(out)] == [4, 8, 12, 16, 20]
+
+
+def test_the_command_for_a_missing_measurement_makes_the_runs_own(tiny: Config, tmp_path: Path) -> None:
+    config = _measured(replace(tiny, training=replace(tiny.training, total_steps=8)), evaluate_steps=(3, 1))
+    out = tmp_path / "a run"
+    train(config, out=out, device="cpu")
+    program, *words = shlex.split(evaluations_module.evaluate_command(out, config))
+    assert program == "ict-fast"
+    assert main(words) == 0
+    own, made = _lines(out)[-1], json.loads((out / "checkpoints/evaluation.json").read_text())
+    assert {*own} - {*made} == {"seconds"}
+    assert {*made} - {*own} == {"checkpoint"}
+    assert all(made[name] == own[name] for name in {*own} - {"seconds"})
 
 
 def test_a_last_measurement_that_was_made_is_not_missing(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +23,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # In every new cache Inductor compiles a program for each of the processor's vector units, to see whether the
-# compiler knows them, which takes as long as two blocks. Here a compiler that does not know them fails.
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# compiler knows them, which takes as long as two blocks. One that knows the newest of them knows all.
+_NEWEST = ("-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+with suppress(OSError):
+    asked = [os.environ.get("CXX", "g++"), *_NEWEST, "-fsyntax-only", "-x", "c++", os.devnull]
+    if subprocess.run(asked, capture_output=True, check=False).returncode == 0:
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 sys.path.append(str(Path(__file__).parent))  # for forked.py
 

@@ -152,6 +152,37 @@ def test_execution_may_differ_on_resume_and_extend_continues(
         train(other, out=out, device="cpu", extend=8)
 
 
+def test_a_run_is_extended_by_its_folder_and_the_steps_alone(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are those of the whole configuration, given again; other science is refused by name."""
+    config, out = run
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    words = ["train", "--device", "cpu", "--out", str(out)]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"{out} is finished: 24 steps are done\n"
+    for wrong, said in (
+        (["--network.dropout", "0.3"], "differs in network.dropout (there 0.1, asked 0.3); another --out"),
+        (["--training.total-steps", "32"], "(there 24, asked 32); --extend 32 continues it"),
+        (["--resume", "never"], "there is a run in"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert main([*words, "--extend", "32", "--logging.log-every", "2"]) == 0
+    train(config, out=other, device="cpu", extend=32)
+    for name in ("weights", "ema", "optimizer"):
+        file = f"checkpoints/step-00000032/{name}.safetensors"
+        assert (out / file).read_bytes() == (other / file).read_bytes()
+    stored = json.loads((out / "config.json").read_text())
+    changed = replace(
+        config,
+        training=replace(config.training, total_steps=32),
+        logging=replace(config.logging, log_every=2),
+    )
+    assert stored == to_dict(changed), "what was changed is the run's from then on"
+
+
 def test_resume_never_and_must(run: tuple[Config, Path], tmp_path: Path) -> None:
     config, out = run
     with pytest.raises(InputError, match="there is a run in"):

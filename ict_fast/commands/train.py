@@ -58,7 +58,8 @@ class TrainOptions:
     """Begin a new run with the averaged weights of another, or of an imported model, instead of at random.
     The defaults of --network.* are then its network's, but for dropout."""
     extend: Annotated[int | None, arg(metavar="STEPS", help_behavior_hint="")] = None
-    """Go on with an existing run to a new number of total steps; prints the new curriculum."""
+    """Go on with an existing run to a new number of total steps.
+    The curriculum is laid over these anew, and printed; the number of noise levels may fall at first."""
     max_restarts: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 3)")] = None
     """How often in a row lost processes are started again without getting any further."""
     collective_timeout: Annotated[float, arg(metavar="SECONDS")] = 600.0

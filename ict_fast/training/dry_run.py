@@ -81,4 +81,4 @@ def dry_run(
         chosen_tracker(config)
     except InputError as error:
         lines.append(f"tracker: not here: {error}")
-    return "\n".join([describe(config), *lines])
+    return "\n".join([describe(config, run.extensions), *lines])

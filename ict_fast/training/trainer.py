@@ -219,7 +219,7 @@ def _train_locked(
         for line in begun:
             monitor.say(line)
         if extended:
-            monitor.say(describe_stages(config))
+            monitor.say(describe_stages(config, run.extensions))
         if run.step:
             monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
         evaluations = Evaluations(run, monitor, stop, world.get_on)

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -181,6 +182,42 @@ def test_a_run_is_extended_by_its_folder_and_the_steps_alone(
         logging=replace(config.logging, log_every=2),
     )
     assert stored == to_dict(changed), "what was changed is the run's from then on"
+
+
+def test_an_extension_says_that_n_falls_and_what_was_trained_before(
+    run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """24 steps end at N = 1281. Of 64, step 24 is the first of the fourth stage of eight steps each."""
+    config, out = run
+    warning = (
+        "warning: the curriculum is laid over 64 steps anew (--extend): N falls from 1281 to 81 at step 24"
+    )
+    planned = dry_run(config, out=out, device="cpu", extend=64)
+    assert planned.count(warning) == 1
+    train(config, out=out, device="cpu", extend=64)
+    shown = capsys.readouterr().err
+    assert shown.count(f"ict-fast: {warning}\n") == 1
+    for text in (planned, shown):
+        lines = re.findall(r"\d+: steps (\d+) to (\d+), N = (\d+)", text)
+        by_step = {step: int(n) for first, last, n in lines for step in range(int(first), int(last) + 1)}
+        assert list(by_step) == list(range(64))
+        assert all(record["num_scales"] == by_step[record["step"] - 1] for record in _records(out))
+    assert "N falls" not in dry_run(config, out=out, device="cpu", extend=64), "it has been extended"
+
+
+def test_no_other_extension_is_warned_of(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = replace(
+        tiny,
+        method=replace(tiny.method, curriculum="fixed"),
+        training=replace(tiny.training, total_steps=2),
+    )
+    early = replace(tiny, training=replace(tiny.training, total_steps=1))  # from N = 11 to 21
+    for name, config in (("fixed", fixed), ("early", early)):
+        for extend in (None, 4):
+            train(config, out=tmp_path / name, device="cpu", extend=extend)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_resume_never_and_must(run: tuple[Config, Path], tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
-"""What a run would do, in words: the text of `ict-fast train --dry-run`."""
+"""What a run does, in words, as `ict-fast train --dry-run` and the beginning of a run say it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
-from ict_fast.config import Config, to_dict
+from ict_fast import presets
+from ict_fast.config import Config, to_dict, unused_fields
 from ict_fast.consistency.curriculum import Extension, stages_trained
 from ict_fast.networks import build_network
 
@@ -45,3 +47,15 @@ def describe_stages(config: Config, extensions: Sequence[Extension]) -> str:
             f"  {number + 1:3d}: steps {stage.first_step:,} to {stage.end_step - 1:,}, N = {stage.num_scales}"
         )
     return "\n".join(lines)
+
+
+def describe_unused(config: Config) -> str | None:
+    """A line on the fields that are not as in the preset and do nothing, if there are any."""
+    # A script's configuration may have a preset's name of its own.
+    preset = presets.get(config.preset) if config.preset in presets.names() else Config()
+    given = [
+        f"--{name.replace('_', '-')} (with {why})"
+        for name, why in unused_fields(config).items()
+        if attrgetter(name)(config) != attrgetter(name)(preset)
+    ]
+    return f"without effect: {', '.join(given)}" if given else None

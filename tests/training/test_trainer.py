@@ -220,6 +220,36 @@ def test_no_other_extension_is_warned_of(
     assert "warning" not in capsys.readouterr().err
 
 
+def test_what_has_no_effect_is_warned_of_in_one_line(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not as in the preset, and is not used beside the rest: not p_mean, which is the preset's."""
+    method = replace(
+        tiny.method, metric="l2", huber_c=0.1, teacher_ema=0.5, indices="uniform", p_std=1.0, rho=6.0
+    )
+    config = replace(
+        tiny,
+        method=method,
+        training=replace(tiny.training, total_steps=1),
+        logging=replace(tiny.logging, evaluate_count=100),
+    )
+    warning = (
+        "warning: without effect: --method.p-std (with --method.indices uniform), --method.huber-c (with"
+        " --method.metric l2), --method.teacher-ema (with --method.teacher student),"
+        " --logging.evaluate-count (with --logging.evaluate-every 0)\n"
+    )
+    assert dry_run(config, out=tmp_path / "run", device="cpu").count(warning) == 1
+    train(config, out=tmp_path / "run", device="cpu")
+    assert capsys.readouterr().err.count(f"ict-fast: {warning}") == 1
+    config = replace(config, preset="of a script", method=replace(method, huber_c=None))
+    train(config, out=tmp_path / "another", device="cpu")
+    shown = capsys.readouterr().err
+    assert "without effect: --method.p-std (" in shown
+    assert "huber-c" not in shown
+    train(tiny, out=tmp_path / "plain", device="cpu")
+    assert "without effect" not in capsys.readouterr().err
+
+
 def test_resume_never_and_must(run: tuple[Config, Path], tmp_path: Path) -> None:
     config, out = run
     with pytest.raises(InputError, match="there is a run in"):

@@ -21,7 +21,7 @@ from tyro import _errors as tyro_errors
 
 from ict_fast import errors, torchrun
 from ict_fast.commands import COMMANDS
-from ict_fast.commands.train import DEFAULT_PRESET, TrainOptions, default_options
+from ict_fast.commands.train import TrainOptions, default_options
 from ict_fast.errors import HungError, InputError, TrainingError, did_you_mean
 from ict_fast.version import __version__
 
@@ -102,8 +102,8 @@ def _dispatch(argv: list[str]) -> int:
     kind, command = COMMANDS[word]
     default = None
     if kind is TrainOptions:
-        rest = argv[1:]
-        default = default_options(_preset_name(rest), _last_value(rest, "--out"), _last_value(rest, "--init"))
+        given = {name: _last_value(argv[1:], f"--{name}") for name in ("out", "data", "init")}
+        default = default_options(_preset_name(argv[1:]), **given)
     try:
         options = _parse(kind, word, argv[1:], default)
     except SystemExit:  # tyro has printed the help
@@ -175,7 +175,7 @@ def _spell_out_booleans(argv: list[str], switches: set[str]) -> list[str]:
     return words
 
 
-def _preset_name(argv: list[str]) -> str:
+def _preset_name(argv: list[str]) -> str | None:
     """The preset, which must be known before the rest is parsed: it sets the other options' defaults."""
     given = []
     for word, following in itertools.pairwise((*argv, "")):
@@ -185,7 +185,7 @@ def _preset_name(argv: list[str]) -> str:
     if len(given) > 1:
         raise InputError(f"--preset is given {len(given)} times: {', '.join(given)}; choose one")
     if not given or given[0] in ("", "-h") or given[0].startswith("--"):
-        return DEFAULT_PRESET  # tyro says that the value is missing
+        return None  # tyro says so where the value is missing
     return given[0]
 
 

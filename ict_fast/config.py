@@ -282,6 +282,36 @@ def differences(ours: Config, theirs: Config) -> list[tuple[str, Any, Any]]:
     ]
 
 
+def unused_fields(config: Config) -> dict[str, str]:
+    """The fields that do nothing under this configuration, by dotted name, and what makes it so."""
+    network, method, logging = config.network, config.method, config.logging
+    coarsest = network.resolution >> (len(network.channel_mult) - 1)
+    cases = (
+        (network.embedding == "positional", "--network.embedding positional", ["network.embedding_scale"]),
+        (network.dropout == 0, "--network.dropout 0", ["network.dropout_max_resolution"]),
+        (
+            0 < network.dropout_max_resolution < coarsest,
+            f"--network.dropout-max-resolution {network.dropout_max_resolution}",
+            ["network.dropout"],
+        ),
+        (method.curriculum == "fixed", "--method.curriculum fixed", ["method.s1"]),
+        (method.indices == "uniform", "--method.indices uniform", ["method.p_mean", "method.p_std"]),
+        (method.metric != "pseudo-huber", f"--method.metric {method.metric}", ["method.huber_c"]),
+        (
+            method.teacher == "student",
+            "--method.teacher student",
+            ["method.teacher_ema", "method.teacher_ema_divisor"],
+        ),
+        (not config.optimizer.power_ema, "no --optimizer.power-ema", ["logging.power_ema_every"]),
+        (
+            logging.evaluate_every == 0,
+            "--logging.evaluate-every 0",
+            [f"logging.evaluate_{name}" for name in ("count", "steps", "reference", "features")],
+        ),
+    )
+    return {name: why for is_so, why, names in cases if is_so for name in names}
+
+
 def validate(config: Config) -> None:
     """Checks what the types cannot say.
 

@@ -97,6 +97,28 @@ def run_folder(tmp_path):
     return folder
 
 
+@pytest.fixture
+def resumable(tmp_path):
+    """A run with two checkpoints, and its configuration: no section is as the preset says."""
+    preset = presets.get("cifar10")
+    config = dataclasses.replace(
+        preset,
+        data=dataclasses.replace(preset.data, path="/images", loader="memmap"),
+        network=dataclasses.replace(preset.network, dropout=0.1, attention_resolutions=(16, 8)),
+        method=dataclasses.replace(preset.method, huber_c=0.03, second_sigma=0.5),
+        optimizer=dataclasses.replace(preset.optimizer, ema_decays=(0.9, 0.99), ema_warmup=True),
+        training=dataclasses.replace(preset.training, total_steps=600),
+        logging=dataclasses.replace(preset.logging, tracker="none"),
+    )
+    folder = tmp_path / "resumable"
+    for step in (3, 6):
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "config": to_dict(config)}))
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    return folder, config
+
+
 def refused(capsys, *words):
     """The one line on standard error with which the program refuses WORDS."""
     assert main(words) == 2
@@ -111,15 +133,28 @@ def refused(capsys, *words):
 # --- it starts at once -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--lr", "1"], ["--version"]])
-def test_help_and_refusals_import_neither_torch_nor_numpy(words):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--lr", "1"],
+        ["--version"],
+        ["train", "--help", "--out", "resumable"],
+        ["train", "--lr", "1", "--out", "resumable"],
+    ],
+)
+def test_help_and_refusals_import_neither_torch_nor_numpy(words, resumable):
     program = (
         "import sys; from ict_fast.cli import main; main(sys.argv[1:]);"
         "sys.exit(bool({'torch', 'numpy', 'PIL', 'ict_kernels'} & set(sys.modules)))"
     )
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
     done = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        cwd=resumable[0].parent,
+        env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
 
@@ -287,6 +322,73 @@ def test_a_field_is_set_by_its_flag(trained, tmp_path, words, field, value):
     config = presets.get("digits")
     part = dataclasses.replace(getattr(config, section), **{name: value})
     assert trained[0][0] == dataclasses.replace(config, **{section: part})
+
+
+@pytest.mark.parametrize("more", [[], ["--preset", "cifar10"], ["--extend", "800"], ["--resume", "must"]])
+def test_a_run_is_resumed_by_its_folder_alone(trained, resumable, more):
+    folder, config = resumable
+    assert main(["train", "--out", str(folder), *more]) == 0
+    assert [(config, folder)] == [(asked, options["out"]) for asked, options in trained]
+
+
+def test_a_run_in_the_presets_folder_is_resumed_by_nothing(trained, resumable, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, config = resumable
+    (tmp_path / "runs").mkdir()
+    folder.rename(tmp_path / "runs/digits")
+    assert main(["train"]) == 0
+    assert [(config, Path("runs/digits"))] == [(asked, options["out"]) for asked, options in trained]
+
+
+def test_what_is_given_to_a_run_that_is_resumed_changes_that_alone(trained, resumable):
+    folder, config = resumable
+    words = ["--data", "/moved", "--training.micro-batch", "8", "--logging.log-every=7", "--data.no-flip"]
+    assert main(["train", "--out", str(folder), *words]) == 0
+    assert trained[0][0] == dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path="/moved", flip=False),
+        training=dataclasses.replace(config.training, micro_batch=8),
+        logging=dataclasses.replace(config.logging, log_every=7),
+    )
+
+
+def test_another_preset_than_the_runs_is_refused(trained, resumable, capsys):
+    folder, _ = resumable
+    assert refused(capsys, "train", "--out", str(folder), "--preset", "digits") == (
+        f"--preset is digits, but the run in {folder} has the preset cifar10; without --preset it goes on,"
+        " another --out starts a new run"
+    )
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "3", '{"config": 3}', '{"config": {"training": {"seed": -1}}}']
+)
+def test_a_run_that_lost_its_configuration_has_that_of_the_newest_state_that_can_be_read(
+    trained, resumable, content
+):
+    folder, config = resumable
+    (folder / "config.json").unlink()
+    states = [folder / f"checkpoints/step-{step:08d}/state.json" for step in (3, 6)]
+    states[1].write_text(content)
+    assert main(["train", "--out", str(folder)]) == 0
+    states[0].write_text(content)
+    assert main(["train", "--out", str(folder)]) == 0
+    assert [asked for asked, _ in trained] == [config, presets.get("digits")]
+
+
+def test_a_folder_without_a_run_to_resume_has_the_presets_options(trained, resumable):
+    """An imported model is none, and a run without a checkpoint begins anew."""
+    folder, config = resumable
+    state = folder / "checkpoints/step-00000006/state.json"
+    config_file = folder / "config.json"
+    config_file.rename(folder / "kept")
+    state.write_text(json.dumps({"config": to_dict(config), "imported": {}}))
+    assert main(["train", "--out", str(folder), "--preset", "imagenet64"]) == 0
+    (folder / "kept").rename(config_file)
+    (folder / "checkpoints").rename(folder / "elsewhere")
+    assert main(["train", "--out", str(folder), "--preset", "imagenet64"]) == 0
+    assert [asked for asked, _ in trained] == 2 * [presets.get("imagenet64")]
 
 
 def test_a_dry_run_describes_and_trains_nothing(tmp_path, monkeypatch, capsys):

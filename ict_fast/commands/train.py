@@ -31,15 +31,18 @@ SECTIONS = ("data", "network", "method", "optimizer", "training", "logging")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train a model. The same command again resumes; a finished run says so."""
+    """Train a model. The same command again resumes, and so does --out alone; a finished run says so."""
 
     preset: Annotated[str, arg(metavar=f"{{{','.join(presets.names())}}}")] = DEFAULT_PRESET
-    """The recipe that every other default comes from."""
+    """The recipe that every other default comes from.
+    Where a run is resumed its own options are the defaults, its preset included."""
     data_path: Annotated[
         Path | None, arg(name="data", metavar="DIR", help_behavior_hint="(short for --data.path)")
     ] = None
     """Folder of a prepared store."""
-    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/<preset>)")] = None
+    out: Annotated[Path, arg(metavar="DIR", help_behavior_hint="(default: runs/<preset>)")] = Path(
+        f"runs/{DEFAULT_PRESET}"
+    )
     """Folder of the run."""
     gpus: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all, or the CPU)")] = None
     """Number of GPUs on this machine, a process for each."""
@@ -55,7 +58,8 @@ class TrainOptions:
     """Begin a new run with the averaged weights of another, or of an imported model, instead of at random.
     The defaults of --network.* are then its network's, but for dropout."""
     extend: Annotated[int | None, arg(metavar="STEPS", help_behavior_hint="")] = None
-    """Go on with an existing run to a new number of total steps; prints the new curriculum."""
+    """Go on with an existing run to a new number of total steps.
+    The curriculum is laid over these anew, and printed; the number of noise levels may fall at first."""
     max_restarts: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 3)")] = None
     """How often in a row lost processes are started again without getting any further."""
     collective_timeout: Annotated[float, arg(metavar="SECONDS")] = 600.0
@@ -73,51 +77,57 @@ class TrainOptions:
         Raises:
             InputError: if it is not valid.
         """
+        # --data is then the default of --data.path.
+        if self.data_path is not None and self.data.path != str(self.data_path):
+            raise InputError(
+                f"--data is {self.data_path} and --data.path is {self.data.path}; give one of them"
+            )
         config = Config(self.preset, **{section: getattr(self, section) for section in SECTIONS})
-        if self.data_path is not None:
-            preset_path, path = presets.get(self.preset).data.path, str(self.data_path)
-            if config.data.path not in (preset_path, path):
-                raise InputError(f"--data is {path} and --data.path is {config.data.path}; give one of them")
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
         validate(config)
         return config
 
 
-def default_options(preset_name: str, out: str | None, init: str | None) -> TrainOptions:
-    """The options of `train` before any is given: the preset's, the network's those of what it begins with.
+def default_options(
+    preset: str | None, *, out: str | None, data: str | None, init: str | None
+) -> TrainOptions:
+    """The options of `train` before any is given: those of the run that is to be resumed, else the preset's.
 
     Args:
-        preset_name: `--preset`.
-        out: `--out`, if it is given: a run that began with `--init` keeps its network's options.
-        init: `--init`, if it is given.
+        preset, out, data, init: the options of these names, where they are given. A run that begins with
+            `init` has the network of that, but for dropout.
     Raises:
-        InputError: if there is no such preset, or `init` names no checkpoint and there is no run to resume.
+        InputError: if there is no such preset, or it is not the run's, or there is no run to resume and no
+            checkpoint at `init`.
     """
-    preset = presets.get(preset_name)
-    sections = {section: getattr(preset, section) for section in SECTIONS}
-    folder = Path("runs") / preset.preset if out is None else Path(out)
-    if init is not None or (folder / "init.json").exists():
-        there = _network_of_run(folder)
-        if there is not None:
-            sections["network"] = there
-        elif init is not None:
-            theirs, mine = network_of(Path(init)), preset.network
-            sections["network"] = dataclasses.replace(
+    folder = Path(out or f"runs/{preset or DEFAULT_PRESET}")
+    config = _resumed_config(folder)
+    if config is None:
+        config = presets.get(preset or DEFAULT_PRESET)
+        if init is not None:
+            theirs, mine = network_of(Path(init)), config.network
+            network = dataclasses.replace(
                 theirs, dropout=mine.dropout, dropout_max_resolution=mine.dropout_max_resolution
             )
-    return TrainOptions(preset=preset.preset, **sections)
+            config = dataclasses.replace(config, network=network)
+    elif preset not in (None, config.preset):
+        raise InputError(
+            f"--preset is {preset}, but the run in {folder} has the preset {config.preset}; without --preset"
+            " it goes on, another --out starts a new run"
+        )
+    if data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(Path(data))))
+    sections = {section: getattr(config, section) for section in SECTIONS}
+    return TrainOptions(preset=config.preset, out=folder, **sections)
 
 
 def network_of(path: Path) -> NetworkConfig:
-    """The network of a run or checkpoint, from its newest state that can be read; nothing is verified yet.
+    """The network of a run, a checkpoint or an imported model; nothing is verified yet.
 
     Raises:
         InputError: if there is none.
     """
-    if (path / "state.json").exists():
-        return _stored_config(path / "state.json", ("config",)).network
-    if (newest := _newest_network(path)) is not None:
-        return newest
+    if (config := _stored_config(path)) is not None:
+        return config.network
     for name, source in (("config.json", "safetensors"), ("model_index.json", "diffusers")):
         if (path / name).exists() and not (path / "checkpoints").exists():
             raise InputError(
@@ -127,36 +137,35 @@ def network_of(path: Path) -> NetworkConfig:
     raise InputError(f"--init {path}: there is no run, checkpoint or imported model")
 
 
-def _network_of_run(folder: Path) -> NetworkConfig | None:
-    """That of a run that began with weights, or of its checkpoints; None if there is nothing to resume."""
-    if (folder / "config.json").exists() and (folder / "init.json").exists():
-        return _stored_config(folder / "config.json", ()).network
-    return _newest_network(folder)
+def _resumed_config(out: Path) -> Config | None:
+    """The configuration of the run in a folder; None if a run would begin there.
 
-
-def _newest_network(run: Path) -> NetworkConfig | None:
-    for file in sorted(run.glob("checkpoints/step-*/state.json"), reverse=True):
-        try:
-            return _stored_config(file, ("config",)).network
-        except InputError:
-            continue
+    One without a checkpoint begins anew, but with the weights that its init.json names, if it has one.
+    """
+    if any(out.glob("checkpoints/step-*")) or (out / "init.json").exists():
+        return _stored_config(out, imported=False)
     return None
 
 
-def _stored_config(file: Path, keys: tuple[str, ...]) -> Config:
-    try:
-        values = json.loads(file.read_bytes())
-        for key in keys:
-            values = values[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{file}: holds no configuration that can be read") from None
-    return from_dict(values, str(file))
+def _stored_config(folder: Path, *, imported: bool = True) -> Config | None:
+    """That of a run or a checkpoint, or of an imported model if that will do; None if none can be read."""
+    newest_first = sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True)
+    for file in (folder / "config.json", folder / "state.json", *newest_first):
+        try:
+            values = json.loads(file.read_bytes())
+            if file.name == "state.json":
+                if "imported" in values and not imported:
+                    return None
+                values = values["config"]
+            return from_dict(values, str(file))
+        except (OSError, ValueError, KeyError, TypeError, InputError):
+            continue
+    return None
 
 
 def run(options: TrainOptions) -> int:
     """Runs the command; returns its exit code."""
     config = options.config()
-    out = options.out if options.out is not None else Path("runs") / config.preset
     for name, number in (
         ("gpus", options.gpus),
         ("processes", options.processes),
@@ -170,14 +179,15 @@ def run(options: TrainOptions) -> int:
         raise InputError(
             f"--collective-timeout is {options.collective_timeout:g}; it must be 1 to 1,000,000 seconds"
         )
-    results.require_place(out, "--out")
+    results.require_place(options.out, "--out")
     arguments: dict[str, Any] = {
-        name: getattr(options, name) for name in ("device", "gpus", "processes", "resume", "extend", "init")
+        name: getattr(options, name)
+        for name in ("out", "device", "gpus", "processes", "resume", "extend", "init")
     }
     if options.dry_run:
         from ict_fast.training.dry_run import dry_run
 
-        print(dry_run(config, out=out, **arguments))
+        print(dry_run(config, **arguments))
         return errors.EXIT_DONE
 
     from ict_fast.screen import say
@@ -185,9 +195,9 @@ def run(options: TrainOptions) -> int:
 
     arguments |= {name: getattr(options, name) for name in ("max_restarts", "collective_timeout")}
     try:
-        result = train(config, out=out, **arguments)
+        result = train(config, **arguments)
     except TrainingError as error:
-        raise type(error)(f"{error} (log: {out / 'log.jsonl'})") from error
+        raise type(error)(f"{error} (log: {options.out / 'log.jsonl'})") from error
     if result.message and result.exit_code:
         say(result.message)  # to a terminal that may be gone
     elif result.message:

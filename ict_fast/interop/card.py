@@ -14,6 +14,7 @@ from ict_fast.consistency.curriculum import read_extensions
 from ict_fast.interop.description import average_of
 from ict_fast.interop.imported import KINDS
 from ict_fast.version import __version__
+from ict_kernels.consistency_loss import default_huber_c
 
 _TITLES = {
     "consistency": "A consistency model",
@@ -130,18 +131,32 @@ def _usage() -> str:
 
 def _method(config: Config, which: str | None) -> list[str]:
     """`which` average, if it is not the run's own."""
-    method, optimizer = config.method, config.optimizer
+    network, method, optimizer = config.network, config.method, config.optimizer
+    curriculum = f"{method.curriculum}, s0 = {method.s0}"
+    levels: str = method.indices
+    metric: str = method.metric
+    teacher: str = method.teacher
+    if method.curriculum != "fixed":
+        curriculum += f", s1 = {method.s1}"
+    if method.indices == "lognormal":
+        levels += f", mean {method.p_mean} and deviation {method.p_std} of ln sigma"
+    if method.metric == "pseudo-huber":
+        default = default_huber_c(network.image_channels * network.resolution**2)
+        metric += f", c = {default if method.huber_c is None else method.huber_c:.6g}"
+    if method.teacher == "ema":
+        divisor = "N" if method.teacher_ema_divisor == "points" else "(N - 1)"
+        teacher += f", decay exp(s0 ln {method.teacher_ema} / {divisor})"
     own = "" if which else f", EMA {optimizer.ema_decay}"
     return [
         "| | |",
         "| --- | --- |",
-        f"| curriculum | {method.curriculum}, s0 = {method.s0}, s1 = {method.s1} |",
-        f"| noise levels | {method.indices}, mean {method.p_mean} and deviation {method.p_std} of ln sigma |",
+        f"| curriculum | {curriculum} |",
+        f"| noise levels | {levels} |",
         f"| weighting | {method.weighting} |",
-        f"| metric | {method.metric} |",
-        f"| teacher | {method.teacher} |",
+        f"| metric | {metric} |",
+        f"| teacher | {teacher} |",
         f"| optimizer | {optimizer.name}, learning rate {optimizer.lr}{own} |",
-        f"| dropout | {config.network.dropout} |",
+        f"| dropout | {network.dropout} |",
         f"| seed | {config.training.seed} |",
     ]
 

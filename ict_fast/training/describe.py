@@ -1,21 +1,24 @@
-"""What a run would do, in words: the text of `ict-fast train --dry-run`."""
+"""What a run does, in words, as `ict-fast train --dry-run` and the beginning of a run say it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
-from ict_fast.config import Config, to_dict
-from ict_fast.consistency.curriculum import stages
+from ict_fast import presets
+from ict_fast.config import Config, to_dict, unused_fields
+from ict_fast.consistency.curriculum import Extension, stages_trained
 from ict_fast.networks import build_network
 
-# Curricula with more stages than this are shown by their first and last ones.
-_MOST_STAGES = 12
+# Of curricula with more stages than this the middle ones are left out. iCT's, extended once, has 16 at most.
+_MOST_STAGES = 16
 
 
-def describe(config: Config) -> str:
-    """The resolved configuration, the network's size and the plan of stages; builds no weights."""
+def describe(config: Config, extensions: Sequence[Extension] = ()) -> str:
+    """The resolved configuration, the network's size and the stages; builds no weights."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_network(config.network).parameters())
     training = config.training
@@ -26,14 +29,14 @@ def describe(config: Config) -> str:
             "",
             f"parameters: {parameters:,} ({config.network.name})",
             f"training: {training.total_steps:,} steps of {training.batch_size:,} images = {images:,} images",
-            describe_stages(config),
+            describe_stages(config, extensions),
         ]
     )
 
 
-def describe_stages(config: Config) -> str:
-    """The curriculum as lines: steps, noise levels N."""
-    plan = stages(config.training.total_steps, config.method)
+def describe_stages(config: Config, extensions: Sequence[Extension]) -> str:
+    """The curriculum as lines, steps and noise levels N: as it was trained, and as it is to go on."""
+    plan = stages_trained(config.training.total_steps, config.method, extensions)
     lines = [f"stages: {len(plan)} ({config.method.curriculum})"]
     for number, stage in enumerate(plan):
         if len(plan) > _MOST_STAGES and _MOST_STAGES // 2 <= number < len(plan) - _MOST_STAGES // 2:
@@ -44,3 +47,15 @@ def describe_stages(config: Config) -> str:
             f"  {number + 1:3d}: steps {stage.first_step:,} to {stage.end_step - 1:,}, N = {stage.num_scales}"
         )
     return "\n".join(lines)
+
+
+def describe_unused(config: Config) -> str | None:
+    """A line on the fields that are not as in the preset and do nothing, if there are any."""
+    # A script's configuration may have a preset's name of its own.
+    preset = presets.get(config.preset) if config.preset in presets.names() else Config()
+    given = [
+        f"--{name.replace('_', '-')} (with {why})"
+        for name, why in unused_fields(config).items()
+        if attrgetter(name)(config) != attrgetter(name)(preset)
+    ]
+    return f"without effect: {', '.join(given)}" if given else None

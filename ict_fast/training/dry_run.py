@@ -7,7 +7,7 @@ from pathlib import Path
 from ict_fast.config import Config, validate
 from ict_fast.data.order import micro_batch_size
 from ict_fast.errors import InputError
-from ict_fast.training.describe import describe
+from ict_fast.training.describe import describe, describe_unused
 from ict_fast.training.evaluations import require_features, require_measurable, require_measurement
 from ict_fast.training.graph import require_capturable
 from ict_fast.training.initial import initial_weights
@@ -44,6 +44,8 @@ def dry_run(
     init = None if init is None else Path(init)
     run = open_run(config, out, resume, extend, lambda text: lines.append(f"warning: {text}"), init)
     config, total = run.config, f"{run.config.training.total_steps:,}"
+    if unused := describe_unused(config):
+        lines.append(f"warning: {unused}")
     if run.finished:
         lines.append(f"run: {out} is finished, its {total} steps are done")
     elif run.step:
@@ -81,4 +83,4 @@ def dry_run(
         chosen_tracker(config)
     except InputError as error:
         lines.append(f"tracker: not here: {error}")
-    return "\n".join([describe(config), *lines])
+    return "\n".join([describe(config, run.extensions), *lines])

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ict_fast.consistency.curriculum import stages
+from ict_fast.consistency.curriculum import stages_trained
 from ict_fast.screen import LINE_INTERVAL, duration, rate, say
 from ict_fast.training.panel import Panel, live_panel
 from ict_fast.training.run_directory import LOG_NAME, Run
@@ -50,7 +50,7 @@ class Monitor:
             f"training {run.config.preset} in {run.out}",
             step=run.step,
             total_steps=self._total,
-            stages=stages(self._total, run.config.method),
+            stages=stages_trained(self._total, run.config.method, run.extensions),
         )
         self._live = None if silent else live_panel(self._panel)
         if self._live is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ict_fast.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, step_folders
 from ict_fast.config import Config, differences, from_dict, to_dict
-from ict_fast.consistency.curriculum import Extension, read_extensions
+from ict_fast.consistency.curriculum import Extension, num_scales, read_extensions
 from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
 from ict_fast.training.initial import RECORD_NAME, Initial, settle_initial
@@ -66,7 +66,7 @@ def open_run(
         out: the directory, there or not.
         resume: "auto" starts or resumes, "never" refuses an existing run, "must" refuses a new one.
         extend: the new total number of steps of an existing run, or None.
-        warn: told of every broken checkpoint that is passed over.
+        warn: told of every broken checkpoint that is passed over, and of an extension at which N(k) falls.
         init: the run, checkpoint or imported model to begin with, or None for random weights.
     Raises:
         InputError: if the run there, or its checkpoint, is another one's (names each field of science that
@@ -144,6 +144,15 @@ def open_run(
                 f"{checkpoint.path} was trained with other {', '.join(others)} than {config_file} says; one"
                 " of them is not this run's: restore it, or choose another --out"
             )
+        if extensions and extensions[-1].step == checkpoint.step:
+            total = config.training.total_steps
+            before = num_scales(checkpoint.step - 1, extensions[-1].total_steps, config.method)
+            now = num_scales(checkpoint.step, total, config.method)
+            if now < before:
+                warn(
+                    f"the curriculum is laid over {total:,} steps anew (--extend): N falls from {before} to"
+                    f" {now} at step {checkpoint.step:,}"
+                )
     return Run(out, config, checkpoint, steps_seen, settle_initial(out, checkpoint, init), tuple(extensions))
 
 

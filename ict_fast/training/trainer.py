@@ -19,7 +19,7 @@ from ict_fast.data.order import micro_batch_size
 from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, TrainingError
 from ict_fast.screen import duration, say
-from ict_fast.training.describe import describe_stages
+from ict_fast.training.describe import describe_stages, describe_unused
 from ict_fast.training.evaluations import (
     Evaluations,
     evaluate_command,
@@ -198,6 +198,8 @@ def _train_locked(
         warnings.append(
             "a CPU has no TF32: its rounding is emulated, which is slower than --training.precision fp32"
         )
+    if unused := describe_unused(config):
+        warnings.append(unused)
     loader, reason = make_loader(config, store, device, rank=world.rank, world_size=world.size)
     world.decide(lambda: prepare_directory(run))
     if world.is_first:
@@ -220,7 +222,7 @@ def _train_locked(
         for line in begun:
             monitor.say(line)
         if extended:
-            monitor.say(describe_stages(config))
+            monitor.say(describe_stages(config, run.extensions))
         if run.step:
             monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
         evaluations = Evaluations(run, monitor, stop, world.get_on)

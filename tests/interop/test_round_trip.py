@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -196,6 +197,45 @@ def test_the_card_says_what_the_weights_are(trained: Path, tmp_path: Path) -> No
         assert fact in card, fact
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written["config"]["network"]["channels"] == 8
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (
+            {},
+            [
+                "| curriculum | doubling, s0 = 10, s1 = 1280 |",
+                "| noise levels | lognormal, mean -1.1 and deviation 2.0 of ln sigma |",
+                "| metric | pseudo-huber, c = 0.00432 |",  # 0.00054 sqrt(64)
+                "| teacher | student |",
+            ],
+        ),
+        (
+            {"curriculum": "fixed", "indices": "uniform", "metric": "l2", "teacher": "ema"},
+            [
+                "| curriculum | fixed, s0 = 10 |",
+                "| noise levels | uniform |",
+                "| metric | l2 |",
+                "| teacher | ema, decay exp(s0 ln 0.9 / N) |",
+            ],
+        ),
+        (
+            {"huber_c": 0.03, "teacher": "ema", "teacher_ema": 0.95, "teacher_ema_divisor": "pairs"},
+            ["| metric | pseudo-huber, c = 0.03 |", "| teacher | ema, decay exp(s0 ln 0.95 / (N - 1)) |"],
+        ),
+    ],
+)
+def test_the_card_says_of_the_method_what_was_used(
+    trained: Path, tmp_path: Path, method: dict, said: list[str]
+) -> None:
+    model = open_checkpoint(trained)
+    state = copy.deepcopy(model.state)
+    state["config"]["method"] |= method
+    folder = write_checkpoint(tmp_path, model.step, {"ema": model.tensors("ema")}, state, keep=2)
+    export_safetensors(open_checkpoint(folder), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert [line for line in said if line not in card.splitlines()] == []
 
 
 def test_the_card_says_that_the_run_was_extended(trained: Path, tmp_path: Path) -> None:

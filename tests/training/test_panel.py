@@ -22,8 +22,10 @@ from rich.console import Console
 
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
-from ict_fast.consistency.curriculum import stages
+from ict_fast.consistency.curriculum import Extension, stages
+from ict_fast.training.monitor import Monitor
 from ict_fast.training.panel import Panel, sparkline
+from ict_fast.training.run_directory import Run
 
 from .conftest import flags  # type: ignore[import-not-found]
 
@@ -68,6 +70,15 @@ def test_a_wide_terminal_gets_a_frame_with_everything(panel: Panel, width: int) 
     ):
         assert words in text
     assert len(lines) == 2 + 8
+
+
+def test_the_stages_of_an_extended_run_are_those_that_it_was_trained_in(tiny: Config, tmp_path: Path) -> None:
+    """Eight of three steps each, then, of eight each, the last five of a plan of 64 steps."""
+    config = replace(tiny, training=replace(tiny.training, total_steps=64))
+    monitor = Monitor(Run(tmp_path, config, None, extensions=(Extension(24, 24),)))
+    for step, shown in ((23, "8 of 13, N = 1,281, step 2 of 3"), (25, "9 of 13, N = 81, step 1 of 8")):
+        monitor.advance(step)
+        assert shown in "\n".join(_drawn(monitor._panel, 120))
 
 
 @pytest.mark.parametrize("width", [53, 40, 24, 12])

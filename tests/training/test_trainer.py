@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -150,6 +151,103 @@ def test_execution_may_differ_on_resume_and_extend_continues(
     assert state["extended"] == [[24, 24], [32, 32]], "no run of 40 steps from the start has these weights"
     with pytest.raises(InputError, match="--extend is 8"):
         train(other, out=out, device="cpu", extend=8)
+
+
+def test_a_run_is_extended_by_its_folder_and_the_steps_alone(
+    run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are those of the whole configuration, given again; other science is refused by name."""
+    config, out = run
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    words = ["train", "--device", "cpu", "--out", str(out)]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"{out} is finished: 24 steps are done\n"
+    for wrong, said in (
+        (["--network.dropout", "0.3"], "differs in network.dropout (there 0.1, asked 0.3); another --out"),
+        (["--training.total-steps", "32"], "(there 24, asked 32); --extend 32 continues it"),
+        (["--resume", "never"], "there is a run in"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert main([*words, "--extend", "32", "--logging.log-every", "2"]) == 0
+    train(config, out=other, device="cpu", extend=32)
+    for name in ("weights", "ema", "optimizer"):
+        file = f"checkpoints/step-00000032/{name}.safetensors"
+        assert (out / file).read_bytes() == (other / file).read_bytes()
+    stored = json.loads((out / "config.json").read_text())
+    changed = replace(
+        config,
+        training=replace(config.training, total_steps=32),
+        logging=replace(config.logging, log_every=2),
+    )
+    assert stored == to_dict(changed), "what was changed is the run's from then on"
+
+
+def test_an_extension_says_that_n_falls_and_what_was_trained_before(
+    run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """24 steps end at N = 1281. Of 64, step 24 is the first of the fourth stage of eight steps each."""
+    config, out = run
+    warning = (
+        "warning: the curriculum is laid over 64 steps anew (--extend): N falls from 1281 to 81 at step 24"
+    )
+    planned = dry_run(config, out=out, device="cpu", extend=64)
+    assert planned.count(warning) == 1
+    train(config, out=out, device="cpu", extend=64)
+    shown = capsys.readouterr().err
+    assert shown.count(f"ict-fast: {warning}\n") == 1
+    for text in (planned, shown):
+        lines = re.findall(r"\d+: steps (\d+) to (\d+), N = (\d+)", text)
+        by_step = {step: int(n) for first, last, n in lines for step in range(int(first), int(last) + 1)}
+        assert list(by_step) == list(range(64))
+        assert all(record["num_scales"] == by_step[record["step"] - 1] for record in _records(out))
+    assert "N falls" not in dry_run(config, out=out, device="cpu", extend=64), "it has been extended"
+
+
+def test_no_other_extension_is_warned_of(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = replace(
+        tiny,
+        method=replace(tiny.method, curriculum="fixed"),
+        training=replace(tiny.training, total_steps=2),
+    )
+    early = replace(tiny, training=replace(tiny.training, total_steps=1))  # from N = 11 to 21
+    for name, config in (("fixed", fixed), ("early", early)):
+        for extend in (None, 4):
+            train(config, out=tmp_path / name, device="cpu", extend=extend)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_what_has_no_effect_is_warned_of_in_one_line(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not as in the preset, and is not used beside the rest: not p_mean, which is the preset's."""
+    method = replace(
+        tiny.method, metric="l2", huber_c=0.1, teacher_ema=0.5, indices="uniform", p_std=1.0, rho=6.0
+    )
+    config = replace(
+        tiny,
+        method=method,
+        training=replace(tiny.training, total_steps=1),
+        logging=replace(tiny.logging, evaluate_count=100),
+    )
+    warning = (
+        "warning: without effect: --method.p-std (with --method.indices uniform), --method.huber-c (with"
+        " --method.metric l2), --method.teacher-ema (with --method.teacher student),"
+        " --logging.evaluate-count (with --logging.evaluate-every 0)\n"
+    )
+    assert dry_run(config, out=tmp_path / "run", device="cpu").count(warning) == 1
+    train(config, out=tmp_path / "run", device="cpu")
+    assert capsys.readouterr().err.count(f"ict-fast: {warning}") == 1
+    config = replace(config, preset="of a script", method=replace(method, huber_c=None))
+    train(config, out=tmp_path / "another", device="cpu")
+    shown = capsys.readouterr().err
+    assert "without effect: --method.p-std (" in shown
+    assert "huber-c" not in shown
+    train(tiny, out=tmp_path / "plain", device="cpu")
+    assert "without effect" not in capsys.readouterr().err
 
 
 def test_resume_never_and_must(run: tuple[Config, Path], tmp_path: Path) -> None:

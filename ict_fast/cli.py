@@ -102,8 +102,10 @@ def _dispatch(argv: list[str]) -> int:
     kind, command = COMMANDS[word]
     default = None
     if kind is TrainOptions:
-        given = {name: _last_value(argv[1:], f"--{name}") for name in ("out", "data", "init")}
-        default = default_options(_preset_name(argv[1:]), **given)
+        rest = argv[1:]
+        helps = "--help" in rest or "-h" in rest  # whatever is wrong with the rest
+        given = {name: None if helps else _last_value(rest, f"--{name}") for name in ("out", "data", "init")}
+        default = default_options(_preset_name(rest), **given)
     try:
         options = _parse(kind, word, argv[1:], default)
     except SystemExit:  # tyro has printed the help

@@ -20,12 +20,14 @@ def restarts() -> int:
 def warning() -> str | None:
     """What keeps this process's torchrun from starting lost ones again, if anything is known to."""
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if keeps_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        return (
-            "after a lost process torchrun lets all meet by what is left of the attempt before, which was"
-            " seen to fail: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
-        )
-    return None
+    if not keeps_store or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return None
+    is_set = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"  # which --master-addr does not know
+    cure = "start torchrun with --rdzv-backend c10d" if is_set else "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    return (
+        "after a lost process torchrun lets all meet by what is left of the attempt before, which was seen to"
+        f" fail: {cure}" + ("" if is_set else " where torchrun is started")
+    )
 
 
 def agent() -> int | None:

@@ -20,7 +20,7 @@ FLOORS: dict[str, float] = {
     "ict_fast.results": 0,
     "ict_fast.training": 1,
     "ict_fast.evaluation": 1.5,  # the training measures its model with it
-    "ict_fast.planning": 1,
+    "ict_fast.planning": 1.5,  # and asks it whether a micro-batch fits
     "ict_fast.report": 1,
     "ict_fast.interop": 1,
     "ict_fast.consistency": 2,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -377,18 +378,29 @@ def test_a_run_that_lost_its_configuration_has_that_of_the_newest_state_that_can
     assert [asked for asked, _ in trained] == [config, presets.get("digits")]
 
 
-def test_a_folder_without_a_run_to_resume_has_the_presets_options(trained, resumable):
-    """An imported model is none, and a run without a checkpoint begins anew."""
+def test_an_imported_model_is_no_run_to_resume(trained, resumable):
     folder, config = resumable
     state = folder / "checkpoints/step-00000006/state.json"
-    config_file = folder / "config.json"
-    config_file.rename(folder / "kept")
+    (folder / "config.json").unlink()
     state.write_text(json.dumps({"config": to_dict(config), "imported": {}}))
     assert main(["train", "--out", str(folder), "--preset", "imagenet64"]) == 0
-    (folder / "kept").rename(config_file)
-    (folder / "checkpoints").rename(folder / "elsewhere")
-    assert main(["train", "--out", str(folder), "--preset", "imagenet64"]) == 0
-    assert [asked for asked, _ in trained] == 2 * [presets.get("imagenet64")]
+    assert [asked for asked, _ in trained] == [presets.get("imagenet64")]
+
+
+def test_a_run_that_has_no_checkpoint_yet_begins_again_with_its_options(resumable, capsys):
+    folder, config = resumable
+    shutil.rmtree(folder / "checkpoints")
+    assert main(["train", "--out", str(folder), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said[: said.index("\n}") + 2]) == to_dict(config)
+    assert f"run: {folder} would start" in said
+
+
+def test_help_and_typos_come_before_what_a_run_has_to_say(resumable, capsys):
+    folder, _ = resumable
+    assert main(["train", "--out", str(folder), "--preset", "digits", "--help"]) == 0
+    assert "usage: ict-fast train" in capsys.readouterr().out
+    assert 'there is no preset "digts"' in refused(capsys, "train", "--out", str(folder), "--preset", "digts")
 
 
 def test_a_dry_run_describes_and_trains_nothing(tmp_path, monkeypatch, capsys):
@@ -740,18 +752,22 @@ def test_a_measurement_of_few_samples_says_what_it_replaces(model, run_folder, c
         assert (said in capsys.readouterr().err.replace("\n", " ")) == warned
 
 
-def test_a_measurement_at_sigmas_says_what_it_replaces(model, run_folder, capsys):
+def test_a_measurement_at_other_noise_levels_says_what_it_replaces(model, run_folder, capsys):
     written = run_folder / "checkpoints/evaluation.json"
-    for before, warned in (
-        ("", False),
-        ("[]", False),
-        ('{"count": 9}', True),
-        ('{"sigmas": [0.8]}', False),
-        ('{"sigmas": [0.3]}', True),
+    for before, given, warned in (
+        ("", "0.8", False),
+        ("[]", "0.8", False),
+        ('{"count": 9}', "0.8", True),
+        ('{"sigmas": [0.8]}', "0.8", False),
+        ('{"sigmas": [0.3]}', "0.8", True),
+        ('{"sigmas": [0.3]}', None, True),
+        ('{"sigmas": null}', None, False),
+        ('{"count": 9}', None, False),
     ):
         written.write_text(before)
-        assert main(["evaluate", str(run_folder), "--reference", "real", "--sigmas", "0.8"]) == 0
-        said = f"warning: {written} is of other noise levels than --sigmas, and is replaced;"
+        sigmas = [] if given is None else ["--sigmas", given]
+        assert main(["evaluate", str(run_folder), "--reference", "real", *sigmas]) == 0
+        said = f"warning: {written} was measured at other noise levels, and is replaced;"
         assert (said in capsys.readouterr().err.replace("\n", " ")) == warned
 
 

@@ -125,9 +125,9 @@ def run(options: EvaluateOptions) -> int:
             f"ict-fast: warning: {out} is of {larger:,} samples, and is replaced by a measurement of"
             f" {options.count:,}; with --out another file it stays"
         )
-    if sigmas and before and before.get("sigmas") != list(sigmas):
+    if before and (before.get("sigmas") or None) != (list(sigmas) or None):
         say(
-            f"ict-fast: warning: {out} is of other noise levels than --sigmas, and is replaced; with --out"
+            f"ict-fast: warning: {out} was measured at other noise levels, and is replaced; with --out"
             " another file it stays"
         )
 

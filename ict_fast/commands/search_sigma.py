@@ -185,7 +185,7 @@ def run(options: SearchSigmaOptions) -> int:
     shown = [f"{sigma:.4g}" for sigma in sigmas]
     ema = "" if options.ema is None else f" --ema {options.ema}"
     print(f"sample with: --steps {options.steps} --sigmas {' '.join(shown)}{ema}")
-    print(f"measure with: {_evaluate_command(options, shown)}")
+    print(f"measure with: {_evaluate_command(options, shown, out)}")
     if len(sigmas) == 1:
         for line in _how_to_keep(checkpoint, shown[0], ema):
             print(line)
@@ -195,15 +195,15 @@ def run(options: SearchSigmaOptions) -> int:
     return errors.EXIT_DONE
 
 
-def _evaluate_command(options: SearchSigmaOptions, sigmas: list[str]) -> str:
-    """The command that measures the levels that were found, against what they were searched with."""
+def _evaluate_command(options: SearchSigmaOptions, sigmas: list[str], trace: Path) -> str:
+    """Measures the levels that were found, against what they were searched with."""
     words = ["ict-fast", "evaluate", str(options.run), "--sigmas", *sigmas]
     words += [] if options.reference is None else ["--reference", str(options.reference)]
     words += [] if options.features is None else ["--features", str(options.features)]
     words += [] if options.features_sha256 is None else ["--features-sha256", options.features_sha256]
     words += ["--allow-other-recipe"] if options.allow_other_recipe else []
     words += [] if options.ema is None else ["--ema", options.ema]
-    return shlex.join(words)
+    return shlex.join([*words, "--out", str(trace.with_stem(f"{trace.stem}-evaluation"))])
 
 
 def _how_to_keep(checkpoint: Checkpoint, sigma: str, ema: str) -> list[str]:

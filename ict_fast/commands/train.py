@@ -99,10 +99,11 @@ def default_options(
         InputError: if there is no such preset, or it is not the run's, or there is no run to resume and no
             checkpoint at `init`.
     """
-    folder = Path(out or f"runs/{preset or DEFAULT_PRESET}")
+    of_preset = presets.get(preset or DEFAULT_PRESET)
+    folder = Path(out or f"runs/{of_preset.preset}")
     config = _resumed_config(folder)
     if config is None:
-        config = presets.get(preset or DEFAULT_PRESET)
+        config = of_preset
         if init is not None:
             theirs, mine = network_of(Path(init)), config.network
             network = dataclasses.replace(
@@ -138,11 +139,8 @@ def network_of(path: Path) -> NetworkConfig:
 
 
 def _resumed_config(out: Path) -> Config | None:
-    """The configuration of the run in a folder; None if a run would begin there.
-
-    One without a checkpoint begins anew, but with the weights that its init.json names, if it has one.
-    """
-    if any(out.glob("checkpoints/step-*")) or (out / "init.json").exists():
+    """The configuration of the run in a folder, which may have no checkpoint yet; None if there is no run."""
+    if (out / "config.json").exists() or any(out.glob("checkpoints/step-*")):
         return _stored_config(out, imported=False)
     return None
 

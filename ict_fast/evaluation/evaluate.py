@@ -117,7 +117,7 @@ def evaluate(
     opened = open_reference(Path(reference))
     features = None if features is None else Path(features)
     steps = _checked_steps(steps)
-    sigmas = None if sigmas is None else tuple(map(float, sigmas))
+    sigmas = tuple(map(float, sigmas)) if sigmas else None
     levels = {number: check_sampling(model, 1, number, sigmas, None) for number in steps}
     if count is not None and count < 2:
         raise InputError(

@@ -25,5 +25,5 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Sums that switches make (NVLink SHARP) may differ from call to call. NCCL reads this when it begins,
         # with the first gradients.
-        os.environ.setdefault("NCCL_ALGO", "^NVLS")
+        os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
         torch.use_deterministic_algorithms(True)

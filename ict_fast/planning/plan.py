@@ -184,6 +184,29 @@ def make_plan(
     )
 
 
+def describe_shortage(config: Config, cost: NetworkCost, gpus: int, memory: float) -> str | None:
+    """A line on a micro-batch that may not fit into a GPU; None if it should.
+
+    Args:
+        config: of a run; a micro-batch of 0 is a GPU's whole share.
+        cost: of its network.
+        gpus: all that share the batch.
+        memory: of one of them, in bytes.
+    """
+    share = config.training.batch_size // gpus
+    asked = min(config.training.micro_batch or share, share)
+    needed, usable = sum(memory_bytes(config, cost, asked).values()), USABLE * memory
+    if needed <= usable:
+        return None
+    fitting = _largest(config, cost, share, usable)
+    fits = sum(memory_bytes(config, cost, fitting).values()) <= usable
+    return (
+        f"{asked:,} images at a time need about {needed / 1e9:.0f} GB (`ict-fast plan`), and this GPU has"
+        f" {usable / 1e9:.0f} GB for them; "
+        + (f"--training.micro-batch {fitting} should fit" if fits else "not even one should fit")
+    )
+
+
 def memory_bytes(config: Config, cost: NetworkCost, micro_batch: int) -> dict[str, float]:
     """Bytes of one GPU by kind, at the peak of a step."""
     parameters, half = _FP32 * float(cost.parameters), config.training.precision not in ("fp32", "tf32")

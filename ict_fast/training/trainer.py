@@ -18,6 +18,8 @@ from ict_fast.data.loaders import Loader, make_loader
 from ict_fast.data.order import micro_batch_size
 from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, TrainingError
+from ict_fast.networks.cost import network_cost
+from ict_fast.planning.plan import describe_shortage
 from ict_fast.screen import duration, say
 from ict_fast.training.describe import describe_stages, describe_unused
 from ict_fast.training.evaluations import (
@@ -200,6 +202,10 @@ def _train_locked(
         )
     if unused := describe_unused(config):
         warnings.append(unused)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        if short := describe_shortage(config, network_cost(train_step.network), world.size, memory):
+            warnings.append(short)
     loader, reason = make_loader(config, store, device, rank=world.rank, world_size=world.size)
     world.decide(lambda: prepare_directory(run))
     if world.is_first:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import apex_backend
-from .triton_support import INTERPRETED, MISSING, is_differentiated_forward, is_transformed, runs_on
+from .triton_support import INTERPRETED, MISSING, is_transformed, runs_on
 
 _BACKENDS = ("auto", "triton", "eager", "apex")
 _chosen = "auto"
@@ -16,8 +16,8 @@ _chosen = "auto"
 def set_backend(name: str) -> None:
     """Choose the implementation of every op of this package, for the whole process.
 
-    float64 tensors, what torch.func.grad and vmap transform, and whatever else the kernels do not take, go to
-    the eager definitions in any case.
+    float64 tensors, what torch.func transforms (grad, vmap, jvp), and whatever else the kernels do not take,
+    go to the eager definitions in any case.
 
     Args:
         name: "auto", the Triton kernels on CUDA (and on a CPU under TRITON_INTERPRET=1), the PyTorch
@@ -72,5 +72,4 @@ def use_triton(*tensors: Tensor | None) -> bool:
     if able and any(tensor.device != given[0].device for tensor in given):
         devices = ", ".join(sorted({str(tensor.device) for tensor in given}))
         raise RuntimeError(f"the tensors of one operation must be on one device, not on {devices}")
-    # Forward-mode AD is for the ops to refuse.
-    return able and (not is_transformed() or is_differentiated_forward())
+    return able and not is_transformed()

@@ -158,25 +158,18 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def is_differentiated_forward() -> bool:
-    """Whether forward-mode AD is at work: within torch.func.jvp, or a dual level.
-
-    No constant in a graph, so that a graph which was traced without is not taken with it.
-    """
-    return torch.autograd.forward_ad._current_level >= 0
-
-
 def refuse_forward_ad(op: str, *tensors: Tensor | None) -> None:
-    """Raises where forward-mode AD goes through a Triton op, which would return a zero tangent in silence.
+    """Raises where a dual level goes through a Triton op, which would return a zero tangent in silence.
 
     Raises:
         NotImplementedError: if one of the tensors carries a tangent, or may: while compiling, none tells.
     """
-    if not is_differentiated_forward():
+    # Read here, so that torch.compile guards it: a graph that was traced outside is not taken within a level.
+    if torch.autograd.forward_ad._current_level < 0:
         return
     unpack = torch.autograd.forward_ad.unpack_dual
     if torch.compiler.is_compiling() or any(t is not None and unpack(t).tangent is not None for t in tensors):
         raise NotImplementedError(
-            f"{op} has no forward-mode derivative in its Triton kernels; use"
-            " ict_kernels.set_backend('eager') for torch.func.jvp and forward AD"
+            f"{op} has no forward-mode derivative in its Triton kernels; use torch.func.jvp, which takes the"
+            " PyTorch definition, or ict_kernels.set_backend('eager')"
         )

@@ -239,7 +239,7 @@ def test_the_readmes_figures_are_the_results() -> None:
     claims = (
         f"is {100 * one_step / noise:.2f} % of that of noise",
         f"is at {100 * demo['reference']['gaussian'] / noise:.1f} %",
-        f"is at {100 * demo['reference']['halves'] / noise:.2f} % of the other",
+        f"two halves of the real digits are {100 * demo['reference']['halves'] / noise:.2f} % apart",
         f"at N = {precision['num_scales']} it adds {100 * bf16['noise']:.0f} % of the sampling variance",
         f"takes {100 * (1 - bf16['norm']):.0f} % of its length",
         f"fp16 {100 * fp16['noise']:.1f} % and {100 * (1 - fp16['norm']):.1f} %",

@@ -118,8 +118,8 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     # The command that it prints measures the same, but for the sigma's further digits.
     [command] = [line.partition(": ")[2] for line in printed.splitlines() if line.startswith("measure with")]
     _, *evaluated = shlex.split(command)
-    measured = tmp_path / "measured.json"
-    assert main([*evaluated, "--count", "64", "--seed", "3", "--out", str(measured)]) == 0
+    measured = tmp_path / "search-evaluation.json"
+    assert main([*evaluated, "--count", "64", "--seed", "3"]) == 0
     assert json.loads(measured.read_text())["two_step"]["frechet_distance"] == pytest.approx(
         best["distance"], rel=1e-3
     )
@@ -135,7 +135,7 @@ def test_the_command_for_evaluate_compares_with_what_the_search_did(monkeypatch:
         assert main(["search-sigma", *shlex.split(words)]) == 0
         searched = understood[-1]
         assert isinstance(searched, SearchSigmaOptions)
-        assert main(shlex.split(_evaluate_command(searched, ["1.5", "0.3"]))[1:]) == 0
+        assert main(shlex.split(_evaluate_command(searched, ["1.5", "0.3"], Path("trace.json")))[1:]) == 0
         measured = understood[-1]
         for name in ("run", "reference", "features", "features_sha256", "allow_other_recipe", "ema"):
             assert getattr(measured, name) == getattr(searched, name)

@@ -585,7 +585,7 @@ def test_a_deterministic_run_leaves_no_sum_to_the_switches_between_gpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
-    for given, expected in (({}, "^NVLS"), ({"NCCL_ALGO": "Ring"}, "Ring")):
+    for given, expected in (({}, "^NVLS,NVLSTree"), ({"NCCL_ALGO": "Ring"}, "Ring")):
         monkeypatch.setattr(os, "environ", dict(given))
         configure_torch(torch.device("cpu"), deterministic=True)
         assert os.environ["NCCL_ALGO"] == expected

@@ -277,10 +277,8 @@ def test_autocast_leaves_the_arithmetic_in_fp32(pair) -> None:
         assert torch.equal(consistency_loss(*pair), plain)
 
 
-def test_forward_mode_and_double_backward_fail_clearly() -> None:
+def test_double_backward_fails_clearly() -> None:
     prediction, target = tensors(2, 3, 4, 4, count=2)
-    with pytest.raises(NotImplementedError, match="pseudo_huber_loss has no forward-mode derivative"):
-        torch.func.jvp(lambda p: pseudo_huber_loss(p, target), (prediction,), (target,))
     leaf = prediction.requires_grad_()
     (gradient,) = torch.autograd.grad(pseudo_huber_loss(leaf, target).sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="consistency_loss_backward"):

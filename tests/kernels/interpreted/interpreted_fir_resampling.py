@@ -120,12 +120,6 @@ def test_what_the_kernels_do_not_take_goes_to_the_definition(monkeypatch) -> Non
             op(random(1, 2, 4, 4))
 
 
-def test_forward_mode_is_refused() -> None:
-    for op in (fir_downsample, fir_upsample):
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(op, (random(1, 2, 4, 4),), (random(1, 2, 4, 4),))
-
-
 def test_they_are_registered_as_torch_wants_them() -> None:
     x = random(2, 4, 4, 6).requires_grad_()
     for op in (resampling._down_op, resampling._up_op):

@@ -210,12 +210,6 @@ def test_an_empty_batch_is_empty() -> None:
     assert student.shape == teacher.shape == (0, 3, 4, 4)
 
 
-def test_forward_mode_fails_clearly() -> None:
-    images = torch.rand(2, 3, 4, 4)
-    with pytest.raises(NotImplementedError, match="noise_images has no forward-mode derivative"):
-        torch.func.jvp(lambda x: noise_images(x, levels_of(2), seed=1)[0], (images,), (images,))
-
-
 @pytest.mark.parametrize("images", [bytes_of((3, 4, 5, 3)), torch.rand(3, 2, 4, 5)], ids=["bytes", "floats"])
 @pytest.mark.parametrize("optional", [True, False])
 def test_opcheck(images, optional) -> None:

@@ -101,7 +101,7 @@ def default_options(
     """
     of_preset = presets.get(preset or DEFAULT_PRESET)
     folder = Path(out or f"runs/{of_preset.preset}")
-    config = _resumed_config(folder)
+    config = _resumed_config(folder, init)
     if config is None:
         config = of_preset
         if init is not None:
@@ -138,9 +138,13 @@ def network_of(path: Path) -> NetworkConfig:
     raise InputError(f"--init {path}: there is no run, checkpoint or imported model")
 
 
-def _resumed_config(out: Path) -> Config | None:
-    """The configuration of the run in a folder, which may have no checkpoint yet; None if there is no run."""
-    if (out / "config.json").exists() or any(out.glob("checkpoints/step-*")):
+def _resumed_config(out: Path, init: str | None) -> Config | None:
+    """The configuration of the run in a folder, which may have no checkpoint yet; None if there is no run.
+
+    And none of one that began at random where `init` is given: its network differs, and the run says so.
+    """
+    begun = (out / "config.json").exists() and (init is None or (out / "init.json").exists())
+    if begun or any(out.glob("checkpoints/step-*")):
         return _stored_config(out, imported=False)
     return None
 

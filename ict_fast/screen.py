@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
@@ -68,6 +69,12 @@ def live_line() -> Iterator[Callable[[float, str], None]]:
                 say(f"{text} ({fraction:.0%}), ETA {remaining}")
 
         yield show
+
+
+def asked_sigmas(result: dict[str, Any]) -> str:
+    """ "sigmas 0.8 0.3", if a measurement was made at noise levels other than the method's; else empty."""
+    sigmas = result.get("sigmas")
+    return f"sigmas {' '.join(map(str, sigmas))}" if isinstance(sigmas, list) and sigmas else ""
 
 
 def print_table(table: Table) -> None:

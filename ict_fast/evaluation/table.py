@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from ict_fast.evaluation.chunks import in_words, number_word
+from ict_fast.screen import asked_sigmas
 
 # What it is called, where it is in a result, how it is shown.
 _COLUMNS = (
@@ -45,7 +46,7 @@ def table(result: dict[str, Any]) -> Table:
     real = "" if reference["count"] is None else f" to {reference['count']:,} real images"
     accuracy = features.get("accuracy")
     known = "" if accuracy is None else f", right on {accuracy:.1%} of digits that it has not seen"
-    levels = f", sigmas {' '.join(map(str, result['sigmas']))}" if result.get("sigmas") else ""
+    levels = f", {asked}" if (asked := asked_sigmas(result)) else ""
     linear = "" if "gaussian" not in reference else " A linear model achieves the Gaussian's; be well below."
     shown = Table(
         title=f"Fréchet distance{real} (lower is better)",

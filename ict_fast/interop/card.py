@@ -13,6 +13,7 @@ from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.curriculum import read_extensions
 from ict_fast.interop.description import average_of
 from ict_fast.interop.imported import KINDS
+from ict_fast.screen import asked_sigmas
 from ict_fast.version import __version__
 from ict_kernels.consistency_loss import default_huber_c
 
@@ -214,8 +215,8 @@ def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
         for key, words in (("count", "{} samples"), ("seed", "seed {}"))
         if type(result.get(key)) is int
     ]
-    if isinstance(result.get("sigmas"), list):  # not the method's
-        facts.append(f"sigmas {' '.join(map(str, result['sigmas']))}")
+    if levels := asked_sigmas(result):
+        facts.append(levels)
     return [*lines, "", ", ".join([*facts, f"features: {named or 'not named'}."])]
 
 

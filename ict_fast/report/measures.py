@@ -8,6 +8,7 @@ from typing import Any
 
 from ict_fast.report.curves import Line, curve
 from ict_fast.report.run_record import RunRecord, is_figure
+from ict_fast.screen import asked_sigmas
 
 _COLUMNS = (
     ("frechet_distance", "Fréchet distance", "{:.4g}"),
@@ -63,12 +64,6 @@ def measured_with(result: dict[str, Any]) -> tuple[Any, ...]:
     features = result.get("features")
     network = features.get("sha256") if isinstance(features, dict) else features
     return result.get("count"), network, result.get("reference_fingerprint"), result.get("sigmas")
-
-
-def asked_sigmas(result: dict[str, Any]) -> str:
-    """ "sigmas 0.8 0.3", if it was measured with noise levels other than the method's; else empty."""
-    sigmas = result.get("sigmas")
-    return f"sigmas {' '.join(map(str, sigmas))}" if isinstance(sigmas, list) and sigmas else ""
 
 
 def _number(values: dict[str, Any], field: str) -> bool:

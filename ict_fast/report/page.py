@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ict_fast.report.charts import charts
-from ict_fast.report.measures import asked_sigmas, in_words, measured_with, measures
+from ict_fast.report.measures import in_words, measured_with, measures
 from ict_fast.report.run_record import Field, RunRecord, is_figure
 from ict_fast.report.style import STYLE
-from ict_fast.screen import rate
+from ict_fast.screen import asked_sigmas, rate
 from ict_fast.version import __version__
 
 _MOST_GRIDS = 9
@@ -74,7 +74,7 @@ def _facts(record: RunRecord) -> str:
         step, ema = measured.get("step"), measured.get("ema")
         where = f", at step {step:,}" if isinstance(step, int) else ""
         where += f", average {ema}" if ema else ""
-        where += f", {asked_sigmas(measured)}" if asked_sigmas(measured) else ""
+        where += f", {levels}" if (levels := asked_sigmas(measured)) else ""
         where += f", {measured['count']:,} samples" if type(measured.get("count")) is int else ""
         for key in keys:
             found = measured.get(key)

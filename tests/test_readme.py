@@ -21,7 +21,8 @@ from ict_fast.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = shlex.split(
-    "--training.total-steps 8 --logging.grid-every 0 --logging.evaluate-count 64 --device cpu"
+    "--training.total-steps 8 --training.batch-size 32 --logging.grid-every 0 --logging.evaluate-count 64 "
+    "--device cpu"
 )
 
 
@@ -61,6 +62,8 @@ def ict_fast_commands() -> Iterator[list[str]]:
             command = [*command, "--dry-run"]
         elif command[1] == "evaluate":
             command = [*command, "--count", "1800"]
+        elif command[1] == "ablate" and "--out" in command:  # one is run
+            command = [*command, "--list"]
         elif command[1] == "ablate":
             command = [*command, *shlex.split("--only ict --seeds 1 --total-steps 8 --count 64 --device cpu")]
         elif command[1] == "train" and "--dry-run" not in command:

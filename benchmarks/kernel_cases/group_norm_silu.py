@@ -7,7 +7,7 @@ second read is meant to come from L2, and is counted here as if it did not.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,21 @@ def norms_of(preset: str) -> set[Norm]:
         seed = torch.empty(2, dtype=torch.int64)
     found = set()
 
-    def note(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        dropout = keywords.get("seed") is not None and module.dropout > 0
-        given = [keywords.get(name) is not None for name in ("pre_bias", "scale")]
-        x = arguments[0]
-        silu, fp32 = module.activation == "silu", module is network.output.norm
-        found.add(Norm(x.shape[2], x.shape[1], module.num_groups, silu, dropout, *given, fp32))
+    def noting(module: Any) -> Callable[..., torch.Tensor]:
+        """In place of the norm, which has its input's shape."""
+
+        def forward(x: torch.Tensor, **given: Any) -> torch.Tensor:
+            dropout = given.get("seed") is not None and module.dropout > 0
+            options = [given.get(name) is not None for name in ("pre_bias", "scale")]
+            silu, fp32 = module.activation == "silu", module is network.output.norm
+            found.add(Norm(x.shape[2], x.shape[1], module.num_groups, silu, dropout, *options, fp32))
+            return x
+
+        return forward
 
     for module in network.modules():
         if isinstance(module, ict_kernels.GroupNormSiLU):
-            module.register_forward_pre_hook(note, with_kwargs=True)
+            module.forward = noting(module)
     network(x, torch.empty(2, device="meta"), labels, dropout_seed=seed)
     return found
 

@@ -22,7 +22,7 @@ from ict_fast.ablation.variants import Variant, preset_names, variants_of
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
 
-WORDS = ("ablate", "--only", "ict", "l2", "--seeds", "1", "--total-steps", "40", "--count", "64")
+WORDS = ("ablate", "--only", "ict", "l2", "--seeds", "1", "--total-steps", "32", "--count", "64")
 
 
 def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -68,7 +68,7 @@ def test_the_report_holds_every_run_and_names_what_differs(ablation: tuple[Path,
         assert 0 < run["one_step"]["relative_to_noise"] < 10
         config = json.loads((folder / f"runs/ablation/{name}/seed-0/run/config.json").read_text())
         assert config["method"]["metric"] == ("l2" if name == "l2" else "pseudo-huber")
-        assert config["training"]["total_steps"] == 40
+        assert config["training"]["total_steps"] == 32
     assert "squared L2 instead of Pseudo-Huber" in output
     assert (folder / "runs/ablation/ablation.png").exists()
 
@@ -87,7 +87,7 @@ def test_a_finished_ablation_runs_nothing_again(
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("--total-steps", "30"), "training.total_steps 40, now it is 30"),
+        (("--total-steps", "30"), "training.total_steps 32, now it is 30"),
         (("--count", "65"), "--count 64, now it is 65"),
         (("--only", "l3"), "--only names l3, which is no variant"),
         (("--only", "l3"), "--list shows them"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,20 @@ def flags(config: Config) -> list[str]:
             str(training.batch_size),
         ),
         *("--network.num-classes", str(config.network.num_classes)),
+        *("--network.channel-mult", *map(str, config.network.channel_mult)),
+        *("--network.attention-resolutions", *map(str, config.network.attention_resolutions)),
+        *("--network.dropout-max-resolution", str(config.network.dropout_max_resolution)),
         *("--training.micro-batch", str(training.micro_batch)),
         *("--logging.log-every", str(logging.log_every), "--logging.grid-every", str(logging.grid_every)),
         *("--logging.checkpoint-every", str(logging.checkpoint_every)),
     ]
+
+
+@pytest.fixture
+def one_level(tiny: Config) -> Config:
+    """Five blocks at one resolution, with attention and dropout: half the time of a step."""
+    network = replace(tiny.network, channel_mult=(1,), attention_resolutions=(8,), dropout_max_resolution=0)
+    return replace(tiny, network=network)
 
 
 @pytest.fixture

@@ -43,10 +43,10 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def few_blocks(tiny: Config) -> Config:
+def few_blocks(one_level: Config) -> Config:
     """Five blocks at one resolution, with attention, dropout and classes; two micro-batches."""
-    network = replace(tiny.network, num_classes=10, channel_mult=(1,), attention_resolutions=(8,))
-    return replace(tiny, network=network, training=replace(tiny.training, micro_batch=8))
+    network = replace(one_level.network, num_classes=10)
+    return replace(one_level, network=network, training=replace(one_level.training, micro_batch=8))
 
 
 def _trained(config: Config, compile: str, batches: Callable, size: int = 8) -> Iterator[TrainStep]:

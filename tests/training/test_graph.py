@@ -188,7 +188,7 @@ class Replay:
 
 
 def test_a_graph_and_the_gradients_in_it_are_gone_while_the_device_has_other_work(
-    tiny: Config, tmp_path: Path, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Choosing the arithmetic and drawing, which need as much memory as a step; and the numbers stay."""
     original = step_module.trunk_dtype
@@ -223,15 +223,15 @@ def test_a_graph_and_the_gradients_in_it_are_gone_while_the_device_has_other_wor
 
     monkeypatch.setattr(precision, "measure_rounding", measure)
     monkeypatch.setattr("ict_fast.training.trainer.save_grid", draw)
-    training = replace(tiny.training, precision="auto", total_steps=48)
-    config = replace(tiny, training=training, logging=replace(tiny.logging, grid_every=22))
+    training = replace(one_level.training, precision="auto", total_steps=48)
+    config = replace(one_level, training=training, logging=replace(one_level.logging, grid_every=22))
     train(config, out=tmp_path / "plain", device="cpu")
     seen.clear()
     monkeypatch.setattr(CapturedStep, "__call__", advance)
     asked = replace(
         config,
         training=replace(training, cuda_graph=True),
-        data=replace(tiny.data, loader="resident"),
+        data=replace(one_level.data, loader="resident"),
     )
     train(asked, out=tmp_path / "captured", device="cpu")
     replays = [number for what, number in seen if what == "replay"]

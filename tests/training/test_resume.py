@@ -54,7 +54,7 @@ def _assert_same_run(ours: Path, theirs: Path, step: int) -> None:
 
 VARIANTS: dict[str, Callable[[Config], Config]] = {
     "dropout": lambda config: config,
-    "accumulated": lambda config: replace(config, training=replace(config.training, micro_batch=4)),
+    "accumulated": lambda config: replace(config, training=replace(config.training, micro_batch=8)),
     "ema-teacher": lambda config: replace(config, method=replace(config.method, teacher="ema")),
     "averages": lambda config: replace(
         config,
@@ -136,7 +136,7 @@ def _interrupt_at(config: Config, out: Path, steps: list[int]) -> None:
     ("seed", "threads"), [(0, 1), *(pytest.param(s, 2, marks=pytest.mark.drill) for s in range(1, 9))]
 )
 def test_two_kill_nines_and_reruns_of_the_command_change_no_bit(
-    tiny: Config,
+    one_level: Config,
     tmp_path: Path,
     command: Callable[..., ForkedPython],
     monkeypatch: pytest.MonkeyPatch,
@@ -146,9 +146,9 @@ def test_two_kill_nines_and_reruns_of_the_command_change_no_bit(
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     # Long enough that a kill meets it in the middle; checkpoints at odd steps.
     config = replace(
-        tiny,
-        training=replace(tiny.training, total_steps=100, micro_batch=8),
-        logging=replace(tiny.logging, log_every=10, checkpoint_every=7),
+        one_level,
+        training=replace(one_level.training, total_steps=100, micro_batch=8),
+        logging=replace(one_level.logging, log_every=10, checkpoint_every=7),
     )
     whole = command(config, tmp_path / "whole", spawned=True)
     assert whole.wait(timeout=300) == 0

@@ -26,12 +26,18 @@ def auto_again() -> Iterator[None]:
 
 
 def run(backend: str, adaptive_norm: bool) -> tuple[list[float], torch.Tensor, torch.Tensor]:
-    """Loss of each step, last gradient and last weights; with dropout, at the curriculum's last stage."""
+    """Loss of each step, last gradient and last weights; with dropout, at the curriculum's last stage.
+
+    In one of two networks: with resampling, or of one level with scale and shift.
+    """
     ict_kernels.set_backend(backend)
     preset = presets.get("digits")
+    levels = {"channel_mult": (1,), "attention_resolutions": (8,)} if adaptive_norm else {}
     config = replace(
         preset,
-        network=replace(preset.network, channels=8, num_classes=0, dropout=0.2, adaptive_norm=adaptive_norm),
+        network=replace(
+            preset.network, channels=8, num_classes=0, dropout=0.2, adaptive_norm=adaptive_norm, **levels
+        ),
         training=replace(preset.training, total_steps=24, batch_size=4),
     )
     step = TrainStep(config, torch.device("cpu"))

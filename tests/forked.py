@@ -16,7 +16,12 @@ from pathlib import Path
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "ict_fast.training.trainer", "ict_fast.evaluation"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("torch._dynamo", "ict_fast.training.trainer", "ict_fast.evaluation"),
+        *("sklearn.datasets", "torchmetrics.image.kid"),
+    ]
+)
 
 
 class ForkedPython:

@@ -68,13 +68,13 @@ def test_a_step_never_waits_for_the_device(
     train_step = TrainStep(config, torch.device("cpu"))
     for step in range(2):  # tables are built on the first one
         train_step(step, batches(config, step, 8))
-    ready = [batches(config, step, 8) for step in range(2, 6)]
+    ready = [batches(config, step, 8) for step in (2, 3)]  # a stage's last, and the next one's first
     with HostReads() as watch:
         for step, batch in enumerate(ready, start=2):
             train_step(step, batch)
     assert watch.seen == []
     with HostReads() as watch:
-        assert figures(train_step, 6)["loss"] > 0
+        assert figures(train_step, 4)["loss"] > 0
     assert watch.seen, "the figures of a log line are what waits"
 
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -157,12 +158,14 @@ def open_run(
 
 
 @contextmanager
-def lock(run: Run, warn: Callable[[str], None]) -> Iterator[None]:
+def lock(run: Run, warn: Callable[[str], None], patience: float = 0.0) -> Iterator[None]:
     """Keeps every other process from training in the run's directory, which is created.
 
     Args:
         run: see `open_run`.
         warn: told if the file system has no locks.
+        patience: seconds to wait for another process: one whose node is lost keeps a lock of NFS until its
+            server gives it up.
 
     Raises:
         InputError: if another process trains there, or has trained there since the run was opened, or the
@@ -176,7 +179,7 @@ def lock(run: Run, warn: Callable[[str], None]) -> Iterator[None]:
         raise InputError(f"{run.out} cannot be written ({error.strerror}); choose another --out") from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_within(patience, descriptor)
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             raise InputError(
@@ -195,6 +198,17 @@ def lock(run: Run, warn: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock_within(seconds: float, descriptor: int) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(min(1.0, seconds / 10))
 
 
 def read_config(path: Path) -> Config:

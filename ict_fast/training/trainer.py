@@ -54,6 +54,8 @@ from ict_fast.training.world import (
     require_launched,
 )
 
+# After the loss of a node: Linux's NFS server keeps its locks for 90 s.
+_LEASE_SECONDS = 120.0
 _POWER_SNAPSHOTS = 64  # in a run, where --logging.power-ema-every does not say otherwise
 
 
@@ -103,9 +105,10 @@ def train(
         here = torch.device("cuda", local_rank()) if found.type == "cuda" else found
         with joined(here, collective_timeout) as world:
             # An earlier attempt has begun the run. A node that joins the others' restart does not count it.
-            if world.any(torchrun.restarts() > 0):
+            if is_restart := world.any(torchrun.restarts() > 0):
                 resume = "auto"
-            result = _train(config, out, here, world, resume, extend, init)
+            patience = min(_LEASE_SECONDS, collective_timeout / 2) if is_restart else 0.0  # all wait
+            result = _train(config, out, here, world, resume, extend, init, patience)
             return result if world.is_first else replace(result, message="")
     if count == 1:
         return _train(config, out, found, World(), resume, extend, init)
@@ -158,8 +161,9 @@ def _train(
     resume: str,
     extend: int | None,
     init: Path | None,
+    patience: float = 0.0,
 ) -> RunResult:
-    """Trains in this process, one of the world's."""
+    """Trains in this process, one of the world's; for `patience` see `lock`."""
     warnings = [] if (warning := torchrun.warning()) is None else [warning]
     run = world.decide(lambda: open_run(config, out, resume, extend, warnings.append, init))
     if run.finished:
@@ -169,7 +173,7 @@ def _train(
     world.decide(lambda: require_measurement(run.config))
     world.require_equal(store.fingerprint, f"the images of {store.path}")
     with ExitStack() as held, explained():
-        world.decide(lambda: held.enter_context(lock(run, warnings.append)))
+        world.decide(lambda: held.enter_context(lock(run, warnings.append, patience)))
         return _train_locked(run, store, device, world, warnings, extended=extend is not None)
 
 
@@ -281,7 +285,7 @@ def _loop(
             saver.wait()
             measure = partial(evaluations.measure, step, partial(averaged_model, train_step))
             with _between_steps(advance, monitor):
-                is_best, stop_code = world.while_first(measure, "measuring")
+                is_best, stop_code = world.while_first(measure, "measuring", stop)
             if is_best and is_saved:
                 saver.mark_best(step)
             elif is_best or (stop_code is not None and step > run.step and not is_saved):

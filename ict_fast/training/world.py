@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ict_fast.errors import HungError, InputError, TrainingError
+from ict_fast.training.launch import StopRequest
 from ict_fast.training.lookout import Lookout
 
 T = TypeVar("T")
@@ -95,20 +96,21 @@ class World:
             raise chosen[0]
         return chosen[0]
 
-    def while_first(self, work: Callable[[], T], what: str) -> T:
+    def while_first(self, work: Callable[[], T], what: str, stop: StopRequest) -> T:
         """What process 0 works out, in every process, however long it takes.
 
-        The others are given a sign of life every few seconds, so that none of them waits in vain for longer
-        than a collective may take, as long as `work` calls `get_on` that often. It must not communicate.
+        All give each other a sign of life every few seconds, so that none waits in vain for longer than a
+        collective may take, as long as `work` calls `get_on` that often. It must not communicate.
 
         Args:
             work: as for `decide`.
             what: process 0 is doing, for a diagnosis.
+            stop: this process's; that of process 0 hears of the others', so that its work may end early.
         """
         if self.size == 1:
             return work()
         if not self.is_first:
-            while self._sign_of_life():
+            while self._sign_of_life(stop):
                 pass
             return self.decide(work)
         ended = threading.Event()
@@ -120,7 +122,7 @@ class World:
                 if time.monotonic() - self._got_on > self._timeout:
                     continue  # stuck: the others may say so
                 try:
-                    self._say_alive(True)
+                    self._say_alive(True, stop)
                 except RuntimeError as error:  # one of them is lost
                     failed.append(error)
                     return
@@ -134,20 +136,23 @@ class World:
             ended.set()
             thread.join()
             if not failed:
-                self._say_alive(False)
+                self._say_alive(False, stop)
         if failed:
             raise failed[0]
         return self.decide(lambda: result)
 
-    def _sign_of_life(self) -> bool:
+    def _sign_of_life(self, stop: StopRequest) -> bool:
         """Whether process 0 is still at work, as it says."""
         with self.waiting("a sign of life of process 0"):  # each one counts as progress
-            return self._say_alive(True)
+            return self._say_alive(False, stop)
 
-    def _say_alive(self, alive: bool) -> bool:
-        said = torch.tensor(alive, dtype=torch.int64)
-        dist.broadcast(said, src=0, group=self._hosts)
-        return bool(said)
+    def _say_alive(self, at_work: bool, stop: StopRequest) -> bool:
+        """Whether any process is at work, which only process 0 can be."""
+        said = torch.tensor([at_work, stop.exit_code or 0], dtype=torch.int64)
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._hosts)
+        if self.is_first and stop.exit_code is None:
+            stop.exit_code = int(said[1]) or None
+        return bool(said[0])
 
     def add(self, value: torch.Tensor) -> torch.Tensor:
         """Replaces a tensor on the run's device by its sum over the processes; the host does not wait."""

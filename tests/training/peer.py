@@ -30,6 +30,7 @@ from ict_fast.errors import InputError, TrainingError
 from ict_fast.training import graph, precision, trainer
 from ict_fast.training import step as step_module
 from ict_fast.training.graph import CapturedStep
+from ict_fast.training.launch import StopRequest
 from ict_fast.training.outcome import RunResult
 from ict_fast.training.reduction import Reduction, reduction_of
 from ict_fast.training.step import TrainStep
@@ -165,8 +166,26 @@ def wait(world: World, folder: Path) -> None:
             world.get_on()
         return world.rank, "done"
 
-    assert world.while_first(work, "working") == (0, "done")
+    assert world.while_first(work, "working", StopRequest()) == (0, "done")
     assert world.decide(lambda: 3) == 3, "and they go on together"
+
+
+def ask(world: World, folder: Path) -> None:
+    """Process 1 is asked to stop while process 0 works."""
+    stop = StopRequest()
+
+    def work() -> int | None:
+        for _ in range(300):
+            if stop.exit_code is not None:
+                break
+            time.sleep(0.1)
+            world.get_on()
+        return stop.exit_code
+
+    if world.rank == 1:
+        threading.Timer(0.5, lambda: setattr(stop, "exit_code", 143)).start()
+    assert world.while_first(work, "working", stop) == 143
+    assert stop.exit_code == (None if world.rank == 2 else 143)
 
 
 def fail(world: World, folder: Path) -> None:
@@ -185,7 +204,7 @@ def fail(world: World, folder: Path) -> None:
         world = World(timeout=1.5)
         started = time.monotonic()
         try:
-            world.while_first(work, "working")
+            world.while_first(work, "working", StopRequest())
         except ZeroDivisionError:
             assert world.is_first
             assert ours is ZeroDivisionError
@@ -199,7 +218,7 @@ def fail(world: World, folder: Path) -> None:
     if not world.is_first:
         os._exit(0)
     with pytest.raises(RuntimeError, match=r"(?i)connection|peer|closed|timed out"):
-        world.while_first(others_lost, "working")
+        world.while_first(others_lost, "working", StopRequest())
     os._exit(0)
 
 
@@ -254,8 +273,8 @@ if __name__ == "__main__":
         sys.exit()
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=int(size))
-    world = World(timeout=3.0) if task == "wait" else World()
-    tasks = {"train": train, "resume": resume, "disagree": disagree, "wait": wait, "fail": fail}
+    world = World(timeout=3.0) if task in ("wait", "ask") else World()
+    tasks = {"train": train, "resume": resume, "disagree": disagree, "wait": wait, "ask": ask, "fail": fail}
     tasks[task](world, Path(folder), *arguments)
     gc.collect()
     dist.destroy_process_group()

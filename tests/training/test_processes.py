@@ -200,6 +200,10 @@ def test_the_others_wait_for_process_0_for_longer_than_a_collective_may_take(tmp
     _together("wait", 2, tmp_path)
 
 
+def test_a_signal_to_another_process_ends_the_work_of_process_0(tmp_path: Path) -> None:
+    _together("ask", 3, tmp_path)
+
+
 def test_work_of_process_0_that_raises_or_hangs_or_loses_the_others_ends_in_an_error(tmp_path: Path) -> None:
     for written in _together("fail", 2, tmp_path):
         assert "Traceback" not in written

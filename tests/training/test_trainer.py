@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -345,6 +345,18 @@ def test_two_processes_do_not_train_in_one_directory(tiny: Config, tmp_path: Pat
     assert train(tiny, out=out, device="cpu").exit_code == 0, (
         "the lock of a process that is gone does not count"
     )
+
+
+def test_the_lock_of_a_lost_node_is_waited_for(tiny: Config, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", tiny, None)
+    with ExitStack() as lost:
+        lost.enter_context(lock(run, pytest.fail))
+        with pytest.raises(InputError, match="another process"), lock(run, pytest.fail, 0.2):
+            pass
+        server = threading.Timer(0.5, lost.close)
+        server.start()
+        with lock(run, pytest.fail, 60.0):
+            server.join()
 
 
 def test_a_run_that_moved_on_between_reading_and_locking_is_not_trained_from_the_older_checkpoint(

@@ -2,9 +2,9 @@
 
 Variants follow one another, each in its own network, since compiled blocks of several would share one cache
 of torch's; then once more in reverse order while the budget lasts (A B C C B A), so that a drift of the clock
-shows and cancels. Ours comes first, then the floor: the step's convolutions and attention timed alone, which
-nothing here can make faster. The record is given anew after every variant. After it has been timed, two steps
-of each are profiled.
+shows and cancels. Ours comes first, then the floor: the step's convolutions and attention timed alone,
+without the passes over memory that come with them where nothing is compiled. The record is given anew after
+every variant. After it has been timed, two steps of each are profiled.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpu_optimizer import BYTES_MOVED, COPIED_BYTES, MINIMUM_BYTES
 from gpu_timing import COPIES, OURS
 from page import NOT_YET, link, table
 from plots import machine_plots
@@ -14,6 +15,7 @@ from precision import table as gradient_table
 from profile_step import table_of
 from render_step import step_blocks, without_figures
 from results_index import PARTS, Entry, Results
+from step_categories import OUR_KERNELS
 from step_profile import categorised
 
 PART_TITLES = {
@@ -95,12 +97,14 @@ def _together(names: list[str]) -> str:
 
 def tests_blocks(found: dict[str, Entry]) -> Iterator[str]:
     rows = [
-        (name, entry.record["summary"], link(entry.file))
+        (name, f"{entry.record['summary']}{_not_run(entry.record)}", entry.of, link(entry.file))
         for name, entry in found.items()
         if entry.record.get("summary")
     ]
     if rows:
-        yield table(("tests", "", "file"), rows)
+        yield table(("tests", "", "commit", "file"), rows)
+    if any(entry.older_kernels for entry in found.values()):
+        yield "Older kernels: the files of ict_kernels are not those of now, or the report does not say."
     failed = [
         f"* {test['name']}: {test['outcome']}"
         for entry in found.values()
@@ -111,7 +115,24 @@ def tests_blocks(found: dict[str, Entry]) -> Iterator[str]:
         yield "\n".join(failed)
 
 
-def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
+def _not_run(record: dict[str, Any]) -> str:
+    """The kernels that the sanitizer's script has not launched."""
+    missing = OUR_KERNELS - set(record["kernels"]) if record.get("kernels") else ()
+    return f"; not {', '.join(sorted(missing))}" if missing else ""
+
+
+_COPIES_OF_KERNELS = (
+    "*Of a copy* is against a copy of the bytes that the algorithm moves, a split norm's second read among"
+    " them, which L2 may serve; *of the least* against one of the bytes that any must move."
+)
+_COPIES_OF_OPTIMIZER = (
+    f"*Of a copy* is against a copy of {COPIED_BYTES} bytes per parameter, as the goal is stated, where"
+    f" RAdamEMA moves {BYTES_MOVED}; *of the least* against one of the {MINIMUM_BYTES} that any must move."
+    " *ms* and *faster than* are of CUDA graphs, for which torch's optimizers must be capturable."
+)
+
+
+def kernel_blocks(found: dict[str, Entry], copies: str = _COPIES_OF_KERNELS) -> Iterator[str]:
     rows = []
     for name, entry in found.items():
         for stage, figures in entry.record.get("stages", {}).items():
@@ -141,10 +162,7 @@ def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
         "file",
     )
     if rows:
-        yield (
-            "*Of a copy* is against a copy of the bytes that the algorithm moves, a split norm's second read"
-            " among them, which L2 may serve; *of the least* against one of the bytes that any must move."
-        )
+        yield copies
         yield table(head, rows, right=3)
     errors = [
         (
@@ -177,12 +195,22 @@ def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
 
 
 def optimizer_blocks(found: dict[str, Entry]) -> Iterator[str]:
-    yield from kernel_blocks(found)
+    yield from kernel_blocks(found, _COPIES_OF_OPTIMIZER)
+    rows = []
     for name, entry in found.items():
         queued = entry.record.get("stages", {}).get("step", {}).get("queued_ms", {})
-        times = ", ".join(f"{each} {ms:.3f} ms" for each, ms in queued.items() if ms)
-        if times:
-            yield f"{name}, called from Python (torch's not capturable), the device never waiting: {times}."
+        called = entry.record.get("called_from_python_ms", {})
+        for each in {**queued, **called}:
+            times = (f"{ms:.3f}" if ms else "" for ms in (queued.get(each), called.get(each)))
+            rows.append((name, each, *times, link(entry.file)))
+    if rows:
+        yield (
+            "As one uses them, torch's not capturable. *Device time, queued*: while the device is held until"
+            " the host has queued the whole step, so that it never waits. *Called from Python*: step after"
+            " step, where the host may be the slower of the two."
+        )
+        head = ("case", "optimizer", "device time, queued, ms", "called from Python, ms", "file")
+        yield table(head, rows, right=2)
 
 
 def data_blocks(found: dict[str, Entry]) -> Iterator[str]:

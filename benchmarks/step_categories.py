@@ -25,9 +25,11 @@ _OURS = {
         "sum_samples",
     ),
     OPTIMIZER: ("_scalars_kernel", "_norm_kernel", "_update_kernel"),
+    ELEMENTWISE: ("fir_down", "fir_up"),
     OBJECTIVE: ("_levels_kernel", "_noise_kernel", "_forward_kernel", "_backward_kernel", "_reduce_kernel"),
 }
 _CATEGORY_OF_OURS = {name: found for found, names in _OURS.items() for name in names}
+OUR_KERNELS = frozenset(_CATEGORY_OF_OURS)
 
 # The first that fits counts, so what has a narrow name comes before what has a wide one.
 _NAMES = (

@@ -143,7 +143,7 @@ def specialised(
         value = launch.arguments.get(parameter.name, parameter.default)
         one = type(value) is int and value == 1 and not parameter.do_not_specialize
         constant = parameter.is_constexpr or value is None or one
-        kind = "constexpr" if constant else _type(value, scalar)
+        kind = "constexpr" if constant else parameter.annotation_type or _type(value, scalar)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(position,)] = value

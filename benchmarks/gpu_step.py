@@ -2,9 +2,10 @@
 
 Variants follow one another, each in its own network, since compiled blocks of several would share one cache
 of torch's; then once more in reverse order while the budget lasts (A B C C B A), so that a drift of the clock
-shows and cancels. Ours comes first, then the floor: the step's convolutions and attention timed alone, which
-nothing here can make faster. The record is given anew after every variant. After it has been timed, two steps
-of each are profiled.
+shows and cancels. Ours comes first, then the floor: the step's convolutions and attention timed alone,
+without the passes over memory that come with them where nothing is compiled. The record is given anew after
+every variant. After it has been timed, two steps of each are profiled. What a variant compiles, other
+processes compile just before it: one that the time does not reach takes none of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cache_keys import explained_misses
-from gpu_step_blocks import OURS, compile_beforehand
+from gpu_step_blocks import COMPILED, OURS, compile_beforehand
 from gpu_step_floor import measure_floor
 from gpu_step_variants import AUTOTUNED, CAPTURED, CPU_VARIANTS, FLOOR, ON_REQUEST, QUICK, VARIANTS, WORDS
 from machine import ceilings, matrix_tflop_per_s, seconds_of
@@ -119,6 +120,7 @@ def measure_steps(
         "variants": {},
         "left_out": {},
         "failed": {},
+        "compiled_beforehand": {},
     }
     took: dict[str, float] = {}
 
@@ -127,11 +129,14 @@ def measure_steps(
 
     def time_is_up(name: str) -> bool:
         """A variant's first pass is expected to take half of what the longest of its kind has taken: with the
-        first, cuDNN tried its algorithms for all."""
+        first, cuDNN tried its algorithms for all. To compile its blocks, as long as those before it took."""
         alike = [took[each] for each in took if (each in QUICK) == (name in QUICK)]
-        return left() < max(alike, default=0.0) / 2
+        compiled = record["compiled_beforehand"]
+        is_to_come = name in COMPILED and name not in compiled
+        compiling = [each["seconds"] for each in compiled.values() if is_to_come]
+        return left() < max(alike, default=0.0) / 2 + max(compiling, default=0.0)
 
-    to_come, compiled_for = list(names), 0
+    to_come = list(names)
     while to_come:
         name = to_come.pop(0)
         if record["variants"] and time_is_up(name):
@@ -140,9 +145,8 @@ def measure_steps(
         if name == FLOOR:
             yield from _add_floor(record, config, device, left)
             continue
-        if device.type == "cuda" and compiled_for != config.training.batch_size:
-            compiled_for = config.training.batch_size
-            record["compiled_beforehand"] = compile_beforehand(names, config, left() / 2)
+        if device.type == "cuda" and name in COMPILED:
+            record["compiled_beforehand"][name] = compile_beforehand(name, config, left() / 2)
         begun = time.monotonic()
         fits = _measure_variant(name, config, device, record, halve=not time_is_up(name))
         took[name] = time.monotonic() - begun
@@ -150,7 +154,8 @@ def measure_steps(
             if record["variants"]:
                 record.setdefault("larger_batches", {})[str(config.training.batch_size)] = record["variants"]
             config, to_come = fits, list(names)
-            record |= {"batch_size": config.training.batch_size, "variants": {}, "failed": {}, "left_out": {}}
+            record |= {"batch_size": config.training.batch_size, "compiled_beforehand": {}}
+            record |= {"variants": {}, "failed": {}, "left_out": {}}
             record.pop("floor", None)
             continue
         _summarise(record, config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,16 +42,15 @@ def compile_as(name: str, network: Any) -> None:
             block.compile(fullgraph=True, dynamic=False, options=RAISED_THRESHOLDS)
 
 
-def compile_beforehand(names: Sequence[str], config: Config, seconds: float) -> dict[str, Any]:
-    """Compiles the blocks of the variants that are among the names, in their order.
+def compile_beforehand(name: str, config: Config, seconds: float) -> dict[str, Any]:
+    """Compiles the blocks of a variant of COMPILED.
 
     Returns:
         The number of blocks, of those that had ended, the seconds that it took, at most about `seconds`, and
-        the errors of others. These are said at once: the first variant, which compiles all that then, takes
-        long.
+        the errors of others. These are said at once: the variant, which compiles all that then, takes long.
     """
     started = time.monotonic()
-    work = [block for name in COMPILED if name in names for block in block_work(name, config)]
+    work = block_work(name, config)
     outcomes = compile_beside(work, seconds)
     dismiss()
     errors = sorted(set(outcomes) - {"ended", "given up"})

@@ -3,7 +3,8 @@
 The calls are those that step_counts.py meets on fake tensors. Each is timed in a CUDA graph over buffers that
 L2 does not hold, and counted as often as the step makes it. What the networks compute as matrix products
 (convolution.py) is timed as these and as a convolution, and counts as the faster. Depthwise convolutions,
-which only resample, are left out: a fused kernel could do their work elsewhere.
+which only resample, are left out: a fused kernel could do their work elsewhere. So are biases and copies of
+gradients, see `as_compiled`.
 
 Then all calls are timed as one sequence, for whether a device that is kept busy with them is as fast as where
 it waits between two of them.
@@ -54,8 +55,9 @@ def measure_floor(
         left: seconds that are left; no call is timed after them, so that the sum is of a part.
     Yields:
         After every call: share_of_flops that the sums cover; ms in all; ms by operation; one entry for each
-        distinct call: operation, shapes, dtype, count, ms of one, and as what it is the fastest. Then the
-        same with in_sequence, see `time_sequence`.
+        distinct call: operation, shapes, dtype, whether it adds a bias or gives its gradient, whether the
+        first tensor is dense in channels_last, count, ms of one, and as what it is the fastest. Then the same
+        with in_sequence, see `time_sequence`.
     """
     calls = floor_calls(heavy_calls(preset, images))
     work = {call: count * flops_of_call(call) for call, count in calls.items()}
@@ -75,6 +77,8 @@ def measure_floor(
                 "operation": call.operation,
                 "shapes": [each.shape for each in tensors[:3]],
                 "dtype": str(tensors[0].dtype).removeprefix("torch."),
+                "bias": _has_bias(call),
+                "channels_last": tensors[0].stride == _channels_last(tensors[0]).stride,
                 "count": calls[call],
                 "ms": milliseconds,
                 "as": call.operation if fastest[call] == OURS else fastest[call],
@@ -110,14 +114,43 @@ def _made(argument: Any, device: torch.device, generator: torch.Generator | None
 
 
 def floor_calls(calls: Counter[Call]) -> Counter[Call]:
-    """The dense convolutions and the attention among the calls."""
-    return Counter(
-        {
-            call: count
-            for call, count in calls.items()
-            if call.operation not in _GROUPS or call.arguments[_GROUPS[call.operation]] == 1
-        }
-    )
+    """The dense convolutions and the attention among the calls, `as_compiled`."""
+    found = Counter[Call]()
+    for call, count in calls.items():
+        if call.operation not in _GROUPS or call.arguments[_GROUPS[call.operation]] == 1:
+            found[as_compiled(call)] += count
+    return found
+
+
+def as_compiled(call: Call) -> Call:
+    """A call as Inductor makes it of one that is not compiled.
+
+    cuDNN's convolutions have no bias: it would be another pass over memory, which is fused with others. A
+    product keeps it. A bias's gradient is a pass of its own or fused, and no convolution's. The gradient that
+    arrives is dense in channels_last, where torch.cat's, not compiled, is a slice that has to be copied.
+    """
+    arguments = list(call.arguments)
+    if call.operation == "convolution" and _product_of(call) is None:
+        arguments[2] = None
+    elif call.operation == _BACKWARD:
+        arguments[0] = _channels_last(arguments[0])
+        arguments[3], arguments[-1] = None, (*arguments[-1][:2], False)
+    return Call(call.operation, tuple(arguments))
+
+
+def _has_bias(call: Call) -> bool:
+    """Whether a convolution adds one, or its backward pass gives the gradient of one."""
+    if call.operation == _BACKWARD:
+        return bool(call.arguments[-1][2])
+    return call.operation == "convolution" and call.arguments[2] is not None
+
+
+def _channels_last(described: TensorOf) -> TensorOf:
+    if len(described.shape) != 4:
+        return described
+    _, channels, height, width = described.shape
+    strides = height * width * channels, 1, width * channels, channels
+    return TensorOf(described.shape, strides, described.dtype)
 
 
 def time_sequence(calls: Counter[Call], fastest: Mapping[Call, str], device: torch.device) -> dict[str, Any]:

@@ -33,9 +33,9 @@ def _captured(config: Config, device: torch.device) -> tuple[Advance, TrainStep]
     return CapturedStep(step), step
 
 
-def _plain(config: Config, device: torch.device) -> tuple[Advance, TrainStep]:
+def _plain(config: Config, device: torch.device, *, nchw: bool = False) -> tuple[Advance, TrainStep]:
     _, step = _ours("off", config, device)
-    make_plain(step)
+    make_plain(step, nchw=nchw)
     return step, step
 
 
@@ -47,12 +47,14 @@ def _inductor(name: str, config: Config, device: torch.device) -> tuple[Advance,
 
 
 PLAIN, CAPTURED, UNCOMPILED = "torch, uncompiled", "ict-fast, CUDA graph", "ict-fast, uncompiled"
+PLAIN_NCHW = "torch, uncompiled, NCHW"
 AUTOTUNED, FLOOR = "ict-fast, max-autotune", "convolutions and attention alone"
 VARIANTS: dict[str, Variant] = {
     OURS: partial(_ours, "on"),
     TUNED: partial(_inductor, TUNED),
     INDUCTOR: partial(_inductor, INDUCTOR),
     PLAIN: _plain,
+    PLAIN_NCHW: partial(_plain, nchw=True),
     CAPTURED: _captured,
     UNCOMPILED: partial(_ours, "off"),
     AUTOTUNED: partial(_ours, "max-autotune"),
@@ -65,10 +67,11 @@ WORDS = {
     "inductor": INDUCTOR,
     "tuned": TUNED,
     "plain": PLAIN,
+    "plain-nchw": PLAIN_NCHW,
     "uncompiled": UNCOMPILED,
     "max-autotune": AUTOTUNED,
 }
 # Tries many kernels for each convolution: by itself it can use up a part's time, so it has to be asked for.
 ON_REQUEST = (AUTOTUNED,)
-QUICK = (FLOOR, PLAIN, UNCOMPILED)  # nothing is compiled for them
+QUICK = (FLOOR, PLAIN, PLAIN_NCHW, UNCOMPILED)  # nothing is compiled for them
 CPU_VARIANTS = (UNCOMPILED, PLAIN)

@@ -4,6 +4,7 @@ best."""
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -79,6 +80,15 @@ def commit() -> str | None:
     """
     said = os.environ.get("ICT_FAST_COMMIT")
     return said or output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+
+
+@functools.cache
+def kernel_sources() -> str:
+    """A digest of ict_kernels' files: whether what was measured is what is here, with or without git."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "kernels/ict_kernels").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def output_of(*command: str) -> str | None:

@@ -6,6 +6,9 @@ pyramid's steps single convolutions), attention and parameters; its norms, its d
 filter, the casts of its weights, the objective and the optimizer are torch's own. It is spared what makes the
 package's definitions exact and slow without a kernel: its noise and dropout come from torch's generators, and
 student and teacher do not share a dropout mask, which costs nothing and would be wrong in a real run.
+
+It is in channels_last, where cuDNN is fastest. torch's eager group norm answers in NCHW, and is copied: what
+that costs, the same network in NCHW throughout does not pay, but cuDNN then has its own copies.
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from ict_fast import consistency
 from ict_fast.config import Config
 from ict_fast.consistency.model import noise_condition
 from ict_fast.networks.casts import TrunkCasts
-from ict_fast.networks.layers import FirDownsample, FirUpsample, ResidualBlock
+from ict_fast.networks.layers import FirDownsample, FirUpsample, NearestUpsample, ResidualBlock
+from ict_fast.networks.tf32 import TrunkConv2d
 from ict_fast.training.step import TrainStep
 from ict_kernels import GroupNormSiLU, NoiseLevels, noise_level_grid, noise_level_probabilities
 
 
 class TorchNorm(nn.Module):
     """GroupNormSiLU by torch's functions, with the same parameters and arguments."""
+
+    layout = torch.channels_last  # eager torch answers in NCHW
 
     def __init__(self, norm: GroupNormSiLU) -> None:
         super().__init__()
@@ -58,7 +64,7 @@ class TorchNorm(nn.Module):
                 y = F.silu(y)
             if self.dropout and seed is not None:
                 y = F.dropout(y, self.dropout)
-        return y.contiguous(memory_format=torch.channels_last)  # eager torch answers in NCHW
+        return y.contiguous(memory_format=self.layout)
 
 
 class TorchFilter(nn.Module):
@@ -87,6 +93,40 @@ def use_torchs_layers(network: nn.Module) -> None:
         if isinstance(module, ResidualBlock) and isinstance(module.resample, FirDownsample | FirUpsample):
             with module.conv0.weight.device:
                 module.resample = TorchFilter(module.in_channels, isinstance(module.resample, FirUpsample))
+
+
+class TorchConvolution(nn.Module):
+    """A convolution of the trunk in NCHW, with the same parameters; no product of matrices if it is 1 x 1."""
+
+    def __init__(self, convolution: TrunkConv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.padding = convolution.padding
+
+    def forward(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
+        return F.conv2d(x.contiguous(), self.weight, self.bias if with_bias else None, padding=self.padding)
+
+
+def use_nchw(network: Any) -> None:
+    """Takes the blocks of a network of torch's layers to NCHW, in place."""
+    network.to(memory_format=torch.contiguous_format)
+    for module in network.modules():
+        if isinstance(module, TorchNorm):
+            module.layout = torch.contiguous_format
+
+    def contiguous(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        skip = named.get("skip_nchw")
+        named = named if skip is None else named | {"skip_nchw": skip.contiguous()}
+        return (inputs[0].contiguous(), *inputs[1:]), named
+
+    for block in network.blocks():
+        block.register_forward_pre_hook(contiguous, with_kwargs=True)
+        for module in list(block.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, TrunkConv2d):
+                    setattr(module, name, TorchConvolution(child))
+                elif isinstance(child, NearestUpsample):
+                    setattr(module, name, nn.Upsample(scale_factor=2))
 
 
 class TorchObjective:
@@ -154,9 +194,11 @@ class TorchOptimizer:
         torch._foreach_lerp_(self._averages, self._values, 1 - self._decay)
 
 
-def make_plain(step: TrainStep) -> None:
-    """Turns a step of which nothing is compiled yet into torch's own, in place."""
+def make_plain(step: TrainStep, *, nchw: bool = False) -> None:
+    """Turns a step of which nothing is compiled yet into torch's own, in place; with `use_nchw`, if asked."""
     use_torchs_layers(step.network)
+    if nchw:
+        use_nchw(step.network)
     step.casts = TrunkCasts([step.network], None)  # autocast casts the weights wherever they are used
     step.objective = TorchObjective(step.network, step.config, step.device)  # type: ignore[assignment]
     step.optimizer = TorchOptimizer(step.network, step.config, step.device)  # type: ignore[assignment]

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from floor_figures import floor_ms
 from gpu_train import unpacked
 from results_index import Machine, Results
 from step_categories import CATEGORIES
@@ -87,7 +88,7 @@ def _steps(machine: Machine, path: Path) -> str | None:
         axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
         axis.axvline(record["matrix_tflop_per_s"], color="black", ls="--", label="measured matrix rate")
         if "floor" in record:
-            roof = record["flops"] / record["floor"]["ms"] / 1e9
+            roof = record["flops"] / floor_ms(record["floor"]) / 1e9
             axis.axvline(roof, color=COLOURS[1], ls=":", label="its convolutions and attention alone")
         axis.set(title=f"{name}, {record['batch_size']} images", xlabel="TFLOP/s")
         axis.margins(x=0.12)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpu_optimizer import BYTES_MOVED, COPIED_BYTES, MINIMUM_BYTES
 from gpu_timing import COPIES, OURS
 from page import NOT_YET, link, table
 from plots import machine_plots
 from precision import table as gradient_table
 from profile_step import table_of
+from render_step import step_blocks, without_figures
 from results_index import PARTS, Entry, Results
+from step_categories import OUR_KERNELS
+from step_profile import categorised
 
 PART_TITLES = {
     "tests": "The tests that need a GPU",
@@ -94,12 +97,14 @@ def _together(names: list[str]) -> str:
 
 def tests_blocks(found: dict[str, Entry]) -> Iterator[str]:
     rows = [
-        (name, entry.record["summary"], link(entry.file))
+        (name, f"{entry.record['summary']}{_not_run(entry.record)}", entry.of, link(entry.file))
         for name, entry in found.items()
         if entry.record.get("summary")
     ]
     if rows:
-        yield table(("tests", "", "file"), rows)
+        yield table(("tests", "", "commit", "file"), rows)
+    if any(entry.older_kernels for entry in found.values()):
+        yield "Older kernels: the files of ict_kernels are not those of now, or the report does not say."
     failed = [
         f"* {test['name']}: {test['outcome']}"
         for entry in found.values()
@@ -110,7 +115,24 @@ def tests_blocks(found: dict[str, Entry]) -> Iterator[str]:
         yield "\n".join(failed)
 
 
-def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
+def _not_run(record: dict[str, Any]) -> str:
+    """The kernels that the sanitizer's script has not launched."""
+    missing = OUR_KERNELS - set(record["kernels"]) if record.get("kernels") else ()
+    return f"; not {', '.join(sorted(missing))}" if missing else ""
+
+
+_COPIES_OF_KERNELS = (
+    "*Of a copy* is against a copy of the bytes that the algorithm moves, a split norm's second read among"
+    " them, which L2 may serve; *of the least* against one of the bytes that any must move."
+)
+_COPIES_OF_OPTIMIZER = (
+    f"*Of a copy* is against a copy of {COPIED_BYTES} bytes per parameter, as the goal is stated, where"
+    f" RAdamEMA moves {BYTES_MOVED}; *of the least* against one of the {MINIMUM_BYTES} that any must move."
+    " *ms* and *faster than* are of CUDA graphs, for which torch's optimizers must be capturable."
+)
+
+
+def kernel_blocks(found: dict[str, Entry], copies: str = _COPIES_OF_KERNELS) -> Iterator[str]:
     rows = []
     for name, entry in found.items():
         for stage, figures in entry.record.get("stages", {}).items():
@@ -140,10 +162,7 @@ def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
         "file",
     )
     if rows:
-        yield (
-            "*Of a copy* is against a copy of the bytes that the algorithm moves, a split norm's second read"
-            " among them, which L2 may serve; *of the least* against one of the bytes that any must move."
-        )
+        yield copies
         yield table(head, rows, right=3)
     errors = [
         (
@@ -176,90 +195,22 @@ def kernel_blocks(found: dict[str, Entry]) -> Iterator[str]:
 
 
 def optimizer_blocks(found: dict[str, Entry]) -> Iterator[str]:
-    yield from kernel_blocks(found)
+    yield from kernel_blocks(found, _COPIES_OF_OPTIMIZER)
+    rows = []
     for name, entry in found.items():
         queued = entry.record.get("stages", {}).get("step", {}).get("queued_ms", {})
-        times = ", ".join(f"{each} {ms:.3f} ms" for each, ms in queued.items() if ms)
-        if times:
-            yield f"{name}, called from Python (torch's not capturable), the device never waiting: {times}."
-
-
-def step_blocks(found: dict[str, Entry]) -> Iterator[str]:
-    for name, entry in found.items():
-        record = entry.record
-        if not record.get("variants"):
-            continue
-        flops = f"{record['flops'] / 1e12:.1f} TFLOP"
-        yield f"{name}: {record['batch_size']} images, {flops} ({link(entry.file)})."
-        rows = [
-            (
-                each,
-                f"{figures['ms_per_step']:.1f}",
-                f"{figures['images_per_second']:.0f}",
-                f"{figures['percent_of_matrix_rate']:.1f} %",
-                f"{(figures['peak_memory_bytes'] or 0) / 2**30:.1f}",
-                f"{figures['first_step_s']:.0f}",
-            )
-            for each, figures in record["variants"].items()
-        ]
-        names = ("variant", "ms", "images/s", "of the matrix rate", "peak GiB", "first step, s")
-        yield table(names, rows, right=1)
-        if "floor" in record:
-            floor = record["floor"]
-            parts = ", ".join(f"{kind} {ms:.1f}" for kind, ms in floor["ms_by_operation"].items())
-            of = (
-                ""
-                if floor["share_of_flops"] == 1
-                else f", {100 * floor['share_of_flops']:.0f} % of their FLOPs"
-            )
-            times = ""
-            if "times_the_floor" in record:
-                times = f"; the step takes {record['times_the_floor']:.2f} times that"
-                if sequence := floor.get("in_sequence"):
-                    ratio = record["times_the_floor"] * floor["ms"] / sequence["ms"]
-                    times += f", and {ratio:.2f} times the same calls as one sequence"
-            yield f"Convolutions and attention alone{of}: {floor['ms']:.1f} ms ({parts}){times}."
-        yield from _what_held_up(record)
-        profiles = {each: of["profile"] for each, of in record["variants"].items() if "profile" in of}
-        if profiles:
-            yield "Where the time of a step goes, from two more that were profiled:"
-            yield table_of(profiles).strip()
-        for batch, variants in record.get("larger_batches", {}).items():
-            times = ", ".join(f"{each} {figures['ms_per_step']:.1f} ms" for each, figures in variants.items())
-            yield f"At {batch} images, for which not every variant has the memory: {times}."
-        yield from _without_figures(record)
-
-
-def _what_held_up(record: dict[str, Any]) -> Iterator[str]:
-    """Of every pass, and of the floor's calls as one sequence: the host's lead, the clock, power, limits."""
-    timed = [(name, each) for name, of in record["variants"].items() for each in of.get("passes", ())]
-    if sequence := record.get("floor", {}).get("in_sequence"):
-        timed.append(("convolutions and attention, as one sequence", sequence))
-    rows = []
-    for name, each in timed:
-        if each.get("behind_ms") is None:
-            continue
-        gpu = each["gpu"]
-        limits = ", ".join(
-            f"{limit} {100 * share:.0f} %" for limit, share in gpu.get("limited_by", {}).items()
-        )
-        figures = [f"{statistics.median(each['ms_all']):.1f}", f"{each['behind_ms']:.1f}"]
-        figures += [str(each["device_allocations"])]
-        figures += [f"{gpu[key]:.0f}" if key in gpu else "" for key in ("sm_mhz", "watts")]
-        rows.append((name, *figures, limits))
+        called = entry.record.get("called_from_python_ms", {})
+        for each in {**queued, **called}:
+            times = (f"{ms:.3f}" if ms else "" for ms in (queued.get(each), called.get(each)))
+            rows.append((name, each, *times, link(entry.file)))
     if rows:
         yield (
-            "What bounds these times: where the device is hardly behind the host, the host does; asking the"
-            " driver for memory waits for the device; limits are given with their share of the time."
+            "As one uses them, torch's not capturable. *Device time, queued*: while the device is held until"
+            " the host has queued the whole step, so that it never waits. *Called from Python*: step after"
+            " step, where the host may be the slower of the two."
         )
-        head = ("timed", "ms", "device behind host, ms", "allocations", "MHz", "W", "limited by")
-        yield table(head, rows, right=1)
-
-
-def _without_figures(record: dict[str, Any]) -> Iterator[str]:
-    for kind in ("failed", "left_out"):
-        if record.get(kind):
-            yield "; ".join(f"{each}: {reason}" for each, reason in record[kind].items())
+        head = ("case", "optimizer", "device time, queued, ms", "called from Python, ms", "file")
+        yield table(head, rows, right=2)
 
 
 def data_blocks(found: dict[str, Entry]) -> Iterator[str]:
@@ -321,8 +272,9 @@ def profile_blocks(found: dict[str, Entry]) -> Iterator[str]:
     for name, entry in found.items():
         if entry.record.get("profiles"):
             yield f"{name}, {entry.record['batch_size']} images ({link(entry.file)}):"
-            yield table_of(entry.record["profiles"]).strip()
-            yield from _without_figures(entry.record)
+            profiles = entry.record["profiles"].items()
+            yield table_of({each: categorised(profile) for each, profile in profiles}).strip()
+            yield from without_figures(entry.record)
 
 
 def precision_blocks(found: dict[str, Entry]) -> Iterator[str]:

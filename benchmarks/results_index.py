@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from machine import kernel_sources
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PARTS = ("tests", "kernels", "optimizer", "step", "data", "train", "dropin", "profile", "precision")
@@ -15,11 +17,18 @@ PARTS = ("tests", "kernels", "optimizer", "step", "data", "train", "dropin", "pr
 
 @dataclass(frozen=True)
 class Entry:
-    """One result, and the name of the file that it is from; what failed in a later run, if that did."""
+    """One result, and the name of the file that it is from; what failed in a later run, if that did.
+
+    Attributes:
+        commit: that the file's report names.
+        older_kernels: whether ict_kernels was other than now, or the report does not say.
+    """
 
     record: dict[str, Any]
     file: str
     failed_since: Entry | None = None
+    commit: str | None = None
+    older_kernels: bool = False
 
     @property
     def rank(self) -> int:
@@ -27,6 +36,11 @@ class Entry:
         if self.record.get("not_measured"):
             return 0
         return 1 if "error" in self.record and not self.record.get("counts") else 2
+
+    @property
+    def of(self) -> str:
+        """The commit, and whether its kernels are older."""
+        return f"{self.commit or 'unknown'}{', older kernels' if self.older_kernels else ''}"
 
 
 @dataclass(frozen=True)
@@ -97,8 +111,9 @@ def _machines(folder: Path) -> dict[str, Machine]:
         machine = found.setdefault(name, Machine(name, defaultdict(dict), {}))
         machine.reports[file] = Entry(report, file)
         results = machine.parts[report["part"]]
+        older = report.get("kernels") != kernel_sources()
         for each in report["results"]:
-            new, old = Entry(each, file), results.get(each["name"])
+            new, old = Entry(each, file, None, report["commit"], older), results.get(each["name"])
             if old is None or new.rank >= old.rank:
                 results[each["name"]] = new
             elif new.rank == 1:

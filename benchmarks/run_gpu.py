@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 from gpu_timing import OURS  # noqa: E402
-from machine import absent, ceilings, clocks, commit, hardware, versions  # noqa: E402
+from machine import absent, ceilings, clocks, commit, hardware, kernel_sources, versions  # noqa: E402
 
 from ict_fast.training.launch import configure_torch  # noqa: E402
 
@@ -216,6 +216,7 @@ def header(part: str, out: Path) -> tuple[Record, Path]:
         "part": part,
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
+        "kernels": kernel_sources(),
         "hardware": hardware(),
         "versions": versions() | {"ptxas": compilers.assembler()},
         "ceilings": ceilings("cuda") if device.type == "cuda" else None,

@@ -104,7 +104,8 @@ class Counting(TorchDispatchMode):
         operations: launches of torch's operations, by name.
         kernels: launches of the package's own kernels, by name.
         bytes_moved: by category.
-        heavy: every distinct convolution and attention, and how often it comes.
+        heavy: every distinct convolution and attention as it stands in Python, biases and slices of gradients
+            among its arguments, and how often it comes.
     """
 
     def __init__(self) -> None:

@@ -606,16 +606,17 @@ def _one_minus_power(beta, step):
     return 1.0 - tl.exp(step * tl.log(tl.maximum(beta, 1e-300)))
 
 
-@jit
+# A schedule changes these: no value of them, nor its width, may ask for machine code of its own.
+@jit(do_not_specialize=["lr_bits", "decay_bits", "beta1_bits", "beta2_bits"])
 def _scalars_kernel(
     scalars_ptr,
     step_ptr,
     lr_ptr,
-    lr_bits,
+    lr_bits: tl.int64,
     decay_ptr,
-    decay_bits,
-    beta1_bits,
-    beta2_bits,
+    decay_bits: tl.int64,
+    beta1_bits: tl.int64,
+    beta2_bits: tl.int64,
     grad_scale_ptr,
     found_inf_ptr,
     partials_ptr,

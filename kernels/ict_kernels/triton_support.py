@@ -21,7 +21,7 @@ try:
     MISSING: str | None = None
 except ImportError as error:  # Triton is for Linux
     triton: Any = None  # type: ignore[no-redef]
-    tl: Any = SimpleNamespace(constexpr=int)  # type: ignore[no-redef]
+    tl: Any = SimpleNamespace(constexpr=int, int64=int)  # type: ignore[no-redef]
     MISSING = str(error)
 
     def jit(function: Any = None, **options: Any) -> Any:

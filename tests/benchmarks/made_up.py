@@ -141,6 +141,7 @@ def write_results(folder: Path) -> None:
     variants = {"ict-fast": 200.0, INDUCTOR: 230.0, TUNED: 208.0, "torch, uncompiled": 400.0}
     radam = "torch.optim.RAdam, foreach, + foreach EMA"
     copy = comparison(2.0, 1.9, 8.6e9, **{radam: 9.0}) | {"queued_ms": {"ict_kernels": 2.0, radam: 8.0}}
+    called = {"ict_kernels": 2.25, radam: 8.5}
     parts: dict[str, list[dict[str, Any]]] = {
         "tests": [
             {
@@ -158,7 +159,12 @@ def write_results(folder: Path) -> None:
         ],
         "kernels": kernel_results(),
         "optimizer": [
-            {"name": "RAdamEMA, cifar10", "stages": {"step": copy}, "failed": {}},
+            {
+                "name": "RAdamEMA, cifar10",
+                "stages": {"step": copy},
+                "called_from_python_ms": called,
+                "failed": {},
+            },
             {"name": "RAdamEMA, imagenet64", "not_measured": "the budget of 420 s was used up"},
         ],
         "step": [step_result("imagenet64", 128, variants), step_result("cifar10", 512, variants)],

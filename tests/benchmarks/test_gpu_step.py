@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,9 +115,9 @@ def steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[s
                 clock[0] += 5.0
                 yield {"ms": 8.0 * share, "share_of_flops": share}
 
-        def compile_beforehand(names: Sequence[str], config: Any, most: float) -> dict[str, Any]:
-            clock[0] += min(60.0, most)
-            return {}
+        def compile_beforehand(name: str, config: Any, most: float) -> dict[str, Any]:
+            clock[0] += min(20.0, most)
+            return {"seconds": min(20.0, most)}
 
         fakes = {
             "_time_variant": time_variant,
@@ -140,7 +140,8 @@ def steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[s
 def test_ours_comes_first_then_the_floor_and_what_the_time_does_not_reach_is_the_rest(
     steps_on_a_gpu: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0) | {variants.PLAIN: 12.0, variants.UNCOMPILED: 12.0}
+    uncompiled = variants.PLAIN, variants.PLAIN_NCHW, variants.UNCOMPILED
+    seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0) | dict.fromkeys(uncompiled, 12.0)
     records = steps_on_a_gpu(seconds, 209.0)
     compiled = [gpu_step.OURS, variants.CAPTURED, variants.INDUCTOR]
     found = [list(each["variants"]) for each in records[:5]]
@@ -148,19 +149,21 @@ def test_ours_comes_first_then_the_floor_and_what_the_time_does_not_reach_is_the
     # Before the last of the floor its sum is of a part, and says so.
     assert [each["floor"]["share_of_flops"] for each in records[1:3]] == [0.5, 1.0]
     assert records[2]["times_the_floor"] == 10.0 / 8.0
-    # After 60 + 10 + 3 x 40 s nothing compiled fits any more, half as long, but what is not compiled.
-    assert list(records[-1]["variants"]) == [*compiled, variants.PLAIN, variants.UNCOMPILED]
+    # After 10 + 2 x 20 + 3 x 40 s no other fits, of which 20 s are compiling, and half as long for its steps,
+    # but what is not compiled.
+    assert list(records[-1]["variants"]) == [*compiled, *uncompiled]
     assert list(records[-1]["left_out"]) == [variants.TUNED]
+    assert list(records[-1]["compiled_beforehand"]) == [gpu_step.OURS, variants.INDUCTOR]
 
 
 def test_a_second_pass_takes_half_and_the_floor_alone_can_be_measured(
     steps_on_a_gpu: Callable[..., list[dict[str, Any]]],
 ) -> None:
     seconds = dict.fromkeys(gpu_step.VARIANTS, 40.0)
-    record = steps_on_a_gpu(seconds, 145.0, gpu_step.OURS, variants.TUNED)[-1]
+    record = steps_on_a_gpu(seconds, 139.0, gpu_step.OURS, variants.TUNED)[-1]
     passes = {name: len(each["passes"]) for name, each in record["variants"].items()}
-    assert passes == {gpu_step.OURS: 1, variants.TUNED: 1}  # 60 + 2 x 40 s, and 5 s are left
-    record = steps_on_a_gpu(seconds, 160.0, gpu_step.OURS, variants.TUNED)[-1]
+    assert passes == {gpu_step.OURS: 1, variants.TUNED: 1}  # 2 x 60 s, and 19 s are left
+    record = steps_on_a_gpu(seconds, 155.0, gpu_step.OURS, variants.TUNED)[-1]
     assert [len(each["passes"]) for each in record["variants"].values()] == [1, 2]
     record = steps_on_a_gpu(seconds, 100.0, gpu_step.FLOOR)[-1]
     assert record["floor"]["ms"] == 8.0
@@ -293,6 +296,6 @@ def test_what_could_not_be_compiled_beforehand_is_said_at_once(
     outcomes = ["ended", "ValueError: no such shape", "given up", "ValueError: no such shape"]
     monkeypatch.setattr(gpu_step_blocks, "block_work", lambda name, config: [print] * 4)
     monkeypatch.setattr(gpu_step_blocks, "compile_beside", lambda work, seconds: outcomes)
-    found = gpu_step_blocks.compile_beforehand([gpu_step.OURS], None, 1.0)
+    found = gpu_step_blocks.compile_beforehand(gpu_step.OURS, None, 1.0)
     assert (found["blocks"], found["ended"], found["errors"]) == (4, 1, [outcomes[1]])
     assert capsys.readouterr().err.count("compiled beforehand: ValueError: no such shape") == 1

@@ -31,9 +31,10 @@ def config(**network: object) -> Any:
     )
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_torchs_norms_give_the_networks_outputs_and_gradients(adaptive: bool) -> None:
-    step = TrainStep(config(adaptive_norm=adaptive), CPU)
+@pytest.mark.parametrize("nchw", [False, True])
+@pytest.mark.parametrize("network", [{"adaptive_norm": False}, {"adaptive_norm": True}, {"name": "adm"}])
+def test_torchs_layers_give_the_networks_outputs_and_gradients(network: dict[str, Any], nchw: bool) -> None:
+    step = TrainStep(config(**network), CPU)
     generator = torch.Generator().manual_seed(0)
     for p in step.network.parameters():  # gamma 1 and beta 0 hide what is forgotten
         p.data.add_(0.1 * torch.randn(p.shape, generator=generator))
@@ -48,8 +49,34 @@ def test_torchs_norms_give_the_networks_outputs_and_gradients(adaptive: bool) ->
 
     ours = run()
     plain_network.use_torchs_layers(step.network)
+    if nchw:
+        plain_network.use_nchw(step.network)
     for a, b in zip(ours, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("network", ["ncsnpp", "adm"])
+def test_in_nchw_no_layer_of_a_block_sees_another_layout(network: str) -> None:
+    settings = config(name=network)
+    step = TrainStep(settings, CPU)
+    plain_network.make_plain(step, nchw=True)
+    seen = []
+
+    def note(module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        seen.append((type(module).__name__, inputs[0].is_contiguous(), output.is_contiguous()))
+
+    norms_and_convolutions = (plain_network.TorchNorm, plain_network.TorchConvolution)
+    for block in step.network.blocks():
+        for module in block.modules():
+            assert not isinstance(module, plain_network.TrunkConv2d)
+            if isinstance(module, norms_and_convolutions):
+                module.register_forward_hook(note)
+    step(0, gpu_step.synthetic_batches(settings, CPU))
+    assert {kind for kind, *_ in seen} == {"TorchNorm", "TorchConvolution"}
+    # A projection's input has attention's layout, in which the heads' channels come last.
+    assert all(output and (given or kind == "TorchConvolution") for kind, given, output in seen)
+    assert sum(given for _, given, _ in seen) > 0.9 * len(seen)
+    assert all(p.is_contiguous() for p in step.network.parameters())
 
 
 def test_its_norms_stay_in_the_trunks_dtype_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,10 +120,11 @@ def test_its_loss_is_the_same_function_of_the_same_draws(monkeypatch: pytest.Mon
     torch.testing.assert_close(theirs, ours, rtol=1e-2, atol=1e-3)
 
 
-def test_a_plain_step_trains_step_after_step() -> None:
+@pytest.mark.parametrize("nchw", [False, True])
+def test_a_plain_step_trains_step_after_step(nchw: bool) -> None:
     settings = config()
     step = TrainStep(settings, CPU)
-    plain_network.make_plain(step)
+    plain_network.make_plain(step, nchw=nchw)
     batches = gpu_step.synthetic_batches(settings, CPU)
     seen = [[p.detach().clone() for p in step.network.parameters()]]
     for k in range(2):

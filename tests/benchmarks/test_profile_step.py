@@ -35,6 +35,14 @@ categories: Any = importlib.import_module("step_categories")
             "elementwise",
         ),
         ("void at::native::multi_tensor_apply_kernel<at::native::TensorListMetadata<3>>", "optimizer"),
+        ("void at::native::multi_tensor_apply_kernel<TensorListMetadata<2>, CopyFunctor<>>", "elementwise"),
+        (
+            "void at::native::elementwise_kernel<128, 4, silu_backward_kernel(TensorIteratorBase&)>",
+            "elementwise",
+        ),
+        ("void at::native::ComputeInternalGradientsCUDAKernel<c10::BFloat16>(long)", "norm"),
+        ("void at::native::GammaBetaBackwardCUDAKernel1<c10::BFloat16>(long)", "norm"),
+        ("_backward_kernel", "loss and noise"),
         ("_update_kernel", "optimizer"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "other matrix products"),
         ("_noise_kernel", "loss and noise"),
@@ -47,6 +55,27 @@ categories: Any = importlib.import_module("step_categories")
 )
 def test_a_name_has_its_category(name: str, category: str) -> None:
     assert categories.category(name) == category
+
+
+def test_a_profile_goes_by_the_categories_of_now_as_far_as_it_keeps_the_kernels() -> None:
+    top = [
+        {"name": "silu_backward_kernel", "category": "loss and noise", "ms": 3.0, "calls": 2},
+        {"name": "GammaBetaBackwardCUDAKernel1", "category": "elementwise", "ms": 2.0, "calls": 1},
+        {"name": "resident_forward", "category": "norm", "ms": 1.0, "calls": 1},
+    ]
+    kept = {"wall_ms": 20.0, "ms": {"norm": 1.5, "elementwise": 4.0, "loss and noise": 3.5}, "top": top}
+    found = step_profile.categorised(kept)
+    assert found["ms"] == {"norm": 3.5, "elementwise": 5.0, "loss and noise": 0.5}
+    assert kept["ms"]["norm"] == 1.5
+    assert step_profile.categorised({"ms": {"norm": 1.0}}) == {"ms": {"norm": 1.0}}
+
+
+def test_every_kernel_of_ours_has_a_category_by_its_whole_name() -> None:
+    counted = json.loads((Path(__file__).parents[2] / "benchmarks/results/step-counts.json").read_text())
+    launched = {name for step in counted["steps"] for name in step["kernels"]}
+    assert categories.OUR_KERNELS - launched == {"_reduce_kernel"}, "of images that a step has none of"
+    assert launched < categories.OUR_KERNELS
+    assert categories.category("layer_norm_kernel") != "optimizer"
 
 
 def test_overlapping_kernels_are_counted_once() -> None:

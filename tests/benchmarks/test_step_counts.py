@@ -70,10 +70,14 @@ def test_the_floor_takes_what_has_most_flops_first_and_says_how_much_it_covers()
     assert 0.99 * total < sum(work.values()) < total
     seconds = iter([1.0, 1.0, 1.0, 0.0])
     *_, floor = gpu_step_floor.measure_floor("digits", 4, torch.device("cpu"), lambda: next(seconds))
-    largest = sorted((work[call] for call in gpu_step_floor.floor_calls(calls)), reverse=True)
+    kept = gpu_step_floor.floor_calls(calls)
+    largest = sorted(
+        (count * gpu_step_floor.flops_of_call(call) for call, count in kept.items()), reverse=True
+    )
     assert floor["share_of_flops"] == pytest.approx(sum(largest[:3]) / sum(largest))
     assert floor["ms"] == pytest.approx(sum(each["count"] * each["ms"] for each in floor["calls"]))
     assert len(floor["calls"]) == 3
+    assert {(each["bias"], each["channels_last"]) for each in floor["calls"]} == {(False, True)}
     assert "in_sequence" not in floor
 
 
@@ -117,10 +121,11 @@ def test_the_floors_sequence_is_every_call_as_often_as_a_step_makes_it(
 def test_the_floor_is_all_dense_convolutions_and_the_attention() -> None:
     calls = step_counts.heavy_calls("digits", 4)
     kept = gpu_step_floor.floor_calls(calls)
-    depthwise = {call for call in calls if call not in kept}
+    depthwise = {call for call in calls if gpu_step_floor.as_compiled(call) not in kept}
     assert depthwise
     assert all("convolution" in call.operation for call in depthwise)
     assert all(call.arguments[1 + ("backward" in call.operation)].shape[1] == 1 for call in depthwise)
+    assert kept.total() == sum(count for call, count in calls.items() if call not in depthwise)
     assert {call.operation for call in kept} == {
         "convolution",
         "convolution_backward",
@@ -130,6 +135,29 @@ def test_the_floor_is_all_dense_convolutions_and_the_attention() -> None:
     for call, count in kept.items():
         if call.operation == "convolution":
             assert count % 2 == 0  # the teacher's, and the student's
+
+
+def test_the_floor_has_no_bias_but_a_products_and_no_gradient_that_is_a_slice() -> None:
+    calls = step_counts.heavy_calls("imagenet64", 2)
+    kept = gpu_step_floor.floor_calls(calls)
+    assert len(kept) < len(calls)
+    biases = {call for call in kept if gpu_step_floor._has_bias(call)}
+    assert biases
+    for call in biases:
+        assert gpu_step_floor._product_of(call)
+        assert call.operation == "convolution"
+    for call in kept:
+        if call.operation == "convolution_backward":
+            gradient, *_, output_mask = call.arguments
+            count, channels, height, width = gradient.shape
+            assert gradient.stride == torch.empty(count, height, width, channels).permute(0, 3, 1, 2).stride()
+            assert output_mask[1:] == (True, False)
+    sliced = [call for call in calls if call.operation == "convolution_backward" and call not in kept]
+    assert any(call.arguments[0].numel != call.arguments[0].stride[0] * 2 for call in sliced)
+    gradients = gpu_step_floor._on_tensors_of_its_own(
+        gpu_step_floor.as_compiled(sliced[0]), gpu_step_floor.OURS, torch.device("cpu")
+    )()
+    assert [each is None for each in gradients] == [False, False, True]
 
 
 @pytest.mark.parametrize(("kernel", "channels", "known"), [(1, 7, True), (3, 3, True), (3, 7, False)])

@@ -200,6 +200,26 @@ def test_every_kernel_has_types_for_what_triton_makes_of_its_arguments(send: Sen
         assert "tt.func public" in ir_of(each, send(each)), each
 
 
+def test_no_value_of_a_schedule_asks_radam_for_other_machine_code(send: Send) -> None:
+    """Of the bits of 1.0 16 is a divisor, of those of 0.1 not; those of 0.0 would fit into 32."""
+    p = nn.Parameter(empty(1))
+    p.grad = empty(1)
+    optimizer = RAdamEMA([p], lr=1e-4)
+    [group] = optimizer.param_groups
+    asked = []
+    for lr, decay, beta1 in ((1e-4, 0.9999, 0.9), (0.1, 0.5, 0.95), (1.0, 1.0, 0.0), (0.0, 0.0, 0.5)):
+        group |= {"lr": lr, "ema_decay": decay, "betas": (beta1, 0.999)}
+        with record_launches() as launches, torch.no_grad():
+            optimizer._step_by_kernels([(group, [p])], [True])
+        [scalars] = (each for each in launches if each.kernel.__name__ == "_scalars_kernel")
+        found = send(scalars)
+        asked.append([found[key] for key in ("signature", "constants", "configs")])
+        assert {name: kind for name, kind in found["signature"].items() if name.endswith("_bits")} == (
+            dict.fromkeys(("lr_bits", "decay_bits", "beta1_bits", "beta2_bits"), "i64")
+        )
+    assert all(each == asked[0] for each in asked)
+
+
 def test_a_kernel_that_a_launch_reaches_is_compiled_with_its_limit_of_registers_and_fused(send: Send) -> None:
     [each] = next(iter(cases(full=False))).launches
     asked = send(Launch(each.kernel, each.grid, each.arguments, num_warps=8, maxnreg=128))

@@ -136,7 +136,8 @@ class MethodConfig:
     weighting: Literal["inverse-gap", "uniform"] = "inverse-gap"
     """lambda = 1 / (s_{i+1} - s_i), or 1."""
     metric: Literal["pseudo-huber", "l2", "l1"] = "pseudo-huber"
-    """Distance between student and teacher over the whole image: Pseudo-Huber, squared L2, or L1."""
+    """Distance between student and teacher: Pseudo-Huber over the whole image; or, as in the code of 2023,
+    the mean over its values of the squared difference (l2) or of the absolute one (l1)."""
     huber_c: float | None = None
     """c of the Pseudo-Huber metric; by default 0.00054 sqrt(d), d = values per image."""
     teacher: Literal["student", "ema"] = "student"

@@ -104,6 +104,7 @@ def run(options: EvaluateOptions) -> int:
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
     from ict_fast.evaluation import evaluate, table
+    from ict_fast.evaluation.reference import training_data
     from ict_fast.training.launch import configure_torch, resolve_processes
 
     device, count = resolve_processes(options.device, options.gpus, options.processes)
@@ -111,9 +112,7 @@ def run(options: EvaluateOptions) -> int:
     checkpoint = open_checkpoint(options.run)
     group = group_of(options.ema)
     model = load_model(checkpoint.path, weights=group).to(device)
-    reference = options.reference or Path(model.config.data.path)
-    if options.reference is None and not reference.exists():
-        raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
+    reference = options.reference or training_data(model)
     out = _default_out(checkpoint, group) if options.out is None else options.out
     results.require_file_place(
         out, "--out (by default in the run)" if options.out is None else "--out", "evaluation.json"

@@ -102,7 +102,7 @@ def run(options: SearchSigmaOptions) -> int:
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
     from ict_fast.evaluation import DistanceToReference
-    from ict_fast.evaluation.reference import labels_as_in
+    from ict_fast.evaluation.reference import labels_as_in, training_data
     from ict_fast.evaluation.sigma_search import search_sampling_sigmas
     from ict_fast.interop.description import check_state
     from ict_fast.training.launch import configure_torch, resolve_device
@@ -112,9 +112,7 @@ def run(options: SearchSigmaOptions) -> int:
     checkpoint = open_checkpoint(options.run)
     check_state(checkpoint)
     model = load_model(checkpoint.path, weights=group).to(device)
-    reference = options.reference or Path(model.config.data.path)
-    if options.reference is None and not reference.exists():
-        raise InputError(f"the run's data, {reference}, are not here; name a prepared store with --reference")
+    reference = options.reference or training_data(model)
 
     with live_line() as progress:
         progress(0.0, "measuring the real images")

@@ -30,12 +30,17 @@ class ConsistencyModel(nn.Module):
     """f(x, s) = c_skip(s) x + c_out(s) F(c_in(s) x, c_noise(s)), with f(x, sigma_min) = x exactly.
 
     (iCT, equation 6 and section 2; Song et al. 2023, appendix C.)
+
+    Attributes:
+        config: of the run.
+        data_fingerprint: of the images that it was trained on, see `Store.fingerprint`; None if not known.
     """
 
     def __init__(self, config: Config, network: nn.Module | None = None) -> None:
         """Draws fresh weights from config.training.seed unless a network is given."""
         super().__init__()
         self.config = config
+        self.data_fingerprint: str | None = None
         self.network = build_seeded_network(config) if network is None else network
 
     def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
@@ -123,6 +128,8 @@ def load_model(
 
         say(f"warning: {path} is {imported['caution']}")
     model = ConsistencyModel(from_dict(checkpoint.state["config"], str(state_file)))
+    fingerprint = checkpoint.state.get("data_fingerprint")
+    model.data_fingerprint = None if fingerprint is None else str(fingerprint)
     try:
         model.network.load_state_dict(checkpoint.tensors(weights))
     except RuntimeError as error:

@@ -54,7 +54,12 @@ class DistanceToReference:
             InputError: references or features that cannot work.
         """
         self.reference = open_reference(reference)
-        self.warnings = check_reference(self.reference, model.config, allow_other_recipe=allow_other_recipe)
+        self.warnings = check_reference(
+            self.reference,
+            model.config,
+            allow_other_recipe=allow_other_recipe,
+            data_fingerprint=getattr(model, "data_fingerprint", None),  # a stand-in need not have it
+        )
         self._device = next(model.parameters()).device
         resolution = model.config.network.resolution
         self._network = choose_network(self.reference, resolution, features, features_sha256)

@@ -123,7 +123,12 @@ def evaluate(
         raise InputError(
             f"--count is {count}; a Fréchet distance needs at least 2 images, and better thousands"
         )
-    warnings = check_reference(opened, model.config, allow_other_recipe=allow_other_recipe)
+    warnings = check_reference(
+        opened,
+        model.config,
+        allow_other_recipe=allow_other_recipe,
+        data_fingerprint=getattr(model, "data_fingerprint", None),  # a stand-in need not have it
+    )
     report(0.0, "training the digits classifier" if features is None else "opening the features")
     network = choose_network(opened, model.config.network.resolution, features, features_sha256)
     if isinstance(network, DigitsNetwork):

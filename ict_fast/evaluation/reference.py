@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ict_fast.config import Config
+from ict_fast.consistency.model import ConsistencyModel
 from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.data.store import open_store
 from ict_fast.data.store_format import image_shape_problem
@@ -106,11 +107,36 @@ def open_reference(path: Path) -> Reference:
     )
 
 
-def check_reference(reference: Reference, config: Config, *, allow_other_recipe: bool) -> list[str]:
+def training_data(model: ConsistencyModel) -> Path:
+    """The store that a model was trained on.
+
+    Raises:
+        InputError: it is not here, or other images are in its place.
+    """
+    path, expected = Path(model.config.data.path), model.data_fingerprint
+    name = "name a prepared store with --reference"
+    if not path.exists():
+        raise InputError(f"the run's data, {path}, are not here; {name}")
+    if expected is not None and (found := open_store(path).fingerprint) != expected:
+        raise InputError(
+            f"{path} holds other images than the model was trained on (fingerprint {found[:12]}, before"
+            f" {expected[:12]}); {name}"
+        )
+    return path
+
+
+def check_reference(
+    reference: Reference,
+    config: Config,
+    *,
+    allow_other_recipe: bool,
+    data_fingerprint: str | None = None,
+) -> list[str]:
     """Checks that a model's images compare with the reference's.
 
     Args:
         config: of the model. If the data that it was trained on are still there, their recipe is read.
+        data_fingerprint: of those data; None: whatever is there is taken for them.
         allow_other_recipe: take a reference of another recipe all the same.
     Returns:
         Warnings: what could not be checked.
@@ -136,7 +162,7 @@ def check_reference(reference: Reference, config: Config, *, allow_other_recipe:
         raise InputError(
             f"{name}: has {reference.num_classes} classes, the model {network.num_classes}; {use}"
         )
-    trained = _recipe_of_data(Path(config.data.path))
+    trained = _recipe_of_data(Path(config.data.path), data_fingerprint)
     if reference.recipe is None or trained is None:
         which = "the reference" if reference.recipe is None else "the data that the model was trained on"
         return [f"the crop recipe of {which} is not known; distances between recipes mean little"]
@@ -167,11 +193,12 @@ def labels_as_in(reference: Reference, num_classes: int, count: int) -> torch.Te
     return torch.from_numpy(reference.labels[drawn])
 
 
-def _recipe_of_data(path: Path) -> str | None:
+def _recipe_of_data(path: Path, fingerprint: str | None) -> str | None:
     try:
-        return open_store(path).meta.get("recipe")
+        store = open_store(path)
     except (InputError, OSError):
         return None
+    return store.meta.get("recipe") if fingerprint in (None, store.fingerprint) else None
 
 
 def _words(recipe: str) -> str:

@@ -59,11 +59,14 @@ def in_words(key: str) -> str:
     return key.replace("_", " ") + ("" if key == "one_step" else "s")
 
 
-def measured_with(result: dict[str, Any]) -> tuple[Any, ...]:
-    """What two measurements must have in common to be compared."""
-    features = result.get("features")
+def measured_with(result: dict[str, Any], key: str) -> tuple[Any, ...]:
+    """What two measurements in the steps of a key like one_step must have in common to be compared."""
+    features, values = result.get("features"), result.get(key)
     network = features.get("sha256") if isinstance(features, dict) else features
-    return result.get("count"), network, result.get("reference_fingerprint"), result.get("sigmas")
+    sigmas = values.get("sigmas") if isinstance(values, dict) else None
+    # Those after sigma_max; old measurements have them only where they were asked for.
+    levels = sigmas[1:] if isinstance(sigmas, list) else result.get("sigmas") or []
+    return result.get("count"), network, result.get("reference_fingerprint"), levels
 
 
 def _number(values: dict[str, Any], field: str) -> bool:
@@ -110,11 +113,14 @@ def _notes(result: dict[str, Any], compared: dict[str, Any]) -> str:
 def _curves(record: RunRecord) -> str:
     end, stages = record.drawn
     keys = dict.fromkeys(key for line in record.evaluations for key in line if key.endswith("_step"))
-    changed = [
-        line["step"]
-        for before, line in itertools.pairwise(record.evaluations)
-        if measured_with(before) != measured_with(line)
-    ]
+    changed = {
+        key: [
+            line["step"]
+            for before, line in itertools.pairwise(line for line in record.evaluations if key in line)
+            if measured_with(before, key) != measured_with(line, key)
+        ]
+        for key in keys
+    }
     cards = []
     for field, title, _ in _COLUMNS:
         lines = []
@@ -126,14 +132,15 @@ def _curves(record: RunRecord) -> str:
             ]
             if points:
                 steps, values = zip(*points, strict=True)
-                lines.append(Line(steps, values, in_words(key), marked=True, begins_anew=changed))
+                lines.append(Line(steps, values, in_words(key), marked=True, begins_anew=changed[key]))
         if lines and (field == "frechet_distance" or len(lines[0].steps) > 1):
             top = 1.0 if field in ("precision", "recall") else None
             svg = curve(title, lines, total_steps=end, stages=stages, top=top)
             cards.append(f"<figure class='card'><h3>{escape(title)} while training</h3>{svg}</figure>\n")
+    anew = sorted({step for each in changed.values() for step in each})
     note = (
-        f"<p class='note'>The number of samples, the features or the reference changed at step"
-        f" {' and '.join(f'{step:,}' for step in changed)}, where the lines are broken: figures before and"
-        " after do not compare.</p>\n"
+        "<p class='note'>The number of samples, the features, the reference or the noise levels changed at"
+        f" step {' and '.join(f'{step:,}' for step in anew)}, where the lines are broken: figures before"
+        " and after do not compare.</p>\n"
     )
-    return f"{note if changed else ''}<div class='charts'>{''.join(cards)}</div>"
+    return f"{note if anew else ''}<div class='charts'>{''.join(cards)}</div>"

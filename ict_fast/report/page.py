@@ -67,9 +67,9 @@ def _facts(record: RunRecord) -> str:
     """The few numbers that one looks for first."""
     facts: list[tuple[str, str]] = []
     newest, best = record.measured or {}, record.best_measured or {}
-    if measured_with(newest) != measured_with(best):  # 500 samples have another distance than 50,000
-        best = {}
     first = next((key for key in best if key.endswith("_step")), "")  # which it is the best in
+    if measured_with(newest, first) != measured_with(best, first):  # 500 samples have another than 50,000
+        best = {}
     for words, measured, keys in (("", newest, ("one_step", "two_step")), ("best ", best, (first,))):
         step, ema = measured.get("step"), measured.get("ema")
         where = f", at step {step:,}" if isinstance(step, int) else ""

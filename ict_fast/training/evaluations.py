@@ -220,6 +220,7 @@ def _measured(result: dict[str, Any]) -> _Measured:
     first = [key for key in result if key.endswith("_step")][:1]
     if not first:
         raise KeyError("a number of steps")
-    features = result.get("features", {}).get("sha256")
-    kind = (first[0], result.get("count"), features, result.get("reference_fingerprint"))
-    return _Measured(float(result[first[0]][METRIC]), kind)
+    values, features = result[first[0]], result.get("features", {}).get("sha256")
+    levels = tuple(values.get("sigmas", ())[1:])  # of an old line not known, and one step has none
+    kind = (first[0], levels, result.get("count"), features, result.get("reference_fingerprint"))
+    return _Measured(float(values[METRIC]), kind)

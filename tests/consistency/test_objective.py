@@ -84,7 +84,7 @@ def _float64_loss(network: Recorder, metric: str, weighted: bool, method: Method
         c = 0.00054 * math.sqrt(64) if method.huber_c is None else method.huber_c
         distance = torch.sqrt(difference.square().sum(1) + c**2) - c
     else:
-        distance = difference.square().sum(1) if metric == "l2" else difference.abs().sum(1)
+        distance = difference.square().mean(1) if metric == "l2" else difference.abs().mean(1)
     return distance / (sigmas[0] - sigmas[1]) if weighted else distance
 
 

@@ -1,18 +1,21 @@
 """What may be compared with: stores, statistics, samples; and what is refused, in one line."""
 
 import dataclasses
+import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ict_fast.cli import main
 from ict_fast.config import Config, DataConfig
 from ict_fast.data.store import write_store
 from ict_fast.errors import InputError
 from ict_fast.evaluation.chunks import Finished, reference_chunks
 from ict_fast.evaluation.measured_reference import put_together
 from ict_fast.evaluation.reference import Images, Reference, check_reference, labels_as_in, open_reference
+from ict_fast.training.trainer import train
 
 
 def save(path, **arrays):
@@ -160,6 +163,40 @@ def test_a_recipe_that_is_not_known_is_warned_of(tmp_path, recipe, data):
     store(tmp_path / "there", "8x8 grey, center-crop")
     [warning] = check_reference(reference, trained_on(tmp_path / data), allow_other_recipe=False)
     assert "not known" in warning
+
+
+def test_the_recipe_of_other_images_in_the_datas_place_is_not_the_models(tmp_path):
+    reference = open_reference(store(tmp_path / "theirs", "8x8 grey, center-crop-dhariwal"))
+    config = trained_on(store(tmp_path / "ours", "8x8 grey, center-crop"))
+    with pytest.raises(InputError, match="--allow-other-recipe"):
+        fingerprint = open_reference(tmp_path / "ours").fingerprint
+        check_reference(reference, config, allow_other_recipe=False, data_fingerprint=fingerprint)
+    [warning] = check_reference(reference, config, allow_other_recipe=False, data_fingerprint="0" * 64)
+    assert "the crop recipe of the data that the model was trained on is not known" in warning
+
+
+@pytest.mark.parametrize("command", ["evaluate", "search-sigma"])
+def test_other_images_in_the_datas_place_are_compared_with_only_where_they_are_named(
+    tiny, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.data.path, "data")
+    config = dataclasses.replace(tiny, data=DataConfig(path="data"))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, total_steps=1))
+    train(config, out=tmp_path / "run", device="cpu")
+    words = ["--count", "4", *(["--high", "0.1"] if command == "search-sigma" else ["--steps", "1"])]
+    assert main([command, "run", *words]) == 0
+    shutil.rmtree("data")
+    kept = np.load(f"{tiny.data.path}/images.npy")[::2]
+    write_store(
+        Path("data"), kept, np.zeros(len(kept), np.int64), source="test", recipe="8x8 grey", classes=()
+    )
+    capsys.readouterr()
+    assert main([command, "run", *words]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "data holds other images than the model was trained on" in line
+    assert "--reference" in line
+    assert main([command, "run", *words, "--reference", "data"]) == 0
 
 
 def test_another_resolution_is_refused(tmp_path):

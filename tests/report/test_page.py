@@ -234,6 +234,29 @@ def test_measurements_that_do_not_compare_are_not_joined(run: Path) -> None:
     assert "are broken" not in text
 
 
+def test_a_curve_of_two_steps_is_broken_where_the_second_noise_level_changes(run: Path) -> None:
+    """And that of one step is not; the first line is of a version that did not write the levels."""
+    _loss_alone(run)
+    lines = [
+        {
+            "step": step,
+            "one_step": {"frechet_distance": 9.0} | ({} if level is None else {"sigmas": [80.0]}),
+            "two_step": {"frechet_distance": 8.0} | ({} if level is None else {"sigmas": [80.0, level]}),
+            "sigmas": None,
+        }
+        for step, level in ((100, None), (200, 0.821), (300, 0.821), (400, 0.4))
+    ]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page(read_run(run))
+    chart = re.search(r'<svg role="img" aria-label="Fréchet distance".*?</svg>', text, re.DOTALL)
+    assert chart is not None
+    for name, pieces in (("first", 1), ("second", 3)):
+        line = re.search(rf'<path d="([^"]+)"[^>]*style="fill: none; stroke: var\(--{name}\)', chart[0])
+        assert line is not None
+        assert line[1].count("M ") == pieces
+    assert "or the noise levels changed at step 200 and 400, where" in text
+
+
 def test_the_loss_by_noise_level_is_drawn_at_its_true_steps() -> None:
     """Ten lines to step 100 and three to step 400: their border is at a quarter of the axis."""
     steps = [*range(10, 101, 10), 200, 300, 400]

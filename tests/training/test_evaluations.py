@@ -21,7 +21,7 @@ from ict_fast import presets
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.cli import main
 from ict_fast.config import Config
-from ict_fast.consistency import load_model
+from ict_fast.consistency import ConsistencyModel, load_model
 from ict_fast.errors import EXIT_SIGINT, InputError
 from ict_fast.training import evaluations as evaluations_module
 from ict_fast.training.dry_run import dry_run
@@ -48,12 +48,19 @@ def distances(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def script(*values: float | BaseException) -> None:
         left = list(values)
 
-        def evaluate(model: object, reference: Path, **options: Any) -> dict[str, Any]:
+        def evaluate(model: ConsistencyModel, reference: Path, **options: Any) -> dict[str, Any]:
             options["progress"](0.5, "half way")
             value = left.pop(0)
             if isinstance(value, BaseException):
                 raise value
-            return {"one_step": {"frechet_distance": value}, "count": options["count"]}
+            method, words = model.config.method, {1: "one_step", 2: "two_step"}
+            return {
+                words[number]: {
+                    "frechet_distance": value,
+                    "sigmas": [method.sigma_max, *[method.second_sigma] * (number - 1)],
+                }
+                for number in options["steps"]
+            } | {"count": options["count"]}
 
         monkeypatch.setattr(ict_fast.evaluation, "evaluate", evaluate)
 
@@ -301,6 +308,42 @@ def test_the_best_is_sought_anew_among_measurements_of_another_kind(
     shown = capsys.readouterr().err
     assert shown.count("the first of its kind: that of step 8, the best before, does not compare") == 1
     assert "step 24: Fréchet distance 7 in 1 step, best 6 at step 20" in shown
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (2, 1)])
+def test_another_second_sigma_begins_anew_where_two_steps_are_compared(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None], steps: tuple[int, ...]
+) -> None:
+    """Of one step it changes nothing: the best before, 3 of step 8, stays."""
+    out, config = tmp_path / "run", _measured(tiny, keep_checkpoints=3, evaluate_steps=steps)
+    distances(9.0, 3.0, 7.0, 5.0, 4.0, 5.0)
+    train(config, out=out, device="cpu")
+    for step in (20, 24):
+        shutil.rmtree(out / f"checkpoints/step-{step:08d}")
+    distances(6.0, 7.0)
+    other = replace(config, method=replace(config.method, second_sigma=0.4))
+    train(other, out=out, device="cpu")
+    assert [line["two_step"]["sigmas"][1] for line in _lines(out)] == [0.821] * 4 + [0.4] * 2
+    best = 8 if steps[0] == 1 else 20
+    assert (out / "checkpoints/best").read_text() == f"step-{best:08d}\n"
+
+
+def test_measurements_of_old_runs_that_lack_their_noise_levels_are_read(
+    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+) -> None:
+    """Those of one step compare with new ones."""
+    out, config = tmp_path / "run", _measured(tiny, keep_checkpoints=3, evaluate_steps=(1,))
+    distances(9.0, 3.0, 7.0, 5.0, 4.0, 5.0)
+    train(config, out=out, device="cpu")
+    shutil.rmtree(out / "checkpoints/step-00000024")
+    lines = _lines(out)
+    for line in lines:
+        del line["one_step"]["sigmas"]
+    (out / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    distances(6.0)
+    train(config, out=out, device="cpu")
+    assert len(_lines(out)) == 6
+    assert (out / "checkpoints/best").read_text() == "step-00000008\n"
 
 
 @pytest.mark.parametrize("processes", [1, 2])

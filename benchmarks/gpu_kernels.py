@@ -11,6 +11,7 @@ import torch
 from compilers import compile_beside, dismiss
 from gpu_baselines import by_definition, compiled_variants, definitions, error_record
 from gpu_group_norm import NormCase, compare_norm, compile_baselines, in_other_dtypes, norm_cases
+from gpu_host import NAME, measure_host
 from gpu_timing import OURS, Comparison, Stage, buffer_sets, differentiable, measure
 from plain_network import TorchFilter
 from torch import Tensor
@@ -53,7 +54,10 @@ def part_kernels(device: torch.device, session: Any) -> dict[str, Callable[[], d
             to_compile.clear()
         return measure(prepare(), device)
 
-    return {name: partial(measured, name, prepare) for name, prepare in comparisons(sizes, device).items()}
+    measurements = {NAME: partial(measure_host, device)}
+    return measurements | {
+        name: partial(measured, name, prepare) for name, prepare in comparisons(sizes, device).items()
+    }
 
 
 def comparisons(

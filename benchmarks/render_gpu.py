@@ -194,6 +194,21 @@ def kernel_blocks(found: dict[str, Entry], copies: str = _COPIES_OF_KERNELS) -> 
         yield "Variants that could not run:\n\n" + "\n".join(failed)
 
 
+def kernels_blocks(found: dict[str, Entry]) -> Iterator[str]:
+    yield from kernel_blocks(found)
+    rows = [
+        (what, *(f"{us[name]:.1f}" for name in (OURS, "eager")), link(entry.file))
+        for entry in found.values()
+        for what, us in entry.record.get("host_us", {}).items()
+    ]
+    if rows:
+        yield (
+            "What a call costs the host, of tensors so small that the device is faster: microseconds until it"
+            " has queued it, torch's functions beside."
+        )
+        yield table(("call", "ours, us", "eager, us", "file"), rows, right=1)
+
+
 def optimizer_blocks(found: dict[str, Entry]) -> Iterator[str]:
     yield from kernel_blocks(found, _COPIES_OF_OPTIMIZER)
     rows = []
@@ -295,7 +310,7 @@ def other_blocks(found: dict[str, Entry]) -> Iterator[str]:
 
 PART_BLOCKS = {
     "tests": tests_blocks,
-    "kernels": kernel_blocks,
+    "kernels": kernels_blocks,
     "optimizer": optimizer_blocks,
     "step": step_blocks,
     "data": data_blocks,

@@ -117,6 +117,7 @@ def test_what_has_no_json_is_not_measured_yet(page: tuple[str, Path], tmp_path: 
     assert "#### In other code bases\n\nnot measured yet" in text
     assert "| 11 | 0.9000 | 0.9500 | 0.8765 | 0.1000 |" in text
     assert "noise_images, cifar10: the budget of 420 s was used up" in text
+    assert "| a norm | 21.5 | 30.2 |" in text
     assert "takes 1.25 times that, and 1.18 times the same calls as one sequence" in text  # 1 / 0.85
 
 

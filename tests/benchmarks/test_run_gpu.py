@@ -130,6 +130,24 @@ def test_part_kernels_runs_the_kernels_themselves_in_the_interpreter(tmp_path: P
     assert set(result["errors"]) == {"y", "dx", "dweight", "dbias", "dpre_bias"}
 
 
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+def test_part_kernels_times_what_a_call_costs_the_host(interpreted: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    arguments = ("--part", "kernels", "--out", str(tmp_path), "--only", "host, ")
+    finished = run_bare(*arguments, TRITON_INTERPRET=interpreted)
+    assert finished.returncode == 0, finished.stderr
+    (result,) = report_in(tmp_path, "kernels")["results"]
+    calls = result["host_us"]
+    assert list(calls) == [
+        "group_norm_silu, forward",
+        "group_norm_silu, forward and backward",
+        "consistency_loss, forward and backward",
+    ]
+    for us in calls.values():
+        assert us.keys() == {"ict_kernels", "eager"}
+        assert min(us.values()) > 0
+
+
 def test_without_pytest_nothing_was_measured_and_nothing_failed(tmp_path: Path) -> None:
     finished = run_bare("--part", "tests", "--out", str(tmp_path))
     assert finished.returncode == 0, finished.stderr

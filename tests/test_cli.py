@@ -853,7 +853,7 @@ def test_prepare_writes_where_it_is_told(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["prepare", "digits", "--out", "x"]) == 0
     assert main(["prepare", "digits"]) == 0
-    holds = "1,797 images of 8x8 grey in 10 classes"
+    holds = "1,797 images of 8x8 grey in 10 classes: 0, 1, 2, ..."
     assert capsys.readouterr().out == f"digits: x, {holds}\ndigits: data/digits, {holds}\n"
 
 

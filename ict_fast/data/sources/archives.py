@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ict_fast.data.progress import narrated
+from ict_fast.data.sources.class_folders import say_what_does_not_count, training_part
 from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.data.sources.folder_files import IMAGE_SUFFIXES, say_passed_over
 from ict_fast.data.sources.image_source import EncodedFiles, ImageSource
@@ -30,8 +31,8 @@ def archive_source(archive: Path, *, crop: str, resolution: int, image_channels:
         archive: a tar or a ZIP.
         crop, resolution, image_channels: as `folder_source`.
     Raises:
-        InputError: no such archive, a damaged one, or one with a member that could mean harm; no images, or
-            images beside folders of images.
+        InputError: no such archive, a damaged one, or one with a member that could mean harm; no images,
+            images beside folders of images, or the parts of a data set where classes should be.
     """
     try:
         with archive.open("rb") as file:
@@ -39,7 +40,7 @@ def archive_source(archive: Path, *, crop: str, resolution: int, image_channels:
         files = _in_zip(archive) if is_zip else _in_tar(archive)
     except OSError as error:
         raise InputError(f"{archive}: cannot be read: {error.strerror or error}") from error
-    folders = [folder for folder, _ in _places(files.name(index) for index in range(len(files)))]
+    folders, paths = zip(*_places(files.name(index) for index in range(len(files))), strict=True)
     classes = sorted(set(folders) - {""})
     if classes and "" in folders:
         top = files.name(folders.index(""))
@@ -47,6 +48,15 @@ def archive_source(archive: Path, *, crop: str, resolution: int, image_channels:
             f"{archive}: has images ({top}) beside folders ({classes[0]}); it must hold either images without"
             " labels, or one folder per class"
         )
+    if part := training_part(classes):
+        index = folders.index(part)
+        inside = files.name(index).removesuffix(paths[index]) + part
+        raise InputError(
+            f"{archive}: has {', '.join(classes)}, which are parts of a data set and not classes; pack"
+            f" {inside} alone, or unpack it and name that folder"
+        )
+    if classes:
+        say_what_does_not_count(archive, paths)
     labels = np.searchsorted(np.array(classes), folders) if classes else np.zeros(len(files))
     return ImageSource(
         name=f"images of the archive {archive.name}",

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ict_fast.data.progress import narrated
+from ict_fast.data.sources.class_folders import say_what_does_not_count, training_part
 from ict_fast.data.sources.ilsvrc import PACKED_AT, SYNSET, training_set
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage
 from ict_fast.data.sources.image_source import ImageSource
@@ -72,7 +73,8 @@ def folder_source(root: Path, *, crop: str, resolution: int, image_channels: int
         resolution: R, pixels.
         image_channels: 1 for grey, 3 for RGB.
     Raises:
-        InputError: no images, images beside folders of images, or a folder without any.
+        InputError: no images, images beside folders of images, a folder without any, or the parts of a data
+            set, such as train and val, where classes should be.
     """
     _require_folder(root)
     classes = _subfolders(root)
@@ -83,8 +85,16 @@ def folder_source(root: Path, *, crop: str, resolution: int, image_channels: int
             f"{root}: has images ({min(top)}) beside folders ({classes[0]}); a folder has either images"
             " without labels, or one folder per class"
         )
+    part = training_part(classes)
+    if part and (len(classes) > 1 or _subfolders(root / part)):
+        raise InputError(
+            f"{root}: has {', '.join(classes)}, which are parts of a data set and not classes; name"
+            f" {root / part}"
+        )
     files, labels = _list_classes(root, classes, passed_over) if classes else (_list_files(root, top), None)
     say_passed_over(root, passed_over)
+    if classes:
+        say_what_does_not_count(root, files.names)
     return ImageSource(
         name=f"images of the folder {root.absolute().name}",
         files=files,

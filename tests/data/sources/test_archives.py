@@ -142,3 +142,23 @@ def test_a_member_twice_and_a_compressed_tar_are_refused(tmp_path: Path) -> None
         zipped.writestr("1.png", image(0))
     with pytest.raises(InputError, match=r"1\.png is neither stored nor deflated"):
         archive_source(tmp_path / "a", **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", ["", "imagenette2/"])
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path, kind: str, prefix: str) -> None:
+    names = [f"{prefix}{part}/{each}/1.png" for part in ("train", "val") for each in ("cat", "dog")]
+    both = pack(tmp_path / "a", kind, dict.fromkeys(names, image(0)))
+    with pytest.raises(InputError, match=rf"has train, val, which are parts .*; pack {prefix}train alone"):
+        archive_source(both, **OPTIONS)
+    one = pack(tmp_path / "b", kind, dict.fromkeys(names[:2], image(0)))
+    assert archive_source(one, **OPTIONS).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_that_look_more_like_classes_are_said(tmp_path: Path, kind: str, capsys) -> None:
+    names = [f"photos/{year}/{each}/1.png" for year in (2019, 2020) for each in ("cat", "dog")]
+    archive_source(pack(tmp_path / "a", kind, dict.fromkeys(names, image(0))), **OPTIONS)
+    assert (
+        "directly in it (2019, 2020); those in several of them (cat, dog) do not" in capsys.readouterr().err
+    )

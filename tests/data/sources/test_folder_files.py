@@ -208,6 +208,48 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
         folder_source(tmp_path, **FOLDER)
 
 
+@pytest.mark.parametrize("parts", [["train", "val"], ["Test", "Training", "valid"], ["train"]])
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path, parts: list[str]) -> None:
+    for part in parts:
+        draw(tmp_path / part / "cat/1.png")
+        draw(tmp_path / part / "dog/2.png")
+    training = tmp_path / next(part for part in parts if part.lower().startswith("train"))
+    with pytest.raises(InputError, match=rf"parts of a data set and not classes; name {training}$"):
+        folder_source(tmp_path, **FOLDER)
+    assert folder_source(training, **FOLDER).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("folders", [["train", "bus"], ["train"]])
+def test_a_train_is_a_class_beside_a_bus_and_where_it_holds_images(
+    tmp_path: Path, folders: list[str]
+) -> None:
+    for folder in folders:
+        draw(tmp_path / folder / "1.png")
+    assert folder_source(tmp_path, **FOLDER).classes == sorted(folders)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            ["2019/cat/1", "2019/dog/2", "2020/cat/3", "2020/dog/4"],
+            "{place}: its classes are the folders directly in it (2019, 2020); those in several of them"
+            " (cat, dog) do not count\n",
+        ),
+        (["cat/images/1", "dog/images/2"], ""),
+        (["cat/old/1", "cat/new/2", "dog/old/3", "dog/new/4", "dog/5"], ""),
+        (["cat/old/1", "cat/new/2", "dog/red/3", "dog/blue/4"], ""),
+    ],
+)
+def test_folders_that_look_more_like_classes_are_said(
+    tmp_path: Path, files: list[str], said: str, capsys
+) -> None:
+    for name in files:
+        draw(tmp_path / f"{name}.png")
+    folder_source(tmp_path, **FOLDER)
+    assert capsys.readouterr().err == said.format(place=tmp_path)
+
+
 def test_ilsvrcs_folders_are_told_from_others(tmp_path: Path) -> None:
     draw(tmp_path / "train/n01440764/1.JPEG")
     with pytest.raises(InputError, match=r"has no folder named as a synset.*; .*/train has some"):

@@ -1,8 +1,8 @@
 """Images in folders: any folder, with a class per subfolder or without, and ILSVRC's folders of synsets.
 
 Files are told by their suffix, in any case; others are passed over and counted, hidden ones passed over. What
-lies deeper than a class's folder belongs to that class. Links to files are followed everywhere, links to
-folders only where they stand for a class, and lead to no folder above it: a ring would have no end.
+lies deeper than a class's folder belongs to that class. Links are followed, but for those that lead back to a
+folder that they lie in: a ring would have no end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,14 +195,21 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _subfolders(root: Path) -> list[str]:
     """Names of the folders in it, but for images and for links that lead back."""
-    found = []
-    for entry in _entries(root):
-        if not _is_image(entry.name) and _is_folder(entry):
-            if entry.is_symlink() and root.resolve().is_relative_to(Path(entry.path).resolve()):
-                say(f"{entry.path}: passed over, a link to a folder that it lies in")
-            else:
-                found.append(entry.name)
-    return sorted(found)
+    return sorted(
+        entry.name
+        for entry in _entries(root)
+        if not _is_image(entry.name) and _is_folder(entry) and not _leads_back(entry, [root.resolve()])
+    )
+
+
+def _leads_back(entry: os.DirEntry[str], inside: Iterable[Path]) -> bool:
+    """Whether it is a link to one of those resolved folders or to one above; such a link is said."""
+    if not entry.is_symlink():
+        return False
+    target = Path(entry.path).resolve()
+    if back := any(folder.is_relative_to(target) for folder in inside):
+        say(f"{entry.path}: passed over, a link to a folder that it lies in")
+    return back
 
 
 def _images_of(entries: list[os.DirEntry[str]], passed_over: Counter[str]) -> list[str]:
@@ -215,13 +222,22 @@ def _images_of(entries: list[os.DirEntry[str]], passed_over: Counter[str]) -> li
     return sorted(entry.name for entry in entries if _is_image(entry.name))
 
 
-def _images_below(root: Path, folder: str, passed_over: Counter[str]) -> Iterator[str]:
+def _images_below(
+    root: Path, folder: str, passed_over: Counter[str], linked_from: tuple[Path, ...] = ()
+) -> Iterator[str]:
+    """Names relative to `root`; `linked_from` holds the resolved folders whose links have led here."""
     entries = _entries(root / folder)
     for name in _images_of(entries, passed_over):
         yield f"{folder}/{name}"
     for entry in entries:
-        if not _is_image(entry.name) and entry.is_dir(follow_symlinks=False):
-            yield from _images_below(root, f"{folder}/{entry.name}", passed_over)
+        if _is_image(entry.name) or not _is_folder(entry):
+            continue
+        inside = linked_from
+        if entry.is_symlink():
+            inside = (*linked_from, root.resolve(), (root / folder).resolve())
+            if _leads_back(entry, inside):
+                continue
+        yield from _images_below(root, f"{folder}/{entry.name}", passed_over, inside)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -84,14 +84,20 @@ def test_ilsvrc_classes_are_the_sorted_synsets(tmp_path: Path) -> None:
     assert (source.recipe, source.image_channels) == ("16x16 RGB, center-crop-dhariwal", 3)
 
 
-def test_links_to_files_and_to_classes_are_followed_and_rings_are_not(tmp_path: Path) -> None:
+def test_links_are_followed_and_rings_are_not(tmp_path: Path, capsys) -> None:
     draw(tmp_path / "elsewhere/1.png")
+    draw(tmp_path / "apart/2.png")
     root = tmp_path / "root"
     draw(root / "a/1.png")
     (root / "a/2.png").symlink_to(tmp_path / "elsewhere/1.png")
-    (root / "a/ring").symlink_to(root / "a")
+    (root / "a/more").symlink_to(tmp_path / "apart")
     (root / "b").symlink_to(tmp_path / "elsewhere")
-    assert names(folder_source(root, **FOLDER)) == ["a/1.png", "a/2.png", "b/1.png"]
+    rings = {"a/self": root / "a", "a/more/out and in": root / "a", "a/root": root, "b/root": root}
+    for link, target in rings.items():
+        (root / link).symlink_to(target)
+    assert names(folder_source(root, **FOLDER)) == ["a/1.png", "a/2.png", "a/more/2.png", "b/1.png"]
+    said = [f"{root}/{link}: passed over, a link to a folder that it lies in" for link in rings]
+    assert sorted(capsys.readouterr().err.splitlines()) == sorted(said)
 
 
 def test_links_that_lead_back_are_passed_over_and_said(tmp_path: Path, capsys) -> None:

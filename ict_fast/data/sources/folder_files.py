@@ -7,8 +7,10 @@ folder that they lie in: a ring would have no end.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +28,19 @@ from ict_fast.errors import InputError
 from ict_fast.screen import say
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif")
+
+# What an error says of one file. Others, such as EIO and ESTALE, are those of a disk or a network, and pass.
+_OF_THE_FILE = frozenset(
+    (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -50,15 +65,17 @@ class FolderFiles:
         return hashlib.sha256(self.listing[start:stop].tobytes()).hexdigest()
 
     def read(self, index: int) -> bytes:
-        """As `EncodedFiles.read`. A file that cannot be read is a bad image: the others may be good."""
+        """As `EncodedFiles.read`. A file that may not be read is a bad image: the others may be good."""
         path = self.root / self.names[index]
         try:
-            if not path.is_file() and path.exists():  # a pipe would be waited for
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
                 raise RejectedImage("not a file")
             with path.open("rb") as file:
                 content = file.read(MAX_ENCODED_BYTES + 1)
         except OSError as error:
-            raise RejectedImage(f"cannot be read: {error.strerror or error}") from error
+            if error.errno in _OF_THE_FILE and self.root.is_dir():  # if not, all of them have gone
+                raise RejectedImage(f"cannot be read: {error.strerror or error}") from error
+            raise OSError(error.errno, error.strerror, str(path)) from error  # `read` does not name it
         if len(content) > MAX_ENCODED_BYTES:
             raise RejectedImage(f"a file of more than {MAX_ENCODED_BYTES} bytes")
         return content
@@ -179,8 +196,10 @@ def _list_files(root: Path, names: list[str]) -> FolderFiles:
         try:
             status = os.stat(root / name)
             seen = (name, status.st_size, status.st_mtime_ns)
-        except OSError:  # a link that leads nowhere; reading it will say so
-            seen = (name, -1, -1)
+        except OSError as error:
+            if error.errno not in _OF_THE_FILE:
+                raise InputError(f"{root / name}: cannot be read: {error.strerror}") from error
+            seen = (name, -1, -1)  # a link that leads nowhere; reading it will say so
         listing += hashlib.blake2b(repr(seen).encode(), digest_size=16).digest()
     return FolderFiles(root, NameTable(names), np.frombuffer(bytes(listing), np.uint8).reshape(-1, 16))
 

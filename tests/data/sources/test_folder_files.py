@@ -1,7 +1,10 @@
 """Folders of images against the same folders read by hand: order, classes, pixels; what is wrong in them."""
 
+import errno
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,6 +171,48 @@ def test_a_file_that_may_not_be_read_is_rejected(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "open", refuse)
     assert source.read(0, 1)[1] == {0: "cannot be read: Permission denied"}
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM])
+@pytest.mark.parametrize("call", ["open", "read", "stat"])
+def test_an_error_that_passes_makes_no_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    draw(tmp_path / "a.png")
+    source = folder_source(tmp_path, **FOLDER)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    file = SimpleNamespace(read=fail)
+    opened = fail if call == "open" else lambda self, mode: nullcontext(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        if call == "stat":
+            patch.setattr(Path, "stat", fail)
+        with pytest.raises(OSError, match=rf"{os.strerror(code)}: '{tmp_path}/a\.png'") as caught:
+            source.read(0, 1)
+    assert caught.value.errno == code
+    assert source.read(0, 1)[1] == {}
+
+
+def test_a_folder_that_has_gone_makes_no_bad_images(tmp_path: Path) -> None:
+    draw(tmp_path / "disk/a.png")
+    source = folder_source(tmp_path / "disk", **FOLDER)
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    with pytest.raises(FileNotFoundError, match=r"disk/a\.png"):
+        source.read(0, 1)
+
+
+def test_an_error_that_passes_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "a.png")
+
+    def fail(path: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(folder_files.os, "stat", fail)
+    with pytest.raises(InputError, match=r"a\.png: cannot be read: Input/output error"):
+        folder_files._list_files(tmp_path, ["a.png"])
 
 
 def test_the_identity_changes_with_whatever_changes_the_pixels(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def test_rejected_items_leave_no_gap_and_are_listed(tmp_path: Path, bad: list[in
     np.testing.assert_array_equal(store.images, np.stack([item(index) for index in kept]))
     np.testing.assert_array_equal(store.labels, np.array(kept) % 2)
     assert store.meta["rejected"] == len(bad)
+    assert store.meta["source"] == f"numbers, without {len(bad)} of 100 images"
     listed = (store.path / "rejected.txt").read_text().splitlines()
     assert listed == [f"item {index}\tbecause of\\n{index}" for index in bad]
 

@@ -18,12 +18,12 @@ class PrepareOptions:
 
     source: Positional[Literal["digits", "cifar10", "imagenet", "imagenet-npz", "edm-zip", "folder"]]
     """digits: scikit-learn's handwritten digits, 8x8; nothing is downloaded. cifar10: the python archive.
-    imagenet: ILSVRC 2012's training set, its tar or the folders of its synsets. imagenet-npz: Chrabaszcz's
-    batches. edm-zip: a data set of EDM or EDM2. folder: any images, in a folder, a tar or a ZIP; a
-    class per subfolder, if there are."""
+    imagenet: ILSVRC 2012's training set, its tar, Kaggle's ZIP or the folders of its synsets. imagenet-npz:
+    Chrabaszcz's batches. edm-zip: a data set of EDM or EDM2. folder: any images, in a folder, a tar or a
+    ZIP; a class per subfolder, if there are."""
     path: Positional[Annotated[Path | None, arg(metavar="[PATH]", help_behavior_hint="")]] = None
-    """The archive or folder that holds the images. Archives are read in place, except Chrabaszcz's
-    ZIPs, which must be unpacked."""
+    """The archive or folder that holds the images. Archives are read in place, except compressed tars, which
+    must be decompressed, and Chrabaszcz's ZIPs, which must be unpacked."""
     out: Annotated[
         Path | None,
         arg(metavar="DIR", help_behavior_hint="(default: data/<source>, for imagenet data/imagenet64)"),

@@ -76,7 +76,9 @@ def open_source(source: str, given: Mapping[str, Any]) -> Source:
     from ict_fast.data.sources.download import download_cifar10
     from ict_fast.data.sources.edm_zip import edm_zip_source
     from ict_fast.data.sources.folder_files import folder_source, ilsvrc_folder_source
+    from ict_fast.data.sources.ilsvrc_zip import ilsvrc_zip_source
     from ict_fast.data.sources.tar_files import ilsvrc_tar_source
+    from ict_fast.data.sources.zip_files import is_zip
 
     path = given["path"] or Path("data")
     crop, resolution = given["crop"] or "center-crop-dhariwal", given["resolution"] or 64
@@ -87,8 +89,10 @@ def open_source(source: str, given: Mapping[str, Any]) -> Source:
     if source == "edm-zip":
         return edm_zip_source(path)
     if source == "imagenet":
-        open_ilsvrc = ilsvrc_tar_source if path.is_file() else ilsvrc_folder_source
-        return open_ilsvrc(path, crop=crop, resolution=resolution)
+        if not path.is_file():
+            return ilsvrc_folder_source(path, crop=crop, resolution=resolution)
+        open_archive = ilsvrc_zip_source if is_zip(path) else ilsvrc_tar_source
+        return open_archive(path, crop=crop, resolution=resolution)
     open_images = archive_source if path.is_file() else folder_source
     return open_images(path, crop=crop, resolution=resolution, image_channels=int(given["channels"] or 3))
 

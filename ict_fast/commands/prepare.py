@@ -16,11 +16,14 @@ from ict_fast import errors, results
 class PrepareOptions:
     """Turn a source of images into the store that training reads."""
 
-    source: Positional[Literal["digits", "cifar10", "imagenet", "imagenet-npz", "edm-zip", "folder"]]
+    source: Positional[
+        Literal["digits", "cifar10", "imagenet", "imagenet-npz", "edm-zip", "folder", "parquet"]
+    ]
     """digits: scikit-learn's handwritten digits, 8x8; nothing is downloaded. cifar10: the python archive.
-    imagenet: ILSVRC 2012's training set, its tar, Kaggle's ZIP or the folders of its synsets. imagenet-npz:
-    Chrabaszcz's batches. edm-zip: a data set of EDM or EDM2. folder: any images, in a folder, a tar or a
-    ZIP; a class per subfolder, if there are."""
+    imagenet: ILSVRC 2012's training set, its tar, Kaggle's ZIP or the folders of its synsets.
+    imagenet-npz: Chrabaszcz's batches. edm-zip: a data set of EDM or EDM2. folder: any images, in a folder,
+    a tar or a ZIP; a class per subfolder, if there are. parquet: a data set of the Hugging Face Hub, a file
+    or a folder of them."""
     path: Positional[Annotated[Path | None, arg(metavar="[PATH]", help_behavior_hint="")]] = None
     """The archive or folder that holds the images. Archives are read in place, except compressed tars, which
     must be decompressed, and Chrabaszcz's ZIPs, which must be unpacked."""
@@ -30,20 +33,30 @@ class PrepareOptions:
     ] = None
     """Folder to write. The same command continues what was stopped, and verifies what is finished."""
     resolution: Annotated[
-        int | None, arg(metavar="N", help_behavior_hint="(imagenet: default 64; folder: required)")
+        int | None, arg(metavar="N", help_behavior_hint="(imagenet: default 64; folder, parquet: required)")
     ] = None
     """Height and width in pixels."""
     crop: Annotated[
         str | None,
         arg(
             metavar="{center-crop-dhariwal,center-crop,none}",
-            help_behavior_hint="(imagenet, folder: default center-crop-dhariwal)",
+            help_behavior_hint="(imagenet, folder, parquet: default center-crop-dhariwal)",
         ),
     ] = None
     """How an image of any size becomes a square: as ADM (halvings by BOX, then BICUBIC), as EDM (the central
     square by LANCZOS), or not at all: others are rejected."""
-    channels: Annotated[int | None, arg(metavar="{1,3}", help_behavior_hint="(folder: default 3)")] = None
+    channels: Annotated[
+        int | None, arg(metavar="{1,3}", help_behavior_hint="(folder, parquet: default 3)")
+    ] = None
     """1: grey, 3: RGB."""
+    image_column: Annotated[
+        str | None, arg(metavar="NAME", help_behavior_hint="(parquet: default image or img)")
+    ] = None
+    """The column of the encoded images."""
+    label_column: Annotated[
+        str | None, arg(metavar="NAME", help_behavior_hint="(parquet: default label, labels or fine_label)")
+    ] = None
+    """The column of the classes' numbers."""
     processes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: one per core)")] = None
     """Processes that read and decode."""
     max_rejected: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.01)")] = None

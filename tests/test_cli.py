@@ -538,7 +538,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ),
         (
             "prepare",
-            "ict-fast prepare needs digits, cifar10, imagenet, imagenet-npz, edm-zip, folder;"
+            "ict-fast prepare needs digits, cifar10, imagenet, imagenet-npz, edm-zip, folder, parquet;"
             " see `ict-fast prepare --help`",
         ),
         ("prepare digit", 'ict-fast prepare "digit"; did you mean "digits"?'),

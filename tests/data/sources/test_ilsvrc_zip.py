@@ -50,7 +50,7 @@ def test_of_kaggles_archive_the_training_set_is_taken(tmp_path: Path, how: int, 
         (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / name).write_bytes(jpeg(value))
     archive = pack(tmp_path / "imagenet-object-localization-challenge.zip", kaggle(), how)
-    given = {**dict.fromkeys(SOURCES["imagenet"]), "path": archive, "download": None, "resolution": 16}
+    given = {**dict.fromkeys(SOURCES["folder"]), "path": archive, "download": None, "resolution": 16}
     source = open_source("imagenet", given)
     said = capsys.readouterr().err.splitlines()
     folders = ilsvrc_folder_source(tmp_path / "train", **OPTIONS)

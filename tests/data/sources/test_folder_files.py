@@ -210,9 +210,10 @@ def test_an_error_that_passes_ends_the_listing(tmp_path: Path, monkeypatch: pyte
     def fail(path: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(folder_files.os, "stat", fail)
-    with pytest.raises(InputError, match=r"a\.png: cannot be read: Input/output error"):
-        folder_files._list_files(tmp_path, ["a.png"])
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_files.os, "stat", fail)
+        with pytest.raises(InputError, match=r"a\.png: cannot be read: Input/output error"):
+            folder_files._list_files(tmp_path, ["a.png"])
 
 
 def test_the_identity_changes_with_whatever_changes_the_pixels(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.0" + LINUX],
     "dali-cu12": ["nvidia-dali-cuda120>=1.50" + LINUX],
     "metrics": ["torchmetrics>=1.4", "scipy>=1.11"],
+    "parquet": ["pyarrow>=15"],
     "tensorboard": ["tensorboard>=2.16"],
     "wandb": ["wandb>=0.17"],
     "diffusers": ["diffusers>=0.30"],
@@ -23,6 +24,7 @@ EXTRAS = {
         "mypy>=1.10",
         "nvidia-dali-cuda130>=2.0" + LINUX,  # its CPU pipeline is tested
         "pre-commit",
+        "pyarrow>=15",
         "pytest>=8",
         "pytest-benchmark>=4",
         "pytest-xdist>=3.8",  # for --no-loadscope-reorder, in the Makefile

@@ -5,23 +5,71 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
 
 def usable_cores() -> int:
-    """The cores that this process may use: fewer than the machine has under SLURM, cpusets and taskset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use: fewer than the machine has under SLURM, cpusets and taskset.
+
+    A container may be given time on all cores instead, here counted as whole ones.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in _control_groups("cpu"):
+        given = _words(group / "cpu.max") or [
+            *_words(group / "cpu.cfs_quota_us"),
+            *_words(group / "cpu.cfs_period_us"),
+        ]
+        if len(given) == 2 and given[0].isdigit():  # without a limit "max" or "-1"
+            cores = min(cores, max(1, int(given[0]) // int(given[1])))
+    return cores
 
 
 def available_memory() -> int | None:
-    """What the system can give without swapping, the page cache included, in bytes; None where unknown."""
+    """What the system can give without swapping, the page cache included, in bytes; None where unknown.
+
+    In a container at most what is left of its limit, and the part of the page cache that is given back first.
+    """
+    known = _words(Path("/proc/meminfo"))
+    amounts = [int(known[known.index("MemAvailable:") + 1]) * 1024] if "MemAvailable:" in known else []
+    for group in _control_groups("memory"):
+        limit = _words(group / "memory.max") or _words(group / "memory.limit_in_bytes")
+        used = _words(group / "memory.current") or _words(group / "memory.usage_in_bytes")
+        if limit and used and limit[0].isdigit():
+            words = _words(group / "memory.stat")
+            counts = dict(zip(words[::2], words[1::2], strict=False))
+            # In version 1 "inactive_file" is without the groups in it.
+            cached = counts.get("total_inactive_file") or counts.get("inactive_file") or "0"
+            amounts.append(max(0, int(limit[0]) - int(used[0]) + int(cached)))
+    return min(amounts, default=None)
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """The folders of the control groups of this process, from its own to the outermost; of both versions."""
+    for line in _text(_MEMBERSHIP).splitlines():
+        _, controllers, own = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = _CONTROL_GROUPS / (controller if controllers else "")
+        # From inside of a container "/.." may lead out of it, and what it names may not be there.
+        group = Path(os.path.normpath(own))
+        yield from (root / each.relative_to("/") for each in (group, *group.parents))
+
+
+def _words(path: Path) -> list[str]:
+    return _text(path).split()
+
+
+def _text(path: Path) -> str:
+    """Empty where there is no such file."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        return path.read_text()
     except OSError:
-        return None
-    amounts = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(amounts[0]) * 1024 if amounts else None
+        return ""
 
 
 def nvidia_device() -> str | None:

@@ -538,7 +538,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ),
         (
             "prepare",
-            "ict-fast prepare needs digits, cifar10, imagenet, imagenet-npz, edm-zip, folder;"
+            "ict-fast prepare needs digits, cifar10, imagenet, imagenet-npz, edm-zip, folder, parquet;"
             " see `ict-fast prepare --help`",
         ),
         ("prepare digit", 'ict-fast prepare "digit"; did you mean "digits"?'),
@@ -853,7 +853,7 @@ def test_prepare_writes_where_it_is_told(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["prepare", "digits", "--out", "x"]) == 0
     assert main(["prepare", "digits"]) == 0
-    holds = "1,797 images of 8x8 grey in 10 classes"
+    holds = "1,797 images of 8x8 grey in 10 classes: 0, 1, 2, ..."
     assert capsys.readouterr().out == f"digits: x, {holds}\ndigits: data/digits, {holds}\n"
 
 

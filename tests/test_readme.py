@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pyarrow.parquet
 from forked import ForkedPython
 from PIL import Image
 
@@ -40,7 +41,7 @@ _TEMPORARY = tempfile.TemporaryDirectory(prefix="readme-")
 
 @cache
 def workshop() -> Path:
-    """An empty directory, but for what the commands take for granted: pictures, and ImageNet's archive."""
+    """An empty directory, but for what the commands take for granted: pictures, archives of them, Parquet."""
     folder = Path(_TEMPORARY.name)
     for number, name in enumerate(("n01440764", "n01443537")):
         (folder / "pictures" / name).mkdir(parents=True)
@@ -48,6 +49,10 @@ def workshop() -> Path:
         picture.save(folder / "pictures" / name / f"{name}_1.JPEG")
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as archive:
         archive.add(folder / "pictures", arcname=".")
+    encoded = [path.read_bytes() for path in sorted((folder / "pictures").rglob("*.JPEG"))]
+    (folder / "flowers/data").mkdir(parents=True)
+    table = pyarrow.table({"image": [{"bytes": each} for each in encoded], "label": [0, 1]})
+    pyarrow.parquet.write_table(table, folder / "flowers/data/train-00000-of-00001.parquet")
     return folder
 
 
@@ -78,7 +83,13 @@ def test_the_readmes_ict_fast_commands_run_in_their_order(tmp_path: Path) -> Non
         assert process.wait(timeout=600) == 0, f"{shlex.join(command)}\n{process.output()}"
         ran += 1
     assert ran >= 12
-    for name in ("digits.png", "samples.npz", "runs/two-processes/config.json", "data/imagenet64/meta.json"):
+    for name in (
+        "digits.png",
+        "samples.npz",
+        "runs/two-processes/config.json",
+        "data/imagenet64/meta.json",
+        "data/flowers/meta.json",
+    ):
         assert (workshop() / name).exists()
 
 

@@ -21,6 +21,7 @@ from ict_fast.ablation.one_run import OUTPUT, RESULT, RUN, Job
 from ict_fast.ablation.variants import Variant, configured
 from ict_fast.config import Config, differences, from_dict, to_dict
 from ict_fast.errors import InputError, TrainingError
+from ict_fast.hardware import usable_cores
 from ict_fast.screen import LINE_INTERVAL
 from ict_fast.training.launch import StopRequest
 from ict_fast.training.monitor import duration
@@ -156,15 +157,11 @@ def _results(plan: Plan, variant: Variant) -> Iterator[tuple[int, dict[str, Any]
 
 
 def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {_threads()} cores"
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0))
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {usable_cores()} cores"
 
 
 def _threads_each(plan: Plan) -> int:
-    return max(1, _threads() // plan.parallel)
+    return max(1, usable_cores() // plan.parallel)
 
 
 def _result(job: Job) -> dict[str, Any] | None:

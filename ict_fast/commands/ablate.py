@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from ict_fast.ablation.variants import (
 from ict_fast.commands.arguments import Device, at_least
 from ict_fast.config import Config
 from ict_fast.errors import InputError, did_you_mean
+from ict_fast.hardware import usable_cores
 from ict_fast.screen import print_table, say
 
 
@@ -92,7 +92,7 @@ def run(options: AblateOptions) -> int:
     for variant in variants:
         configured(base, variant)
     device = resolve_device(options.device).type
-    usual = 4 * torch.cuda.device_count() if device == "cuda" else _cores()
+    usual = 4 * torch.cuda.device_count() if device == "cuda" else usable_cores()
     plan = Plan(
         base=base,
         variants=variants,
@@ -119,10 +119,6 @@ def _base(preset: Config, total_steps: int) -> Config:
     logging = replace(preset.logging, grid_every=0, checkpoint_every=total_steps, snapshot_every=0)
     training = replace(preset.training, total_steps=total_steps, compile="off")
     return replace(preset, training=training, logging=logging)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _list(variants: Iterable[Variant]) -> Table:

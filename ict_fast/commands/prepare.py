@@ -16,34 +16,47 @@ from ict_fast import errors, results
 class PrepareOptions:
     """Turn a source of images into the store that training reads."""
 
-    source: Positional[Literal["digits", "cifar10", "imagenet", "imagenet-npz", "edm-zip", "folder"]]
+    source: Positional[
+        Literal["digits", "cifar10", "imagenet", "imagenet-npz", "edm-zip", "folder", "parquet"]
+    ]
     """digits: scikit-learn's handwritten digits, 8x8; nothing is downloaded. cifar10: the python archive.
-    imagenet: ILSVRC 2012's training set, its tar or the folders of its synsets. imagenet-npz: Chrabaszcz's
-    batches. edm-zip: a data set of EDM or EDM2. folder: any images, in a folder, a tar or a ZIP; a
-    class per subfolder, if there are."""
+    imagenet: ILSVRC 2012's training set, its tar, Kaggle's ZIP or the folders of its synsets.
+    imagenet-npz: Chrabaszcz's batches. edm-zip: a data set of EDM or EDM2. folder: any images, in a folder,
+    a tar or a ZIP; a class per subfolder, if there are. parquet: a data set of the Hugging Face Hub, a file
+    or a folder of them."""
     path: Positional[Annotated[Path | None, arg(metavar="[PATH]", help_behavior_hint="")]] = None
-    """The archive or folder that holds the images. Archives are read in place, except Chrabaszcz's
-    ZIPs, which must be unpacked."""
+    """The archive or folder that holds the images. Archives are read in place, except compressed tars, which
+    must be decompressed, and Chrabaszcz's ZIPs, which must be unpacked."""
     out: Annotated[
         Path | None,
         arg(metavar="DIR", help_behavior_hint="(default: data/<source>, for imagenet data/imagenet64)"),
     ] = None
     """Folder to write. The same command continues what was stopped, and verifies what is finished."""
     resolution: Annotated[
-        int | None, arg(metavar="N", help_behavior_hint="(imagenet: default 64; folder: required)")
+        int | None, arg(metavar="N", help_behavior_hint="(imagenet: default 64; folder, parquet: required)")
     ] = None
     """Height and width in pixels."""
     crop: Annotated[
         str | None,
         arg(
             metavar="{center-crop-dhariwal,center-crop,none}",
-            help_behavior_hint="(imagenet, folder: default center-crop-dhariwal)",
+            help_behavior_hint="(imagenet, folder, parquet: default center-crop-dhariwal)",
         ),
     ] = None
     """How an image of any size becomes a square: as ADM (halvings by BOX, then BICUBIC), as EDM (the central
     square by LANCZOS), or not at all: others are rejected."""
-    channels: Annotated[int | None, arg(metavar="{1,3}", help_behavior_hint="(folder: default 3)")] = None
+    channels: Annotated[
+        int | None, arg(metavar="{1,3}", help_behavior_hint="(folder, parquet: default 3)")
+    ] = None
     """1: grey, 3: RGB."""
+    image_column: Annotated[
+        str | None, arg(metavar="NAME", help_behavior_hint="(parquet: default image or img)")
+    ] = None
+    """The column of the encoded images."""
+    label_column: Annotated[
+        str | None, arg(metavar="NAME", help_behavior_hint="(parquet: default label, labels or fine_label)")
+    ] = None
+    """The column of the classes' numbers."""
     processes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: one per core)")] = None
     """Processes that read and decode."""
     max_rejected: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 0.01)")] = None
@@ -91,12 +104,14 @@ def run(options: PrepareOptions) -> int:
 
 def _contents(folder: Path) -> str:
     """What a prepared store holds, so that a person sees what is missing from it."""
+    from ict_fast.data.sources.class_folders import first_few
     from ict_fast.data.store import open_store
 
     store = open_store(folder)
     size, colour = store.resolution, "grey" if store.image_channels == 1 else "RGB"
     text = f"{store.num_images:,} images of {size}x{size} {colour}"
-    text += f" in {store.num_classes:,} classes" if store.num_classes else " without classes"
+    classes = store.meta["classes"]
+    text += f" in {len(classes):,} classes: {first_few(classes)}" if classes else " without classes"
     rejected = store.meta.get("rejected", 0)
     text += f"; {rejected:,} could not be used, see {folder / 'rejected.txt'}" if rejected else ""
     return text + "".join(f"; {count:,} {remark}" for remark, count in store.meta.get("remarks", {}).items())

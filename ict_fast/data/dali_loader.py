@@ -7,6 +7,7 @@ changed seed. Here the order is a function of the global step, and a jump starts
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,19 @@ def dali_problem() -> str | None:
     return None
 
 
+def dali_failure(device: torch.device) -> str | None:
+    """Why DALI, which can be imported, cannot carry a byte to the device, or None.
+
+    That a driver is too old for DALI's CUDA is noticed by a pipeline, not by an import.
+    """
+    try:
+        _pipeline(lambda info: (np.zeros((1, 1), np.uint8),), 1, device).run()
+    except Exception as error:  # RuntimeError, for whatever goes wrong in its libraries
+        said = " ".join(str(error).partition("Stacktrace")[0].split()) or type(error).__name__
+        return f"DALI fails on {device} ({said})"
+    return None
+
+
 class DaliLoader(Loader):
     """A DALI pipeline over the memory-mapped store, with a queue of prepared steps.
 
@@ -46,7 +60,7 @@ class DaliLoader(Loader):
     Args:
         store, arguments: see Loader.
     Raises:
-        InputError: see Loader; if DALI is not installed.
+        InputError: see Loader; if DALI is not installed, or fails on the device.
     """
 
     def __init__(self, store: Store, **arguments: Any) -> None:
@@ -57,6 +71,9 @@ class DaliLoader(Loader):
                 f'--data.loader is dali, but {problem}: pip install -c constraints.txt -e ".[dali]" (CUDA 13'
                 ' or a CPU; ".[dali-cu12]" for CUDA 12), or choose --data.loader memmap'
             )
+        failure = dali_failure(self._device)
+        if failure is not None:
+            raise InputError(f"--data.loader is dali, but {failure}; choose --data.loader resident or memmap")
         self._images = np.asarray(store.images)
         self._pipeline: Any = None
         self._next_step = -1
@@ -110,7 +127,6 @@ class DaliLoader(Loader):
 
     def _new_pipeline(self, first_step: int) -> Any:
         """A pipeline whose first output is that step's share, the next one the next step's."""
-        from nvidia.dali import fn, pipeline_def
 
         def gather(info: Any) -> tuple[np.ndarray, ...]:
             step = first_step + info.iteration
@@ -121,25 +137,30 @@ class DaliLoader(Loader):
                 batch.append(self._flip_bits(step).numpy())
             return tuple(array[np.newaxis] for array in batch)
 
-        device_id = None
-        if self._device.type == "cuda":
-            device_id = torch.cuda.current_device() if self._device.index is None else self._device.index
+        return _pipeline(gather, 3 if self._flip else 2, self._device)
 
-        options: dict[str, Any] = {
-            # A step is one sample to DALI: as 256 samples its images, labels and flips take 0.1 ms longer.
-            "batch_size": 1,
-            "num_threads": 1,
-            "device_id": device_id,
-            "prefetch_queue_depth": _PREFETCHED,
-            # Outputs that own their memory. The older executor overwrites them after the next run.
-            "exec_dynamic": True,
-        }
 
-        @pipeline_def(**options)
-        def pipeline() -> tuple[Any, ...]:
-            outputs = fn.external_source(
-                gather, num_outputs=3 if self._flip else 2, batch=True, batch_info=True
-            )
-            return tuple(output if device_id is None else output.gpu() for output in outputs)
+def _pipeline(gather: Callable[[Any], tuple[np.ndarray, ...]], num_outputs: int, device: torch.device) -> Any:
+    """A pipeline to the device of what `gather` returns, arrays of one sample, for each iteration."""
+    from nvidia.dali import fn, pipeline_def
 
-        return pipeline()
+    device_id = None
+    if device.type == "cuda":
+        device_id = torch.cuda.current_device() if device.index is None else device.index
+
+    options: dict[str, Any] = {
+        # A step is one sample to DALI: as 256 samples its images, labels and flips take 0.1 ms longer.
+        "batch_size": 1,
+        "num_threads": 1,
+        "device_id": device_id,
+        "prefetch_queue_depth": _PREFETCHED,
+        # Outputs that own their memory. The older executor overwrites them after the next run.
+        "exec_dynamic": True,
+    }
+
+    @pipeline_def(**options)
+    def pipeline() -> tuple[Any, ...]:
+        outputs = fn.external_source(gather, num_outputs=num_outputs, batch=True, batch_info=True)
+        return tuple(output if device_id is None else output.gpu() for output in outputs)
+
+    return pipeline()

@@ -6,7 +6,7 @@ import torch
 
 from ict_fast.config import Config
 from ict_fast.data.batches import Batch, Loader
-from ict_fast.data.dali_loader import DaliLoader, dali_problem
+from ict_fast.data.dali_loader import DaliLoader, dali_failure, dali_problem
 from ict_fast.data.memmap_loader import MemmapLoader
 from ict_fast.data.page_cache import read_ahead
 from ict_fast.data.resident_loader import ResidentLoader, free_bytes, resident_bytes
@@ -33,14 +33,14 @@ def choose_loader(asked: str, store: Store, device: torch.device) -> tuple[str, 
         store: the images.
         device: where batches go.
     Returns:
-        Its name and the reason, in words. auto: memmap on a CPU; on a GPU dali where it can be imported, else
-        resident if the store takes at most a quarter of the GPU's free memory, else memmap.
+        Its name and the reason, in words. auto: memmap on a CPU; on a GPU dali where it works, else resident
+        if the store takes at most a quarter of the GPU's free memory, else memmap.
     """
     if asked != "auto":
         return asked, "as asked"
     if device.type == "cpu":
         return "memmap", "auto: the device is a CPU"
-    problem = dali_problem()
+    problem = dali_problem() or dali_failure(device)
     if problem is None:
         return "dali", "auto: DALI is installed"
     needed, free = resident_bytes(store) / 1e9, free_bytes(device) / 1e9

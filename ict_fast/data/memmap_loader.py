@@ -32,7 +32,13 @@ class MemmapLoader(Loader):
         if self._flip:
             layout["flip"] = ((self._share_size,), torch.uint8)
         self._staging = Staging(self._device, layout)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ict-fast-loader")
+        on_gpu: dict[str, Any] = {}
+        if (
+            self._device.type == "cuda"
+        ):  # else what the thread asks of CUDA is done on GPU 0, and takes memory
+            index = torch.cuda.current_device() if self._device.index is None else self._device.index
+            on_gpu = {"initializer": torch.cuda.set_device, "initargs": (index,)}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ict-fast-loader", **on_gpu)
         self._next: tuple[int, Future[HostSet]] | None = None
 
     def _load(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -176,7 +176,7 @@ class PartialStore:
         for line in self._lines.values():
             remarks.update(line["remarks"])
         meta = {
-            **describe(self._source.name, self._source.recipe, classes),
+            **describe(kept_name(self._source, len(self.rejected)), self._source.recipe, classes),
             "identity": self._source.identity(),
             "pillow": metadata.version("pillow"),
             "rejected": len(self.rejected),
@@ -336,6 +336,11 @@ def partial_store(out: Path, source: Source, *, restart: bool = False) -> Iterat
         ) from error
     finally:
         lock.release()
+
+
+def kept_name(source: Source, rejected: int) -> str:
+    """What meta.json calls the images that are left of a source."""
+    return source.name + (f", without {rejected:,} of {len(source.labels):,} images" if rejected else "")
 
 
 def _shape(source: Source) -> tuple[int, int, int, int]:

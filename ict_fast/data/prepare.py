@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ict_fast.data.partial_store import JOURNAL_NAME, PartialStore, partial_store
+from ict_fast.data.partial_store import JOURNAL_NAME, PartialStore, kept_name, partial_store
 from ict_fast.data.progress import ImageProgress
 from ict_fast.data.reading import read_pieces
 from ict_fast.data.sources.source import Source
@@ -112,7 +112,7 @@ def _keep_finished(source: Source, out: Path) -> Path:
         raise InputError(f"{out}: exists and is not a prepared store; name another --out")
     there = open_store(out, verify=True).meta
     ours = {
-        "source": source.name,
+        "source": kept_name(source, there.get("rejected", 0)),
         "recipe": source.recipe,
         "classes": list(source.classes),
         "names, sizes, dates or labels of the files": source.identity(),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import pickle
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -59,8 +60,9 @@ def _read_in_parallel(
     ahead = iter(pieces)
     try:
         for _ in range(processes):
-            connection, worker = _start_worker(source)
+            connection, worker = _start_worker()
             workers[connection] = worker
+        _send_source(source, workers)
         expected = dict.fromkeys(workers, 0)
         for _ in range(_AHEAD):
             for connection in workers:
@@ -78,15 +80,25 @@ def _read_in_parallel(
             connection.close()
 
 
-def _start_worker(source: Source) -> tuple[Connection, BaseProcess]:
+def _start_worker() -> tuple[Connection, BaseProcess]:
     # Spawned, not forked: a fork of a process that has threads (a progress bar, torch) may hang.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    worker = context.Process(target=_serve, args=(theirs, source), daemon=True)
+    worker = context.Process(target=_serve, args=(theirs,), daemon=True)
     with deaf_to_interrupts():
         worker.start()
     theirs.close()
     return ours, worker
+
+
+def _send_source(source: Source, connections: Iterable[Connection]) -> None:
+    """Each process takes it once it is up; as an argument of its start it would be waited for, one by one."""
+    pickled = pickle.dumps(source)
+    for connection in connections:
+        try:
+            connection.send_bytes(pickled)
+        except ConnectionError:
+            raise _death() from None
 
 
 def _send_next(connection: Connection, pieces: Iterator[tuple[int, int]]) -> int:
@@ -118,9 +130,14 @@ def _death() -> InputError:
     )
 
 
-def _serve(connection: Connection, source: Source) -> None:
-    """The life of a process: reads the pieces that it is told of, until there is nobody to tell."""
+def _serve(connection: Connection) -> None:
+    """The life of a process: reads the pieces that it is told of, until there is nobody to tell.
+
+    Args:
+        connection: brings the source, and then (start, stop) of each piece.
+    """
     try:
+        source: Source = connection.recv()
         while True:
             start, stop = connection.recv()
             answer: Piece | Exception
@@ -129,7 +146,7 @@ def _serve(connection: Connection, source: Source) -> None:
             except (InputError, OSError, MemoryError) as error:
                 answer = error
             connection.send(answer)
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):  # OSError: its end came within a message
         return
 
 

@@ -168,8 +168,8 @@ def loader_rate(name: str, config: Config, store: Store, device: torch.device) -
     try:
         with _loader(name, config, store, device, size) as loader:
             rate = _images_per_second(lambda step: loader.micro_batches(first_step + step), size, device)
-    except InputError as error:  # DALI is not installed, or the store does not fit
-        return Rate(None, reason=str(error))
+    except (InputError, RuntimeError) as error:  # DALI is not installed, or fails; the store does not fit
+        return Rate(None, reason=str(error).strip().partition("\n")[0])
     return Rate(rate, size)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ict_fast.data.dali_loader import DaliLoader, dali_problem
+from ict_fast.data.dali_loader import DaliLoader, dali_failure, dali_problem
 from ict_fast.data.order import batch_indices
 from ict_fast.data.store import Store, open_store, write_store
 from ict_fast.errors import InputError
@@ -101,6 +101,45 @@ def test_a_missing_dali_is_refused_with_the_line_that_installs_it(
     assert str(refusal.value).startswith(
         '--data.loader is dali, but DALI is not installed: pip install -c constraints.txt -e ".[dali]"'
     )
+
+
+OLD_DRIVER = (
+    "CUDA runtime API error cudaErrorInsufficientDriver (35):\nCUDA driver version is insufficient for CUDA"
+    " runtime version\nStacktrace (12 entries):\n[frame 0]: libdali.so"
+)
+
+
+@needs_dali
+@pytest.mark.parametrize("fails", ["build", "run"])
+def test_a_dali_that_fails_on_the_device_is_tried_and_refused_in_one_line(
+    store: Store, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    from nvidia.dali.pipeline import Pipeline
+
+    assert dali_failure(CPU) is None
+
+    def fail(self: Pipeline, *arguments: object, **options: object) -> None:
+        raise RuntimeError(OLD_DRIVER)
+
+    monkeypatch.setattr(Pipeline, fails, fail)
+    said = (
+        "DALI fails on cpu (CUDA runtime API error cudaErrorInsufficientDriver (35): CUDA driver version is"
+        " insufficient for CUDA runtime version)"
+    )
+    assert dali_failure(CPU) == said
+    with pytest.raises(InputError) as refusal:
+        DaliLoader(store, **ARGUMENTS)
+    line = f"--data.loader is dali, but {said}; choose --data.loader resident or memmap"
+    assert str(refusal.value) == line
+
+
+@needs_dali
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_dali_without_a_gpu_fails_on_one() -> None:
+    failure = dali_failure(torch.device("cuda", 0))
+    assert failure is not None
+    assert failure.startswith("DALI fails on cuda:0 (")
+    assert "\n" not in failure
 
 
 @pytest.mark.parametrize(

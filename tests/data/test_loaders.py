@@ -251,10 +251,12 @@ def test_the_loader_of_a_configuration_says_why(kind: str, store: Store) -> None
 
 @pytest.fixture
 def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, int], torch.device]:
-    """A machine with a GPU, as the choice sees it: DALI's problem there, and the free bytes."""
+    """A machine with a GPU, as the choice sees it: DALI's problem or failure there, and the free bytes."""
 
     def make(problem: str | None, free: int) -> torch.device:
-        monkeypatch.setattr(loaders, "dali_problem", lambda: problem)
+        fails = problem is not None and problem.startswith("DALI fails")
+        monkeypatch.setattr(loaders, "dali_problem", lambda: None if fails else problem)
+        monkeypatch.setattr(loaders, "dali_failure", lambda device: problem if fails else None)
         monkeypatch.setattr(loaders, "free_bytes", lambda device: free)
         return torch.device("cuda", 0)
 
@@ -270,6 +272,8 @@ NUM_BYTES = 37 * (4 * 4 * 3 + 8)  # images and labels of the store
         (None, 0, "dali", "DALI is installed"),
         ("DALI is not installed", 4 * NUM_BYTES, "resident", "not installed; the images take 2.07e-06 GB"),
         ("DALI is not installed", 4 * NUM_BYTES - 1, "memmap", "more than a quarter"),
+        ("DALI fails on cuda:0 (driver)", 4 * NUM_BYTES, "resident", "auto: DALI fails on cuda:0 (driver);"),
+        ("DALI fails on cuda:0 (driver)", 4 * NUM_BYTES - 1, "memmap", "auto: DALI fails on cuda:0 (driver)"),
     ],
 )
 def test_on_a_gpu_dali_comes_before_resident_and_that_before_memmap(

@@ -2,14 +2,18 @@
 
 import errno
 import fcntl
+import multiprocessing
 import os
 import resource
 import shutil
+import struct
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +24,7 @@ from PIL import Image
 import ict_fast
 from ict_fast.data import partial_store as partial_module
 from ict_fast.data import prepare as prepare_module
+from ict_fast.data import reading
 from ict_fast.data.prepare import prepare_store
 from ict_fast.data.sources.folder_files import folder_source
 from ict_fast.data.sources.image_source import ImageSource
@@ -112,6 +117,7 @@ def test_rejected_items_leave_no_gap_and_are_listed(tmp_path: Path, bad: list[in
     np.testing.assert_array_equal(store.images, np.stack([item(index) for index in kept]))
     np.testing.assert_array_equal(store.labels, np.array(kept) % 2)
     assert store.meta["rejected"] == len(bad)
+    assert store.meta["source"] == f"numbers, without {len(bad)} of 100 images"
     listed = (store.path / "rejected.txt").read_text().splitlines()
     assert listed == [f"item {index}\tbecause of\\n{index}" for index in bad]
 
@@ -137,6 +143,43 @@ def test_many_processes_give_the_same_store_as_one(tmp_path: Path) -> None:
     names = [source.item_name(index) for index in range(len(source.labels)) if index != 14]
     assert source.item_name(14) == "0/bad.png"
     np.testing.assert_array_equal(images, np.stack([item(int(name[2:4])) for name in names]))
+
+
+@dataclass
+class Bulky(Numbers):
+    """Its names take more than a pipe holds: whoever sends it waits for its reader."""
+
+    names: bytes = bytes(2**20)
+
+
+def test_processes_start_all_at_once_however_large_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand in for them; none reads before all have started."""
+    all_started = threading.Barrier(3)
+
+    def serve(connection: Connection) -> None:
+        all_started.wait(timeout=10)
+        reading._serve(connection)
+        connection.close()
+
+    def start() -> tuple[Connection, SimpleNamespace]:
+        ours, theirs = multiprocessing.Pipe()
+        thread = threading.Thread(target=serve, args=(theirs,), daemon=True)
+        thread.start()
+        return ours, SimpleNamespace(kill=ours.close, join=thread.join)
+
+    monkeypatch.setattr(reading, "_start_worker", start)
+    pieces = [(start, start + 8) for start in range(0, 96, 8)]
+    read = list(reading.read_pieces(Bulky(), pieces, 3))
+    assert sorted((piece.start, piece.stop) for piece in read) == pieces
+    for piece in read:
+        np.testing.assert_array_equal(piece.pixels, [item(index) for index in range(piece.start, piece.stop)])
+
+
+def test_a_process_whose_parent_dies_within_a_message_just_ends() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    os.write(ours.fileno(), struct.pack("!i", 100) + b"the first of a hundred bytes")
+    ours.close()
+    reading._serve(theirs)
 
 
 def test_reading_processes_import_no_torch() -> None:

@@ -75,6 +75,9 @@ def dhariwal(image: Image.Image, side: int) -> np.ndarray:
         ("imagenet", "prepare imagenet needs PATH, the archive or folder with the images"),
         ("cifar10", "prepare cifar10 needs PATH, the archive or folder with the images, or --download"),
         ("folder x", "prepare folder needs --resolution N, height and width of the images to make"),
+        ("parquet x", "prepare parquet needs --resolution N, height and width of the images to make"),
+        ("folder x --label-column y", "prepare folder does not take --label-column; it takes PATH,"),
+        ("parquet nowhere --resolution 8", "nowhere: there is nothing here"),
         ("folder x --resolution 0", "--resolution is 0; it must be at least 1"),
         ("folder x --resolution big", "--resolution big: expected an integer"),
         ("imagenet x --processes 0", "--processes is 0; it must be at least 1"),
@@ -116,7 +119,8 @@ def test_folders_of_synsets_become_imagenet_at_64_pixels(capsys) -> None:
     }
     assert main(["prepare", "imagenet", "train", "--processes", "1"]) == 0
     said, complained = capsys.readouterr()
-    assert said == "imagenet: data/imagenet64, 4 images of 64x64 RGB in 2 classes\n"
+    holds = "4 images of 64x64 RGB in 2 classes: n01440764, n15075141"
+    assert said == f"imagenet: data/imagenet64, {holds}\n"
     incomplete = "incomplete: 4 of 1,281,167 images, 2 of 1,000 classes"
     assert f"ImageNet ILSVRC 2012, training set is {incomplete}\n" in complained
     store = open_store(Path("data/imagenet64"))

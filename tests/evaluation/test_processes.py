@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +17,9 @@ import torch
 from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.evaluation import chunks, evaluate
+from ict_fast.evaluation import chunks, evaluate, processes
 from ict_fast.evaluation.chunks import Chunk, Finished, Work, generated_chunks, reference_chunks
 from ict_fast.evaluation.measured_reference import MeasuredReference, keep, read_cached
-from ict_fast.evaluation.processes import threads_each
 from ict_fast.evaluation.statistics import Statistics
 
 COUNT = 2100  # three chunks, the last one short
@@ -223,5 +221,5 @@ def test_chunks_hold_every_image_once(count: int) -> None:
 
 def test_the_processes_share_the_cores_that_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
-    assert threads_each(3) == 4
+    monkeypatch.setattr(processes, "usable_cores", lambda: 12)
+    assert processes.threads_each(3) == 4

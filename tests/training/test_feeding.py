@@ -130,6 +130,18 @@ def test_a_loader_that_cannot_be_used_says_why(
     assert "7 bytes are free" in rate.reason
 
 
+def test_a_loader_that_breaks_says_so_in_its_row_and_the_others_are_measured(
+    at_once: None, monkeypatch: pytest.MonkeyPatch, digits_store: Path
+) -> None:
+    def fail(self: object, step: int) -> None:
+        raise RuntimeError("CUDA error: out of luck\nStacktrace (12 entries):")
+
+    monkeypatch.setattr(LOADERS["resident"], "_load", fail)
+    found = measure(digits_store, None, 16, progress=ignore)
+    assert found.loaders["resident"] == Rate(None, reason="CUDA error: out of luck")
+    assert found.loaders["memmap"].images_per_second > 0
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, digits_store: Path) -> Callable[..., tuple[Rate, list[int]]]:
     """Measures a step on a GPU that has the given rates, by batch size; beyond them its memory ends."""

@@ -643,7 +643,7 @@ def test_a_run_that_saves_between_its_losses_goes_on_whatever_lies_beside_its_ch
     (tmp_path / "run/checkpoints/step-00005000").mkdir(parents=True)
     monkeypatch.setenv("ICT_FAST_OUTCOMES", "")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))  # as under SLURM, of 96
+    monkeypatch.setattr(processes, "usable_cores", lambda: 12)  # as under SLURM, of 96
     saved, losses, threads = [4000], [4100, 4200, 4300, 4300, 4300, 4300], set()
 
     def attempt(work: object, count: int, first: bool, folder: Path, traceback: Path) -> tuple[str, None]:

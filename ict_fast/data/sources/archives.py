@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -12,12 +11,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ict_fast.data.progress import narrated
-from ict_fast.data.sources.damage import DAMAGED_ZIP
+from ict_fast.data.sources.class_folders import say_what_does_not_count, training_part
 from ict_fast.data.sources.folder_files import IMAGE_SUFFIXES, say_passed_over
+from ict_fast.data.sources.ilsvrc import PACKED_AT
 from ict_fast.data.sources.image_source import EncodedFiles, ImageSource
 from ict_fast.data.sources.name_table import NameTable
 from ict_fast.data.sources.tar_files import TarFiles, tar_members
-from ict_fast.data.sources.zip_files import check_members, zip_files, zip_members
+from ict_fast.data.sources.zip_files import checked_members, is_zip, zip_files
 from ict_fast.errors import InputError
 
 
@@ -30,16 +30,14 @@ def archive_source(archive: Path, *, crop: str, resolution: int, image_channels:
         archive: a tar or a ZIP.
         crop, resolution, image_channels: as `folder_source`.
     Raises:
-        InputError: no such archive, a damaged one, or one with a member that could mean harm; no images, or
-            images beside folders of images.
+        InputError: no such archive, a damaged one, or one with a member that could mean harm; no images,
+            images beside folders of images, or the parts of a data set where classes should be.
     """
     try:
-        with archive.open("rb") as file:
-            is_zip = file.read(2) == b"PK"
-        files = _in_zip(archive) if is_zip else _in_tar(archive)
+        files = _in_zip(archive) if is_zip(archive) else _in_tar(archive)
     except OSError as error:
         raise InputError(f"{archive}: cannot be read: {error.strerror or error}") from error
-    folders = [folder for folder, _ in _places(files.name(index) for index in range(len(files)))]
+    folders, paths = zip(*_places(files.name(index) for index in range(len(files))), strict=True)
     classes = sorted(set(folders) - {""})
     if classes and "" in folders:
         top = files.name(folders.index(""))
@@ -47,6 +45,16 @@ def archive_source(archive: Path, *, crop: str, resolution: int, image_channels:
             f"{archive}: has images ({top}) beside folders ({classes[0]}); it must hold either images without"
             " labels, or one folder per class"
         )
+    if part := training_part(classes):
+        index = folders.index(part)
+        inside = files.name(index).removesuffix(paths[index]) + part
+        taken = "; `ict-fast prepare imagenet` takes it as it is" if inside in PACKED_AT else ""
+        raise InputError(
+            f"{archive}: has {', '.join(classes)}, which are parts of a data set and not classes; pack"
+            f" {inside} alone, or unpack it and name that folder{taken}"
+        )
+    if classes:
+        say_what_does_not_count(archive, paths)
     labels = np.searchsorted(np.array(classes), folders) if classes else np.zeros(len(files))
     return ImageSource(
         name=f"images of the archive {archive.name}",
@@ -60,18 +68,9 @@ def archive_source(archive: Path, *, crop: str, resolution: int, image_channels:
 
 
 def _in_zip(archive: Path) -> EncodedFiles:
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            members, status = zip_members(opened), archive.stat()
-        check_members(archive, members, status.st_size)
-        by_name = {member.filename: member for member in members if not member.is_dir()}
-    except DAMAGED_ZIP as error:
-        raise InputError(f"{archive}: not a whole ZIP ({error}); get it again") from error
-    chosen = [by_name[name] for name in _images(archive, by_name)]
-    for member in chosen:
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise InputError(f"{archive}: {member.filename} is neither stored nor deflated; pack it as usual")
-    return zip_files(archive, chosen, status.st_mtime_ns)
+    members, modified = checked_members(archive)
+    by_name = {member.filename: member for member in members if not member.is_dir()}
+    return zip_files(archive, [by_name[name] for name in _images(archive, by_name)], modified)
 
 
 def _in_tar(archive: Path) -> EncodedFiles:

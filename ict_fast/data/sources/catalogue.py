@@ -18,6 +18,17 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "imagenet-npz": ("path", "processes", "restart"),
     "edm-zip": ("path", "processes", "max_rejected", "restart"),
     "folder": ("path", "resolution", "crop", "channels", "processes", "max_rejected", "restart"),
+    "parquet": (
+        "path",
+        "resolution",
+        "crop",
+        "channels",
+        "image_column",
+        "label_column",
+        "processes",
+        "max_rejected",
+        "restart",
+    ),
 }
 """What each source takes beside --out."""
 
@@ -40,8 +51,8 @@ def check_options(source: str, given: Mapping[str, Any]) -> None:
     if "path" in taken and given["path"] is None and not given["download"]:
         instead = ", or --download" if "download" in taken else ""
         raise InputError(f"prepare {source} needs PATH, the archive or folder with the images{instead}")
-    if source == "folder" and given["resolution"] is None:
-        raise InputError("prepare folder needs --resolution N, height and width of the images to make")
+    if source in ("folder", "parquet") and given["resolution"] is None:
+        raise InputError(f"prepare {source} needs --resolution N, height and width of the images to make")
     for name in ("resolution", "processes"):
         if given[name] is not None and given[name] < 1:
             raise InputError(f"--{name} is {given[name]}; it must be at least 1")
@@ -76,7 +87,10 @@ def open_source(source: str, given: Mapping[str, Any]) -> Source:
     from ict_fast.data.sources.download import download_cifar10
     from ict_fast.data.sources.edm_zip import edm_zip_source
     from ict_fast.data.sources.folder_files import folder_source, ilsvrc_folder_source
+    from ict_fast.data.sources.ilsvrc_zip import ilsvrc_zip_source
+    from ict_fast.data.sources.parquet_files import parquet_in, parquet_source
     from ict_fast.data.sources.tar_files import ilsvrc_tar_source
+    from ict_fast.data.sources.zip_files import is_zip
 
     path = given["path"] or Path("data")
     crop, resolution = given["crop"] or "center-crop-dhariwal", given["resolution"] or 64
@@ -86,11 +100,28 @@ def open_source(source: str, given: Mapping[str, Any]) -> Source:
         return ImagenetNpzSource(path)
     if source == "edm-zip":
         return edm_zip_source(path)
-    if source == "imagenet":
-        open_ilsvrc = ilsvrc_tar_source if path.is_file() else ilsvrc_folder_source
-        return open_ilsvrc(path, crop=crop, resolution=resolution)
-    open_images = archive_source if path.is_file() else folder_source
-    return open_images(path, crop=crop, resolution=resolution, image_channels=int(given["channels"] or 3))
+    channels = int(given["channels"] or 3)
+    if source == "parquet":
+        return parquet_source(
+            path,
+            crop=crop,
+            resolution=resolution,
+            image_channels=channels,
+            image_column=given["image_column"],
+            label_column=given["label_column"],
+        )
+    try:
+        if source == "imagenet":
+            if not path.is_file():
+                return ilsvrc_folder_source(path, crop=crop, resolution=resolution)
+            open_archive = ilsvrc_zip_source if is_zip(path) else ilsvrc_tar_source
+            return open_archive(path, crop=crop, resolution=resolution)
+        open_images = archive_source if path.is_file() else folder_source
+        return open_images(path, crop=crop, resolution=resolution, image_channels=channels)
+    except InputError as error:
+        if found := parquet_in(path):
+            raise InputError(f"{error}; {found} is for `ict-fast prepare parquet`") from error
+        raise
 
 
 def _spelled(option: str) -> str:

@@ -1,22 +1,25 @@
 """Images in folders: any folder, with a class per subfolder or without, and ILSVRC's folders of synsets.
 
 Files are told by their suffix, in any case; others are passed over and counted, hidden ones passed over. What
-lies deeper than a class's folder belongs to that class. Links to files are followed everywhere, links to
-folders only where they stand for a class, and lead to no folder above it: a ring would have no end.
+lies deeper than a class's folder belongs to that class. Links are followed, but for those that lead back to a
+folder that they lie in: a ring would have no end.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ict_fast.data.progress import narrated
+from ict_fast.data.sources.class_folders import say_what_does_not_count, training_part
 from ict_fast.data.sources.ilsvrc import PACKED_AT, SYNSET, training_set
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage
 from ict_fast.data.sources.image_source import ImageSource
@@ -25,6 +28,19 @@ from ict_fast.errors import InputError
 from ict_fast.screen import say
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif")
+
+# What an error says of one file. Others, such as EIO and ESTALE, are those of a disk or a network, and pass.
+_OF_THE_FILE = frozenset(
+    (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -49,15 +65,17 @@ class FolderFiles:
         return hashlib.sha256(self.listing[start:stop].tobytes()).hexdigest()
 
     def read(self, index: int) -> bytes:
-        """As `EncodedFiles.read`. A file that cannot be read is a bad image: the others may be good."""
+        """As `EncodedFiles.read`. A file that may not be read is a bad image: the others may be good."""
         path = self.root / self.names[index]
         try:
-            if not path.is_file() and path.exists():  # a pipe would be waited for
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
                 raise RejectedImage("not a file")
             with path.open("rb") as file:
                 content = file.read(MAX_ENCODED_BYTES + 1)
         except OSError as error:
-            raise RejectedImage(f"cannot be read: {error.strerror or error}") from error
+            if error.errno in _OF_THE_FILE and self.root.is_dir():  # if not, all of them have gone
+                raise RejectedImage(f"cannot be read: {error.strerror or error}") from error
+            raise OSError(error.errno, error.strerror, str(path)) from error  # `read` does not name it
         if len(content) > MAX_ENCODED_BYTES:
             raise RejectedImage(f"a file of more than {MAX_ENCODED_BYTES} bytes")
         return content
@@ -72,7 +90,8 @@ def folder_source(root: Path, *, crop: str, resolution: int, image_channels: int
         resolution: R, pixels.
         image_channels: 1 for grey, 3 for RGB.
     Raises:
-        InputError: no images, images beside folders of images, or a folder without any.
+        InputError: no images, images beside folders of images, a folder without any, or the parts of a data
+            set, such as train and val, where classes should be.
     """
     _require_folder(root)
     classes = _subfolders(root)
@@ -83,8 +102,16 @@ def folder_source(root: Path, *, crop: str, resolution: int, image_channels: int
             f"{root}: has images ({min(top)}) beside folders ({classes[0]}); a folder has either images"
             " without labels, or one folder per class"
         )
+    part = training_part(classes)
+    if part and (len(classes) > 1 or _subfolders(root / part)):
+        raise InputError(
+            f"{root}: has {', '.join(classes)}, which are parts of a data set and not classes; name"
+            f" {root / part}"
+        )
     files, labels = _list_classes(root, classes, passed_over) if classes else (_list_files(root, top), None)
     say_passed_over(root, passed_over)
+    if classes:
+        say_what_does_not_count(root, files.names)
     return ImageSource(
         name=f"images of the folder {root.absolute().name}",
         files=files,
@@ -169,8 +196,10 @@ def _list_files(root: Path, names: list[str]) -> FolderFiles:
         try:
             status = os.stat(root / name)
             seen = (name, status.st_size, status.st_mtime_ns)
-        except OSError:  # a link that leads nowhere; reading it will say so
-            seen = (name, -1, -1)
+        except OSError as error:
+            if error.errno not in _OF_THE_FILE:
+                raise InputError(f"{root / name}: cannot be read: {error.strerror}") from error
+            seen = (name, -1, -1)  # a link that leads nowhere; reading it will say so
         listing += hashlib.blake2b(repr(seen).encode(), digest_size=16).digest()
     return FolderFiles(root, NameTable(names), np.frombuffer(bytes(listing), np.uint8).reshape(-1, 16))
 
@@ -185,14 +214,21 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _subfolders(root: Path) -> list[str]:
     """Names of the folders in it, but for images and for links that lead back."""
-    found = []
-    for entry in _entries(root):
-        if not _is_image(entry.name) and _is_folder(entry):
-            if entry.is_symlink() and root.resolve().is_relative_to(Path(entry.path).resolve()):
-                say(f"{entry.path}: passed over, a link to a folder that it lies in")
-            else:
-                found.append(entry.name)
-    return sorted(found)
+    return sorted(
+        entry.name
+        for entry in _entries(root)
+        if not _is_image(entry.name) and _is_folder(entry) and not _leads_back(entry, [root.resolve()])
+    )
+
+
+def _leads_back(entry: os.DirEntry[str], inside: Iterable[Path]) -> bool:
+    """Whether it is a link to one of those resolved folders or to one above; such a link is said."""
+    if not entry.is_symlink():
+        return False
+    target = Path(entry.path).resolve()
+    if back := any(folder.is_relative_to(target) for folder in inside):
+        say(f"{entry.path}: passed over, a link to a folder that it lies in")
+    return back
 
 
 def _images_of(entries: list[os.DirEntry[str]], passed_over: Counter[str]) -> list[str]:
@@ -205,13 +241,22 @@ def _images_of(entries: list[os.DirEntry[str]], passed_over: Counter[str]) -> li
     return sorted(entry.name for entry in entries if _is_image(entry.name))
 
 
-def _images_below(root: Path, folder: str, passed_over: Counter[str]) -> Iterator[str]:
+def _images_below(
+    root: Path, folder: str, passed_over: Counter[str], linked_from: tuple[Path, ...] = ()
+) -> Iterator[str]:
+    """Names relative to `root`; `linked_from` holds the resolved folders whose links have led here."""
     entries = _entries(root / folder)
     for name in _images_of(entries, passed_over):
         yield f"{folder}/{name}"
     for entry in entries:
-        if not _is_image(entry.name) and entry.is_dir(follow_symlinks=False):
-            yield from _images_below(root, f"{folder}/{entry.name}", passed_over)
+        if _is_image(entry.name) or not _is_folder(entry):
+            continue
+        inside = linked_from
+        if entry.is_symlink():
+            inside = (*linked_from, root.resolve(), (root / folder).resolve())
+            if _leads_back(entry, inside):
+                continue
+        yield from _images_below(root, f"{folder}/{entry.name}", passed_over, inside)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

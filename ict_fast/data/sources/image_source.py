@@ -30,7 +30,7 @@ class EncodedFiles(Protocol):
 
         Raises:
             RejectedImage: if this one cannot be read.
-            OSError: if none can, because the archive that holds them cannot.
+            OSError: if that says nothing of this one: the archive, the disk or the network fails.
         """
 
 

@@ -1,7 +1,8 @@
 """ILSVRC2012_img_train.tar, read in place: 138 GB need not be extracted.
 
 The archive holds one archive per synset (`n01440764.tar`, of `n01440764_10026.JPEG`), as it is distributed,
-or folders of the synsets (`train/n01440764/n01440764_10026.JPEG`), as people pack it again.
+or folders of the synsets (`train/n01440764/n01440764_10026.JPEG`), as people pack it again. Kaggle's has the
+validation and test sets too; they are passed over.
 """
 
 from __future__ import annotations
@@ -20,11 +21,20 @@ import numpy as np
 
 from ict_fast.data.progress import narrated
 from ict_fast.data.sources.folder_files import IMAGE_SUFFIXES, say_passed_over
-from ict_fast.data.sources.ilsvrc import SYNSET, training_set
+from ict_fast.data.sources.ilsvrc import (
+    SYNSET,
+    is_held_out,
+    one_parent,
+    say_held_out,
+    synset_of,
+    training_source,
+)
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.sources.name_table import NameTable
 from ict_fast.errors import InputError
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -96,32 +106,29 @@ def ilsvrc_tar_source(archive: Path, *, crop: str, resolution: int) -> ImageSour
     for member, following in itertools.pairwise(members):
         if member[:2] == following[:2]:
             raise InputError(f"{archive}: has the member {member.name} twice; it is refused")
-    if not members:
+    training = [member for member in members if member.synset]
+    if not training:
         raise InputError(f"{archive}: has no images ({', '.join(IMAGE_SUFFIXES)})")
+    say_held_out(archive, len(members) - len(training))
     say_passed_over(archive, passed_over)
-    classes = sorted({member.synset for member in members})
     files = TarFiles(
         archive,
-        NameTable(member.name for member in members),
-        np.array([member.offset for member in members], np.int64),
-        np.array([member.size for member in members], np.int64),
+        NameTable(member.name for member in training),
+        np.array([member.offset for member in training], np.int64),
+        np.array([member.size for member in training], np.int64),
         status.st_mtime_ns,
     )
-    return ImageSource(
-        name=training_set(len(files), len(classes)),
-        files=files,
-        crop=crop,
-        resolution=resolution,
-        image_channels=3,
-        classes=classes,
-        labels=np.searchsorted(np.array(classes), [member.synset for member in members]).astype(np.int64),
-    )
+    synsets = [member.synset for member in training]
+    return training_source(files, synsets, crop=crop, resolution=resolution)
 
 
 def _images(
     file: BinaryIO, archive: Path, start: int, synset: str, passed_over: Counter[str]
 ) -> Iterator[_Member]:
-    """The images of the archive that begins at byte `start`; inside a synset's own archive, all are its."""
+    """The images of the archive that begins at byte `start`; inside a synset's own archive, all are its.
+
+    Those of Kaggle's validation and test sets have no synset.
+    """
     inside = f" inside {synset}.tar" if synset else ""
     archives: set[str] = set()
     as_folders: set[str] = set()
@@ -131,14 +138,15 @@ def _images(
         path = PurePosixPath(member.name)
         if any(part.startswith(".") for part in path.parts):
             continue
+        held_out = not synset and is_held_out(path)
         folder = path if member.isdir() else path.parent
-        folders = [part for part in folder.parts if SYNSET.fullmatch(part)]
+        folders = [part for part in folder.parts if SYNSET.fullmatch(part) and not held_out]
         as_folders.update(folders[-1:])
         if not synset and path.suffix == ".tar" and SYNSET.fullmatch(path.stem):
             if path.stem in archives:
                 raise InputError(f"{archive}: has {path.name} twice; it is refused")
             archives.add(path.stem)
-            parent = _one_parent(archive, parent, path)
+            parent = one_parent(archive, parent, path)
             found = list(_images(file, archive, member.offset_data, path.stem, passed_over))
             end = member.offset_data + member.size
             if any(image.offset + image.size > end for image in found):
@@ -148,30 +156,15 @@ def _images(
             with_images.add(path.stem)
             yield from found
         elif member.isreg() and path.suffix.lower() in IMAGE_SUFFIXES:
-            if not synset and not folders:
-                raise InputError(
-                    f"{archive}: {member.name!r} lies in no folder named as a synset, such as n01440764"
-                )
-            if not synset:
-                parent = _one_parent(archive, parent, path)
+            of = synset
+            if not synset and not held_out:
+                of, parent = synset_of(archive, path), one_parent(archive, parent, path)
             with_images.update(folders[-1:])
-            yield _Member(synset or folders[-1], str(path), member.offset_data, member.size)
+            yield _Member(of, str(path), member.offset_data, member.size)
         elif member.isreg():
             passed_over[path.suffix.lower() or "without a suffix"] += 1
     if not synset and as_folders - with_images:
         raise InputError(f"{archive}: {min(as_folders - with_images)} is a class without images")
-
-
-def _one_parent(archive: Path, before: str | None, path: PurePosixPath) -> str:
-    """The folder that holds the synset of `path`; must be the one of those before."""
-    parts = itertools.takewhile(lambda part: not SYNSET.fullmatch(part.removesuffix(".tar")), path.parts)
-    found = "/".join(parts) or "."
-    if before not in (None, found):
-        raise InputError(
-            f"{archive}: has synsets in {before} and in {found}, as of a training and a validation set; pack"
-            " one of them alone, or unpack it and name its folder"
-        )
-    return found
 
 
 def tar_members(file: BinaryIO, archive: Path, start: int = 0, inside: str = "") -> Iterator[tarfile.TarInfo]:
@@ -182,8 +175,16 @@ def tar_members(file: BinaryIO, archive: Path, start: int = 0, inside: str = "")
         archive: its path.
         inside: words for an archive inside it.
     Raises:
-        InputError: a truncated or damaged archive, or one with a member that could mean harm.
+        InputError: a compressed, truncated or damaged archive, or one with a member that could mean harm.
     """
+    file.seek(start)
+    begins = file.read(6)
+    for magic, program in _COMPRESSED.items():
+        if begins.startswith(magic):
+            raise InputError(
+                f"{archive}: compressed{inside} by {program}, and read in place: decompress it first"
+                f" ({program} -dk), and name what that makes"
+            )
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as opened:

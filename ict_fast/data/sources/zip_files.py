@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ict_fast.data.sources.damage import DAMAGED_ZIP
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage
 from ict_fast.data.sources.name_table import NameTable
 from ict_fast.errors import InputError
@@ -79,8 +80,38 @@ def zip_members(opened: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return members
 
 
+def is_zip(archive: Path) -> bool:
+    """Whether a file begins as a ZIP does, and can be read."""
+    with suppress(OSError), archive.open("rb") as file:
+        return file.read(2) == b"PK"
+    return False
+
+
+def checked_members(archive: Path) -> tuple[list[zipfile.ZipInfo], int]:
+    """The members of a ZIP, folders included, and its date of change in nanoseconds.
+
+    Raises:
+        InputError: as `check_members`; a damaged archive.
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members, status = zip_members(opened), archive.stat()
+        check_members(archive, members, status.st_size)
+    except DAMAGED_ZIP as error:
+        raise InputError(f"{archive}: not a whole ZIP ({error}); get it again") from error
+    return members, status.st_mtime_ns
+
+
 def zip_files(archive: Path, members: Sequence[zipfile.ZipInfo], modified: int) -> ZipFiles:
-    """Those members of an archive, in that order; `check_members` has let them pass."""
+    """Those members of an archive, in that order; `check_members` has let them pass.
+
+    Raises:
+        InputError: a member that is neither stored nor deflated.
+    """
+    for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(f"{archive}: {member.filename} is neither stored nor deflated; pack it as usual")
     packed = [0 if each.compress_type == zipfile.ZIP_STORED else each.compress_size for each in members]
     return ZipFiles(
         archive,

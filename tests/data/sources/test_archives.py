@@ -136,9 +136,39 @@ def test_a_member_twice_and_a_compressed_tar_are_refused(tmp_path: Path) -> None
         archive_source(tmp_path / "a", **OPTIONS)
     with tarfile.open(tmp_path / "a", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("1.png"))
-    with pytest.raises(InputError, match="if it is compressed, decompress it first"):
+    with pytest.raises(
+        InputError, match=r"compressed by gzip, and read in place: decompress it first \(gzip -dk\)"
+    ):
         archive_source(tmp_path / "a", **OPTIONS)
     with zipfile.ZipFile(tmp_path / "a", "w", zipfile.ZIP_LZMA) as zipped:
         zipped.writestr("1.png", image(0))
     with pytest.raises(InputError, match=r"1\.png is neither stored nor deflated"):
         archive_source(tmp_path / "a", **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", ["", "imagenette2/"])
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path, kind: str, prefix: str) -> None:
+    names = [f"{prefix}{part}/{each}/1.png" for part in ("train", "val") for each in ("cat", "dog")]
+    both = pack(tmp_path / "a", kind, dict.fromkeys(names, image(0)))
+    with pytest.raises(InputError, match=rf"has train, val, which are parts .*; pack {prefix}train alone"):
+        archive_source(both, **OPTIONS)
+    one = pack(tmp_path / "b", kind, dict.fromkeys(names[:2], image(0)))
+    assert archive_source(one, **OPTIONS).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_has_imagenet_of_kaggle_is_sent_to_its_own_source(tmp_path: Path, kind: str) -> None:
+    tree = "ILSVRC/Data/CLS-LOC"
+    names = [f"{tree}/train/n01440764/1.JPEG", f"{tree}/val/1.JPEG", f"{tree}/test/1.JPEG"]
+    with pytest.raises(InputError, match=r"has test, train, val, .*; `ict-fast prepare imagenet` takes it"):
+        archive_source(pack(tmp_path / "a", kind, dict.fromkeys(names, image(0))), **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_that_look_more_like_classes_are_said(tmp_path: Path, kind: str, capsys) -> None:
+    names = [f"photos/{year}/{each}/1.png" for year in (2019, 2020) for each in ("cat", "dog")]
+    archive_source(pack(tmp_path / "a", kind, dict.fromkeys(names, image(0))), **OPTIONS)
+    assert (
+        "directly in it (2019, 2020); those in several of them (cat, dog) do not" in capsys.readouterr().err
+    )

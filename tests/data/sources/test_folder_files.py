@@ -1,7 +1,10 @@
 """Folders of images against the same folders read by hand: order, classes, pixels; what is wrong in them."""
 
+import errno
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,14 +87,20 @@ def test_ilsvrc_classes_are_the_sorted_synsets(tmp_path: Path) -> None:
     assert (source.recipe, source.image_channels) == ("16x16 RGB, center-crop-dhariwal", 3)
 
 
-def test_links_to_files_and_to_classes_are_followed_and_rings_are_not(tmp_path: Path) -> None:
+def test_links_are_followed_and_rings_are_not(tmp_path: Path, capsys) -> None:
     draw(tmp_path / "elsewhere/1.png")
+    draw(tmp_path / "apart/2.png")
     root = tmp_path / "root"
     draw(root / "a/1.png")
     (root / "a/2.png").symlink_to(tmp_path / "elsewhere/1.png")
-    (root / "a/ring").symlink_to(root / "a")
+    (root / "a/more").symlink_to(tmp_path / "apart")
     (root / "b").symlink_to(tmp_path / "elsewhere")
-    assert names(folder_source(root, **FOLDER)) == ["a/1.png", "a/2.png", "b/1.png"]
+    rings = {"a/self": root / "a", "a/more/out and in": root / "a", "a/root": root, "b/root": root}
+    for link, target in rings.items():
+        (root / link).symlink_to(target)
+    assert names(folder_source(root, **FOLDER)) == ["a/1.png", "a/2.png", "a/more/2.png", "b/1.png"]
+    said = [f"{root}/{link}: passed over, a link to a folder that it lies in" for link in rings]
+    assert sorted(capsys.readouterr().err.splitlines()) == sorted(said)
 
 
 def test_links_that_lead_back_are_passed_over_and_said(tmp_path: Path, capsys) -> None:
@@ -164,6 +173,49 @@ def test_a_file_that_may_not_be_read_is_rejected(tmp_path: Path, monkeypatch: py
     assert source.read(0, 1)[1] == {0: "cannot be read: Permission denied"}
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM])
+@pytest.mark.parametrize("call", ["open", "read", "stat"])
+def test_an_error_that_passes_makes_no_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    draw(tmp_path / "a.png")
+    source = folder_source(tmp_path, **FOLDER)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    file = SimpleNamespace(read=fail)
+    opened = fail if call == "open" else lambda self, mode: nullcontext(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        if call == "stat":
+            patch.setattr(Path, "stat", fail)
+        with pytest.raises(OSError, match=rf"{os.strerror(code)}: '{tmp_path}/a\.png'") as caught:
+            source.read(0, 1)
+    assert caught.value.errno == code
+    assert source.read(0, 1)[1] == {}
+
+
+def test_a_folder_that_has_gone_makes_no_bad_images(tmp_path: Path) -> None:
+    draw(tmp_path / "disk/a.png")
+    source = folder_source(tmp_path / "disk", **FOLDER)
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    with pytest.raises(FileNotFoundError, match=r"disk/a\.png"):
+        source.read(0, 1)
+
+
+def test_an_error_that_passes_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "a.png")
+
+    def fail(path: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_files.os, "stat", fail)
+        with pytest.raises(InputError, match=r"a\.png: cannot be read: Input/output error"):
+            folder_files._list_files(tmp_path, ["a.png"])
+
+
 def test_the_identity_changes_with_whatever_changes_the_pixels(tmp_path: Path) -> None:
     draw(tmp_path / "a/1.png", 1)
     draw(tmp_path / "b/2.png", 2)
@@ -206,6 +258,48 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty: a class without images.*remove the folder"):
         folder_source(tmp_path, **FOLDER)
+
+
+@pytest.mark.parametrize("parts", [["train", "val"], ["Test", "Training", "valid"], ["train"]])
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path, parts: list[str]) -> None:
+    for part in parts:
+        draw(tmp_path / part / "cat/1.png")
+        draw(tmp_path / part / "dog/2.png")
+    training = tmp_path / next(part for part in parts if part.lower().startswith("train"))
+    with pytest.raises(InputError, match=rf"parts of a data set and not classes; name {training}$"):
+        folder_source(tmp_path, **FOLDER)
+    assert folder_source(training, **FOLDER).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("folders", [["train", "bus"], ["train"]])
+def test_a_train_is_a_class_beside_a_bus_and_where_it_holds_images(
+    tmp_path: Path, folders: list[str]
+) -> None:
+    for folder in folders:
+        draw(tmp_path / folder / "1.png")
+    assert folder_source(tmp_path, **FOLDER).classes == sorted(folders)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            ["2019/cat/1", "2019/dog/2", "2020/cat/3", "2020/dog/4"],
+            "{place}: its classes are the folders directly in it (2019, 2020); those in several of them"
+            " (cat, dog) do not count\n",
+        ),
+        (["cat/images/1", "dog/images/2"], ""),
+        (["cat/old/1", "cat/new/2", "dog/old/3", "dog/new/4", "dog/5"], ""),
+        (["cat/old/1", "cat/new/2", "dog/red/3", "dog/blue/4"], ""),
+    ],
+)
+def test_folders_that_look_more_like_classes_are_said(
+    tmp_path: Path, files: list[str], said: str, capsys
+) -> None:
+    for name in files:
+        draw(tmp_path / f"{name}.png")
+    folder_source(tmp_path, **FOLDER)
+    assert capsys.readouterr().err == said.format(place=tmp_path)
 
 
 def test_ilsvrcs_folders_are_told_from_others(tmp_path: Path) -> None:

@@ -113,6 +113,23 @@ def test_a_training_and_a_validation_set_are_not_mixed(
         ilsvrc_tar_source(archive, **OPTIONS)
 
 
+def test_of_kaggles_tree_the_training_set_is_taken(archive: Path, capsys) -> None:
+    tree = "ILSVRC/Data/CLS-LOC"
+    members = {
+        "ILSVRC/Annotations/CLS-LOC/val/ILSVRC2012_val_1.xml": b"x",
+        f"{tree}/test/ILSVRC2012_test_1.JPEG": jpeg(0),
+        **{f"{tree}/train/{name}": data for name, data in images().items()},
+        f"{tree}/val/ILSVRC2012_val_1.JPEG": jpeg(1),
+        f"{tree}/val/n09999999/ILSVRC2012_val_2.JPEG": jpeg(2),  # as some people sort it
+    }
+    archive.write_bytes(tar(members))
+    source = ilsvrc_tar_source(archive, **OPTIONS)
+    assert source.classes == sorted(SYNSETS)
+    assert list(source.files.names) == sorted(f"{tree}/train/{name}" for name in images())
+    said = "takes CLS-LOC/train only, and passed over 3 images of CLS-LOC/val and /test"
+    assert f"{archive}: {said}\n" in capsys.readouterr().err
+
+
 def test_what_is_passed_over_and_what_is_missing_is_said(archive: Path, capsys) -> None:
     members = {"n01440764/a.JPEG": jpeg(0), "n01440764/b.tiff": b"x", "README": b"x", ".hidden": b"x"}
     archive.write_bytes(tar(members))
@@ -253,8 +270,15 @@ def test_what_is_no_plain_tar_is_refused(archive: Path, tmp_path: Path) -> None:
         ilsvrc_tar_source(archive, **OPTIONS)
     with tarfile.open(archive, "w:gz") as packed:
         packed.addfile(tarfile.TarInfo("n01440764/a.JPEG"))
-    with pytest.raises(InputError, match="if it is compressed, decompress it first"):
+    with pytest.raises(
+        InputError, match=r"compressed by gzip, and read in place: decompress it first \(gzip -dk\)"
+    ):
         ilsvrc_tar_source(archive, **OPTIONS)
+    for mode in ("bz2", "xz"):
+        with tarfile.open(archive, f"w:{mode}"):
+            pass
+        with pytest.raises(InputError, match=rf"compressed by {mode.replace('bz2', 'bzip2')}, "):
+            ilsvrc_tar_source(archive, **OPTIONS)
     archive.write_bytes(jpeg(0))
     with pytest.raises(InputError, match="not a whole tar"):
         ilsvrc_tar_source(archive, **OPTIONS)

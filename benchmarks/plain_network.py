@@ -23,7 +23,13 @@ from ict_fast import consistency
 from ict_fast.config import Config
 from ict_fast.consistency.model import noise_condition
 from ict_fast.networks.casts import TrunkCasts
-from ict_fast.networks.layers import FirDownsample, FirUpsample, NearestUpsample, ResidualBlock
+from ict_fast.networks.layers import (
+    FirDownsample,
+    FirUpsample,
+    NearestUpsample,
+    ResidualBlock,
+    SelfAttention,
+)
 from ict_fast.networks.tf32 import TrunkConv2d
 from ict_fast.training.step import TrainStep
 from ict_kernels import GroupNormSiLU, NoiseLevels, noise_level_grid, noise_level_probabilities
@@ -127,6 +133,13 @@ def use_nchw(network: Any) -> None:
                     setattr(module, name, TorchConvolution(child))
                 elif isinstance(child, NearestUpsample):
                     setattr(module, name, nn.Upsample(scale_factor=2))
+            if isinstance(module, SelfAttention):
+                module.qkv.register_forward_hook(_heads_together)
+
+
+def _heads_together(qkv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Else attention, which wants the channels of a head beside each other, is two products in fp32."""
+    return output.contiguous(memory_format=torch.channels_last)
 
 
 class TorchObjective:

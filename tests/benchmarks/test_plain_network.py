@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ict_fast import presets
 from ict_fast.training.step import TrainStep
@@ -56,7 +57,10 @@ def test_torchs_layers_give_the_networks_outputs_and_gradients(network: dict[str
 
 
 @pytest.mark.parametrize("network", ["ncsnpp", "adm"])
-def test_in_nchw_no_layer_of_a_block_sees_another_layout(network: str) -> None:
+def test_in_nchw_no_layer_of_a_block_sees_another_layout(
+    network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But attention, which is quick only where the channels of a head lie beside each other."""
     settings = config(name=network)
     step = TrainStep(settings, CPU)
     plain_network.make_plain(step, nchw=True)
@@ -65,17 +69,25 @@ def test_in_nchw_no_layer_of_a_block_sees_another_layout(network: str) -> None:
     def note(module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         seen.append((type(module).__name__, inputs[0].is_contiguous(), output.is_contiguous()))
 
+    attention, strides = F.scaled_dot_product_attention, set()
+
+    def noting(*given: torch.Tensor) -> torch.Tensor:
+        strides.update(each.stride(-1) for each in given)
+        return attention(*given)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
     norms_and_convolutions = (plain_network.TorchNorm, plain_network.TorchConvolution)
     for block in step.network.blocks():
         for module in block.modules():
             assert not isinstance(module, plain_network.TrunkConv2d)
             if isinstance(module, norms_and_convolutions):
-                module.register_forward_hook(note)
+                module.register_forward_hook(note, prepend=True)
     step(0, gpu_step.synthetic_batches(settings, CPU))
     assert {kind for kind, *_ in seen} == {"TorchNorm", "TorchConvolution"}
     # A projection's input has attention's layout, in which the heads' channels come last.
     assert all(output and (given or kind == "TorchConvolution") for kind, given, output in seen)
     assert sum(given for _, given, _ in seen) > 0.9 * len(seen)
+    assert strides == {1}
     assert all(p.is_contiguous() for p in step.network.parameters())
 
 

@@ -1,4 +1,4 @@
-"""The captured step against the same step launched operation by operation. No GPU has run this yet."""
+"""The captured step against the same step launched operation by operation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A step can be captured: it is the same operations with the same numbers, whatever the step and the stage.
 
 Here capturing is a stand-in that keeps the operations, and the tensors that they read and write; the real
-thing is tests/gpu/test_graph.py's, which no GPU has run yet.
+thing is tests/gpu/test_graph.py's.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ class NetworkConfig:
     embedding_scale: float = 0.02
     """Standard deviation of the Fourier frequencies (16 in NCSN++, 0.02 in iCT)."""
     c_noise: Literal["log", "adm-openai"] = "log"
-    """log: ln(s)/4 (believed). adm-openai: 250 ln(s + 1e-44), of OpenAI's ADM of 2023 and its weights."""
+    """log: ln(s)/4, of the authors' code for CIFAR-10 (believed for ImageNet). adm-openai: 250 ln(s + 1e-44),
+    of OpenAI's ADM of 2023 and its weights."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ class NetworkConfig:
     embedding_scale: float = 0.02
     """Standard deviation of the Fourier frequencies (16 in NCSN++, 0.02 in iCT)."""
     c_noise: Literal["log", "adm-openai"] = "log"
-    """log: ln(s)/4 (believed). adm-openai: 250 ln(s + 1e-44), of OpenAI's ADM of 2023 and its weights."""
+    """log: ln(s)/4, of the authors' code for CIFAR-10 (believed for ImageNet). adm-openai: 250 ln(s + 1e-44),
+    of OpenAI's ADM of 2023 and its weights."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,16 @@ class OptimizerConfig:
     """radam (iCT), or adam: NVIDIA apex's FusedAdam where it is installed, else torch's fused one."""
     lr: float = 2e-3
     """Learning rate."""
+    warmup_steps: int = 0
+    """Steps at the beginning over which the rate rises linearly from 0; 0: none (iCT)."""
     lr_decay: float = 0.0
     """Fraction of the run, at its end, over which the rate falls linearly to 0; 0: constant (iCT)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    clip_norm: float = 0.0
+    """Norm of the whole gradient above which it is scaled down to it; 0: none (iCT)."""
     weight_decay: float = 0.0
     """L2 penalty added to the gradient."""
     ema_decay: float = 0.999
@@ -349,6 +354,7 @@ def validate(config: Config) -> None:
         ("logging.snapshot-every", logging.snapshot_every),
         ("logging.evaluate-every", logging.evaluate_every),
         ("logging.power-ema-every", logging.power_ema_every),
+        ("optimizer.clip-norm", optimizer.clip_norm),
         ("optimizer.weight-decay", optimizer.weight_decay),
     ):
         _require(number >= 0, name, number, "0 or more")
@@ -439,6 +445,12 @@ def validate(config: Config) -> None:
         _require(value > 0 and math.isfinite(value), name, value, "positive")
     _require(method.huber_c is None or method.huber_c > 0, "method.huber-c", method.huber_c, "positive")
     _require(0 <= optimizer.lr_decay <= 1, "optimizer.lr-decay", optimizer.lr_decay, "in [0, 1]")
+    _require(
+        0 <= optimizer.warmup_steps <= training.total_steps,
+        "optimizer.warmup-steps",
+        optimizer.warmup_steps,
+        f"at least 0 and at most training.total-steps = {training.total_steps}",
+    )
     _require(0 < method.teacher_ema < 1, "method.teacher-ema", method.teacher_ema, "in (0, 1)")
     _require(all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas", optimizer.betas, "in [0, 1)")
     _require(0 <= optimizer.ema_decay < 1, "optimizer.ema-decay", optimizer.ema_decay, "in [0, 1)")

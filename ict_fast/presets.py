@@ -1,6 +1,6 @@
 """Named runs: the recipes of iCT (Song & Dhariwal, ICLR 2024), of its 2023 baseline, and a small default.
 
-Values marked "believed" were not verified against the papers, nor was `c_noise` in config.py. Each is a flag.
+Values marked "believed" were not verified against the papers or their authors' code. Each is a flag.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ CIFAR10 = Config(
 )
 
 # iCT, ImageNet 64x64 column. ADM of Dhariwal & Nichol (2021) without adaptive group norm: consistency
-# training diverges with it (reported by Lu & Song, "sCM", 2024). Believed: batch, steps, EMA, dropout rate.
+# training diverges with it (reported by Lu & Song, "sCM", 2024). Believed: batch, steps, EMA, dropout rate,
+# c_noise.
 IMAGENET64 = Config(
     preset="imagenet64",
     data=DataConfig(path="data/imagenet64", flip=True),
@@ -74,8 +75,8 @@ IMAGENET64 = Config(
 
 # "Consistency Models" (Song, Dhariwal, Chen, Sutskever; ICML 2023): consistency training from scratch, with
 # L2 in place of LPIPS. The figures are those of the authors' own commands: launch.sh of the repositories
-# openai/consistency_models_cifar10 and openai/consistency_models (ImageNet). Left out: in the former the rate
-# rises over the first 10 million images, 19,531 steps. Believed: CIFAR-10's second sigma, which is iCT's.
+# openai/consistency_models_cifar10 and openai/consistency_models (ImageNet). The warm-up of the rate in the
+# former's configuration is read by its Adam alone. Believed: CIFAR-10's second sigma, which is iCT's.
 _CT2023 = MethodConfig(
     s0=2,
     s1=150,
@@ -85,6 +86,7 @@ _CT2023 = MethodConfig(
     metric="l2",
     teacher="ema",
     teacher_ema=0.9,
+    teacher_ema_divisor="pairs",
 )
 
 _PRESETS = {

@@ -83,6 +83,11 @@ def model(monkeypatch):
     stand_in(monkeypatch, "ict_fast.evaluation", evaluate=evaluate, table=lambda result: "the table")
     stand_in(
         monkeypatch,
+        "ict_fast.evaluation.reference",
+        training_data=lambda asked: Path(asked.config.data.path),
+    )
+    stand_in(
+        monkeypatch,
         "ict_fast.training.launch",
         resolve_device=lambda device, gpus: device,
         resolve_processes=lambda device, gpus, processes: (SimpleNamespace(type="cpu"), processes or 1),

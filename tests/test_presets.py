@@ -82,6 +82,7 @@ CT2023_METHOD = {
     "method.weighting": "uniform",
     "method.metric": "l2",
     "method.teacher": "ema",
+    "method.teacher_ema_divisor": "pairs",  # both take exp(-c / scales) before scales + 1
     "network.dropout": 0.0,
     "optimizer.name": "radam",
     "optimizer.weight_decay": 0.0,
@@ -125,8 +126,9 @@ TABLE = {
         "network.num_blocks": 4,
         "network.attention_resolutions": [16],
         "network.embedding_scale": 16.0,
-        "network.c_noise": "log",
+        "network.c_noise": "log",  # jcm/models/utils.py: 0.25 * jnp.log(t)
         "optimizer.lr": 4e-4,
+        "optimizer.lr_decay": 0.0,  # jcm/losses.py: RAdam has a constant rate, the warm-up is Adam's
         "optimizer.ema_decay": 0.9999,
         "training.batch_size": 512,
     },

@@ -1,9 +1,9 @@
 """What is varied: the way from the 2023 baseline to iCT, iCT without each ingredient, and its free choices.
 
 iCT is the preset itself; a variant is what differs from it. The baseline is consistency training as of 2023
-(Song et al., ICML 2023) with L2 in place of LPIPS, its figures those of the preset's `-ct2023` companion, on
-the preset's own network, batch and optimizer: only one thing changes from one variant to the next, and no two
-variants are the same run.
+(Song et al., ICML 2023) with L2 in place of LPIPS, its figures those of the preset's `-ct2023` companion (but
+its teacher's decay as the paper has it, not the code), on the preset's own network, batch and optimizer: only
+one thing changes from one variant to the next, and no two variants are the same run.
 """
 
 from __future__ import annotations

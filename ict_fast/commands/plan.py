@@ -78,13 +78,15 @@ def run(options: PlanOptions) -> int:
 
     from ict_fast.planning import make_plan, tables
     from ict_fast.planning.tables import rate_in_words, to_dict
+    from ict_fast.training.describe import describe_initial_share
 
     folder = _RESULTS if options.results is None else options.results
     plan = make_plan(config, options.gpu, options.gpus, mfu=options.mfu, results=folder)
     for table in tables(plan):
         print_table(table)
     print(f"The rate is {rate_in_words(plan)}.")
-    for warning in plan.warnings:
+    initial_share = describe_initial_share(config)
+    for warning in (*plan.warnings, *([] if initial_share is None else [initial_share])):
         say(f"ict-fast: warning: {warning}")
     if options.json is not None:
         results.write(options.json, (json.dumps(to_dict(plan), indent=2) + "\n").encode(), "--json")

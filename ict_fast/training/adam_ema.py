@@ -42,8 +42,8 @@ class AdamEMA(RAdamEMA):
         unscale, healthy = self._inspect([p.grad for _, c in cohorts for p in c if p.grad is not None])
         for group, params in cohorts:
             grads = [p.grad for p in params if p.grad is not None]
-            if unscale is not None:
-                grads = list(torch._foreach_mul(grads, unscale.to(grads[0].dtype)))
+            if (factor := self._gradient_factor(group, unscale)) is not None:
+                grads = list(torch._foreach_mul(grads, factor.to(grads[0].dtype)))
             states = [self._state_of(p) for p in params]
             update = self._update_by_apex if self.engine == "apex" else _update_by_torch
             update(group, params, grads, states, healthy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -15,6 +16,8 @@ from ict_fast.networks import build_network
 
 # Of curricula with more stages than this the middle ones are left out. iCT's, extended once, has 16 at most.
 _MOST_STAGES = 16
+# Share of the initial weights in an average at the end of a run, above which it is worth a warning.
+_MOST_INITIAL = 0.01
 
 
 def describe(config: Config, extensions: Sequence[Extension] = ()) -> str:
@@ -59,3 +62,25 @@ def describe_unused(config: Config) -> str | None:
         if attrgetter(name)(config) != attrgetter(name)(preset)
     ]
     return f"without effect: {', '.join(given)}" if given else None
+
+
+def describe_initial_share(config: Config) -> str | None:
+    """A line on averages that the run is too short for, if there are any: they keep decay^K of its start."""
+    optimizer, total = config.optimizer, config.training.total_steps
+    if optimizer.ema_warmup:
+        return None
+    shares = {decay: decay**total for decay in (optimizer.ema_decay, *optimizer.ema_decays)}
+    found = [
+        f"{100 * share:.0f} % with a decay of {decay}"
+        for decay, share in shares.items()
+        if share > _MOST_INITIAL
+    ]
+    if not found:
+        return None
+    gap = 1 - _MOST_INITIAL ** (1 / total)
+    scale = 10 ** (1 - math.floor(math.log10(gap)))  # two digits, rounded up
+    return (
+        f"after {total:,} steps the averaged weights are still in part the initial ones:"
+        f" {', '.join(found)}; --optimizer.ema-warmup leaves nothing of them, a decay of"
+        f" {1 - math.ceil(gap * scale) / scale:.10g} at most {100 * _MOST_INITIAL:.0f} %"
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from ict_fast.config import Config, validate
 from ict_fast.data.order import micro_batch_size
 from ict_fast.errors import InputError
-from ict_fast.training.describe import describe, describe_unused
+from ict_fast.training.describe import describe, describe_initial_share, describe_unused
 from ict_fast.training.evaluations import require_features, require_measurable, require_measurement
 from ict_fast.training.graph import require_capturable
 from ict_fast.training.initial import initial_weights
@@ -52,6 +52,8 @@ def dry_run(
         lines.append(f"run: {out} would go on from step {run.step:,} of {total}")
     else:
         lines.append(f"run: {out} would start")
+        if initial_share := describe_initial_share(config):
+            lines.append(f"warning: {initial_share}")
         if run.initial is not None:
             lines += initial_weights(run.initial, config)[1].lines()
     try:

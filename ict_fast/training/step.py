@@ -110,6 +110,7 @@ class TrainStep:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             ema_decay=self.ema_decay,
+            max_norm=optimizer.clip_norm or None,
         )
         self.averages = Averages(optimizer, list(self.network.parameters()))
         self.loss_scale: LossScale | None = None
@@ -326,14 +327,14 @@ class TrainStep:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Rate of step k of K: lr min(1, (K - k) / (lr_decay K)), or lr throughout if lr_decay is 0."""
+    """Rate of step k of K: lr min(1, k / warmup_steps, (K - k) / (lr_decay K)), each if it is not 0."""
     optimizer, total = config.optimizer, config.training.total_steps
-    remaining = total - step
-    return (
-        optimizer.lr * min(1.0, remaining / (optimizer.lr_decay * total))
-        if optimizer.lr_decay
-        else optimizer.lr
-    )
+    shares = [1.0]
+    if optimizer.warmup_steps:
+        shares.append(step / optimizer.warmup_steps)
+    if optimizer.lr_decay:
+        shares.append((total - step) / (optimizer.lr_decay * total))
+    return optimizer.lr * min(shares)
 
 
 def trunk_dtype(precision: str, device: torch.device) -> torch.dtype | None:

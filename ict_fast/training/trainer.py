@@ -21,7 +21,7 @@ from ict_fast.errors import EXIT_DONE, TrainingError
 from ict_fast.networks.cost import network_cost
 from ict_fast.planning.plan import describe_shortage
 from ict_fast.screen import duration, say
-from ict_fast.training.describe import describe_stages, describe_unused
+from ict_fast.training.describe import describe_initial_share, describe_stages, describe_unused
 from ict_fast.training.evaluations import (
     Evaluations,
     evaluate_command,
@@ -206,6 +206,8 @@ def _train_locked(
         )
     if unused := describe_unused(config):
         warnings.append(unused)
+    if run.checkpoint is None and (initial_share := describe_initial_share(config)):
+        warnings.append(initial_share)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         if short := describe_shortage(config, network_cost(train_step.network), world.size, memory):

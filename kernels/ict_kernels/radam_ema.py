@@ -10,6 +10,8 @@ and beyond", ICLR 2020, algorithm 2; eps, and rho > 5 where the paper has 4, as 
     p   <- p - lr m / (1 - b1^t) * (r sqrt(1 - b2^t) / (sqrt(v) + eps) if rho > 5 else 1)
     ema <- decay ema + (1 - decay) p
 
+With a max_norm, g is first multiplied by min(1, max_norm / norm), norm the L2 norm over all gradients.
+
 A step whose gradients are not all finite changes nothing, not one bit, and does not count: the decision
 is a tensor.
 
@@ -83,7 +85,8 @@ class RAdamEMA(Optimizer):
         grad_scale: 0-dim device tensor or None (or absent): gradients are divided by it. torch.amp.GradScaler
             sets it.
         found_inf: device tensor or None (or absent): not 0 skips the step. torch.amp.GradScaler sets it.
-        grad_norm: 0-dim fp32, L2 norm over all gradients of the last step, after division by grad_scale.
+        grad_norm: 0-dim fp32, L2 norm over all gradients of the last step, after division by grad_scale and
+            before they are clipped.
         last_step_skipped: 0-dim bool, whether the last step was skipped, its gradients (or their squared
             norm) not being finite.
         skipped: 0-dim int64, number of skipped steps since this object was made; not part of the state dict.
@@ -96,6 +99,8 @@ class RAdamEMA(Optimizer):
         weight_decay: L2 penalty, added to the gradient as torch.optim.RAdam does by default.
         ema_decay: decay of the average, in [0, 1]; a float or a 0-dim device tensor. Rounded to fp32 for
             parameters of fp32 and less.
+        max_norm: the L2 norm over all gradients (of every group) that clipping brings a larger one down to,
+            as torch.nn.utils.clip_grad_norm_, but on the device and in the same pass; None: no clipping.
     Raises:
         ValueError: for a value out of range, a tensor of another shape, complex or sharded parameters, or
             several devices.
@@ -115,6 +120,7 @@ class RAdamEMA(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         ema_decay: float | Tensor = 0.9999,
+        max_norm: float | None = None,
     ) -> None:
         if not isinstance(lr, Tensor) and not lr >= 0.0:
             raise ValueError(f"lr must be at least 0, got {lr}")
@@ -126,6 +132,8 @@ class RAdamEMA(Optimizer):
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
         if not isinstance(ema_decay, Tensor) and not 0.0 <= ema_decay <= 1.0:
             raise ValueError(f"ema_decay must be in [0, 1], got {ema_decay}")
+        if max_norm is not None and not max_norm > 0.0:
+            raise ValueError(f"max_norm must be positive or None, got {max_norm}")
         for name, value in (("lr", lr), ("ema_decay", ema_decay)):
             if isinstance(value, Tensor) and value.dim() != 0:
                 raise ValueError(f"a tensor {name} must be 0-dim, got shape {tuple(value.shape)}")
@@ -137,7 +145,14 @@ class RAdamEMA(Optimizer):
         self._captured: dict[int, _Plan] = {}
         super().__init__(
             params,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay},
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "ema_decay": ema_decay,
+                "max_norm": max_norm,
+            },
         )
         self._make_figures()
 
@@ -263,6 +278,14 @@ class RAdamEMA(Optimizer):
         self.skipped.add_(self.last_step_skipped)
         return unscale, healthy
 
+    def _gradient_factor(self, group: dict[str, Any], unscale: Tensor | None) -> Tensor | None:
+        """What `_inspect`'s factor becomes with a group's clipping; None for 1."""
+        max_norm = group["max_norm"]
+        if max_norm is None:
+            return unscale
+        clipping = max_norm / self.grad_norm.to(torch.float64).clamp_min(max_norm)
+        return clipping if unscale is None else unscale * clipping
+
     def _update(
         self, group: dict[str, Any], params: list[Tensor], unscale: Tensor | None, healthy: Tensor
     ) -> None:
@@ -273,8 +296,8 @@ class RAdamEMA(Optimizer):
         )
         grads = [p.grad for p in params if p.grad is not None]
         beta1, beta2 = group["betas"]
-        if unscale is not None:
-            grads = list(torch._foreach_mul(grads, unscale.to(_scalar_dtype(grads[0]))))
+        if (factor := self._gradient_factor(group, unscale)) is not None:
+            grads = list(torch._foreach_mul(grads, factor.to(_scalar_dtype(grads[0]))))
         if any(g.dtype != p.dtype for g, p in zip(grads, params, strict=True)):
             grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
         if group["weight_decay"] != 0.0:
@@ -393,6 +416,7 @@ class RAdamEMA(Optimizer):
             decay_bits=0 if isinstance(decay, Tensor) else _bits(decay),
             beta1_bits=_bits(group["betas"][0]),
             beta2_bits=_bits(group["betas"][1]),
+            max_norm_bits=None if group["max_norm"] is None else _bits(group["max_norm"]),
             grad_scale_ptr=there("grad_scale"),
             found_inf_ptr=there("found_inf"),
             partials_ptr=partials,
@@ -617,6 +641,7 @@ def _scalars_kernel(
     decay_bits: tl.int64,
     beta1_bits: tl.int64,
     beta2_bits: tl.int64,
+    max_norm_bits,
     grad_scale_ptr,
     found_inf_ptr,
     partials_ptr,
@@ -649,7 +674,11 @@ def _scalars_kernel(
         tl.store(last_step_skipped_ptr, skip.to(tl.int1))
         tl.store(skipped_ptr, tl.load(skipped_ptr) + skip)
     else:
+        norm = tl.load(grad_norm_ptr)
         healthy = tl.load(last_step_skipped_ptr).to(tl.int32) == 0
+    if max_norm_bits is not None:
+        max_norm = _float64(max_norm_bits)
+        unscale *= max_norm / tl.maximum(norm.to(tl.float64), max_norm)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float64)
     else:

@@ -168,8 +168,8 @@ def test_a_recipe_that_is_not_known_is_warned_of(tmp_path, recipe, data):
 def test_the_recipe_of_other_images_in_the_datas_place_is_not_the_models(tmp_path):
     reference = open_reference(store(tmp_path / "theirs", "8x8 grey, center-crop-dhariwal"))
     config = trained_on(store(tmp_path / "ours", "8x8 grey, center-crop"))
+    fingerprint = open_reference(tmp_path / "ours").fingerprint
     with pytest.raises(InputError, match="--allow-other-recipe"):
-        fingerprint = open_reference(tmp_path / "ours").fingerprint
         check_reference(reference, config, allow_other_recipe=False, data_fingerprint=fingerprint)
     [warning] = check_reference(reference, config, allow_other_recipe=False, data_fingerprint="0" * 64)
     assert "the crop recipe of the data that the model was trained on is not known" in warning

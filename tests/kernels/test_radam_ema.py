@@ -139,6 +139,39 @@ def test_found_inf_skips_and_grad_scale_divides():
     assert bits(other) != before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_is_that_of_torchs_clip_grad_norm(dtype):
+    """Of the unscaled gradient of all groups; small ones (each third) stay as they are."""
+    ours, theirs = parameters(dtype), parameters(dtype)
+    groups = [{"params": ours[:2]}, {"params": ours[2:]}]
+    optimizer, reference = RAdamEMA(groups, lr=1e-2, max_norm=5.0), torch.optim.RAdam(theirs, lr=1e-2)
+    optimizer.grad_scale = torch.tensor(1024.0)
+    for step in range(12):
+        size = 1.0 if step % 3 else 0.1
+        set_gradients(ours, step, scale=1024.0 * size)
+        set_gradients(theirs, step, scale=size)
+        norm = nn.utils.clip_grad_norm_(theirs, 5.0)
+        assert (norm > 5.0) == bool(step % 3)
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(optimizer.grad_norm, norm.float(), rtol=1e-6, atol=0)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_a_norm_below_the_limit_changes_no_bit_and_a_skipped_step_is_skipped_all_the_same():
+    plain, clipped = parameters(), parameters()
+    one, other = RAdamEMA(plain, lr=1e-2), RAdamEMA(clipped, lr=1e-2, max_norm=100.0)
+    for step in range(8):
+        for params, optimizer in ((plain, one), (clipped, other)):
+            set_gradients(params, step)
+            if step == 3:
+                params[1].grad[0] = torch.inf
+            optimizer.step()
+    assert bits(one) == bits(other)
+    assert int(other.skipped) == 1
+
+
 def test_torchs_grad_scaler_drives_it():
     params = parameters()
     optimizer = RAdamEMA(params, lr=1e-2)
@@ -192,7 +225,9 @@ def test_a_network_may_move_to_its_device_between_the_optimizer_and_the_first_st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "betas": (0.5, 0.99)}, {"betas": (0.9, 0.5)}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"weight_decay": 0.1, "betas": (0.5, 0.99), "max_norm": 5.0}, {"betas": (0.9, 0.5)}]
+)
 def test_deciding_on_the_device_or_on_the_host_gives_the_same_bits(monkeypatch, request, dtype, settings):
     # The two eager ways: a CPU looks at the verdict and steps in place, unless torch.compile is watching.
     request.addfinalizer(lambda: set_backend("auto"))
@@ -512,6 +547,7 @@ def test_low_precision_gradients_and_parameters_work():
         ({"eps": -1e-8}, "eps must be"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
         ({"ema_decay": 1.1}, "ema_decay must be"),
+        ({"max_norm": 0.0}, "max_norm must be positive or None, got 0.0"),
         ({"lr": torch.tensor([1e-3])}, r"a tensor lr must be 0-dim, got shape \(1,\)"),
         ({"ema_decay": torch.tensor([0.9, 0.99])}, "a tensor ema_decay must be 0-dim"),
     ],

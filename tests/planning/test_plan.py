@@ -327,6 +327,14 @@ def test_a_short_run_is_given_in_minutes_and_its_rate_is_doubted(capsys: pytest.
     assert "this rate is not reachable" in said.err
 
 
+def test_a_plan_warns_of_an_average_that_the_run_is_too_short_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for steps, warned in (("20000", True), ("400000", False)):
+        assert main(["plan", "--preset", "cifar10", "--gpus", "8", "--total-steps", steps]) == 0
+        assert ("25 % with a decay of 0.99993" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -110,9 +110,11 @@ OTHERS: dict[str, dict] = {
     "optimizer": {
         "name": "radam",
         "lr": 1e-3,
+        "warmup_steps": 2,
         "lr_decay": 0.5,
         "betas": (0.8, 0.999),
         "eps": 1e-3,
+        "clip_norm": 1e-3,
         "weight_decay": 0.1,
         "ema_decay": 0.5,
         "ema_warmup": False,

@@ -98,6 +98,21 @@ def test_the_steps_are_those_of_torch_in_float64(engine: str, weight_decay: floa
     assert all(optimizer.state[p]["step"] == 20 for p in ours)
 
 
+def test_clipping_is_that_of_torchs_clip_grad_norm(engine: str) -> None:
+    ours, theirs = parameters(), parameters()
+    optimizer, reference = AdamEMA(ours, lr=0.01, max_norm=2.0), torch.optim.Adam(theirs, lr=0.01)
+    for step in range(6):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        assert nn.utils.clip_grad_norm_(theirs, 2.0) > 2.0
+        optimizer.step()
+        reference.step()
+    for name in ("exp_avg", "exp_avg_sq"):  # the steps hardly depend on the gradient's size
+        for p, right in zip(ours, theirs, strict=True):
+            found, expected = optimizer.state[p][name], reference.state[right][name]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_a_step_that_is_not_finite_changes_no_bit_and_does_not_count(engine: str) -> None:
     params = parameters()
     optimizer = AdamEMA(params, lr=0.01, ema_decay=0.9)

@@ -72,7 +72,13 @@ def test_a_step_is_the_same_operations_with_the_same_numbers_in_every_stage(
         tiny,
         method=replace(tiny.method, teacher=teacher),
         optimizer=replace(
-            tiny.optimizer, name=optimizer, lr_decay=1.0, ema_decays=(0.99, 0.9), power_ema=(0.05, 0.1)
+            tiny.optimizer,
+            name=optimizer,
+            warmup_steps=5,
+            lr_decay=1.0,
+            clip_norm=1.0,
+            ema_decays=(0.99, 0.9),
+            power_ema=(0.05, 0.1),
         ),
         training=replace(tiny.training, precision=precision),
     )

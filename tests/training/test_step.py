@@ -105,19 +105,45 @@ def test_the_learning_rate_falls_in_a_line_to_0_over_the_end_of_the_run(tiny: Co
     assert {learning_rate(k, constant) for k in range(total)} == {rate}
 
 
-def test_a_step_takes_the_learning_rate_of_its_number(tiny: Config, batches: Batches) -> None:
+def test_the_learning_rate_rises_in_a_line_from_0_over_the_warm_up(tiny: Config) -> None:
+    rate = tiny.optimizer.lr
+    rising = replace(tiny, optimizer=replace(tiny.optimizer, warmup_steps=8, lr_decay=0.5))
+    rates = [learning_rate(k, rising) for k in range(24)]
+    assert rates[:9] == pytest.approx([rate * k / 8 for k in range(9)])
+    assert rates[8:13] == [rate] * 5
+    assert rates[12:] == pytest.approx([rate * (24 - k) / 12 for k in range(12, 24)])
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "ratio"), [({"lr_decay": 1.0}, (0, 12), 0.5), ({"warmup_steps": 8}, (8, 2), 0.25)]
+)
+def test_a_step_takes_the_learning_rate_of_its_number(
+    tiny: Config, batches: Batches, change: dict, steps: tuple[int, int], ratio: float
+) -> None:
     """A first RAdam step is -rate times the gradient: so the change of the weights scales with the rate."""
-    falling = replace(tiny, optimizer=replace(tiny.optimizer, lr_decay=1.0))
+    config = replace(tiny, optimizer=replace(tiny.optimizer, **change))
     changes = []
-    for step in (0, 12):
-        train_step = TrainStep(falling, CPU)
+    for step in steps:
+        train_step = TrainStep(config, CPU)
         before = _vector(train_step).double()
-        train_step(step, batches(falling))
+        train_step(step, batches(config))
         gradient = torch.cat(
             [p.grad.flatten() for p in train_step.network.parameters() if p.grad is not None]
         )
         changes.append(((before - _vector(train_step).double()).norm() / gradient.norm()).item())
-    assert changes[1] / changes[0] == pytest.approx(0.5, rel=1e-3)
+    assert changes[1] / changes[0] == pytest.approx(ratio, rel=1e-3)
+
+
+def test_a_first_step_is_as_long_as_the_rate_times_the_norm_that_is_clipped_to(
+    tiny: Config, batches: Batches
+) -> None:
+    config = replace(tiny, optimizer=replace(tiny.optimizer, clip_norm=0.25))
+    train_step = TrainStep(config, CPU)
+    before = _vector(train_step).double()
+    train_step(0, batches(config))
+    assert train_step.optimizer.grad_norm > 1
+    change = (before - _vector(train_step).double()).norm().item()
+    assert change == pytest.approx(config.optimizer.lr * 0.25, rel=1e-3)
 
 
 def test_ema_teacher_follows_its_recurrence(tiny: Config, batches: Batches) -> None:

@@ -21,13 +21,14 @@ import torch
 from PIL import Image
 
 from ict_fast import checkpoint as checkpoint_module
+from ict_fast import presets
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.consistency import load_model, sample
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.training import run_directory, saving, trainer
-from ict_fast.training.describe import describe
+from ict_fast.training.describe import describe, describe_initial_share
 from ict_fast.training.dry_run import dry_run
 from ict_fast.training.launch import resolve_device
 from ict_fast.training.monitor import Monitor
@@ -248,6 +249,41 @@ def test_what_has_no_effect_is_warned_of_in_one_line(
     assert "huber-c" not in shown
     train(tiny, out=tmp_path / "plain", device="cpu")
     assert "without effect" not in capsys.readouterr().err
+
+
+def test_an_average_that_the_run_is_too_short_for_is_warned_of_once(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A decay of 0.8 leaves 0.005 of the initial weights after 24 steps."""
+    optimizer = replace(tiny.optimizer, ema_warmup=False, ema_decay=0.9, ema_decays=(0.8, 0.99))
+    config, out = replace(tiny, optimizer=optimizer), tmp_path / "run"
+    warning = (
+        "warning: after 24 steps the averaged weights are still in part the initial ones: 8 % with a decay of"
+        " 0.9, 79 % with a decay of 0.99; --optimizer.ema-warmup leaves nothing of them, a decay of 0.82 at"
+        " most 1 %\n"
+    )
+    assert dry_run(config, out=out, device="cpu").count(warning) == 1
+    train(config, out=out, device="cpu")
+    assert capsys.readouterr().err.count(f"ict-fast: {warning}") == 1
+    train(config, out=out, device="cpu", extend=25)  # its decays can no longer be changed
+    assert "initial ones" not in capsys.readouterr().err
+    for fitting in (replace(optimizer, ema_warmup=True), replace(optimizer, ema_decay=0.82, ema_decays=())):
+        assert describe_initial_share(replace(config, optimizer=fitting)) is None
+
+
+def test_the_share_of_the_initial_weights_is_what_an_average_over_the_run_keeps() -> None:
+    """cifar10 in 20,000 steps; the preset's own 400,000 leave nothing."""
+    config = presets.get("cifar10")
+    assert describe_initial_share(config) is None
+    config = replace(config, training=replace(config.training, total_steps=20_000))
+    average = 0.0
+    for _ in range(20_000):
+        average += (1 - config.optimizer.ema_decay) * (1 - average)
+    line = describe_initial_share(config)
+    assert line is not None
+    assert f"{1 - average:.0%}".replace("%", " %") + " with a decay of 0.99993" in line
+    assert "a decay of 0.99976 at most" in line
+    assert 0.99976**20_000 <= 0.01 < 0.99978**20_000
 
 
 def test_resume_never_and_must(run: tuple[Config, Path], tmp_path: Path) -> None:

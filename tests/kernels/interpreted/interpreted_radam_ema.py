@@ -192,6 +192,21 @@ def test_the_scalars_are_those_of_step_size(betas, done):
     assert optimizer.grad_norm == 5
 
 
+@pytest.mark.parametrize(("max_norm", "factor"), [(2.0, 0.4), (5.0, 1.0), (7.0, 1.0), (None, 1.0)])
+def test_the_factor_of_the_gradients_brings_their_norm_down(max_norm, factor):
+    """A norm of 5 once unscaled by 2; a second cohort's launch finds it where the first left it."""
+    p = nn.Parameter(torch.ones(1))
+    optimizer = RAdamEMA([p], max_norm=max_norm)
+    optimizer.grad_scale = torch.tensor(2.0)
+    list(optimizer.ema_parameters())
+    plan = optimizer._plan([p])
+    for partials in (torch.tensor([36.0, 64.0]), None):
+        scalars = optimizer._launch_scalars(optimizer.param_groups[0], plan, partials)
+        assert scalars[0] == 1
+        assert scalars[1] == torch.tensor(factor / 2)
+    assert optimizer.grad_norm == 5
+
+
 def test_a_step_is_three_launches_whatever_the_number_of_parameters(launched):
     for shapes in (SIZES, SIZES * 5):
         optimizer = RAdamEMA(make(shapes))
@@ -344,8 +359,8 @@ def test_a_run_can_change_backend_in_both_directions():
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("poisoned", [False, True])
-def test_parameters_that_kernels_do_not_take_go_the_eager_way_in_the_same_step(launched, poisoned):
+@pytest.mark.parametrize(("poisoned", "max_norm"), [(False, None), (True, None), (True, 3.0)])
+def test_parameters_that_kernels_do_not_take_go_the_eager_way_in_the_same_step(launched, poisoned, max_norm):
     def build() -> list[nn.Parameter]:
         params = make(((5, 7), (9,), (4, 6), (3,)))
         params[1].data = params[1].data.to(torch.bfloat16)
@@ -354,7 +369,7 @@ def test_parameters_that_kernels_do_not_take_go_the_eager_way_in_the_same_step(l
         return params
 
     mixed, eager_only = build(), build()
-    one, other = RAdamEMA(mixed, lr=1e-2), RAdamEMA(eager_only, lr=1e-2)
+    one, other = (RAdamEMA(each, lr=1e-2, max_norm=max_norm) for each in (mixed, eager_only))
     for step in range(7):
         for params in (mixed, eager_only):
             generator = torch.Generator().manual_seed(step)

@@ -33,9 +33,8 @@ class MemmapLoader(Loader):
             layout["flip"] = ((self._share_size,), torch.uint8)
         self._staging = Staging(self._device, layout)
         on_gpu: dict[str, Any] = {}
-        if (
-            self._device.type == "cuda"
-        ):  # else what the thread asks of CUDA is done on GPU 0, and takes memory
+        if self._device.type == "cuda":
+            # Else what the thread asks of CUDA is done on GPU 0, and takes memory there.
             index = torch.cuda.current_device() if self._device.index is None else self._device.index
             on_gpu = {"initializer": torch.cuda.set_device, "initargs": (index,)}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ict-fast-loader", **on_gpu)

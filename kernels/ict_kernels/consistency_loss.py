@@ -8,8 +8,8 @@
 3.3). The second form of d loses no digits where s << c^2, and is 0 with gradient 0 at s = 0 for any c. For
 the method of 2023 d may be the mean of (a - b)^2 or of |a - b| over the image's elements, as its authors'
 code has it; the paper's equations have the sum, with which their learning rate for CIFAR-10 diverges within
-five steps. The consistency function comes from the network's raw output F and its scaled input
-y = c_in(sigma) x_noisy, so that neither images nor noise are needed again:
+five steps (seen at half the network's width). The consistency function comes from the network's raw output F
+and its scaled input y = c_in(sigma) x_noisy, so that neither images nor noise are needed again:
 
     f = c_skip x_noisy + c_out F = (c_skip / c_in) y + c_out F
     c_skip = sd^2 / ((s - smin)^2 + sd^2)

@@ -75,7 +75,7 @@ def _floor(record: dict[str, Any]) -> str:
     if within is not None:
         ms = record["variants"][OURS]["ms_per_step"]
         said += (
-            f". Within the step, by its profile, convolutions, products and attention took {within:.1f} ms:"
+            f". In two more steps, which were profiled, convolutions, products and attention took {within:.1f} ms:"
             f" it takes {ms / within:.2f} times that"
         )
     return f"{said}."

@@ -62,6 +62,7 @@ _NAMES = (
     ),
     (ATTENTION, ("attention", "flash", "fmha", "sdpa", "softmax")),
     (DATA, ("memcpy htod", "memcpy dtoh", "index_select", "indexselect")),
+    (MATRIX, ("xmma_gemm",)),  # cuBLAS's, where cuDNN's are xmma_fprop and the like
     (
         CONVOLUTION,
         (

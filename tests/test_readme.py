@@ -67,8 +67,6 @@ def ict_fast_commands() -> Iterator[list[str]]:
             command = [*command, "--dry-run"]
         elif command[1] == "evaluate":
             command = [*command, "--count", "1800"]
-        elif command[1] == "ablate" and "--out" in command:  # one is run
-            command = [*command, "--list"]
         elif command[1] == "ablate":
             command = [*command, *shlex.split("--only ict --seeds 1 --total-steps 8 --count 64 --device cpu")]
         elif command[1] == "train" and "--dry-run" not in command:

@@ -58,7 +58,7 @@ class DistanceToReference:
             self.reference,
             model.config,
             allow_other_recipe=allow_other_recipe,
-            data_fingerprint=getattr(model, "data_fingerprint", None),  # a stand-in need not have it
+            data_fingerprint=model.data_fingerprint,
         )
         self._device = next(model.parameters()).device
         resolution = model.config.network.resolution

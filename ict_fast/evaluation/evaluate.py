@@ -127,7 +127,7 @@ def evaluate(
         opened,
         model.config,
         allow_other_recipe=allow_other_recipe,
-        data_fingerprint=getattr(model, "data_fingerprint", None),  # a stand-in need not have it
+        data_fingerprint=model.data_fingerprint,
     )
     report(0.0, "training the digits classifier" if features is None else "opening the features")
     network = choose_network(opened, model.config.network.resolution, features, features_sha256)

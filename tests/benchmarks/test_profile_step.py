@@ -24,6 +24,7 @@ categories: Any = importlib.import_module("step_categories")
             "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64",
             "convolution",
         ),
+        ("sm80_xmma_gemm_f32f32_f32f32_f32_nt_n_tilesize128x128x8_stage3_cublas", "other matrix products"),
         ("void cudnn::cnn::conv2d_grouped_direct_kernel<false, true>", "convolution"),
         ("pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),

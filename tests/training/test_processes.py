@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from ict_fast.training.launch import resolve_processes
 from ict_fast.training.lookout import Lookout
 from ict_fast.training.outcome import RunResult
 from ict_fast.training.processes import run_processes
-from ict_fast.training.run_directory import read_config
+from ict_fast.training.run_directory import Run, read_config
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 from ict_fast.training.world import require_launched
@@ -494,12 +495,23 @@ def test_a_process_that_torchrun_has_started_again_resumes_whatever_it_was_told(
     given = f"TORCHELASTIC_RUN_ID=job MASTER_ADDR=localhost MASTER_PORT={port}"
     for word in f"{given} RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1".split():
         monkeypatch.setenv(*word.split("="))
+    patiences: list[float] = []
+
+    def lock(run: Run, warn: Callable[[str], None], patience: float) -> AbstractContextManager[None]:
+        patiences.append(patience)
+        return original(run, warn, patience)
+
+    original = trainer.lock
+    monkeypatch.setattr(trainer, "lock", lock)
     config = replace(tiny, training=replace(tiny.training, total_steps=2))
     assert train(config, out=tmp_path / "run", device="cpu", resume="never").step == 2
     with pytest.raises(InputError, match="there is a run in"):
         train(config, out=tmp_path / "run", device="cpu", resume="never")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train(config, out=tmp_path / "run", device="cpu", resume="never").step == 2
+    shutil.rmtree(tmp_path / "run/checkpoints")  # lost before the first one
+    assert train(config, out=tmp_path / "run", device="cpu", resume="never").step == 2
+    assert patiences == [0.0, 120.0]
 
 
 def test_two_agents_form_one_job_as_two_nodes_would(

@@ -383,16 +383,23 @@ def test_two_processes_do_not_train_in_one_directory(tiny: Config, tmp_path: Pat
     )
 
 
-def test_the_lock_of_a_lost_node_is_waited_for(tiny: Config, tmp_path: Path) -> None:
+def test_the_lock_of_a_lost_node_is_waited_for(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(tmp_path / "run", tiny, None)
     with ExitStack() as lost:
         lost.enter_context(lock(run, pytest.fail))
-        with pytest.raises(InputError, match="another process"), lock(run, pytest.fail, 0.2):
-            pass
-        server = threading.Timer(0.5, lost.close)
-        server.start()
+        waited: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) == 5:
+                lost.close()
+
+        monkeypatch.setattr(run_directory.time, "monotonic", lambda: sum(waited))
+        monkeypatch.setattr(run_directory.time, "sleep", sleep)
         with lock(run, pytest.fail, 60.0):
-            server.join()
+            assert waited == [1.0] * 5
 
 
 def test_a_run_that_moved_on_between_reading_and_locking_is_not_trained_from_the_older_checkpoint(

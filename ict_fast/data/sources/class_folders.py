@@ -11,11 +11,21 @@ from ict_fast.screen import say
 _PARTS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
 
 
+def is_part(name: str) -> bool:
+    """Whether it is a usual name of a part of a data set."""
+    return name.lower() in _PARTS
+
+
 def training_part(folders: Sequence[str]) -> str | None:
-    """Of folders that are all named as parts of a data set, that of the training, or the first; else None."""
-    if not folders or not all(folder.lower() in _PARTS for folder in folders):
-        return None
-    return next((folder for folder in folders if folder.lower().startswith("train")), folders[0])
+    """Of folders that are parts of a data set by their names, that of the training, or the first; else None.
+
+    All have such a name, or several, that of the training among them: `train`, `test`, `extra`.
+    """
+    parts = [folder for folder in folders if is_part(folder)]
+    training = next((folder for folder in parts if folder.lower().startswith("train")), None)
+    if len(parts) == len(folders):
+        return training or next(iter(parts), None)
+    return training if len(parts) > 1 else None
 
 
 def say_what_does_not_count(place: object, names: Iterable[str]) -> None:

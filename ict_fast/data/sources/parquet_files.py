@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ict_fast.data.progress import narrated
-from ict_fast.data.sources.class_folders import training_part
+from ict_fast.data.sources.class_folders import is_part
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.errors import InputError
@@ -201,10 +201,10 @@ def _training_files(path: Path) -> list[Path]:
         raise InputError(f"{path}: has no .parquet files" + (f"; {below.parent} has some" if below else ""))
     parts = {found: re.split(r"[-_.]", found.name)[0] for found in paths}
     several = sorted(set(parts.values()))
-    part = training_part(several)
-    if part is None or len(several) == 1:
+    part = next((each for each in several if each in ("train", "training")), None)
+    if len(several) == 1 or not any(map(is_part, several)):
         return paths
-    if not part.startswith("train"):
+    if part is None:
         raise InputError(f"{path}: has files of {', '.join(several)} and none of train; name one of them")
     others = ", ".join(each for each in several if each != part)
     say(f"{path}: takes the files of {part}, and passes over those of {others}")

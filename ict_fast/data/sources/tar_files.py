@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +35,13 @@ from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.sources.name_table import NameTable
 from ict_fast.errors import InputError
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSED = {
+    rb"\x1f\x8b": "gzip",
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bzip2",
+    rb"\xfd7zXZ\0": "xz",
+    rb"\x28\xb5\x2f\xfd": "zstd",
+}
+"""How what is compressed begins; a tar that is not begins with the name of its first member."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +185,9 @@ def tar_members(file: BinaryIO, archive: Path, start: int = 0, inside: str = "")
         InputError: a compressed, truncated or damaged archive, or one with a member that could mean harm.
     """
     file.seek(start)
-    begins = file.read(6)
+    begins = file.read(10)
     for magic, program in _COMPRESSED.items():
-        if begins.startswith(magic):
+        if re.match(magic, begins):
             raise InputError(
                 f"{archive}: compressed{inside} by {program}, and read in place: decompress it first"
                 f" ({program} -dk), and name what that makes"

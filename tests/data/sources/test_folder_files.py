@@ -260,7 +260,9 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
         folder_source(tmp_path, **FOLDER)
 
 
-@pytest.mark.parametrize("parts", [["train", "val"], ["Test", "Training", "valid"], ["train"]])
+@pytest.mark.parametrize(
+    "parts", [["train", "val"], ["Test", "Training", "valid"], ["train"], ["train", "test", "extra"]]
+)
 def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path, parts: list[str]) -> None:
     for part in parts:
         draw(tmp_path / part / "cat/1.png")

@@ -124,17 +124,22 @@ def test_without_labels_there_are_no_classes(tmp_path: Path) -> None:
     assert (list(source.classes), source.labels.tolist()) == ([], [0, 0])
 
 
-def test_of_the_hubs_splits_the_training_set_is_taken(folder: Path, capsys) -> None:
-    for part in ("test", "validation"):
+@pytest.mark.parametrize("others", [["test", "validation"], ["extra", "test"], ["unsupervised"]])
+def test_of_the_hubs_splits_the_training_set_is_taken(folder: Path, capsys, others: list[str]) -> None:
+    for part in others:
         write(folder / f"{part}-00000-of-00001.parquet", range(2))
     assert len(parquet_source(folder, **OPTIONS).labels) == 10
-    said = f"{folder}: takes the files of train, and passes over those of test, validation\n"
+    said = f"{folder}: takes the files of train, and passes over those of {', '.join(others)}\n"
     assert capsys.readouterr().err == said
-    for file in folder.glob("train*"):
-        file.unlink()
-    with pytest.raises(InputError, match="has files of test, validation and none of train; name one of them"):
-        parquet_source(folder, **OPTIONS)
-    assert len(parquet_source(folder / "test-00000-of-00001.parquet", **OPTIONS).labels) == 2
+
+
+@pytest.mark.parametrize("others", [["test", "validation"], ["extra", "test"]])
+def test_without_a_training_set_one_is_to_be_named(tmp_path: Path, others: list[str]) -> None:
+    for part in others:
+        write(tmp_path / f"{part}-00000-of-00001.parquet", range(2))
+    with pytest.raises(InputError, match=f"has files of {', '.join(others)} and none of train; name one of"):
+        parquet_source(tmp_path, **OPTIONS)
+    assert len(parquet_source(tmp_path / "test-00000-of-00001.parquet", **OPTIONS).labels) == 2
 
 
 def test_a_row_without_an_image_is_rejected_and_not_the_file(tmp_path: Path) -> None:

@@ -284,6 +284,12 @@ def test_what_is_no_plain_tar_is_refused(archive: Path, tmp_path: Path) -> None:
         ilsvrc_tar_source(archive, **OPTIONS)
 
 
+def test_a_folder_may_be_called_as_what_is_compressed_begins(tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(tar({"BZhang/n01440764/a.JPEG": jpeg(0)}))
+    assert ilsvrc_tar_source(archive, **OPTIONS).classes == ["n01440764"]
+
+
 def test_the_identity_is_that_of_the_members(archive: Path) -> None:
     archive.write_bytes(tar(images()))
     first = ilsvrc_tar_source(archive, **OPTIONS)

@@ -75,8 +75,8 @@ def _floor(record: dict[str, Any]) -> str:
     if within is not None:
         ms = record["variants"][OURS]["ms_per_step"]
         said += (
-            f". In two more steps, which were profiled, convolutions, products and attention took {within:.1f} ms:"
-            f" it takes {ms / within:.2f} times that"
+            ". In two more steps, which were profiled, convolutions, products and attention took"
+            f" {within:.1f} ms: it takes {ms / within:.2f} times that"
         )
     return f"{said}."
 

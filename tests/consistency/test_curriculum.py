@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -83,10 +84,14 @@ def test_stages_cover_every_step_once(method: MethodConfig, total: int) -> None:
     assert covered == [(k, num_scales(k, total, method)) for k in range(total)]
 
 
-def test_ema_teacher_decay_is_the_2023_formula() -> None:
-    method = presets.get("cifar10-ct2023").method
-    assert teacher_ema_decay(2, method) == pytest.approx(0.9)
-    assert teacher_ema_decay(151, method) == pytest.approx(0.9 ** (2 / 151))
+@pytest.mark.parametrize(("divisor", "first", "last"), [("points", 2, 151), ("pairs", 1, 150)])
+def test_ema_teacher_decay_is_the_2023_formula(
+    divisor: Literal["points", "pairs"], first: int, last: int
+) -> None:
+    """Of the paper, over N, and of its authors' code, over N before it is raised by one."""
+    method = replace(presets.get("cifar10-ct2023").method, teacher_ema_divisor=divisor)
+    assert teacher_ema_decay(2, method) == pytest.approx(0.9 ** (2 / first))
+    assert teacher_ema_decay(151, method) == pytest.approx(0.9 ** (2 / last))
 
 
 def test_the_stages_of_an_extended_run_are_those_of_the_plan_of_each_time() -> None:

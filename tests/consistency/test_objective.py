@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from dataclasses import replace
 
@@ -182,7 +183,9 @@ def test_student_and_teacher_share_the_dropout_mask(tiny: Config, monkeypatch: p
     assert all(torch.equal(a, b) for a, b in zip(masks[:half], masks[half:], strict=True))
     kept = torch.cat([mask.flatten() for mask in masks[:half]]).float().mean()
     assert float(kept) == pytest.approx(0.8, abs=0.02)
-    assert not all(torch.equal(masks[0], mask) for mask in masks[1:half] if mask.shape == masks[0].shape)
+    alike = [pair for pair in itertools.combinations(masks[:half], 2) if pair[0].shape == pair[1].shape]
+    assert alike
+    assert not any(torch.equal(*pair) for pair in alike)
 
 
 def test_a_batch_in_parts_has_the_losses_of_the_whole(tiny: Config) -> None:

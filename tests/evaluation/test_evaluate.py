@@ -30,6 +30,7 @@ class RemembersDigits(nn.Module):
     def __init__(self, num_classes=0):
         super().__init__()
         config = Config()
+        self.data_fingerprint = None
         self.config = dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, path="not there"),  # data/digits is, after `make demo`
@@ -58,7 +59,7 @@ class Paints(nn.Module):
 
     def __init__(self, painter):
         super().__init__()
-        self.config = Config()
+        self.config, self.data_fingerprint = Config(), None
         self.unused = nn.Parameter(torch.zeros(1))
         self.painter = painter
 

@@ -31,6 +31,7 @@ from ict_fast import torchrun
 from ict_fast.checkpoint import Checkpoint, open_checkpoint
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError, TrainingError
+from ict_fast.networks import switches
 from ict_fast.networks.switches import configure_torch
 from ict_fast.training import outcome, processes, trainer
 from ict_fast.training.dry_run import dry_run
@@ -608,6 +609,18 @@ def test_a_deterministic_run_leaves_no_sum_to_the_switches_between_gpus(
         monkeypatch.setattr(os, "environ", dict(given))
         configure_torch(torch.device("cpu"), deterministic=True)
         assert os.environ["NCCL_ALGO"] == expected
+
+
+def test_torch_has_no_more_threads_than_a_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 96)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(switches, "usable_cores", lambda: 4)
+    for asked, expected in (({}, [4]), ({"OMP_NUM_THREADS": "6"}, [])):
+        monkeypatch.setattr(os, "environ", asked)
+        configure_torch(torch.device("cpu"), deterministic=False)
+        assert given == expected
+        given.clear()
 
 
 def test_a_number_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ict_fast.data.progress import narrated
 from ict_fast.data.sources.class_folders import say_what_does_not_count, training_part
-from ict_fast.data.sources.ilsvrc import PACKED_AT, SYNSET, training_set
+from ict_fast.data.sources.ilsvrc import PACKED_AT, SYNSET, training_source
 from ict_fast.data.sources.image_decoding import MAX_ENCODED_BYTES, RejectedImage
 from ict_fast.data.sources.image_source import ImageSource
 from ict_fast.data.sources.name_table import NameTable
@@ -156,15 +156,7 @@ def ilsvrc_folder_source(root: Path, *, crop: str, resolution: int) -> ImageSour
     passed_over: Counter[str] = Counter()
     files, labels = _list_classes(root, classes, passed_over)
     say_passed_over(root, passed_over)
-    return ImageSource(
-        name=training_set(len(files), len(classes)),
-        files=files,
-        crop=crop,
-        resolution=resolution,
-        image_channels=3,
-        classes=classes,
-        labels=labels,
-    )
+    return training_source(files, [classes[label] for label in labels], crop=crop, resolution=resolution)
 
 
 def _require_folder(root: Path) -> None:

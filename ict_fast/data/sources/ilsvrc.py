@@ -24,7 +24,7 @@ _HELD_OUT = {("CLS-LOC", "val"), ("CLS-LOC", "test")}
 def training_source(
     files: EncodedFiles, synsets: Sequence[str], *, crop: str, resolution: int
 ) -> ImageSource:
-    """The images of an archive; a class is a synset, in the order of their names.
+    """The images of an archive or of folders; a class is a synset, in the order of their names.
 
     Args:
         files: the images.

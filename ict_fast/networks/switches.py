@@ -21,10 +21,9 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
     # A weight's gradient sums over all pixels: what cuBLAS splits it into is added in fp32, not in 16 bits.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    if (
-        "OMP_NUM_THREADS" not in os.environ
-    ):  # torch knows of the cores, not of a container's share of their time
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    # torch knows of the cores, not of a container's share of their time.
+    if "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
+        torch.set_num_threads(usable_cores())
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
     if deterministic:

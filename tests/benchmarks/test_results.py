@@ -191,6 +191,24 @@ def test_every_test_is_of_its_commit_and_of_older_kernels_if_these_have_changed(
     assert "0 (Made-up GPU; commit: 1111111; older kernels: 0000000)" in goal_row(text, "gpu-tests")
 
 
+@pytest.mark.parametrize(
+    ("now", "same"),
+    [
+        ('"""Another."""\n# Said\nONE = 1\n\n\ndef f():\n    """It\n    says."""\n    return ONE\n', True),
+        ('"""One."""\nONE = 2\ndef f():\n    return ONE\n', False),
+        ('"""One."""\nONE = 1\ndef f():\n    return ONE, "as said"\n', False),
+    ],
+)
+def test_kernels_are_older_if_their_code_has_changed_not_what_is_said_of_it(
+    tmp_path: Path, now: str, same: bool
+) -> None:
+    digest = importlib.import_module("machine").digest_of_code
+    (tmp_path / "one.py").write_text('"""One."""\nONE = 1\ndef f():\n    return ONE\n')
+    before = digest(tmp_path)
+    (tmp_path / "one.py").write_text(now)
+    assert (digest(tmp_path) == before) is same
+
+
 def test_a_goal_is_met_in_part_where_a_baseline_failed_or_a_case_was_not_measured(tmp_path: Path) -> None:
     made_up.write_results(tmp_path)
     cases = made_up.kernel_results()

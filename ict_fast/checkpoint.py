@@ -38,12 +38,17 @@ FORMAT = "ict-fast checkpoint"
 VERSION = 1
 _MANIFEST, _STATE = "MANIFEST.json", "state.json"
 _STEP_NAME = re.compile(r"step-(\d+)")
+_SET_ASIDE = re.compile(r"\.tmp-(step-(\d+))-replaced")
 _FILE_NAME = re.compile(
     r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 )  # no separator, no leading dot: it stays in its folder
 _POINTERS = ("latest", "best")
 _UNFINISHED = ".tmp-"
 _HEADERS = 1 << 16  # bytes of JSON beside the tensors, generously, for the free-space check
+
+
+class _NotForUs(InputError):
+    """A checkpoint that may be whole: to go on from an older one would be to lose what it holds."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def write_checkpoint(
             and layout. Values are kept, the memory format is not: channels_last comes back contiguous.
         state: everything else, as JSON values.
         keep: how many of the newest checkpoints to keep, at least 2.
-        snapshot_every: keep those of the multiples of this step too, for ever; 0 for none.
+        snapshot_every: keep those of the multiples of this step too, for ever; 0 for none. `state` has it as
+            config.logging.snapshot_every: what was kept for ever then is kept whatever is asked for later.
         best: from now on this is the best one, which is kept until there is a better one.
     Returns:
         The checkpoint's directory.
@@ -236,13 +242,16 @@ def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
     Returns:
         None if the run has no checkpoints.
     Raises:
-        InputError: if it has, and none is whole.
+        InputError: if it has, and none is whole, or the newest that is not broken cannot be read, or was
+            written by a newer ict-fast.
     """
     steps = step_folders(run / "checkpoints")
     reason = ""
     for step in sorted(steps, reverse=True):
         try:
             return _open_whole(steps[step])
+        except _NotForUs as error:
+            raise InputError(f"{error}; moved elsewhere, it would be passed over") from None
         except InputError as error:
             warn(f"{error}; passing over this checkpoint")
             reason = reason or str(error)
@@ -264,7 +273,7 @@ def _open_whole(path: Path) -> Checkpoint:
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path / _MANIFEST}: not written by ict-fast")
     if manifest.get("version") != VERSION:
-        raise InputError(
+        raise _NotForUs(
             f"{path / _MANIFEST}: format version {manifest.get('version')};"
             f" this ict-fast reads version {VERSION}"
         )
@@ -295,7 +304,7 @@ def _verify(path: Path, name: str, entry: Any) -> None:
         if size != entry["bytes"] or sha256_file(file) != entry.get("sha256"):
             raise InputError(f"{file}: altered, it is not what {_MANIFEST} describes")
     except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise _NotForUs(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -304,7 +313,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{file}: missing") from None
     except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise _NotForUs(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: altered, not readable as JSON") from error
     if not isinstance(value, dict):
@@ -320,8 +329,12 @@ def step_folders(folder: Path) -> dict[int, Path]:
         return {}
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    # First what a kill left set aside, with nothing in its place.
+    aside = ((_SET_ASIDE.fullmatch(entry.name), entry) for entry in entries)
     named = ((_STEP_NAME.fullmatch(entry.name), entry) for entry in entries)
-    return {int(name[1]): entry for name, entry in named if name}
+    return {int(name[2]): entry for name, entry in aside if name} | {
+        int(name[1]): entry for name, entry in named if name
+    }
 
 
 def _refuse_non_finite(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
@@ -362,29 +375,55 @@ def _put_in_place(partial: Path, final: Path) -> None:
         if equal:
             shutil.rmtree(partial)
             return
-        # A broken checkpoint of this step, which resuming has passed over. It steps aside, because a rename
-        # cannot replace a directory that is not empty.
-        os.replace(final, partial.with_name(f"{partial.name}-replaced"))
+        # A broken checkpoint of this step, which resuming has passed over, or one of other options. It steps
+        # aside, because a rename cannot replace a directory that is not empty.
+        aside = partial.with_name(f"{partial.name}-replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(final, aside)
+        try:
+            os.replace(partial, final)
+        except OSError:
+            os.replace(aside, final)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        return
     os.replace(partial, final)
 
 
 def _delete_old(folder: Path, step: int, keep: int, snapshot_every: int) -> None:
     """Keeps the newest `keep` up to `step`. Later ones are another history's: not counted, not deleted."""
     past = {number: path for number, path in step_folders(folder).items() if number <= step}
-    best = ""
-    with contextlib.suppress(InputError):
-        best = pointed_name(folder / "best")
+    try:
+        best = pointed_name(folder / "best") if (folder / "best").exists() else ""
+    except InputError:  # any of them may be the one that is not to be deleted
+        return
     for number in sorted(past, reverse=True)[keep:]:
-        if past[number].name == best or (snapshot_every and number % snapshot_every == 0):
+        if past[number].name == best or _is_snapshot(past[number], number, snapshot_every):
             continue
         # Renamed first, so that a kill halfway leaves no checkpoint that looks broken.
         os.replace(past[number], folder / f"{_UNFINISHED}{past[number].name}-old")
     _delete_unfinished(folder)
 
 
+def _is_snapshot(path: Path, step: int, snapshot_every: int) -> bool:
+    """Whether a checkpoint is kept for ever, by what is asked for now or was when it was written."""
+    if snapshot_every and step % snapshot_every == 0:
+        return True
+    try:
+        then = _read_json(path / _STATE)["config"]["logging"]["snapshot_every"]
+    except _NotForUs:
+        return True
+    except (InputError, KeyError, TypeError):
+        return False
+    return isinstance(then, int) and then > 0 and step % then == 0
+
+
 def _delete_unfinished(folder: Path) -> None:
     for entry in folder.glob(f"{_UNFINISHED}*"):
-        if entry.is_dir():
+        aside = _SET_ASIDE.fullmatch(entry.name)
+        if aside and not (folder / aside[1]).exists():
+            os.replace(entry, folder / aside[1])
+        elif entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from ict_fast.checkpoint import (
     Checkpoint,
     checkpoint_steps,
     latest_checkpoint,
+    mark_best,
     open_checkpoint,
     write_checkpoint,
 )
@@ -38,8 +39,8 @@ def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]
     }
 
 
-def write(run: Path, step: int, keep: int = 2, size: int = 100) -> Path:
-    return write_checkpoint(run, step, tensors_of(step, size), {"step": step, "loss": 0.1}, keep=keep)
+def write(run: Path, step: int, keep: int = 2, size: int = 100, loss: float = 0.1) -> Path:
+    return write_checkpoint(run, step, tensors_of(step, size), {"step": step, "loss": loss}, keep=keep)
 
 
 def assert_whole(checkpoint: Checkpoint | None, step: int, size: int = 100) -> None:
@@ -151,6 +152,20 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path) -> N
     names = sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir())
     assert names == ["latest", "step-00000200", "step-00000300", "step-00000400"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000400\n"
+
+
+def test_what_was_to_be_kept_for_ever_is_kept_whatever_is_asked_for_later(tmp_path: Path) -> None:
+    def write_with(step: int, snapshot_every: int) -> None:
+        state = {"config": {"logging": {"snapshot_every": snapshot_every}}}
+        write_checkpoint(tmp_path, step, tensors_of(step), state, keep=2, snapshot_every=snapshot_every)
+
+    for step in (10, 15, 20, 25, 30):
+        write_with(step, 10)
+    for step in (35, 40, 45, 50, 55):
+        write_with(step, 40)
+    for step in (60, 65):
+        write_with(step, 0)
+    assert sorted(checkpoint_steps(tmp_path)) == [10, 20, 30, 40, 60, 65]
 
 
 @pytest.mark.parametrize(
@@ -404,6 +419,52 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_newest_checkpoint(tmp_path:
     assert set(found) == {2, 3}
 
 
+def test_a_kill_while_a_step_is_saved_again_costs_neither_what_was_there_nor_what_is_new(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "source", 2)
+    write(tmp_path / "source", 3, loss=0.2)  # of other options, or made by another version
+    command = [sys.executable, "-c", _KILLED_AT_EACH_FILE_OPERATION, str(tmp_path / "source"), str(tmp_path)]
+    moments = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = []
+    for moment in range(1, moments + 1):
+        run = tmp_path / str(moment)
+        checkpoint = latest_checkpoint(run, fail_on_warning)
+        assert checkpoint is not None
+        assert checkpoint.step == 3
+        assert checkpoint.tensors("ema")["a"][0] == 3.25
+        found.append(checkpoint.state["loss"])
+        write(run, 4)
+        assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == [
+            "latest",
+            "step-00000003",
+            "step-00000004",
+        ]
+        assert open_checkpoint(run / "checkpoints/step-00000003").state["loss"] == found[-1]
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {0.1, 0.2}
+
+
+def test_a_rename_that_fails_leaves_the_checkpoint_of_the_same_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 3, loss=0.2)
+    original, left = os.replace, iter((True, False, True))
+
+    def replace(source: Path, target: Path) -> None:
+        if not next(left):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, 3)
+    monkeypatch.undo()
+    found = latest_checkpoint(tmp_path, fail_on_warning)
+    assert found is not None
+    assert found.state["loss"] == 0.2
+
+
 _KILLED_AT_RANDOM = """
 import itertools, os, random, signal, sys, time
 from pathlib import Path
@@ -482,7 +543,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest a list": (lambda p: (p / "MANIFEST.json").write_text("[]"), r"MANIFEST\.json: altered"),
     "a pickle": (lambda p: (p / "MANIFEST.json").write_bytes(pickle.dumps(1)), r"MANIFEST\.json: altered"),
     "another program's": (lambda p: _edit_manifest(p, format="x"), r"MANIFEST\.json: not written by"),
-    "a later version": (lambda p: _edit_manifest(p, version=2), r"MANIFEST\.json: format version 2"),
     "another step": (lambda p: _edit_manifest(p, step=3), r"MANIFEST\.json: altered, it says step 3"),
     "step a text": (lambda p: _edit_manifest(p, step="2"), r"MANIFEST\.json: altered"),
     "no files": (lambda p: _edit_manifest(p, files={}), r"MANIFEST\.json: altered"),
@@ -524,6 +584,26 @@ def test_damage_is_named_and_the_previous_checkpoint_steps_in(
     assert str(newest) in warnings[0]
     assert_whole(open_checkpoint(tmp_path), 1)
     assert str(newest) in capsys.readouterr().err
+
+
+def test_a_newest_checkpoint_that_may_be_whole_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+
+    def stale(file: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:  # as of NFS: no word on what the file holds
+        patch.setattr(checkpoint_module, "sha256_file", stale)
+        with pytest.raises(InputError, match=r"-00000002/.*: cannot be read: Stale file handle; moved else"):
+            latest_checkpoint(tmp_path, fail_on_warning)
+    _edit_manifest(newest, version=2)
+    with pytest.raises(InputError, match=r"-00000002/MANIFEST\.json: format version 2; this ict-fast reads"):
+        open_checkpoint(tmp_path)
+    newest.rename(tmp_path / "elsewhere")
+    assert_whole(latest_checkpoint(tmp_path, fail_on_warning), 1)
 
 
 def test_a_run_of_broken_checkpoints_alone_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
@@ -605,3 +685,6 @@ def test_a_pointer_that_was_altered_is_refused_and_keeps_nothing_from_working(
     for step in (2, 3):
         write(tmp_path, step)
     assert open_checkpoint(tmp_path).step == 3
+    assert sorted(checkpoint_steps(tmp_path)) == [1, 2, 3], "any of them may be the best"
+    mark_best(tmp_path, 3, keep=2, snapshot_every=0)
+    assert sorted(checkpoint_steps(tmp_path)) == [2, 3]

@@ -208,7 +208,7 @@ class TrainingConfig:
     cuda_graph: bool = False
     """Capture the step as CUDA graphs, with --data.loader resident. Not timed yet."""
     max_skipped_steps: int = 100
-    """Give up after this many steps in a row with a non-finite gradient."""
+    """Give up after this many steps in a row with a non-finite gradient; seen when the log is written."""
     deterministic: bool = False
     """Repeatable CUDA algorithms, so that resuming on a GPU is bit-exact. A CPU always is."""
 

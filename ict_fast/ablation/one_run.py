@@ -48,11 +48,16 @@ def do(job: Job) -> int:
             the run has no result, and can be made again.
     """
     from ict_fast.consistency import load_model
+    from ict_fast.consistency.objective import revision
     from ict_fast.evaluation import evaluate
     from ict_fast.training.trainer import train
 
     folder, config = Path(job.folder), from_dict(job.config)
-    result: dict[str, Any] = {"config": job.config, "asked_count": job.count}
+    result: dict[str, Any] = {
+        "config": job.config,
+        "objective_revision": revision(config.method),
+        "asked_count": job.count,
+    }
     started = time.monotonic()
     try:
         trained = train(config, out=folder / RUN, device=job.device)

@@ -20,6 +20,7 @@ import torch
 from ict_fast.ablation.one_run import OUTPUT, RESULT, RUN, Job
 from ict_fast.ablation.variants import Variant, configured
 from ict_fast.config import Config, differences, from_dict, to_dict
+from ict_fast.consistency.objective import revision
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.hardware import usable_cores
 from ict_fast.screen import LINE_INTERVAL
@@ -183,6 +184,12 @@ def _result(job: Job) -> dict[str, Any] | None:
     if other:
         name, ours, theirs = other[0]
         raise InputError(f"{file}: made with {name} {theirs}, now it is {ours}; choose another --out")
+    method = from_dict(job.config).method
+    if result.get("objective_revision", 1) != revision(method):
+        raise InputError(
+            f"{file}: made by another version, to which --method.metric {method.metric} meant another loss;"
+            " choose another --out"
+        )
     if result["asked_count"] != job.count:
         was, now = ("the default" if count is None else count for count in (result["asked_count"], job.count))
         raise InputError(f"{file}: made with --count {was}, now it is {now}; choose another --out")

@@ -11,6 +11,16 @@ from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import noise_condition
 from ict_kernels import NoiseLevels, consistency_loss, noise_images, sample_noise_levels
 
+_REVISIONS = {"l2": 2, "l1": 2}  # means over the image, which were sums
+
+
+def revision(method: MethodConfig) -> int:
+    """A number that rises when the same configuration begins to compute another objective.
+
+    A run that has begun with another one does not go on.
+    """
+    return _REVISIONS.get(method.metric, 1)
+
 
 class ConsistencyObjective:
     """lambda(s_i) d(f(x + s_{i+1} z, s_{i+1}), stopgrad f(x + s_i z, s_i)) per image (iCT, equation 7).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ict_fast.config import Config
@@ -11,6 +11,8 @@ from ict_fast.errors import DivergedError, TrainingError, is_out_of_memory
 from ict_fast.training.monitor import reason
 from ict_fast.training.step import TrainStep
 from ict_fast.training.world import World
+
+_FEWEST_STEPS = 100  # fp16 begins with a few that are skipped, until its loss scale is found
 
 
 @contextmanager
@@ -58,16 +60,42 @@ def what_may_help(config: Config) -> str:
     return f"a smaller --optimizer.lr{norms}, in a new --out, may help"
 
 
-def require_progress(train_step: TrainStep, step: int, config: Config) -> None:
-    """Gives up after too many steps in a row without a finite gradient; begins a new window of the loss.
+class SkippedSteps:
+    """What steps without a finite gradient say of a run; looked at with each line of its log."""
 
-    Raises:
-        DivergedError: see above. The weights are still those of the last good step.
-    """
-    in_a_row = int(train_step.skipped_in_a_row)
-    train_step.reset_losses()
-    if in_a_row >= config.training.max_skipped_steps:
-        raise DivergedError(
-            f"{in_a_row} steps in a row up to step {step:,} had no finite gradient, and changed no weight;"
-            f" {what_may_help(config)}"
-        )
+    def __init__(self, train_step: TrainStep, config: Config, warn: Callable[[str], None], step: int) -> None:
+        self._train_step, self._config, self._warn = train_step, config, warn
+        self._since = step, int(train_step.optimizer.skipped)
+        self._warned = False
+
+    def look(self, step: int) -> None:
+        """Warns once where half of the steps change nothing; begins a new window of the loss.
+
+        Raises:
+            DivergedError: after too many such steps in a row. The weights are those of the last good step.
+        """
+        in_a_row = int(self._train_step.skipped_in_a_row)
+        self._train_step.reset_losses()
+        if in_a_row >= self._config.training.max_skipped_steps:
+            raise DivergedError(
+                f"{in_a_row} steps in a row up to step {step:,} had no finite gradient, and changed no"
+                f" weight; {what_may_help(self._config)}"
+            )
+        first, skipped = self._since
+        if step - first < _FEWEST_STEPS or self._warned:
+            return
+        self._since = step, int(self._train_step.optimizer.skipped)
+        if 2 * (self._since[1] - skipped) > step - first:
+            self._warned = True
+            self._warn(
+                f"{self._since[1] - skipped:,} of the last {step - first:,} steps had no finite gradient, and"
+                f" changed no weight; {what_may_help(self._config)}"
+            )
+
+    def require_some(self, step: int) -> None:
+        """Raises DivergedError where none of a run's steps has changed a weight."""
+        if int(self._train_step.optimizer.skipped) == step:
+            raise DivergedError(
+                f"none of the {step:,} steps had a finite gradient: the weights are those that it began with;"
+                f" {what_may_help(self._config)}"
+            )

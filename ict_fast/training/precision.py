@@ -7,8 +7,9 @@ difference is the signal. bf16 keeps 8 bits of each. fp16 keeps 11, at the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,8 +83,17 @@ class _Stopped(Exception):
     """The run is to stop."""
 
 
+def is_too_coarse(roundings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last choice, as `TrainStep.roundings` keeps it, was to leave bf16."""
+    if not roundings:
+        return False
+    last = roundings[-1]
+    cosine, noise = (math.nan if last[name] is None else last[name] for name in ("cosine", "noise"))
+    return not Rounding(cosine, noise, batches=last["batches"]).is_harmless
+
+
 def choice_is_due(step: TrainStep, number: int) -> bool:
-    """Whether to choose the trunk at the stage that begins with this step.
+    """Whether to choose the trunk at this step, the first one of a stage or of a process.
 
     Where N has grown by half, or has fallen so far, since the last choice: each stage that doubles N, and not
     each of the hundreds of a curriculum that grows by one.
@@ -106,7 +116,7 @@ def choose_trunk(
     Args:
         step: with a bf16 trunk.
         loader: of the run's batches; those of the next steps are used.
-        number: the stage's first step.
+        number: the step that comes next.
         is_stopped: asked before each batch whether the run stops, in all processes alike; the choice is then
             made when it goes on.
     Returns:

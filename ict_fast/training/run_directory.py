@@ -15,9 +15,10 @@ from pathlib import Path
 from ict_fast.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, step_folders
 from ict_fast.config import Config, differences, from_dict, to_dict
 from ict_fast.consistency.curriculum import Extension, num_scales, read_extensions
+from ict_fast.consistency.objective import revision
 from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError
-from ict_fast.training.initial import RECORD_NAME, Initial, settle_initial
+from ict_fast.training.initial import RECORD_NAME, Initial, find_initial, settle_initial
 
 LOG_NAME = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -94,7 +95,8 @@ def open_run(
             raise InputError(f"there is no run in {out} to resume; --resume auto starts one")
         if extend is not None:
             raise InputError(f"there is no run in {out} to extend; set --training.total-steps to start one")
-        return Run(out, config, None, steps_seen, settle_initial(out, None, init))
+        # Not by the record of a run that ended while it was being made.
+        return Run(out, config, None, steps_seen, None if init is None else find_initial(init))
 
     if without_config is not None and "imported" in without_config.state:
         raise InputError(
@@ -144,6 +146,12 @@ def open_run(
             raise InputError(
                 f"{checkpoint.path} was trained with other {', '.join(others)} than {config_file} says; one"
                 " of them is not this run's: restore it, or choose another --out"
+            )
+        if checkpoint.state.get("objective_revision", 1) != revision(config.method):
+            raise InputError(
+                f"{checkpoint.path} was trained by another version, to which --method.metric"
+                f" {config.method.metric} meant another loss; that version goes on with it, and here another"
+                " --out starts a new run"
             )
         if extensions and extensions[-1].step == checkpoint.step:
             total = config.training.total_steps
@@ -233,6 +241,8 @@ def prepare_directory(run: Run) -> None:
         InputError: if the directory cannot be written.
     """
     try:
+        if run.initial is None:
+            (run.out / RECORD_NAME).unlink(missing_ok=True)
         replace_durably(run.out / "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode())
         for log in (run.out / LOG_NAME, run.out / EVALUATIONS):
             if log.exists():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ict_fast.checkpoint import mark_best, write_checkpoint, write_whole
 from ict_fast.config import to_dict
+from ict_fast.consistency.objective import revision
 from ict_fast.data.store import Store
 from ict_fast.errors import DivergedError, TrainingError
 from ict_fast.training import outcome
@@ -76,6 +77,7 @@ class Saver:
         state = {
             "step": step,
             **self._origin(),
+            "objective_revision": revision(self._run.config.method),
             "trunk_dtype": trunk_name(self._train_step),
             "roundings": list(self._train_step.roundings),
             "versions": {

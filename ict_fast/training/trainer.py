@@ -28,7 +28,7 @@ from ict_fast.training.evaluations import (
     require_measurable,
     require_measurement,
 )
-from ict_fast.training.failures import closing, explained, require_progress
+from ict_fast.training.failures import SkippedSteps, closing, explained
 from ict_fast.training.figures import figures
 from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.grids import averaged_model, save_grid
@@ -36,7 +36,7 @@ from ict_fast.training.initial import initial_weights, write_record
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor
 from ict_fast.training.outcome import RunResult, report_progress
-from ict_fast.training.precision import choice_is_due, choose_trunk, chooses_trunk
+from ict_fast.training.precision import choice_is_due, choose_trunk, chooses_trunk, is_too_coarse
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
 from ict_fast.training.run_directory import GRIDS, Run, lock, open_run, prepare_directory
@@ -194,7 +194,9 @@ def _train_locked(
         begun.append(trunk)
     if run.checkpoint is not None:
         before = run.checkpoint.state.get("trunk_dtype")
-        if chooses_trunk(train_step) and before == "float16":  # chosen at an earlier stage
+        # Chosen at an earlier stage, if not on the last device.
+        chosen = before == "float16" or is_too_coarse(run.checkpoint.state.get("roundings", []))
+        if chooses_trunk(train_step) and chosen:
             train_step.set_trunk(torch.float16)
         train_step.restore(run.checkpoint)
         now = trunk_name(train_step)
@@ -254,6 +256,7 @@ def _loop(
     total, logging = config.training.total_steps, config.logging
     borders = {stage.first_step for stage in stages(total, config.method)}
     advance = CapturedStep(train_step) if config.training.cuda_graph else train_step
+    skipped_steps = SkippedSteps(train_step, config, monitor.warn, step)
     stop_code: int | None = None
 
     def is_stopped() -> bool:
@@ -272,7 +275,7 @@ def _loop(
         if step > run.step:
             if done or step % logging.log_every == 0:
                 monitor.record(step, figures(train_step, step))
-                require_progress(train_step, step, config)
+                skipped_steps.look(step)
             if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
                 with _between_steps(advance, monitor):
                     save_grid(train_step, step, out / GRIDS / f"step-{step:08d}.png", monitor)
@@ -288,7 +291,8 @@ def _loop(
             measure = partial(evaluations.measure, step, partial(averaged_model, train_step))
             with _between_steps(advance, monitor):
                 is_best, stop_code = world.while_first(measure, "measuring", stop)
-            if is_best and is_saved:
+            is_there = is_saved or (step == run.step and run.checkpoint is not None)
+            if is_best and is_there:
                 saver.mark_best(step)
             elif is_best or (stop_code is not None and step > run.step and not is_saved):
                 saver.save(step, best=is_best)
@@ -299,7 +303,8 @@ def _loop(
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
         try:
-            if step in borders and choice_is_due(train_step, step):
+            # A run may come from another device, in the middle of a stage.
+            if (step in borders or step == run.step) and choice_is_due(train_step, step):
                 if step > run.step and not is_saved:  # the choice may take an hour
                     saver.save(step)
                 with _between_steps(advance, monitor):
@@ -332,6 +337,7 @@ def _loop(
     if saved_step != step:
         raise TrainingError(f"step {step:,} could not be saved; {out} holds step {saved_step:,}")
     if done:
+        skipped_steps.require_some(step)
         skipped = int(train_step.optimizer.skipped)
         skips = f", {skipped:,} of them skipped for a gradient that was not finite" if skipped else ""
         code, measured = EXIT_DONE, ""

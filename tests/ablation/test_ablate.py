@@ -19,7 +19,8 @@ from ict_fast.ablation import one_run, runs
 from ict_fast.ablation.runs import Plan, gather, run_all
 from ict_fast.ablation.summary import commands
 from ict_fast.ablation.variants import Variant, preset_names, variants_of
-from ict_fast.config import Config, to_dict
+from ict_fast.config import Config, from_dict, to_dict
+from ict_fast.consistency.objective import revision
 from ict_fast.errors import InputError, TrainingError
 
 WORDS = ("ablate", "--only", "ict", "l2", "--seeds", "1", "--total-steps", "32", "--count", "64")
@@ -147,6 +148,7 @@ def _leave_result(plan: Plan, name: str, seed: int, **changes: object) -> None:
     job = plan.job(variant, seed)
     measured = {"frechet_distance": 3.5, "relative_to_noise": 0.01}
     result = {"config": job.config, "asked_count": None, "one_step": measured, "two_step": measured}
+    result["objective_revision"] = revision(from_dict(job.config).method)
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     (Path(job.folder) / one_run.RESULT).write_text(json.dumps(result | {"seconds": 1.0} | changes))
 
@@ -176,6 +178,9 @@ def test_seeds_beyond_those_asked_for_are_reported_if_only_the_seed_differs(
     ]
     _leave_result(plan, "l1", 2, config=other)
     with pytest.raises(InputError, match=r"l1/seed-2/result.json: made with"):  # this one was asked for
+        gather(replace(plan, seeds=(0, 1, 2)))
+    _leave_result(plan, "l1", 2, objective_revision=1)
+    with pytest.raises(InputError, match=r"made by another version, to which --method\.metric l1 meant"):
         gather(replace(plan, seeds=(0, 1, 2)))
 
 

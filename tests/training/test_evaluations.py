@@ -238,9 +238,12 @@ def test_ctrl_c_ends_a_measurement_which_is_made_up_for_when_the_run_goes_on(
     assert result.exit_code == EXIT_SIGINT
     assert result.step == 8
     assert [line["step"] for line in _lines(out)] == [4]
+    saved = (out / "checkpoints/step-00000008").stat().st_ino
+    config = replace(config, logging=replace(config.logging, log_every=3))  # which a checkpoint remembers
     train(config, out=out, device="cpu")
     assert [line["step"] for line in _lines(out)] == [4, 8, 12, 16, 20, 24]
     assert (out / "checkpoints/best").read_text() == "step-00000008\n"
+    assert (out / "checkpoints/step-00000008").stat().st_ino == saved, "it is there, and not written anew"
 
 
 def test_ctrl_c_in_the_last_measurement_says_that_it_is_missing_and_how_to_make_it(

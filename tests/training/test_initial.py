@@ -170,14 +170,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same(
 ) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"
     train(short, out=whole, device="cpu", init=trained)
-    for kept in (("init.json",), ("init.json", "config.json")):
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        for name in kept:
-            shutil.copy(whole / name, out / name)
-        train(short, out=out, device="cpu")  # --init was forgotten, its record was not
-        ours, theirs = (open_checkpoint(path).path / "ema.safetensors" for path in (out, whole))
-        assert ours.read_bytes() == theirs.read_bytes()
+    out.mkdir()
+    for name in ("init.json", "config.json"):
+        shutil.copy(whole / name, out / name)
+    train(short, out=out, device="cpu")  # --init was forgotten, its record was not
+    ours, theirs = (open_checkpoint(path).path / "ema.safetensors" for path in (out, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_dry_run_reports_it(trained: Path, short: Config, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -233,6 +234,53 @@ def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
         assert (ours.path / f"{name}.safetensors").read_bytes() == (
             theirs.path / f"{name}.safetensors"
         ).read_bytes(), f"{name} differ"
+
+
+def test_the_choice_outlives_another_device_and_is_made_up_for_after_one(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, training=replace(tiny.training, precision="auto", max_skipped_steps=20))
+    config = replace(config, logging=replace(config.logging, checkpoint_every=1))
+    original, call = step.trunk_dtype, TrainStep.__call__
+    measured: list[int] = []
+    harmful: set[int] = set()
+    used: dict[int, torch.dtype | None] = {}
+
+    def measure(train_step: TrainStep, first_step: int, drawn: object) -> Rounding:
+        measured.append(first_step)
+        return Rounding(0.9, 1.0) if first_step in harmful else Rounding(1.0, 0.0)
+
+    monkeypatch.setattr(precision, "measure_rounding", measure)
+
+    def go_on(out: Path, kind: str, until: int) -> None:
+        """The steps before `until` on a device of a kind, which is lost then."""
+
+        def trunk(name: str, device: torch.device) -> torch.dtype | None:
+            return original("bf16" if name == "auto" and kind == "gpu" else name, device)
+
+        def steps(self: TrainStep, number: int, drawn: object) -> None:
+            if number == until:
+                raise KeyboardInterrupt
+            call(self, number, drawn)  # type: ignore[arg-type]
+            used[number] = self.autocast_dtype
+
+        monkeypatch.setattr(step, "trunk_dtype", trunk)
+        monkeypatch.setattr(TrainStep, "__call__", steps)
+        with contextlib.suppress(KeyboardInterrupt):
+            train(config, out=out, device="cpu")
+
+    harmful = {6}
+    for kind, until in (("gpu", 8), ("cpu", 10), ("gpu", 24)):
+        go_on(tmp_path / "there and back", kind, until)
+    assert (measured, used[5], used[7], used[9]) == ([0, 3, 6], torch.bfloat16, torch.float16, None)
+    assert {used[number] for number in range(10, 24)} == {torch.float16}
+
+    measured.clear()
+    harmful = {13}  # in the middle of the last stage
+    for kind, until in (("cpu", 13), ("gpu", 17), ("gpu", 24)):
+        go_on(tmp_path / "from a cpu", kind, until)
+    assert (measured, used[12]) == ([13], None)
+    assert {used[number] for number in range(13, 24)} == {torch.float16}
 
 
 @pytest.mark.usefixtures("like_a_gpu")

@@ -105,7 +105,11 @@ def test_a_kill_or_a_crash_while_the_run_is_being_made_is_forgotten(tiny: Config
     out.mkdir()
     (out / ".tmp-config.json").write_text('{"preset": "dig')
     (out / "crash.txt").write_text("Traceback of processes that could not find each other")
+    # One that was to begin with weights which are not here any more; this one begins at random.
+    (out / "init.json").write_text(json.dumps({"path": str(tmp_path / "gone"), "step": 1, "sha256": "0"}))
     assert train(tiny, out=out, device="cpu").step == 24
+    assert not (out / "init.json").exists()
+    assert "init" not in open_checkpoint(out).state
 
 
 def _interrupt_at(config: Config, out: Path, steps: list[int]) -> None:

@@ -329,6 +329,47 @@ def test_a_checkpoint_of_another_run_is_refused(run: tuple[Config, Path]) -> Non
     assert train(config, out=out, device="cpu", extend=32).step == 32
 
 
+def test_a_run_whose_objective_meant_something_else_when_it_began_does_not_go_on(
+    tiny: Config, tmp_path: Path
+) -> None:
+    from ict_fast.consistency import objective
+
+    config, out = replace(tiny, method=replace(tiny.method, metric="l2")), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "_REVISIONS", {})
+        train(config, out=out, device="cpu")
+    before = (out / "log.jsonl").read_bytes()
+    for extend in (None, 32):
+        with pytest.raises(
+            InputError, match=r"step-00000024 was trained by another version, .* --method\.metric l2"
+        ):
+            train(config, out=out, device="cpu", extend=extend)
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected", "rev"), [("pseudo-huber", 0.5, 1), ("l2", 0.0625, 2), ("l1", 0.25, 2)]
+)
+def test_what_an_objective_computes_has_the_number_that_runs_remember(
+    tiny: Config, metric: Any, expected: float, rev: int
+) -> None:
+    """Change the number, in `_REVISIONS`, with what is computed."""
+    from ict_fast.consistency.objective import revision
+    from ict_kernels import NoiseLevels, consistency_loss
+
+    method = replace(tiny.method, metric=metric, huber_c=0.0)
+    ones = torch.ones(1)
+    levels = NoiseLevels(torch.zeros(1, dtype=torch.int64), ones, ones, ones)
+    # At sigma = sigma_min c_skip is 1 and c_out 0: each of four values differs by 0.25.
+    inputs = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    inputs[0].fill_(0.25 / (1 + method.sigma_data**2) ** 0.5)
+    outputs = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    loss = consistency_loss(
+        *outputs, *inputs, levels, sigma_data=method.sigma_data, sigma_min=1.0, c=0.0, metric=metric
+    )
+    assert (float(loss), revision(method)) == (pytest.approx(expected), rev)
+
+
 def test_an_altered_newest_checkpoint_falls_back_to_the_one_before(
     finished: tuple[Config, Path], run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -599,6 +640,41 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(
     assert records[-1]["loss"] > 0, "the loss itself stays finite here"
     weights = open_checkpoint(tmp_path / "run").tensors("weights")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(("skipped", "warned"), [("every", True), ("most", True), ("few", False)])
+def test_a_run_that_learns_from_no_step_fails_and_one_that_learns_from_few_says_so(
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    skipped: str,
+    warned: bool,
+) -> None:
+    from ict_fast.training import failures
+    from ict_fast.training.step import TrainStep
+
+    original = TrainStep.compute
+
+    def poisoned(self: TrainStep, batches: Any) -> torch.Tensor:
+        figures = original(self, batches)
+        step = int(self.seed_and_step[1])
+        if {"every": True, "most": step % 3 > 0, "few": step % 3 == 0}[skipped]:
+            for parameter in self.network.parameters():
+                parameter.grad.fill_(torch.nan)  # type: ignore[union-attr]
+        return figures
+
+    monkeypatch.setattr(TrainStep, "compute", poisoned)
+    monkeypatch.setattr(failures, "_FEWEST_STEPS", 10)
+    out = tmp_path / "run"
+    if skipped == "every":
+        with pytest.raises(TrainingError, match="none of the 24 steps had a finite gradient: the weights"):
+            train(tiny, out=out, device="cpu")
+    else:
+        assert train(tiny, out=out, device="cpu").exit_code == 0
+    assert open_checkpoint(out).step == 24
+    told = [line for line in capsys.readouterr().err.splitlines() if "steps had no finite gradient" in line]
+    assert len(told) == warned, "once"
 
 
 @pytest.mark.parametrize(("adaptive", "hint"), [(False, ""), (True, " or --network.no-adaptive-norm")])

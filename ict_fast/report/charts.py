@@ -32,9 +32,10 @@ def charts(record: RunRecord) -> str:
         ("data_wait", "Waiting for data", "percent", 100.0),
         ("memory_gb", "Memory, GB", "", 1.0),
         ("loss_scale", "Loss scale of fp16", "", 1.0),
+        ("learning_rate", "Learning rate", "", 1.0),
     ):
         steps, values = record.series(name)
-        if not values:
+        if not values or (name == "learning_rate" and len(set(values)) == 1):
             continue
         words = ""
         if name == "images_per_second":
@@ -42,7 +43,7 @@ def charts(record: RunRecord) -> str:
         elif form == "percent":
             words = f"median {100 * statistics.median(values):.3g} %"
         line = Line(steps, [value * scale for value in values])
-        logarithmic = False if form or name == "memory_gb" else None
+        logarithmic = False if form or name in ("memory_gb", "learning_rate") else None
         svg = curve(title, [line], total_steps=end, stages=plan, logarithmic=logarithmic, form=form)
         add(title, words, svg)
     if heat := _loss_by_sigma(record, end):

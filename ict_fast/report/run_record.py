@@ -23,6 +23,7 @@ _FIGURES = (
     "data_wait",
     "memory_gb",
     "loss_scale",
+    "learning_rate",
     "skipped",
     "time",
 )

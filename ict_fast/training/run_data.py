@@ -71,6 +71,10 @@ def open_data(run: Run) -> Store:
     Raises:
         InputError: as `open_images`, and if the run was trained on other images so far.
     """
+    path = Path(run.config.data.path)
+    if run.checkpoint is not None and not path.exists():
+        hint = " (a relative path, from the directory of the command)" * (not path.is_absolute())
+        raise InputError(f"the data of {run.out}, {path}, are not here{hint}; --data names the same store")
     store = open_images(run.config)
     before = store.fingerprint if run.checkpoint is None else run.checkpoint.state.get("data_fingerprint")
     if before != store.fingerprint:

@@ -328,6 +328,14 @@ def test_a_run_of_today_without_the_optional_figures_has_its_curves(run: Path) -
     assert "What is missing" not in text
 
 
+def test_a_learning_rate_has_a_curve_where_it_has_a_schedule(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for rate, shown in ((lambda step: 1e-4, False), (lambda step: 1e-4 * min(1, step / 200), True)):
+        changed = (json.dumps(line | {"learning_rate": rate(line["step"])}) + "\n" for line in lines)
+        (run / "log.jsonl").write_text("".join(changed))
+        assert ('aria-label="Learning rate"' in page(read_run(run))) is shown
+
+
 def test_a_bare_run_says_what_is_missing(run: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -253,10 +253,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"folder": tmp_path_factory.mktemp("undisturbed")}
 
 
-def _undisturbed(config: Config, command: Command, made: dict[str, Path]) -> Path:
-    out = made["folder"] / "run"
+def _undisturbed(config: Config, command: Command, made: dict[str, Path], processes: int = 2) -> Path:
+    out = made["folder"] / str(processes)
     if not out.exists():
-        process = command(config, out, "--processes", "2")
+        process = command(config, out, "--processes", str(processes))
         assert process.wait(timeout=300) == 0, process.communicate()[0]
     return out
 
@@ -304,7 +304,7 @@ def kills() -> Iterator[list[dict]]:
     met: list[dict] = []
     yield met
     if len(met) >= 20:
-        RESULTS.write_text(json.dumps({"processes": 2, "steps": 100, "kills": met}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"steps": 100, "kills": met}, indent=1) + "\n")
 
 
 KILLS = [(seed, whole) for seed in range(12) for whole in (False, True)]
@@ -328,8 +328,10 @@ def test_a_kill_nine_of_a_process_or_of_all_changes_no_bit(
 ) -> None:
     choose, out = random.Random(f"{seed} {whole}"), tmp_path / "killed"
     least = choose.randrange(60)
-    process = command(config, out, "--processes", "2")
-    _wait(process, lambda: _newest(out) >= least and len(_workers(process.pid)) == 2)
+    processes = 2 if seed < 9 else 3  # of three the sum of the gradients depends on its order
+    config = replace(config, training=replace(config.training, batch_size=8 * processes))
+    process = command(config, out, "--processes", str(processes))
+    _wait(process, lambda: _newest(out) >= least and len(_workers(process.pid)) == processes)
     time.sleep(choose.uniform(0, 0.2))  # the run has 40 steps to go, which may take it a second
     workers, step = _workers(process.pid), _newest(out)
     for pid in (process.pid, *workers) if whole else (choose.choice(workers),):
@@ -341,15 +343,23 @@ def test_a_kill_nine_of_a_process_or_of_all_changes_no_bit(
                 Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
             ):
                 time.sleep(0.05)
-        process = command(config, out, "--processes", "2")
+        process = command(config, out, "--processes", str(processes))
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     if not whole:
-        assert "was ended by SIGKILL; starting all 2 processes again from step" in output
+        assert f"was ended by SIGKILL; starting all {processes} processes again from step" in output
     assert "Traceback" not in output
-    _assert_same_state(out, _undisturbed(config, command, undisturbed), 100)
+    _assert_same_state(out, _undisturbed(config, command, undisturbed, processes), 100)
     victims = "all" if whole else "one process"
-    kills.append({"seed": seed, "killed": victims, "newest_checkpoint": step, "same_bits": True})
+    kills.append(
+        {
+            "seed": seed,
+            "processes": processes,
+            "killed": victims,
+            "newest_checkpoint": step,
+            "same_bits": True,
+        }
+    )
 
 
 def test_a_signal_saves_in_all_processes_and_the_same_command_resumes(

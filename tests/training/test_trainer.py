@@ -329,6 +329,29 @@ def test_a_checkpoint_of_another_run_is_refused(run: tuple[Config, Path]) -> Non
     assert train(config, out=out, device="cpu", extend=32).step == 32
 
 
+def test_the_log_has_the_learning_rate_of_its_last_step(tiny: Config, tmp_path: Path) -> None:
+    config = replace(tiny, optimizer=replace(tiny.optimizer, lr=1e-3, warmup_steps=8, lr_decay=0.5))
+    train(config, out=tmp_path / "run", device="cpu")
+    rates = {record["step"]: record["learning_rate"] for record in _records(tmp_path / "run")}
+    # Of steps 3, 7, 11, ..., counted from 0: up to step 8, and down from 12 to 24.
+    expected = {4: 3 / 8, 8: 7 / 8, 12: 1.0, 16: 9 / 12, 20: 5 / 12, 24: 1 / 12}
+    assert rates == {step: pytest.approx(1e-3 * share) for step, share in expected.items()}
+
+
+def test_data_that_are_not_here_are_not_to_be_prepared_anew(
+    run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, out = run
+    data = Path(config.data.path)
+    monkeypatch.chdir(data.parent)
+    config = replace(config, data=replace(config.data, path=data.name))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"the data of .*run, digits, are not here \(a relative path"):
+        train(config, out=out, device="cpu", extend=25)
+    monkeypatch.chdir(data.parent)
+    assert train(config, out=out, device="cpu", extend=25).step == 25
+
+
 def test_a_run_whose_objective_meant_something_else_when_it_began_does_not_go_on(
     tiny: Config, tmp_path: Path
 ) -> None:

@@ -196,12 +196,15 @@ class RAdamEMA(Optimizer):
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if "ema" not in state:
-            state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
+        if "step" in state and "ema" in state:
+            return state
+        with torch.inference_mode(False), torch.no_grad():  # a first look may come in inference mode
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if "ema" not in state:
+                state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
         return state
 
     def ema_parameters(self) -> Iterator[Tensor]:
@@ -351,6 +354,7 @@ class RAdamEMA(Optimizer):
     ) -> None:
         """The step where kernels may take some cohorts; those that they do not take go to `_update`."""
         planned: list[tuple[dict[str, Any], _Plan, list[Tensor], Tensor]] = []
+        written = [self.grad_norm, self.last_step_skipped, self.skipped]
         others: list[tuple[dict[str, Any], list[Tensor]]] = []
         for (group, params), by_kernel in zip(cohorts, by_kernels, strict=True):
             plan = self._plan(params) if by_kernel else None
@@ -359,6 +363,7 @@ class RAdamEMA(Optimizer):
             else:
                 grads = [_as_stored(p.grad, p) for p in params if p.grad is not None]
                 planned.append((group, plan, grads, plan.find(grads)))
+                written += [t for p in params for t in (p, self.state[p]["ema"])]
         partials = None
         if others:
             unscale, healthy = self._inspect([p.grad for _, c in cohorts for p in c if p.grad is not None])
@@ -373,6 +378,8 @@ class RAdamEMA(Optimizer):
         for group, plan, _, gradients in planned:
             _launch_update(group, plan, gradients, self._launch_scalars(group, plan, partials))
             partials = None  # the first launch has settled for all whether the step happens
+        # By address, where autograd does not see it: a graph that has saved one of these must not be used.
+        torch.autograd.graph.increment_version(written)
 
     def _plan(self, params: list[Tensor]) -> "_Plan | None":
         """The tables of a cohort, made anew where a tensor has moved; None if the kernels do not take it."""
@@ -429,6 +436,8 @@ class RAdamEMA(Optimizer):
         )
         return scalars
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict of this class, to the last bit, or of torch.optim.RAdam (with a fresh EMA).
 

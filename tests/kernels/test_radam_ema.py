@@ -522,6 +522,44 @@ def test_the_average_starts_from_the_parameters_and_a_closure_is_called():
     assert not torch.equal(params[0], start[0])
 
 
+def test_autograd_takes_what_a_step_changes_for_changed():
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_()
+    optimizer = RAdamEMA(network.parameters(), lr=1e-2)
+    loss = network(x).square().sum()
+    loss.backward(retain_graph=True)
+    changed = [*network.parameters(), *optimizer.ema_parameters(), optimizer.grad_norm]
+    versions = [each._version for each in changed]
+    optimizer.step()
+    assert all(each._version > version for each, version in zip(changed, versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("loaded", [None, RAdamEMA, torch.optim.RAdam])
+def test_state_that_is_made_in_inference_mode_trains_like_any_other(loaded):
+    state = None
+    if loaded is not None:
+        saved = loaded(parameters(), lr=1e-2)
+        set_gradients(saved.param_groups[0]["params"], 0)
+        saved.step()
+        state = saved.state_dict()
+    runs = []
+    for inference in (False, True):
+        params = parameters()
+        optimizer = RAdamEMA(params, lr=1e-2)
+        with torch.inference_mode(inference):
+            if state is not None:
+                optimizer.load_state_dict(copy.deepcopy(state))
+            averages = list(optimizer.ema_parameters())
+        assert not any(average.requires_grad for average in averages)
+        for step in range(1, 3):
+            set_gradients(params, step)
+            optimizer.step()
+        runs.append(bits(optimizer))
+    assert runs[0] == runs[1]
+
+
 def test_a_step_without_gradients_does_nothing():
     optimizer = RAdamEMA(parameters())
     list(optimizer.ema_parameters())

@@ -625,9 +625,9 @@ def _takes(*tensors: Tensor | None) -> bool:
 
 def _same_shapes(**tensors: Tensor) -> None:
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"shapes must be equal, got {', '.join(f'{n} {s}' for n, s in shapes.items())}")
     name, tensor = next(iter(tensors.items()))
+    if any(shape != shapes[name] for shape in shapes.values()):  # no set: sizes may be symbols
+        raise ValueError(f"shapes must be equal, got {', '.join(f'{n} {s}' for n, s in shapes.items())}")
     if tensor.dim() < 2:
         raise ValueError(
             f"{name} must have shape (N, ...) with at least 2 dimensions, got {tuple(tensor.shape)}"

@@ -122,38 +122,22 @@ class RAdamEMA(Optimizer):
         ema_decay: float | Tensor = 0.9999,
         max_norm: float | None = None,
     ) -> None:
-        if not isinstance(lr, Tensor) and not lr >= 0.0:
-            raise ValueError(f"lr must be at least 0, got {lr}")
-        if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
-        if not eps >= 0.0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-        if not isinstance(ema_decay, Tensor) and not 0.0 <= ema_decay <= 1.0:
-            raise ValueError(f"ema_decay must be in [0, 1], got {ema_decay}")
-        if max_norm is not None and not max_norm > 0.0:
-            raise ValueError(f"max_norm must be positive or None, got {max_norm}")
-        for name, value in (("lr", lr), ("ema_decay", ema_decay)):
-            if isinstance(value, Tensor) and value.dim() != 0:
-                raise ValueError(f"a tensor {name} must be 0-dim, got shape {tuple(value.shape)}")
         # Parameters that have had a gradient in the same steps are a cohort: their `step` is equal, so they
         # share the step's scalars. The host keeps the cohorts; to read `step` would be a synchronisation.
         self._cohort: dict[Tensor, int] = {}
         # The kernels' tables, by a cohort's first parameter; those that CUDA graphs read stay for good.
         self._plans: dict[Tensor, _Plan] = {}
         self._captured: dict[int, _Plan] = {}
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "ema_decay": ema_decay,
-                "max_norm": max_norm,
-            },
-        )
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "ema_decay": ema_decay,
+            "max_norm": max_norm,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
         self._make_figures()
 
     def _make_figures(self) -> None:
@@ -177,7 +161,8 @@ class RAdamEMA(Optimizer):
             self._make_figures()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer's; complex and sharded parameters and a second device are refused."""
+        """As torch.optim.Optimizer's; what the constructor would refuse is refused here too."""
+        _check_options(self.defaults | param_group)
         _add_param_group(self, param_group)
         devices = {p.device for p in self._parameters()}
         unsupported = {p.dtype for p in param_group["params"] if p.is_complex()}
@@ -514,6 +499,25 @@ class RAdamEMA(Optimizer):
         for p in self._parameters():
             step = self.state[p].get("step", 0.0) if p in self.state else 0.0
             self._cohort[p] = ranks.setdefault(float(step), len(ranks))
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for an option of a group that is out of range."""
+    lr, betas, ema_decay, max_norm = (options[each] for each in ("lr", "betas", "ema_decay", "max_norm"))
+    if not isinstance(lr, Tensor) and not lr >= 0.0:
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
+        raise ValueError(f"betas must be in [0, 1), got {betas}")
+    for name in ("eps", "weight_decay"):
+        if not options[name] >= 0.0:
+            raise ValueError(f"{name} must be at least 0, got {options[name]}")
+    if not isinstance(ema_decay, Tensor) and not 0.0 <= ema_decay <= 1.0:
+        raise ValueError(f"ema_decay must be in [0, 1], got {ema_decay}")
+    if max_norm is not None and not max_norm > 0.0:
+        raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+    for name, value in (("lr", lr), ("ema_decay", ema_decay)):
+        if isinstance(value, Tensor) and value.dim() != 0:
+            raise ValueError(f"a tensor {name} must be 0-dim, got shape {tuple(value.shape)}")
 
 
 def step_size(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:

@@ -593,6 +593,12 @@ def test_low_precision_gradients_and_parameters_work():
 def test_a_setting_out_of_range_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         RAdamEMA(parameters(), **settings)
+    with pytest.raises(ValueError, match=message):
+        RAdamEMA([{"params": parameters(), **settings}])
+    optimizer = RAdamEMA(parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": parameters(), **settings})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_complex_and_sparse_are_refused():

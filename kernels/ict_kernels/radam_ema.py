@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .backend import use_triton
@@ -35,6 +35,9 @@ from .triton_support import jit, launch, tl
 _FOREIGN_SWITCHES = ("maximize", "decoupled_weight_decay")
 # What else torch.optim.RAdam keeps in its groups; means nothing here.
 _FOREIGN_OPTIONS = (*_FOREIGN_SWITCHES, "foreach", "capturable", "differentiable")
+
+# What Adam and NAdam of torch keep in their groups, and RAdam does not; their moments have the same names.
+_OPTIONS_OF_OTHERS = ("amsgrad", "momentum_decay")
 
 _STATE = ("exp_avg", "exp_avg_sq", "ema", "step")
 
@@ -193,11 +196,41 @@ class RAdamEMA(Optimizer):
         return state
 
     def ema_parameters(self) -> Iterator[Tensor]:
-        """The averaged parameters, in the order of the parameters: the state itself, not copies."""
-        for p in self._parameters():
-            if "step" not in self.state[p]:
-                self._cohort.pop(p, None)
-            yield self._state_of(p)["ema"]
+        """The averaged parameters, in the order of the optimizer's groups: the state itself, not copies.
+
+        That need not be the order of network.parameters(); `ema_state_dict` goes by name.
+        """
+        yield from map(self._average_of, self._parameters())
+
+    def ema_state_dict(self, module: nn.Module) -> dict[str, Tensor]:
+        """A module's state dict with the averages in the parameters' places; buffers are the module's.
+
+        To evaluate, for load_state_dict of a copy, and for files. As in a module's own state dict the tensors
+        are no copies: the next step changes them.
+
+        Args:
+            module: holds parameters of this optimizer; may be wrapped, or a part. What is frozen and not the
+                optimizer's stays as it is.
+        Raises:
+            ValueError: for a parameter that has no average here: the optimizer does not hold it, and it is
+                trained; or the optimizer holds none of the module's, which is a copy then.
+        """
+        weights: dict[str, Any] = module.state_dict(keep_vars=True)
+        held = set(self._parameters())
+        is_copy = held.isdisjoint(each for each in weights.values() if isinstance(each, nn.Parameter))
+        for name, value in weights.items():
+            if isinstance(value, nn.Parameter) and value in held:
+                weights[name] = self._average_of(value)
+            elif isinstance(value, nn.Parameter) and (value.requires_grad or is_copy):
+                raise ValueError(f"{name} is not among this optimizer's parameters, and so has no average")
+            elif isinstance(value, Tensor):
+                weights[name] = value.detach()
+        return weights
+
+    def _average_of(self, p: Tensor) -> Tensor:
+        if "step" not in self.state[p]:
+            self._cohort.pop(p, None)
+        return self._state_of(p)["ema"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -438,6 +471,9 @@ class RAdamEMA(Optimizer):
         for switch in _FOREIGN_SWITCHES:
             if any(group.get(switch) for group in state_dict["param_groups"]):
                 raise ValueError(f"cannot continue a state dict that was made with {switch}=True")
+        for option in _OPTIONS_OF_OTHERS:
+            if any(option in group for group in state_dict["param_groups"]):
+                raise ValueError(f"a group of the state dict has {option}: it is of another optimizer")
         before, state_before = self.param_groups, self.state
         super().load_state_dict(state_dict)
         if (reason := self._why_not_ours()) is not None:

@@ -47,7 +47,7 @@ class PickledModule:
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def __setstate__(self, state: Any) -> None:
-        """The unpickler gives torch's own containers their attributes."""
+        """The unpickler gives torch's own containers, and our loss, their attributes."""
         if not isinstance(state, dict):
             raise pickle.UnpicklingError("a module whose state is no dictionary")
         self.attributes = state
@@ -160,7 +160,7 @@ def _method(owner: Any, name: Any) -> None:
 
 
 def _container(class_name: str) -> type[PickledModule]:
-    """A class to stand in for one of torch.nn's; the unpickler makes it without arguments."""
+    """A class to stand in for one of torch.nn's, or our loss; the unpickler makes it without arguments."""
 
     class Container(PickledModule):
         def __new__(cls) -> Container:
@@ -258,6 +258,7 @@ _ALLOWED: Mapping[tuple[str, str], Any] = (
         ("builtins", "getattr"): _method,
         ("__builtin__", "getattr"): _method,
         ("torch", "Size"): _size,
+        ("ict_kernels.adapters.ect", "ECMLoss"): _container("ECMLoss"),  # the loss_fn of trainers that use it
     }
     | {("torch.nn.modules.container", name): _container(name) for name in _CONTAINERS}
 )

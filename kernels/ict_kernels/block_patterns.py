@@ -100,7 +100,7 @@ def _fused(norm: Any, x: Tensor, dropout: Any = None, **between: Any) -> Tensor:
 
     Samplers have one noise level, and so one embedding, for all images.
     """
-    between = {name: None if row is None else row.expand(len(x), -1) for name, row in between.items()}
+    between = {name: None if row is None else row.expand(x.shape[0], -1) for name, row in between.items()}
     if _is_seeded(dropout):
         source, layer = dropout._ict_dropout
         between |= {"dropout": dropout.p, "seed": source.on(x.device), "layer": layer}

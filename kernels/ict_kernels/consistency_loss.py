@@ -485,7 +485,8 @@ def pseudo_huber_loss(
         prediction: (N, ...), any floating dtype and layout.
         target: the same shape; receives no gradient.
         weight: (N,), or (N, 1, ..., 1) with as many dimensions as prediction, or None for 1.
-        c: the distance at which quadratic turns linear; None: 0.00054 sqrt(d), d the elements of one sample.
+        c: the distance at which quadratic turns linear, a number and no tensor; None: 0.00054 sqrt(d), d the
+            elements of one sample.
         norm: "sample", the norm over the whole sample, as the paper has it; "element": sqrt(e^2 + c^2) - c of
             each element, averaged over the sample: parity with public code, not the paper's metric.
         reduction: "none", "mean" or "sum" over the samples, after weighting.
@@ -494,8 +495,8 @@ def pseudo_huber_loss(
         (N,), (N, 1, ..., 1) or a scalar; fp32, or float64 if an argument is float64. Computed so under
         autocast too.
     Raises:
-        ValueError: for shapes that differ, a weight of another shape, a negative c, an unknown norm or
-            reduction, or keepdim with a reduction, which leaves no samples to keep.
+        ValueError: for shapes that differ, a weight of another shape, a negative or tensor c, an unknown norm
+            or reduction, or keepdim with a reduction, which leaves no samples to keep.
     Source:
         Song & Dhariwal 2024, equation 8.
     """
@@ -555,14 +556,15 @@ def consistency_loss(
         student_input, teacher_input: the same shape: what `noise_images` returned, c_in applied.
         levels: of `sample_noise_levels`; sigma, sigma_next and weight are (N,).
         sigma_data, sigma_min: of the preconditioning.
-        c: of the Pseudo-Huber metric; None: 0.00054 sqrt(d).
+        c: of the Pseudo-Huber metric, a number and no tensor; None: 0.00054 sqrt(d).
         metric: "pseudo-huber" over the whole image; or, of consistency training of 2023, "l2" or "l1": the
             mean square or mean magnitude of its elements, as in the authors' code. The paper's equations have
             their sum.
     Returns:
         (N,), fp32 (float64 if an output is float64). The gradient goes to student_output alone.
     Raises:
-        ValueError: for shapes that differ, levels of another shape, a negative c or an unknown metric.
+        ValueError: for shapes that differ, levels of another shape, a negative or tensor c or an unknown
+            metric.
     Source:
         Song & Dhariwal 2024, equations 5 and 8.
     """
@@ -625,9 +627,9 @@ def _takes(*tensors: Tensor | None) -> bool:
 
 def _same_shapes(**tensors: Tensor) -> None:
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"shapes must be equal, got {', '.join(f'{n} {s}' for n, s in shapes.items())}")
     name, tensor = next(iter(tensors.items()))
+    if any(shape != shapes[name] for shape in shapes.values()):  # no set: sizes may be symbols
+        raise ValueError(f"shapes must be equal, got {', '.join(f'{n} {s}' for n, s in shapes.items())}")
     if tensor.dim() < 2:
         raise ValueError(
             f"{name} must have shape (N, ...) with at least 2 dimensions, got {tuple(tensor.shape)}"
@@ -651,6 +653,8 @@ def _per_sample(value: Tensor, like: Tensor, name: str = "weight") -> Tensor:
 def _checked_c(c: float | None, elements: int) -> float:
     if c is None:
         return default_huber_c(elements)
+    if isinstance(c, Tensor):  # the kernels have no gradient for it
+        raise ValueError(f"c must be a number, got a tensor of shape {tuple(c.shape)}")
     if not 0.0 <= c < math.inf:
         raise ValueError(f"c must be at least 0 and finite, got {c}")
     return c

@@ -372,7 +372,8 @@ def sample_noise_levels(
         num_scales: N, the number of grid points: an int of at least 2, or a 0-dim int64 tensor, which is
             never read by the host, so that a new stage of the curriculum neither synchronises nor recompiles.
         p_mean, p_std, sigma_min, sigma_max, rho: see `noise_level_probabilities` and `noise_level_grid`.
-        seed: an int, an int64 tensor (run seed, step), or None (drawn from torch's generator).
+        seed: an int, an int64 tensor (run seed, step), or None (drawn from torch's generator). An int means
+            step 0: one that stays the same in a loop draws the same in every step.
         offset: number of this call's first sample in the global batch, so that levels do not depend on
             micro-batch or rank.
         device: default: that of a tensor `num_scales` or `seed`, else the CPU.

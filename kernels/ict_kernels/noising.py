@@ -219,7 +219,8 @@ def noise_images(
     Args:
         images: uint8 (N, H, W, C), bytes; or floating point (N, C, H, W), already in [-1, 1].
         levels: of `sample_noise_levels`; sigma and sigma_next are (N,), in the units of images in [-1, 1].
-        seed, offset: as in `sample_noise_levels`; the same pair may serve both, their streams differ.
+        seed, offset: as in `sample_noise_levels` (an int is step 0: in a loop give a tensor); the same pair
+            may serve both, their streams differ.
         flip: (N,) uint8 or bool; where set, the image is mirrored left to right before the noise is added.
         sigma_data: standard deviation of the data, for c_in(s) = 1/sqrt(s^2 + sigma_data^2).
     Returns:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .backend import use_triton
@@ -35,6 +35,9 @@ from .triton_support import jit, launch, tl
 _FOREIGN_SWITCHES = ("maximize", "decoupled_weight_decay")
 # What else torch.optim.RAdam keeps in its groups; means nothing here.
 _FOREIGN_OPTIONS = (*_FOREIGN_SWITCHES, "foreach", "capturable", "differentiable")
+
+# What Adam and NAdam of torch keep in their groups, and RAdam does not; their moments have the same names.
+_OPTIONS_OF_OTHERS = ("amsgrad", "momentum_decay")
 
 _STATE = ("exp_avg", "exp_avg_sq", "ema", "step")
 
@@ -122,38 +125,22 @@ class RAdamEMA(Optimizer):
         ema_decay: float | Tensor = 0.9999,
         max_norm: float | None = None,
     ) -> None:
-        if not isinstance(lr, Tensor) and not lr >= 0.0:
-            raise ValueError(f"lr must be at least 0, got {lr}")
-        if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
-        if not eps >= 0.0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-        if not isinstance(ema_decay, Tensor) and not 0.0 <= ema_decay <= 1.0:
-            raise ValueError(f"ema_decay must be in [0, 1], got {ema_decay}")
-        if max_norm is not None and not max_norm > 0.0:
-            raise ValueError(f"max_norm must be positive or None, got {max_norm}")
-        for name, value in (("lr", lr), ("ema_decay", ema_decay)):
-            if isinstance(value, Tensor) and value.dim() != 0:
-                raise ValueError(f"a tensor {name} must be 0-dim, got shape {tuple(value.shape)}")
         # Parameters that have had a gradient in the same steps are a cohort: their `step` is equal, so they
         # share the step's scalars. The host keeps the cohorts; to read `step` would be a synchronisation.
         self._cohort: dict[Tensor, int] = {}
         # The kernels' tables, by a cohort's first parameter; those that CUDA graphs read stay for good.
         self._plans: dict[Tensor, _Plan] = {}
         self._captured: dict[int, _Plan] = {}
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "ema_decay": ema_decay,
-                "max_norm": max_norm,
-            },
-        )
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "ema_decay": ema_decay,
+            "max_norm": max_norm,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
         self._make_figures()
 
     def _make_figures(self) -> None:
@@ -177,7 +164,8 @@ class RAdamEMA(Optimizer):
             self._make_figures()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer's; complex and sharded parameters and a second device are refused."""
+        """As torch.optim.Optimizer's; what the constructor would refuse is refused here too."""
+        _check_options(self.defaults | param_group)
         _add_param_group(self, param_group)
         devices = {p.device for p in self._parameters()}
         unsupported = {p.dtype for p in param_group["params"] if p.is_complex()}
@@ -196,20 +184,53 @@ class RAdamEMA(Optimizer):
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if "ema" not in state:
-            state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
+        if "step" in state and "ema" in state:
+            return state
+        with torch.inference_mode(False), torch.no_grad():  # a first look may come in inference mode
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if "ema" not in state:
+                state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
         return state
 
     def ema_parameters(self) -> Iterator[Tensor]:
-        """The averaged parameters, in the order of the parameters: the state itself, not copies."""
-        for p in self._parameters():
-            if "step" not in self.state[p]:
-                self._cohort.pop(p, None)
-            yield self._state_of(p)["ema"]
+        """The averaged parameters, in the order of the optimizer's groups: the state itself, not copies.
+
+        That need not be the order of network.parameters(); `ema_state_dict` goes by name.
+        """
+        yield from map(self._average_of, self._parameters())
+
+    def ema_state_dict(self, module: nn.Module) -> dict[str, Tensor]:
+        """A module's state dict with the averages in the parameters' places; buffers are the module's.
+
+        To evaluate, for load_state_dict of a copy, and for files. As in a module's own state dict the tensors
+        are no copies: the next step changes them.
+
+        Args:
+            module: holds parameters of this optimizer; may be wrapped, or a part. What is frozen and not the
+                optimizer's stays as it is.
+        Raises:
+            ValueError: for a parameter that has no average here: the optimizer does not hold it, and it is
+                trained; or the optimizer holds none of the module's, which is a copy then.
+        """
+        weights: dict[str, Any] = module.state_dict(keep_vars=True)
+        held = set(self._parameters())
+        is_copy = held.isdisjoint(each for each in weights.values() if isinstance(each, nn.Parameter))
+        for name, value in weights.items():
+            if isinstance(value, nn.Parameter) and value in held:
+                weights[name] = self._average_of(value)
+            elif isinstance(value, nn.Parameter) and (value.requires_grad or is_copy):
+                raise ValueError(f"{name} is not among this optimizer's parameters, and so has no average")
+            elif isinstance(value, Tensor):
+                weights[name] = value.detach()
+        return weights
+
+    def _average_of(self, p: Tensor) -> Tensor:
+        if "step" not in self.state[p]:
+            self._cohort.pop(p, None)
+        return self._state_of(p)["ema"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -351,6 +372,7 @@ class RAdamEMA(Optimizer):
     ) -> None:
         """The step where kernels may take some cohorts; those that they do not take go to `_update`."""
         planned: list[tuple[dict[str, Any], _Plan, list[Tensor], Tensor]] = []
+        written = [self.grad_norm, self.last_step_skipped, self.skipped]
         others: list[tuple[dict[str, Any], list[Tensor]]] = []
         for (group, params), by_kernel in zip(cohorts, by_kernels, strict=True):
             plan = self._plan(params) if by_kernel else None
@@ -359,6 +381,7 @@ class RAdamEMA(Optimizer):
             else:
                 grads = [_as_stored(p.grad, p) for p in params if p.grad is not None]
                 planned.append((group, plan, grads, plan.find(grads)))
+                written += [t for p in params for t in (p, self.state[p]["ema"])]
         partials = None
         if others:
             unscale, healthy = self._inspect([p.grad for _, c in cohorts for p in c if p.grad is not None])
@@ -373,6 +396,8 @@ class RAdamEMA(Optimizer):
         for group, plan, _, gradients in planned:
             _launch_update(group, plan, gradients, self._launch_scalars(group, plan, partials))
             partials = None  # the first launch has settled for all whether the step happens
+        # By address, where autograd does not see it: a graph that has saved one of these must not be used.
+        torch.autograd.graph.increment_version(written)
 
     def _plan(self, params: list[Tensor]) -> "_Plan | None":
         """The tables of a cohort, made anew where a tensor has moved; None if the kernels do not take it."""
@@ -429,6 +454,8 @@ class RAdamEMA(Optimizer):
         )
         return scalars
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict of this class, to the last bit, or of torch.optim.RAdam (with a fresh EMA).
 
@@ -444,6 +471,9 @@ class RAdamEMA(Optimizer):
         for switch in _FOREIGN_SWITCHES:
             if any(group.get(switch) for group in state_dict["param_groups"]):
                 raise ValueError(f"cannot continue a state dict that was made with {switch}=True")
+        for option in _OPTIONS_OF_OTHERS:
+            if any(option in group for group in state_dict["param_groups"]):
+                raise ValueError(f"a group of the state dict has {option}: it is of another optimizer")
         before, state_before = self.param_groups, self.state
         super().load_state_dict(state_dict)
         if (reason := self._why_not_ours()) is not None:
@@ -505,6 +535,25 @@ class RAdamEMA(Optimizer):
         for p in self._parameters():
             step = self.state[p].get("step", 0.0) if p in self.state else 0.0
             self._cohort[p] = ranks.setdefault(float(step), len(ranks))
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for an option of a group that is out of range."""
+    lr, betas, ema_decay, max_norm = (options[each] for each in ("lr", "betas", "ema_decay", "max_norm"))
+    if not isinstance(lr, Tensor) and not lr >= 0.0:
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
+        raise ValueError(f"betas must be in [0, 1), got {betas}")
+    for name in ("eps", "weight_decay"):
+        if not options[name] >= 0.0:
+            raise ValueError(f"{name} must be at least 0, got {options[name]}")
+    if not isinstance(ema_decay, Tensor) and not 0.0 <= ema_decay <= 1.0:
+        raise ValueError(f"ema_decay must be in [0, 1], got {ema_decay}")
+    if max_norm is not None and not max_norm > 0.0:
+        raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+    for name, value in (("lr", lr), ("ema_decay", ema_decay)):
+        if isinstance(value, Tensor) and value.dim() != 0:
+            raise ValueError(f"a tensor {name} must be 0-dim, got shape {tuple(value.shape)}")
 
 
 def step_size(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ class _Loss:
 def snapshot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
     """Pickles weights as EDM's snapshots: (weights, shape, class of the preconditioning, its attributes).
 
-    `inner` are attributes of every module inside.
+    `inner` are attributes of every module inside; `loss` stands in for ECT's own.
     """
 
     def _reconstruct_persistent_obj(meta: dict) -> None:
@@ -91,6 +91,7 @@ def snapshot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
         source: str = "raise SystemExit('executed')",
         protocol: int = pickle.DEFAULT_PROTOCOL,
         inner: dict[str, Any] | None = None,
+        loss: Any = None,
         **attributes: Any,
     ) -> bytes:
         unet_name = "DhariwalUNet" if shape.kind == "adm" else "SongUNet"
@@ -125,8 +126,8 @@ def snapshot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
         whole = _Persistent(precond, source, precond_state)
         whole.add_module("model", unet)
         augment = _Persistent("AugmentPipe", source, {"_init_args": (), "p": 0.12, "xflip": 1e8})
-        content = {"ema": whole, "loss_fn": _Loss(source), "augment_pipe": augment, "dataset_kwargs": {}}
-        return pickle.dumps(content, protocol)
+        content = {"ema": whole, "loss_fn": loss or _Loss(source), "augment_pipe": augment}
+        return pickle.dumps(content | {"dataset_kwargs": {}}, protocol)
 
     return make
 

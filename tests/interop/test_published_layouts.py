@@ -15,6 +15,7 @@ from ict_fast.consistency import ConsistencyModel, load_model
 from ict_fast.interop.edm import import_edm
 from ict_fast.interop.imported import save
 from ict_fast.interop.openai import import_openai
+from ict_kernels.adapters.ect import ECMLoss
 
 EDM_SHAPES = {
     "ncsnpp": {"kind": "ncsnpp"},
@@ -161,6 +162,18 @@ def test_a_snapshot_says_what_its_tensors_do_not(
     file.write_bytes(snapshot(published.edm_weights(shape), shape, protocol=protocol))
     model = import_edm(file)
     assert (model.kind, model.config.method.identity_sigma) == ("denoiser", 0.0)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_snapshot_of_a_trainer_that_has_the_kernels_loss_is_read(
+    published: ModuleType, snapshot: Callable, tmp_path: Path, protocol: int
+) -> None:
+    shape, loss, file = published.Shape("ncsnpp"), ECMLoss(c=0.03), tmp_path / "a.pkl"
+    loss.update_schedule(2)
+    weights = published.edm_weights(shape)
+    file.write_bytes(snapshot(weights, shape, "ECMPrecond", protocol=protocol, loss=loss))
+    assert b"ict_kernels.adapters.ect" in file.read_bytes()
+    assert import_edm(file).kind == "consistency"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

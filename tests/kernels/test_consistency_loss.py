@@ -176,6 +176,25 @@ def test_other_bad_arguments_are_named():
         pseudo_huber_loss(torch.zeros(3), torch.zeros(3))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("c", [torch.tensor(0.1, requires_grad=True), torch.tensor([0.1, 0.2, 0.1, 0.2])])
+def test_a_tensor_c_is_refused_by_name(c, compiled):
+    """By the kernels it would have no gradient, and in a graph no value."""
+    a, b = batch(4, 3, 2, 4)
+    levels = sample_noise_levels(4, 11, seed=0)
+
+    def total(a: Tensor, b: Tensor, c: Tensor, metric: str | None) -> Tensor:
+        if metric is None:
+            return pseudo_huber_loss(a, b, c=c).sum()
+        return consistency_loss(a, b, a, b, levels, c=c, metric=metric).sum()
+
+    for metric in (None, "pseudo-huber", "l2"):
+        torch._dynamo.reset()
+        function = torch.compile(total, backend="eager") if compiled else total
+        with pytest.raises(ValueError, match=r"c must be a number, got a tensor of shape \((4,)?\)"):
+            function(a, b, c, metric)
+
+
 # --------------------------------------------------------------------------------------------- the whole loss
 
 

@@ -128,6 +128,19 @@ def test_images_of_different_shapes_are_an_error_that_names_both(loss):
         LOSSES[loss](a.long(), b.long(), None)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_loss_exports_for_any_batch(weighted):
+    class Loss(nn.Module):
+        def forward(self, *given: Tensor) -> Tensor:
+            return pseudo_huber_loss(*given)
+
+    given = (*pair((4, 3, 8, 8)), *[torch.ones(4)] * weighted)
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    exported = torch.export.export(Loss(), given, dynamic_shapes=((batch,) * len(given),), strict=False)
+    larger = [torch.cat((each, each + 1.0)) for each in given]
+    torch.testing.assert_close(exported.module()(*larger), pseudo_huber_loss(*larger))
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 6), (3, 4, 2, 5, 5)])
 def test_the_consistency_loss_takes_sound_and_video(shape):
     tensors = [*pair(shape), *pair(shape)]

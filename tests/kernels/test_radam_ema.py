@@ -448,6 +448,15 @@ def test_a_state_dict_of_another_mathematics_is_refused():
             RAdamEMA(parameters()).load_state_dict(reference.state_dict())
 
 
+@pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam])
+def test_a_state_dict_of_an_adam_that_has_radams_moments_is_refused(other):
+    reference = other(parameters(), lr=1e-2)
+    set_gradients(reference.param_groups[0]["params"], 0)
+    reference.step()
+    with pytest.raises(ValueError, match=r"of another optimizer|decoupled_weight_decay"):
+        RAdamEMA(parameters()).load_state_dict(reference.state_dict())
+
+
 def of_another_shape(state: dict) -> None:
     state["state"][2]["ema"] = torch.zeros(7)
 
@@ -522,6 +531,94 @@ def test_the_average_starts_from_the_parameters_and_a_closure_is_called():
     assert not torch.equal(params[0], start[0])
 
 
+def test_autograd_takes_what_a_step_changes_for_changed():
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_()
+    optimizer = RAdamEMA(network.parameters(), lr=1e-2)
+    loss = network(x).square().sum()
+    loss.backward(retain_graph=True)
+    changed = [*network.parameters(), *optimizer.ema_parameters(), optimizer.grad_norm]
+    versions = [each._version for each in changed]
+    optimizer.step()
+    assert all(each._version > version for each, version in zip(changed, versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class Tied(nn.Module):
+    """A buffer, a frozen parameter, and one parameter under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.last = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.last.weight = self.first.weight
+        self.frequencies = nn.Parameter(torch.arange(4.0), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.sin(self.first(self.norm(x)) * self.frequencies))
+
+
+def test_the_averages_as_a_modules_state_dict_are_those_that_a_hand_written_average_has():
+    """The groups are in another order than the module's parameters, and the frozen one is in none."""
+    torch.manual_seed(0)
+    network = Tied()
+    average = copy.deepcopy(network)
+    bias, others = network.first.bias, [network.first.weight, *network.norm.parameters()]
+    optimizer = RAdamEMA([{"params": [bias]}, {"params": others}], lr=0.1, ema_decay=0.75)
+    for _ in range(3):
+        optimizer.zero_grad()
+        network(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for ours, p in zip(average.parameters(), network.parameters(), strict=True):
+                ours.lerp_(p, 0.25)
+            for ours, buffer in zip(average.buffers(), network.buffers(), strict=True):
+                ours.copy_(buffer)
+    weights = optimizer.ema_state_dict(network)
+    assert list(weights) == list(network.state_dict())
+    assert not any(t.requires_grad for t in weights.values())
+    for name, expected in average.state_dict().items():
+        torch.testing.assert_close(weights[name], expected)
+    assert weights["norm.running_mean"].data_ptr() == network.norm.running_mean.data_ptr()
+    fresh = Tied()
+    fresh.load_state_dict(weights)
+    wrapped = optimizer.ema_state_dict(nn.ModuleDict({"module": network}))  # as DistributedDataParallel
+    assert list(wrapped) == [f"module.{name}" for name in weights]
+
+
+def test_a_module_that_the_optimizer_does_not_hold_has_no_averages():
+    network = Tied()
+    optimizer = RAdamEMA(network.first.parameters())
+    with pytest.raises(ValueError, match=r"norm\.weight is not among this optimizer's parameters"):
+        optimizer.ema_state_dict(network)
+    with pytest.raises(ValueError, match="frequencies is not among"):  # a frozen copy: nothing of it is held
+        optimizer.ema_state_dict(nn.ModuleDict({"copy": copy.deepcopy(network).requires_grad_(False)}))
+
+
+@pytest.mark.parametrize("loaded", [None, RAdamEMA, torch.optim.RAdam])
+def test_state_that_is_made_in_inference_mode_trains_like_any_other(loaded):
+    state = None
+    if loaded is not None:
+        saved = loaded(parameters(), lr=1e-2)
+        set_gradients(saved.param_groups[0]["params"], 0)
+        saved.step()
+        state = saved.state_dict()
+    runs = []
+    for inference in (False, True):
+        params = parameters()
+        optimizer = RAdamEMA(params, lr=1e-2)
+        with torch.inference_mode(inference):
+            if state is not None:
+                optimizer.load_state_dict(copy.deepcopy(state))
+            averages = list(optimizer.ema_parameters())
+        assert not any(average.requires_grad for average in averages)
+        for step in range(1, 3):
+            set_gradients(params, step)
+            optimizer.step()
+        runs.append(bits(optimizer))
+    assert runs[0] == runs[1]
+
+
 def test_a_step_without_gradients_does_nothing():
     optimizer = RAdamEMA(parameters())
     list(optimizer.ema_parameters())
@@ -555,6 +652,12 @@ def test_low_precision_gradients_and_parameters_work():
 def test_a_setting_out_of_range_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         RAdamEMA(parameters(), **settings)
+    with pytest.raises(ValueError, match=message):
+        RAdamEMA([{"params": parameters(), **settings}])
+    optimizer = RAdamEMA(parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": parameters(), **settings})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_complex_and_sparse_are_refused():

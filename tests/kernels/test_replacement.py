@@ -216,6 +216,24 @@ def test_one_embedding_is_for_all_images_as_samplers_give_it(name):
     assert_same(outcome(network, x, embedding[:1]), expected)
 
 
+def assert_exports_for_any_batch(network: nn.Module, *inputs: Tensor) -> None:
+    """Non-strict, as torch.export is by default: what asks for a size as a number makes it a constant."""
+    network.eval()
+    batch = {0: torch.export.Dim("batch", min=2, max=63)}  # diffusers does otherwise from 64 on
+    exported = torch.export.export(network, inputs, dynamic_shapes=(batch,) * len(inputs), strict=False)
+    larger = [torch.cat((each, each.flip(0), each)) for each in inputs]
+    ours, expected = exported.module()(*larger), network(*larger)
+    torch.testing.assert_close(getattr(ours, "sample", ours), getattr(expected, "sample", expected))
+    network.train()
+
+
+@pytest.mark.parametrize("name", ["guided", "guided, scale and shift", "sequential"])
+def test_a_replaced_block_exports_for_any_batch(name):
+    network, inputs, _ = CASES[name]()
+    GroupNormSiLU.replace_in(untrained_to_trained(network))
+    assert_exports_for_any_batch(network, *inputs)
+
+
 @pytest.mark.parametrize("name", ["sequential", "guided, scale and shift", "edm, adaptive"])
 def test_it_comes_once_and_can_be_undone(name, monkeypatch):
     network, inputs, norms = CASES[name]()
@@ -495,6 +513,7 @@ def test_a_real_unet_of_diffusers(norm, monkeypatch):
     assert calls_of_ours(network, monkeypatch, *inputs) == 2 * len(blocks) + 1
     assert list(network.state_dict()) == keys
     assert_same(outcome(network, *inputs), expected)
+    assert_exports_for_any_batch(network, *inputs)
     report.undo()
     assert calls_of_ours(network, monkeypatch, *inputs) == 0
     assert torch.equal(outcome(network, *inputs)[0], expected[0])

@@ -285,6 +285,13 @@ def test_double_backward_fails_clearly() -> None:
         gradient.square().sum().backward()
 
 
+def test_a_tensor_c_is_refused_by_name() -> None:
+    prediction, target = tensors(2, 3, count=2)
+    for c in (torch.tensor(0.1, requires_grad=True), torch.tensor([0.1, 0.2])):
+        with pytest.raises(ValueError, match="c must be a number, got a tensor"):
+            pseudo_huber_loss(prediction, target, c=c)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
 @pytest.mark.parametrize("metric", [*METRICS, "elementwise pseudo-huber"])
 def test_opcheck(layout, metric) -> None:

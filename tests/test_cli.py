@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -938,3 +940,17 @@ def test_what_looks_like_an_option_and_is_none_is_one_line(capsys, words, said):
 
 def test_an_error_of_the_system_is_one_line(capsys, tmp_path):
     assert "File name too long" in refused(capsys, "sample", str(tmp_path / ("x" * 300)))
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_what_a_page_tells_people_to_type_is_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```console\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    typed = [words[1:] for line in lines if (words := shlex.split(line, comments=True))[:1] == ["ict-fast"]]
+    for name, (options, _) in list(cli.COMMANDS.items()):
+        monkeypatch.setitem(cli.COMMANDS, name, (options, lambda given: 0))
+    # What --init names is read while the words are.
+    assert [words for words in typed if "--init" not in words and main(words) != 0] == []

@@ -47,20 +47,22 @@ def machine_plots(machine: Machine, folder: Path) -> list[tuple[str, str]]:
 
 def _kernels(machine: Machine, path: Path) -> str | None:
     """Rate over bytes moved, beside a copy of as many bytes in the same graph."""
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     copy = []
     for part in ("kernels", "optimizer"):
         for name, entry in machine.parts.get(part, {}).items():
             for stage, figures in entry.record.get("stages", {}).items():
                 moved = figures["bytes_moved"]
-                op = name.split(",")[0]
-                points.setdefault(f"{op}, {stage}", []).append((moved, figures["gb_per_s"]))
+                key = name.split(",")[0], stage
+                points.setdefault(key, []).append((moved, figures["gb_per_s"]))
                 copy.append((figures["copied_bytes"], figures["copy_gb_per_s"]))
     if not points:
         return None
     figure, axis = plt.subplots(figsize=(9, 5), constrained_layout=True)
-    for colour, (label, values) in zip(COLOURS * 2, sorted(points.items()), strict=False):
-        axis.plot(*zip(*values, strict=True), "o", ms=5, alpha=0.8, color=colour, label=label)
+    colours = dict(zip(sorted({op for op, _ in points}), COLOURS, strict=False))
+    for (op, stage), values in sorted(points.items()):
+        form, label = "^" if stage == "backward" else "o", f"{op}, {stage}"
+        axis.plot(*zip(*values, strict=True), form, ms=5, alpha=0.8, color=colours[op], label=label)
     copied = list(zip(*copy, strict=True))
     axis.plot(*copied, "_", color="black", ms=9, label="a copy of as many bytes")
     report = machine.reports[entry.file].record
@@ -158,7 +160,7 @@ def _training(machine: Machine, path: Path) -> str | None:
 
 
 def suite_plot(results: Results, path: Path) -> str | None:
-    """The CPU's two roofs: GB/s of what moves bytes, GFLOP/s of what multiplies."""
+    """On a CPU: GB/s of what moves bytes, GFLOP/s of what multiplies."""
     records = results.suite_records()
     moving = [each for each in records if "gb_per_s" in each]
     multiplying = [each for each in records if "tflop_per_s" in each]

@@ -118,7 +118,7 @@ def suite_blocks(results: Results, plots: Path) -> Iterator[str]:
     )
     file = suite_plot(results, plots / "cpu-suite.png")
     if file is not None:
-        yield f"![The CPU's two roofs](results/{plots.name}/{file})"
+        yield f"![On a CPU: rates beside a copy, and beside BLAS](results/{plots.name}/{file})"
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in results.suite_records():
         if "op" in record:

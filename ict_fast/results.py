@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+# Of a run or an export; of a checkpoint or a store, in whose folder they are; and what may be beside these.
+_OF_A_MODEL = frozenset(("config.json", "run.json", "init.json", "model_index.json"))
+_DESCRIPTIONS = ("MANIFEST.json", "meta.json")
+_MEASUREMENTS = ("evaluation", "search-sigma")
+
 
 def require_run(path: Path) -> None:
     """Raises InputError unless there is something at `path` to load."""
@@ -42,11 +47,35 @@ def require_file_place(file: Path, option: str, name: str) -> None:
 
     Args:
         option: what names it, for the message.
-        name: one that the file could have in a folder.
+        name: one that the file could have in a folder; its suffix must be the file's.
     """
     if file.is_dir():
         raise InputError(f"{option} is {file}, a folder; name a file to write, such as {file / name}")
     require_place(file.parent, option)
+    if file.exists() and not file.is_file():
+        raise InputError(f"{option} is {file}, a device or a pipe, which would be replaced; name a file")
+    suffix = Path(name).suffix
+    if file.suffix != suffix:
+        raise InputError(f"{option} is {file}; it must end with {suffix}, such as {name}")
+
+
+def require_measurement_place(file: Path, option: str, name: str, sources: Sequence[Path | None]) -> None:
+    """Raises InputError unless a measurement can be written to `file`, and nothing else is lost by it.
+
+    Args:
+        option, name: see `require_file_place`.
+        sources: files that are read, none of which may be lost; None for what is not given.
+    """
+    require_file_place(file, option, name)
+    for source in sources:
+        if source is not None and file.resolve() in _places(source):
+            raise InputError(f"{option} is {file}, which would overwrite {source}; choose another place")
+    inside = any((file.parent / description).exists() for description in _DESCRIPTIONS)
+    if (file.name in _OF_A_MODEL and file.exists()) or (inside and not file.name.startswith(_MEASUREMENTS)):
+        raise InputError(
+            f"{option} is {file}, a place for the files of a model or of a data set; choose another, such as"
+            f" {name}"
+        )
 
 
 def require_sample_place(out: Path, count: int, sources: Sequence[Path] = ()) -> None:
@@ -67,7 +96,7 @@ def require_sample_place(out: Path, count: int, sources: Sequence[Path] = ()) ->
         raise InputError(f"--out is {out}; it must end with .png or .npz, or name a folder")
     place = out.resolve()
     for source in sources:
-        for file in (source.resolve(), source.parent.resolve() / source.name):
+        for file in _places(source):
             inside = file.parent == place and _is_image_name(file.name, count)
             if inside or file == place:
                 raise InputError(f"--out is {out}, which would overwrite {source}; choose another place")
@@ -190,6 +219,11 @@ def write(path: Path, content: bytes, option: str = "--out") -> None:
     with _writing(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_durably(path, content)
+
+
+def _places(source: Path) -> tuple[Path, Path]:
+    """Where a file lies, and where the link to it, if it is named by one."""
+    return source.resolve(), source.parent.resolve() / source.name
 
 
 def _image_name(number: int) -> str:

@@ -797,6 +797,46 @@ def test_evaluate_of_another_average_leaves_the_runs_own_result_alone(model, run
     assert len(list(run_folder.rglob("*.json"))) == 3
 
 
+@pytest.mark.parametrize("command", ["evaluate", "search-sigma"])
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("real.npz", "must end with .json"),
+        ("runs/digits/checkpoints/step-00000003/ema.safetensors", "must end with .json"),
+        ("reference.json", "which would overwrite"),
+        ("runs/../reference.json", "which would overwrite"),
+        ("link.json", "which would overwrite"),
+        ("features.json", "which would overwrite"),
+        ("pipe.json", "a device or a pipe"),
+        ("runs/digits/config.json", "a model or of a data set"),
+        ("runs/digits/run.json", "a model or of a data set"),
+        ("runs/digits/checkpoints/step-00000003/state.json", "a model or of a data set"),
+        ("runs/digits/checkpoints/step-00000003/new.json", "a model or of a data set"),
+        ("store/meta.json", "a model or of a data set"),
+    ],
+)
+def test_a_measurement_overwrites_nothing_but_measurements(
+    model, run_folder, capsys, monkeypatch, tmp_path, command, out, said
+):
+    checkpoint = run_folder / "checkpoints/step-00000003"
+    (tmp_path / "store").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    files = [checkpoint / name for name in ("ema.safetensors", "state.json", "MANIFEST.json")]
+    files += [run_folder / name for name in ("config.json", "run.json")]
+    files += [tmp_path / name for name in ("real.npz", "reference.json", "features.json", "store/meta.json")]
+    for file in files:
+        file.write_text(f"what was in {file}")
+    (tmp_path / "link.json").symlink_to("reference.json")
+    monkeypatch.chdir(tmp_path)
+    words = ["--reference", "link.json", "--features", "features.json", "--out", out]
+    line = refused(capsys, command, "runs/digits", *words)
+    assert f"--out is {out}, " in line or f"--out is {out};" in line
+    assert said in line
+    assert model.calls == []
+    assert all(file.read_text() == f"what was in {file}" for file in files)
+    assert (tmp_path / "pipe.json").is_fifo()
+
+
 @pytest.mark.parametrize("words", [["--steps", "1,4"], ["--steps", "1", "4"]])
 def test_evaluate_takes_a_list_of_steps(model, run_folder, words):
     assert main(["evaluate", str(run_folder), *words, "--reference", "real"]) == 0

@@ -114,8 +114,11 @@ def run(options: EvaluateOptions) -> int:
     model = load_model(checkpoint.path, weights=group).to(device)
     reference = options.reference or training_data(model)
     out = _default_out(checkpoint, group) if options.out is None else options.out
-    results.require_file_place(
-        out, "--out (by default in the run)" if options.out is None else "--out", "evaluation.json"
+    results.require_measurement_place(
+        out,
+        "--out (by default in the run)" if options.out is None else "--out",
+        "evaluation.json",
+        (options.reference, options.features),
     )
     before = _measured_in(out)
     larger = before.get("count")

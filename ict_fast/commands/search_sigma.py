@@ -94,8 +94,11 @@ def run(options: SearchSigmaOptions) -> int:
     group = group_of(options.ema)
     name = f"search-sigma{group.removeprefix('ema')}.json"
     out = results.run_folder(options.run) / name if options.out is None else options.out
-    results.require_file_place(
-        out, "--out (by default in the run)" if options.out is None else "--out", "search-sigma.json"
+    results.require_measurement_place(
+        out,
+        "--out (by default in the run)" if options.out is None else "--out",
+        "search-sigma.json",
+        (options.reference, options.features),
     )
     partial = out.with_name(f"{out.name}.partial")
 

@@ -537,9 +537,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
             "report {run} --out {run}",
             "--out is {run}, a folder; name a file to write, such as {run}/report.html",
         ),
-        (
-            "evaluate {run} --features-sha256 ab",
-            "--features-sha256 is the SHA-256 of --features, which is not given",
+        *(
+            (
+                f"{command} {{run}} --features-sha256 ab",
+                "--features-sha256 is the SHA-256 of --features, which is not given",
+            )
+            for command in ("evaluate", "search-sigma")
         ),
         (
             "prepare",

@@ -20,6 +20,7 @@ from ict_fast.commands.arguments import (
     group_of,
     record_of,
     valid_count,
+    valid_features,
     valid_seed,
     valid_sigmas,
     valid_steps,
@@ -97,8 +98,7 @@ def run(options: EvaluateOptions) -> int:
     for name, number in (("gpus", options.gpus), ("processes", options.processes)):
         if number is not None:
             at_least(1, name, number)
-    if options.features_sha256 is not None and options.features is None:
-        raise InputError("--features-sha256 is the SHA-256 of --features, which is not given")
+    valid_features(options.features, options.features_sha256)
     results.require_run(options.run)
 
     from ict_fast.checkpoint import open_checkpoint

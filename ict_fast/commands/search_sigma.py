@@ -20,6 +20,7 @@ from ict_fast.commands.arguments import (
     group_of,
     record_of,
     valid_count,
+    valid_features,
     valid_seed,
     valid_steps,
 )
@@ -81,6 +82,7 @@ def run(options: SearchSigmaOptions) -> int:
     valid_steps(2, [options.steps])
     valid_count(2, options.count)
     valid_seed(options.seed)
+    valid_features(options.features, options.features_sha256)
     if not 0 < options.low < options.high:
         raise InputError(
             f"--low is {options.low} and --high {options.high}; they must be positive, ascending"

@@ -327,6 +327,11 @@ def test_samples_are_a_reference_like_any_other(store, inception, tmp_path):
     assert of_samples["one_step"] == of_store["one_step"]
 
 
+def test_a_sha256_of_no_file_is_refused(store):
+    with pytest.raises(InputError, match="features_sha256 is ab, and no file of features is given"):
+        evaluate(RemembersDigits(), store, steps=(1,), count=10, features_sha256="ab")
+
+
 def test_statistics_of_another_number_of_features_are_refused(inception, tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(InputError, match=r"statistics of 2,048 features, and like-inception.pt gives 16; "):

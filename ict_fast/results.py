@@ -170,26 +170,39 @@ def save_samples(images: np.ndarray, labels: Sequence[int] | torch.Tensor | None
 
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` for what an interrupted command has done; locked, and removed at the end.
+    """A hidden folder beside `out` for what an interrupted command has done; removed once it is empty.
 
     Raises:
-        InputError: if another process has it, or it cannot be created.
+        InputError: if another process measures for `out`, or the folder cannot be created.
+    """
+    with only_writer(out):
+        folder = _partial(out)
+        with _writing(folder):
+            folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+        finally:
+            for place in (*folder.glob("*"), folder):
+                with suppress(OSError):  # it holds something
+                    place.rmdir()
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Keeps every other process from measuring for `out`, whose folder is created.
+
+    Raises:
+        InputError: if another process does, or the lock cannot be created.
     """
     from ict_fast.locks import WriterLock
 
-    folder = out.parent / f".{out.name}.partial"
+    folder = _partial(out)
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = WriterLock(folder)
-        folder.mkdir(exist_ok=True)
     try:
-        yield folder
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
     finally:
-        with suppress(OSError):  # nothing was done yet
-            for inside in folder.iterdir():
-                inside.rmdir()
-            folder.rmdir()
         lock.release()
 
 
@@ -219,6 +232,10 @@ def write(path: Path, content: bytes, option: str = "--out") -> None:
     with _writing(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_durably(path, content)
+
+
+def _partial(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
 
 
 def _places(source: Path) -> tuple[Path, Path]:

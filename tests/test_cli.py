@@ -80,7 +80,13 @@ def model(monkeypatch):
 
     stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path, weights: fake, sample_pixels=sample)
     stand_in(monkeypatch, "ict_fast.checkpoint", open_checkpoint=open_checkpoint)
-    stand_in(monkeypatch, "ict_fast.evaluation", evaluate=evaluate, table=lambda result: "the table")
+    stand_in(
+        monkeypatch,
+        "ict_fast.evaluation",
+        evaluate=evaluate,
+        discard_work=lambda folder: shutil.rmtree(folder / "part", ignore_errors=True),
+        table=lambda result: "the table",
+    )
     stand_in(
         monkeypatch,
         "ict_fast.evaluation.reference",
@@ -873,13 +879,14 @@ def test_an_interrupted_evaluate_keeps_what_is_done_until_the_same_command_has_f
 
     def interrupted(asked, reference, **options):
         folders.append(options["work_folder"])
-        (options["work_folder"] / "chunk").write_text("done")
+        (options["work_folder"] / "part").mkdir()
+        (options["work_folder"] / "part/chunk").write_text("done")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", interrupted)
     assert main(["evaluate", str(run_folder), "--reference", "real"]) == 130
     assert capsys.readouterr().err == "ict-fast: interrupted; the same command continues\n"
-    assert (folders[0] / "chunk").exists()
+    assert (folders[0] / "part/chunk").exists()
     assert not (run_folder / "checkpoints/evaluation.json").exists()
 
     monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", finished)

@@ -103,7 +103,7 @@ def run(options: EvaluateOptions) -> int:
 
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
-    from ict_fast.evaluation import evaluate, table
+    from ict_fast.evaluation import discard_work, evaluate, table
     from ict_fast.evaluation.reference import training_data
     from ict_fast.training.launch import configure_torch, resolve_processes
 
@@ -152,6 +152,7 @@ def run(options: EvaluateOptions) -> int:
             about = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step}
             result = {**about, **record_of(options.ema), **result}
             results.write(out, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+            discard_work(folder)
     except KeyboardInterrupt:
         print("ict-fast: interrupted; the same command continues", file=sys.stderr)
         return errors.EXIT_SIGINT
@@ -159,6 +160,8 @@ def run(options: EvaluateOptions) -> int:
         say(f"ict-fast: warning: {warning}")
     print_table(table(result))
     print(f"written: {out}")
+    if folder.exists():
+        say(f"what another evaluation for this file has done stays in {folder}; its command continues it")
     return errors.EXIT_DONE
 
 

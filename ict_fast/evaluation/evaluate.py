@@ -23,6 +23,7 @@ from ict_fast.evaluation.chunks import (
     generated_chunks,
     reference_chunks,
     weights_sha256,
+    work_part,
 )
 from ict_fast.evaluation.feature_networks import (
     DigitsNetwork,
@@ -99,7 +100,8 @@ def evaluate(
         devices: one for each process that shares the work; none for this process, where the model is. The
             processes import the caller's main module, so a script must guard its call by
             `if __name__ == "__main__"`.
-        work_folder: an existing folder, in which the same call finds what an earlier one has finished.
+        work_folder: an existing folder, in which the same call finds what an earlier one has finished, until
+            `discard_work`.
         reference_cache: a folder to keep what is computed of a reference that is no store, or one that
             cannot be written; created if need be. None to compute it again each time.
     Returns:
@@ -160,7 +162,7 @@ def evaluate(
         finished = Finished(
             None
             if work_folder is None
-            else _keyed(work_folder, work.key(opened.fingerprint, threads_each(len(places))))
+            else work_part(work_folder, work.key(opened.fingerprint, threads_each(len(places))))
         )
         model.eval()
         try:
@@ -188,6 +190,7 @@ def evaluate(
                 lambda done, begun=begun: report(begun + 0.07 * done / len(steps), "comparing the sets"),  # type: ignore[misc]
             )
             results[key(number)] = {**values, "sigmas": [model.config.method.sigma_max, *levels[number]]}
+        finished.are_all()
     report(1.0, "evaluated")
     return {
         **results,
@@ -276,12 +279,6 @@ def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
             f"--steps is {shown}; it must be numbers of sampling steps, each at least 1, like 1,2"
         )
     return tuple(dict.fromkeys(steps))
-
-
-def _keyed(folder: Path, work_key: str) -> Path:
-    path = folder / work_key[:32]
-    path.mkdir(exist_ok=True)
-    return path
 
 
 def _about(network: FeatureNetwork) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def run(options: SearchSigmaOptions) -> int:
     from ict_fast.consistency import load_model
     from ict_fast.evaluation import DistanceToReference
     from ict_fast.evaluation.reference import labels_as_in, training_data
-    from ict_fast.evaluation.sigma_search import search_sampling_sigmas
+    from ict_fast.evaluation.sigma_search import check_interval, search_sampling_sigmas
     from ict_fast.interop.description import check_state
     from ict_fast.training.launch import configure_torch, resolve_device
 
@@ -117,6 +117,7 @@ def run(options: SearchSigmaOptions) -> int:
     checkpoint = open_checkpoint(options.run)
     check_state(checkpoint)
     model = load_model(checkpoint.path, weights=group).to(device)
+    check_interval((options.low, options.high), model.config.method)  # before the reference takes hours
     reference = options.reference or training_data(model)
 
     with live_line() as progress:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import ConsistencyModel
 from ict_fast.consistency.sampling import BATCH_SIZE, DIVERGED, sampling_step
 from ict_fast.data.pictures import to_uint8
@@ -119,6 +120,15 @@ def search_sigma(
     return search
 
 
+def check_interval(interval: tuple[float, float], method: MethodConfig) -> None:
+    """Raises InputError unless the levels of an interval, ascending, are between those of the method."""
+    if not method.sigma_min < interval[0] < interval[1] < method.sigma_max:
+        raise InputError(
+            f"the interval is {interval[0]} to {interval[1]}; it must lie between sigma_min ="
+            f" {method.sigma_min} and sigma_max = {method.sigma_max}"
+        )
+
+
 def search_sampling_sigmas(
     model: ConsistencyModel,
     distance: Callable[[np.ndarray], float],
@@ -155,11 +165,7 @@ def search_sampling_sigmas(
         TrainingError: images that are not finite.
     """
     method, network = model.config.method, model.config.network
-    if not method.sigma_min < interval[0] < interval[1] < method.sigma_max:
-        raise InputError(
-            f"the interval is {interval[0]} to {interval[1]}; it must lie between sigma_min ="
-            f" {method.sigma_min} and sigma_max = {method.sigma_max}"
-        )
+    check_interval(interval, method)
     if steps < 2:
         raise InputError(f"steps is {steps}; one step has no sigma to search for")
     report = progress or (lambda fraction, text: None)

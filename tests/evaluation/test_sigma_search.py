@@ -263,6 +263,14 @@ def test_what_cannot_be_searched_is_one_line(
     assert not out.exists()
 
 
+def test_an_interval_beyond_the_models_levels_is_refused_before_the_reference_is_measured(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DistanceToReference, "__init__", lambda *_, **__: pytest.fail("too late"))
+    assert main(["search-sigma", str(trained), "--high", "200", "--out", str(tmp_path / "search.json")]) == 2
+    assert "the interval is 0.05 to 200.0; it must lie between sigma_min" in capsys.readouterr().err
+
+
 def test_a_folder_in_place_of_the_trace_is_refused_first(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -159,7 +159,7 @@ def search_sampling_sigmas(
         progress: called with the fraction done in [0, 1] and what is being done.
         tried: called after each candidate with the searches so far.
     Returns:
-        a search for each step after the first.
+        a search for each step after the first; fewer if a step's sigma leaves the next one no interval.
     Raises:
         InputError: see `search_sigma`; or an interval beyond the model's noise levels.
         TrainingError: images that are not finite.
@@ -194,10 +194,7 @@ def search_sampling_sigmas(
         if number < steps - 1:
             high = search.best[0]
             if not high > low * tolerance:
-                raise InputError(
-                    f"step {number + 1} is best at sigma {high:.4g}, which leaves step {number + 2} no"
-                    f" interval above {low}; search fewer --steps, or from a lower --low"
-                )
+                break
             images = _stepped(model, before, high, number, labels, seed)
     report(1.0, "searched")
     return found

@@ -158,7 +158,8 @@ def check_reference(
             f"{name}: statistics of images of {reference.resolution}x{reference.resolution}, the model makes"
             f" {network.resolution}x{network.resolution}; {use}"
         )
-    if reference.kind == "store" and network.num_classes not in (0, reference.num_classes):
+    # Without classes it is compared with all the same: see `labels_as_in`.
+    if reference.num_classes and network.num_classes not in (0, reference.num_classes):
         raise InputError(
             f"{name}: has {reference.num_classes} classes, the model {network.num_classes}; {use}"
         )

@@ -258,6 +258,18 @@ def _write(path, images, classes=()):
     )
 
 
+def test_without_labels_a_store_is_a_reference_as_its_images_in_an_npz_are(tmp_path, inception):
+    """Each class is sampled equally often for either."""
+    images = load_digits()[0][:200]
+    np.savez(tmp_path / "unlabelled.npz", images)
+    results = []
+    for reference in (_write(tmp_path / "unlabelled", images), tmp_path / "unlabelled.npz"):
+        model = RemembersDigits(num_classes=10)
+        results.append(evaluate(model, reference, steps=(1,), count=100, features=inception)["one_step"])
+        assert torch.cat(model.seen_labels).bincount(minlength=10).tolist() == [10] * 10
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize(("shape", "seen"), [((4, 16, 16, 1), "16x16"), ((4, 8, 8, 3), "3 channels")])
 def test_a_reference_of_another_size_is_refused(tmp_path, shape, seen):
     path = _write(tmp_path / "other", np.zeros(shape, np.uint8))
@@ -382,6 +394,6 @@ def test_senseless_steps_are_refused(store, steps):
 
 
 def test_a_model_of_other_classes_is_refused(tmp_path):
-    path = _write(tmp_path / "unlabelled", load_digits()[0][:10])
-    with pytest.raises(InputError, match=r"has 0 classes, the model 10"):
+    path = _write(tmp_path / "other", load_digits()[0][:10], classes=("a", "b", "c"))
+    with pytest.raises(InputError, match=r"has 3 classes, the model 10"):
         evaluate(RemembersDigits(num_classes=10), path)

@@ -509,6 +509,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("train --network.name adn", '--network.name "adn"; did you mean "adm"?'),
         ("train --training.batch-size 0", "--training.batch-size is 0; it must be at least 1"),
         ("sample", "ict-fast sample needs RUN|CHECKPOINT; see `ict-fast sample --help`"),
+        (
+            "edit inpaint {run} --mask left",
+            "ict-fast edit needs --input IMAGE|FOLDER ...; see `ict-fast edit --help`",
+        ),
         ("sample --cuont 3 {run}", 'unknown option --cuont; did you mean "--count"?'),
         ("sample {run} {run}", 'unexpected argument "{run}"; `ict-fast sample --help` lists the options'),
         ("sample {run} --count 0", "--count is 0; it must be at least 1"),

@@ -108,8 +108,8 @@ def evaluate(
         JSON-able: one_step, two_step, ..., 9_step, each with frechet_distance, kernel_distance and
         inception_score (with their _std), precision, recall, relative_to_noise, relative_to_gaussian, sigmas
         (those that are not available are missing, see `not_available`); reference (halves, noise, gaussian:
-        distances for comparison, see `table`); steps, sigmas (as asked for: None for the method's), count,
-        seed and what else the numbers depend on; warnings.
+        distances for comparison, see `table`; halves_counts: of images in each half); steps, sigmas (as asked
+        for: None for the method's), count, seed and what else the numbers depend on; warnings.
     Raises:
         InputError: references, features, counts, steps or sigmas that cannot work, before anything is
             sampled.
@@ -219,7 +219,7 @@ def _measures(
     finished: Finished,
     chunks: Sequence[Chunk],
     measured: MeasuredReference,
-    comparison: dict[str, float],
+    comparison: dict[str, Any],
     device: torch.device,
     progress: Callable[[float], None],
 ) -> dict[str, Any]:
@@ -249,9 +249,9 @@ def _measures(
 
 def _comparison(
     network: FeatureNetwork, reference: Reference, measured: MeasuredReference, count: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Distances to read others by: of real halves; for digits also of noise, of a linear model's images."""
-    found = {}
+    found: dict[str, Any] = {}
     if measured.features is not None and reference.images is not None:
         if isinstance(network, DigitsNetwork):
             images, cpu = reference.images.array, torch.device("cpu")
@@ -259,12 +259,14 @@ def _comparison(
             def of(pictures: np.ndarray) -> Statistics:
                 return _statistics(network(pictures, cpu, probabilities=False)[0])
 
-            parts = [of(part) for part in halves(images)]
+            parts = halves(images)
+            real = [of(part) for part in parts]
             found["gaussian"] = frechet_distance(of(gaussian_images(images, count)), measured.statistics)
             found["noise"] = frechet_distance(of(noise_images(images, count)), measured.statistics)
         else:
-            parts = [_statistics(part) for part in halves(measured.features)]
-        found["halves"] = frechet_distance(*parts)
+            parts = halves(measured.features)
+            real = [_statistics(part) for part in parts]
+        found["halves"], found["halves_counts"] = frechet_distance(*real), [len(part) for part in parts]
     return found
 
 

@@ -223,7 +223,7 @@ def test_the_table_names_every_distance(good):
     text = console.export_text()
     assert "sigmas" not in text
     for words in (
-        "half to half",
+        "real, 898 to 899 ",
         "one step",
         "two steps",
         "Gaussian of pixels",
@@ -234,6 +234,13 @@ def test_the_table_names_every_distance(good):
     ):
         assert words in text
     assert f"{good['one_step']['frechet_distance']:.3f}" in text
+
+
+def test_an_older_result_without_the_halves_numbers_is_shown_all_the_same(good):
+    older = {name: value for name, value in good["reference"].items() if name != "halves_counts"}
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(good | {"reference": older}))
+    assert "real, half to half" in console.export_text()
 
 
 def test_the_table_says_at_which_sigmas_the_model_was_sampled(good):
@@ -309,6 +316,7 @@ def test_features_of_a_file_measure_a_store(store, inception):
     assert result["one_step"]["precision"] == 1
     assert 1 < result["one_step"]["inception_score"] < 5
     assert "noise" not in result["reference"]
+    assert result["reference"]["halves_counts"] == [898, 899]
     assert json.loads(json.dumps(result)) == result
 
 

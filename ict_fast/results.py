@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,20 +135,26 @@ def require_grid(out: Path, count: int, resolution: int, columns: int | None = N
         )
 
 
-def save_samples(images: np.ndarray, labels: Sequence[int] | torch.Tensor | None, out: Path) -> None:
+def save_samples(
+    images: np.ndarray,
+    labels: Sequence[int] | torch.Tensor | None,
+    out: Path,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
     """Writes images as a grid (.png), as arrays (.npz: arr_0, arr_1), or as one PNG each (a folder).
 
     Args:
         images: uint8 (N, H, W, C).
         labels: one per image, or None for an unconditional model.
         out: see `require_sample_place`.
+        progress: called with the number of PNGs written, if there is one for each image.
     Raises:
         InputError: if it cannot be written.
     """
     import numpy as np
 
     from ict_fast.data.pictures import image_grid, save_png
-    from ict_fast.durable import replacing
+    from ict_fast.durable import flush_directory, replacing
 
     with _writing(out):
         if not _is_folder(out) and out.suffix == ".png":
@@ -165,7 +171,10 @@ def save_samples(images: np.ndarray, labels: Sequence[int] | torch.Tensor | None
                 save_png(
                     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image),
                     out / _image_name(number),
+                    flush=False,
                 )
+                progress(number + 1)
+            flush_directory(out)
 
 
 @contextmanager

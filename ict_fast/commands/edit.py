@@ -118,7 +118,13 @@ def run(options: EditOptions) -> int:
         grid = image_grid(to_uint8(torch.cat([shown, edited.cpu()])), columns=len(files))
         results.write_picture(out, grid)
     else:
-        results.save_samples(to_uint8(edited), labels, out)
+        with live_line() as progress:
+            results.save_samples(
+                to_uint8(edited),
+                labels,
+                out,
+                lambda done: progress(done / total, f"writing {total:,} images"),
+            )
     print(f"{options.how}: {len(files)} images, {options.variants} of each: {out}")
     return errors.EXIT_DONE
 

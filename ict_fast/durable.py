@@ -68,9 +68,12 @@ def replace_durably(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     """Gives a file to write into, which takes the place of `path` at the end; for content too large to hold.
 
+    Args:
+        flush: False for one of thousands of small files, whose directory is flushed after the last: none is
+            ever seen in part, but a power cut may take those of the last seconds.
     Raises:
         OSError: disk full, no permission; the old file is then untouched.
     """
@@ -79,9 +82,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with partial.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    flush_directory(path.parent)
+    if flush:
+        flush_directory(path.parent)

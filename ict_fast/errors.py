@@ -109,8 +109,7 @@ def refusal(event: Any, kinds: Mapping[str, object], argv: Sequence[str], comman
         if name == "UnrecognizedArgs":
             return f'unexpected argument "{event.tokens[0]}"; `{help_command}` lists the options'
         missing = [given.arg for given in getattr(event, "missing_arguments", ())] or [argument]
-        names = [", ".join(each.lowered.choices or [str(each.lowered.metavar)]) for each in missing]
-        return f"{command} needs {' and '.join(names)}; see `{help_command}`"
+        return f"{command} needs {' and '.join(map(_name, missing))}; see `{help_command}`"
     if argument is None:
         return f"cannot read the command line ({name}); see `{help_command}`"
     if name == "InvalidChoice":
@@ -119,6 +118,13 @@ def refusal(event: Any, kinds: Mapping[str, object], argv: Sequence[str], comman
     if name == "InstantiationFailure":
         return bad_value(option, _seen(option, argv), kinds.get(option))
     return missing_value(option, kinds.get(option))
+
+
+def _name(argument: Any) -> str:
+    """What is to be typed: an option and its value, the values of a positional argument or what it is."""
+    option = str(argument.lowered.name_or_flags[0])
+    value = ", ".join(argument.lowered.choices or [str(argument.lowered.metavar)])
+    return f"{option} {value}" if option.startswith("-") else value
 
 
 def _is_known(word: str, kinds: Mapping[str, object]) -> bool:

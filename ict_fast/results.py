@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
+
+# Of a run or an export; of a checkpoint or a store, in whose folder they are; and what may be beside these.
+_OF_A_MODEL = frozenset(("config.json", "run.json", "init.json", "model_index.json"))
+_DESCRIPTIONS = ("MANIFEST.json", "meta.json")
+_MEASUREMENTS = ("evaluation", "search-sigma")
 
 
 def require_run(path: Path) -> None:
@@ -42,11 +47,35 @@ def require_file_place(file: Path, option: str, name: str) -> None:
 
     Args:
         option: what names it, for the message.
-        name: one that the file could have in a folder.
+        name: one that the file could have in a folder; its suffix must be the file's.
     """
     if file.is_dir():
         raise InputError(f"{option} is {file}, a folder; name a file to write, such as {file / name}")
     require_place(file.parent, option)
+    if file.exists() and not file.is_file():
+        raise InputError(f"{option} is {file}, a device or a pipe, which would be replaced; name a file")
+    suffix = Path(name).suffix
+    if file.suffix != suffix:
+        raise InputError(f"{option} is {file}; it must end with {suffix}, such as {name}")
+
+
+def require_measurement_place(file: Path, option: str, name: str, sources: Sequence[Path | None]) -> None:
+    """Raises InputError unless a measurement can be written to `file`, and nothing else is lost by it.
+
+    Args:
+        option, name: see `require_file_place`.
+        sources: files that are read, none of which may be lost; None for what is not given.
+    """
+    require_file_place(file, option, name)
+    for source in sources:
+        if source is not None and file.resolve() in _places(source):
+            raise InputError(f"{option} is {file}, which would overwrite {source}; choose another place")
+    inside = any((file.parent / description).exists() for description in _DESCRIPTIONS)
+    if (file.name in _OF_A_MODEL and file.exists()) or (inside and not file.name.startswith(_MEASUREMENTS)):
+        raise InputError(
+            f"{option} is {file}, a place for the files of a model or of a data set; choose another, such as"
+            f" {name}"
+        )
 
 
 def require_sample_place(out: Path, count: int, sources: Sequence[Path] = ()) -> None:
@@ -67,7 +96,7 @@ def require_sample_place(out: Path, count: int, sources: Sequence[Path] = ()) ->
         raise InputError(f"--out is {out}; it must end with .png or .npz, or name a folder")
     place = out.resolve()
     for source in sources:
-        for file in (source.resolve(), source.parent.resolve() / source.name):
+        for file in _places(source):
             inside = file.parent == place and _is_image_name(file.name, count)
             if inside or file == place:
                 raise InputError(f"--out is {out}, which would overwrite {source}; choose another place")
@@ -106,20 +135,26 @@ def require_grid(out: Path, count: int, resolution: int, columns: int | None = N
         )
 
 
-def save_samples(images: np.ndarray, labels: Sequence[int] | torch.Tensor | None, out: Path) -> None:
+def save_samples(
+    images: np.ndarray,
+    labels: Sequence[int] | torch.Tensor | None,
+    out: Path,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
     """Writes images as a grid (.png), as arrays (.npz: arr_0, arr_1), or as one PNG each (a folder).
 
     Args:
         images: uint8 (N, H, W, C).
         labels: one per image, or None for an unconditional model.
         out: see `require_sample_place`.
+        progress: called with the number of PNGs written, if there is one for each image.
     Raises:
         InputError: if it cannot be written.
     """
     import numpy as np
 
     from ict_fast.data.pictures import image_grid, save_png
-    from ict_fast.durable import replacing
+    from ict_fast.durable import flush_directory, replacing
 
     with _writing(out):
         if not _is_folder(out) and out.suffix == ".png":
@@ -136,31 +171,47 @@ def save_samples(images: np.ndarray, labels: Sequence[int] | torch.Tensor | None
                 save_png(
                     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image),
                     out / _image_name(number),
+                    flush=False,
                 )
+                progress(number + 1)
+            flush_directory(out)
 
 
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` for what an interrupted command has done; locked, and removed at the end.
+    """A hidden folder beside `out` for what an interrupted command has done; removed once it is empty.
 
     Raises:
-        InputError: if another process has it, or it cannot be created.
+        InputError: if another process measures for `out`, or the folder cannot be created.
+    """
+    with only_writer(out):
+        folder = _partial(out)
+        with _writing(folder):
+            folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+        finally:
+            for place in (*folder.glob("*"), folder):
+                with suppress(OSError):  # it holds something
+                    place.rmdir()
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Keeps every other process from measuring for `out`, whose folder is created.
+
+    Raises:
+        InputError: if another process does, or the lock cannot be created.
     """
     from ict_fast.locks import WriterLock
 
-    folder = out.parent / f".{out.name}.partial"
+    folder = _partial(out)
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = WriterLock(folder)
-        folder.mkdir(exist_ok=True)
     try:
-        yield folder
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
     finally:
-        with suppress(OSError):  # nothing was done yet
-            for inside in folder.iterdir():
-                inside.rmdir()
-            folder.rmdir()
         lock.release()
 
 
@@ -190,6 +241,15 @@ def write(path: Path, content: bytes, option: str = "--out") -> None:
     with _writing(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_durably(path, content)
+
+
+def _partial(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def _places(source: Path) -> tuple[Path, Path]:
+    """Where a file lies, and where the link to it, if it is named by one."""
+    return source.resolve(), source.parent.resolve() / source.name
 
 
 def _image_name(number: int) -> str:

@@ -77,6 +77,17 @@ def asked_sigmas(result: dict[str, Any]) -> str:
     return f"sigmas {' '.join(map(str, sigmas))}" if isinstance(sigmas, list) and sigmas else ""
 
 
+def real_halves(reference: dict[str, Any]) -> str:
+    """ "real, 898 to 899": the images between which a measurement's distance of real halves is.
+
+    Their number makes up most of it, as it would of a model's; older measurements do not say it.
+    """
+    counts = reference.get("halves_counts")
+    if isinstance(counts, list) and len(counts) == 2 and all(type(count) is int for count in counts):
+        return f"real, {counts[0]:,} to {counts[1]:,}"
+    return "real, half to half"
+
+
 def print_table(table: Table) -> None:
     """A table on standard output."""
     console = Console()

@@ -82,7 +82,13 @@ def model(monkeypatch):
 
     stand_in(monkeypatch, "ict_fast.consistency", load_model=lambda path, weights: fake, sample_pixels=sample)
     stand_in(monkeypatch, "ict_fast.checkpoint", open_checkpoint=open_checkpoint)
-    stand_in(monkeypatch, "ict_fast.evaluation", evaluate=evaluate, table=lambda result: "the table")
+    stand_in(
+        monkeypatch,
+        "ict_fast.evaluation",
+        evaluate=evaluate,
+        discard_work=lambda folder: shutil.rmtree(folder / "part", ignore_errors=True),
+        table=lambda result: "the table",
+    )
     stand_in(
         monkeypatch,
         "ict_fast.evaluation.reference",
@@ -505,6 +511,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("train --network.name adn", '--network.name "adn"; did you mean "adm"?'),
         ("train --training.batch-size 0", "--training.batch-size is 0; it must be at least 1"),
         ("sample", "ict-fast sample needs RUN|CHECKPOINT; see `ict-fast sample --help`"),
+        (
+            "edit inpaint {run} --mask left",
+            "ict-fast edit needs --input IMAGE|FOLDER ...; see `ict-fast edit --help`",
+        ),
         ("sample --cuont 3 {run}", 'unknown option --cuont; did you mean "--count"?'),
         ("sample {run} {run}", 'unexpected argument "{run}"; `ict-fast sample --help` lists the options'),
         ("sample {run} --count 0", "--count is 0; it must be at least 1"),
@@ -539,9 +549,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
             "report {run} --out {run}",
             "--out is {run}, a folder; name a file to write, such as {run}/report.html",
         ),
-        (
-            "evaluate {run} --features-sha256 ab",
-            "--features-sha256 is the SHA-256 of --features, which is not given",
+        *(
+            (
+                f"{command} {{run}} --features-sha256 ab",
+                "--features-sha256 is the SHA-256 of --features, which is not given",
+            )
+            for command in ("evaluate", "search-sigma")
         ),
         (
             "prepare",
@@ -790,13 +803,54 @@ def test_evaluate_of_another_average_leaves_the_runs_own_result_alone(model, run
     (folder / "evaluation.json").write_text("the run's own")
     made = run_folder / "ema" / "sigma-rel-0.15"
     made.mkdir(parents=True)
+    (made / "MANIFEST.json").touch()  # a checkpoint's folder, whose evaluation has its place in it
     for name in ("power-0.05", "ema-power-0.05"):
         assert main(["evaluate", str(run_folder), "--reference", "real", "--ema", name]) == 0
     assert main(["evaluate", str(made), "--reference", "real"]) == 0
     assert (folder / "evaluation.json").read_text() == "the run's own"
     assert json.loads((folder / "evaluation-power-0.05.json").read_text())["ema"] == "power-0.05"
     assert json.loads((made / "evaluation.json").read_text())["checkpoint"] == made.name
-    assert len(list(run_folder.rglob("*.json"))) == 3
+    assert len(list(run_folder.rglob("evaluation*.json"))) == 3
+
+
+@pytest.mark.parametrize("command", ["evaluate", "search-sigma"])
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("real.npz", "must end with .json"),
+        ("runs/digits/checkpoints/step-00000003/ema.safetensors", "must end with .json"),
+        ("reference.json", "which would overwrite"),
+        ("runs/../reference.json", "which would overwrite"),
+        ("link.json", "which would overwrite"),
+        ("features.json", "which would overwrite"),
+        ("pipe.json", "a device or a pipe"),
+        ("runs/digits/config.json", "a model or of a data set"),
+        ("runs/digits/run.json", "a model or of a data set"),
+        ("runs/digits/checkpoints/step-00000003/state.json", "a model or of a data set"),
+        ("runs/digits/checkpoints/step-00000003/new.json", "a model or of a data set"),
+        ("store/meta.json", "a model or of a data set"),
+    ],
+)
+def test_a_measurement_overwrites_nothing_but_measurements(
+    model, run_folder, capsys, monkeypatch, tmp_path, command, out, said
+):
+    checkpoint = run_folder / "checkpoints/step-00000003"
+    (tmp_path / "store").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    files = [checkpoint / name for name in ("ema.safetensors", "state.json", "MANIFEST.json")]
+    files += [run_folder / name for name in ("config.json", "run.json")]
+    files += [tmp_path / name for name in ("real.npz", "reference.json", "features.json", "store/meta.json")]
+    for file in files:
+        file.write_text(f"what was in {file}")
+    (tmp_path / "link.json").symlink_to("reference.json")
+    monkeypatch.chdir(tmp_path)
+    words = ["--reference", "link.json", "--features", "features.json", "--out", out]
+    line = refused(capsys, command, "runs/digits", *words)
+    assert f"--out is {out}, " in line or f"--out is {out};" in line
+    assert said in line
+    assert model.calls == []
+    assert all(file.read_text() == f"what was in {file}" for file in files)
+    assert (tmp_path / "pipe.json").is_fifo()
 
 
 @pytest.mark.parametrize("words", [["--steps", "1,4"], ["--steps", "1", "4"]])
@@ -832,13 +886,14 @@ def test_an_interrupted_evaluate_keeps_what_is_done_until_the_same_command_has_f
 
     def interrupted(asked, reference, **options):
         folders.append(options["work_folder"])
-        (options["work_folder"] / "chunk").write_text("done")
+        (options["work_folder"] / "part").mkdir()
+        (options["work_folder"] / "part/chunk").write_text("done")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", interrupted)
     assert main(["evaluate", str(run_folder), "--reference", "real"]) == 130
     assert capsys.readouterr().err == "ict-fast: interrupted; the same command continues\n"
-    assert (folders[0] / "chunk").exists()
+    assert (folders[0] / "part/chunk").exists()
     assert not (run_folder / "checkpoints/evaluation.json").exists()
 
     monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", finished)

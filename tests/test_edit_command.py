@@ -14,7 +14,7 @@ from ict_fast.cli import main
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Two grey pictures of 8x8, one of 4x4, one 8 wide and 4 high, a mask, and a text."""
+    """Two grey pictures of 8x8, one of 4x4, one 8 wide and 4 high, masks of all kinds, and a text."""
     random = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):
@@ -25,6 +25,13 @@ def pictures(tmp_path: Path) -> Path:
     mask[:, 6:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     (tmp_path / "text.png").write_text("not a picture")
+    for name, colour in (("black", 0), ("white", 255)):
+        Image.new("L", (8, 8), colour).save(tmp_path / f"{name}.png")
+    # Black where it is seen, and white beneath what is not, as drawing programs leave it.
+    seen = Image.fromarray(mask)
+    Image.merge("LA", (seen, Image.fromarray(255 - mask))).save(tmp_path / "drawn.png")
+    Image.fromarray(mask // 255).convert("P").save(tmp_path / "palette.png", transparency=1)
+    Image.merge("RGBA", (seen, seen, seen, Image.new("L", (8, 8), 255))).save(tmp_path / "opaque.png")
     return tmp_path
 
 
@@ -34,8 +41,9 @@ def _edit(trained: Path, folder: Path, words: str) -> int:
     )
 
 
-def test_variants_of_every_picture_keep_what_the_mask_shows(trained: Path, pictures: Path) -> None:
-    words = "inpaint RUN --input IN/in --mask IN/mask.png --variants 2 --steps 3 --out IN/edited.npz"
+@pytest.mark.parametrize("mask", ["mask.png", "opaque.png"])
+def test_variants_of_every_picture_keep_what_the_mask_shows(trained: Path, pictures: Path, mask: str) -> None:
+    words = f"inpaint RUN --input IN/in --mask IN/{mask} --variants 2 --steps 3 --out IN/edited.npz"
     assert _edit(trained, pictures, words) == 0
     edited = np.load(pictures / "edited.npz")["arr_0"]
     assert edited.shape == (4, 8, 8, 1)
@@ -113,6 +121,10 @@ def test_a_folder_gives_every_image_that_prepare_would_take(trained: Path, pictu
         ("stroke RUN --input IN/in --mask left", "stroke takes no --mask"),
         ("inpaint RUN --input IN/in --mask lft", 'did you mean "left"'),
         ("inpaint RUN --input IN/in --mask IN/small.png", "4x4; the model makes 8x8"),
+        ("inpaint RUN --input IN/in --mask IN/drawn.png", "IN/drawn.png: has transparent pixels"),
+        ("inpaint RUN --input IN/in --mask IN/palette.png", "IN/palette.png: has transparent pixels"),
+        ("inpaint RUN --input IN/in --mask IN/black.png", "IN/black.png: has no white pixel"),
+        ("inpaint RUN --input IN/in --mask IN/white.png", "IN/white.png: is white everywhere"),
         ("inpaint RUN --input IN/text.png --mask left", "not an image"),
         ("inpaint RUN --input IN/nothing.png --mask left", "does not exist"),
         ("stroke RUN --input IN/in/a.png IN/small.png", "images of one size"),

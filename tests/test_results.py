@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ict_fast.errors import InputError
 from ict_fast.results import require_grid, require_room, save_samples, unfinished
@@ -52,6 +54,30 @@ def test_an_npz_that_cannot_be_written_whole_leaves_the_one_before(
         save_samples(np.ones((2, 8, 8, 1), np.uint8), None, out)
     assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_a_folder_of_pictures_is_flushed_once_and_no_picture_is_seen_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, flushed, done = tmp_path / "pictures", [], []
+    save_samples(np.zeros((6, 8, 8, 1), np.uint8), None, out)
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    save_samples(images, None, out, done.append)
+    assert len(flushed) == 1
+    assert done == list(range(1, 21))
+    assert [path.name for path in sorted(out.iterdir())] == [f"{number:06d}.png" for number in range(20)]
+    for number, image in enumerate(images):
+        assert np.array_equal(np.asarray(Image.open(out / f"{number:06d}.png")), image)
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match="No space left"):
+        save_samples(255 - images, None, out)
+    assert len(list(out.iterdir())) == 20
+    assert np.array_equal(np.asarray(Image.open(out / "000000.png")), images[0])
 
 
 def test_more_pixels_than_there_is_room_for_are_refused(

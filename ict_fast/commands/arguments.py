@@ -79,3 +79,9 @@ def valid_labels(values: Sequence[int]) -> None:
     for value in values:
         if not -(2**63) <= value < 2**63:
             raise InputError(f"--labels has {value}, which is no class; classes are counted from 0")
+
+
+def valid_features(features: Path | None, sha256: str | None) -> None:
+    """Raises InputError if --features-sha256 is given without the --features that it is of."""
+    if sha256 is not None and features is None:
+        raise InputError("--features-sha256 is the SHA-256 of --features, which is not given")

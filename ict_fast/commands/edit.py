@@ -118,7 +118,13 @@ def run(options: EditOptions) -> int:
         grid = image_grid(to_uint8(torch.cat([shown, edited.cpu()])), columns=len(files))
         results.write_picture(out, grid)
     else:
-        results.save_samples(to_uint8(edited), labels, out)
+        with live_line() as progress:
+            results.save_samples(
+                to_uint8(edited),
+                labels,
+                out,
+                lambda done: progress(done / total, f"writing {total:,} images"),
+            )
     print(f"{options.how}: {len(files)} images, {options.variants} of each: {out}")
     return errors.EXIT_DONE
 
@@ -179,6 +185,8 @@ def _hole(mask: str, resolution: int) -> torch.Tensor:
     """(H, W) bool, True where pixels are to be made."""
     import torch
 
+    from ict_fast.data.sources.image_decoding import is_transparent
+
     hole = torch.zeros(resolution, resolution, dtype=torch.bool)
     half, quarter = resolution // 2, resolution // 4
     if mask in _HOLES:
@@ -194,12 +202,22 @@ def _hole(mask: str, resolution: int) -> torch.Tensor:
     if not Path(mask).is_file():
         raise InputError(f"--mask {mask}: does not exist{did_you_mean(mask, _HOLES)}")
     hole = _read([Path(mask)], 1)[0, 0] > 0
+    if is_transparent(Path(mask).read_bytes()):
+        raise InputError(
+            f"--mask {mask}: has transparent pixels, whose colour nobody sees; it must be opaque, white in"
+            " the hole and black elsewhere"
+        )
     if tuple(hole.shape) != (resolution, resolution):
         raise InputError(
             f"--mask {mask}: {hole.shape[1]}x{hole.shape[0]}; the model makes {resolution}x{resolution}"
         )
     if not bool(hole.any()):
         raise InputError(f"--mask {mask}: has no white pixel, so there is nothing to make")
+    if bool(hole.all()):
+        raise InputError(
+            f"--mask {mask}: is white everywhere, so nothing of the image is kept; `ict-fast sample` makes"
+            " whole images"
+        )
     return hole
 
 

@@ -20,6 +20,7 @@ from ict_fast.commands.arguments import (
     group_of,
     record_of,
     valid_count,
+    valid_features,
     valid_seed,
     valid_sigmas,
     valid_steps,
@@ -97,13 +98,12 @@ def run(options: EvaluateOptions) -> int:
     for name, number in (("gpus", options.gpus), ("processes", options.processes)):
         if number is not None:
             at_least(1, name, number)
-    if options.features_sha256 is not None and options.features is None:
-        raise InputError("--features-sha256 is the SHA-256 of --features, which is not given")
+    valid_features(options.features, options.features_sha256)
     results.require_run(options.run)
 
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
-    from ict_fast.evaluation import evaluate, table
+    from ict_fast.evaluation import discard_work, evaluate, table
     from ict_fast.evaluation.reference import training_data
     from ict_fast.training.launch import configure_torch, resolve_processes
 
@@ -114,8 +114,11 @@ def run(options: EvaluateOptions) -> int:
     model = load_model(checkpoint.path, weights=group).to(device)
     reference = options.reference or training_data(model)
     out = _default_out(checkpoint, group) if options.out is None else options.out
-    results.require_file_place(
-        out, "--out (by default in the run)" if options.out is None else "--out", "evaluation.json"
+    results.require_measurement_place(
+        out,
+        "--out (by default in the run)" if options.out is None else "--out",
+        "evaluation.json",
+        (options.reference, options.features),
     )
     before = _measured_in(out)
     larger = before.get("count")
@@ -149,6 +152,7 @@ def run(options: EvaluateOptions) -> int:
             about = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step}
             result = {**about, **record_of(options.ema), **result}
             results.write(out, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+            discard_work(folder)
     except KeyboardInterrupt:
         print("ict-fast: interrupted; the same command continues", file=sys.stderr)
         return errors.EXIT_SIGINT
@@ -156,6 +160,8 @@ def run(options: EvaluateOptions) -> int:
         say(f"ict-fast: warning: {warning}")
     print_table(table(result))
     print(f"written: {out}")
+    if folder.exists():
+        say(f"what another evaluation for this file has done stays in {folder}; its command continues it")
     return errors.EXIT_DONE
 
 

@@ -91,6 +91,12 @@ def run(options: SampleOptions) -> int:
             seed=options.seed,
             progress=lambda done: progress(done / options.count, f"sampling {options.count:,} images"),
         )
-    results.save_samples(pixels, labels, out)
+    with live_line() as progress:
+        results.save_samples(
+            pixels,
+            labels,
+            out,
+            lambda done: progress(done / options.count, f"writing {options.count:,} images"),
+        )
     print(f"{options.count} images in {steps} step{'s' if steps > 1 else ''}: {out}")
     return errors.EXIT_DONE

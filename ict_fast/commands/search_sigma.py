@@ -20,6 +20,7 @@ from ict_fast.commands.arguments import (
     group_of,
     record_of,
     valid_count,
+    valid_features,
     valid_seed,
     valid_steps,
 )
@@ -28,6 +29,7 @@ from ict_fast.screen import live_line, say
 
 if TYPE_CHECKING:
     from ict_fast.checkpoint import Checkpoint
+    from ict_fast.consistency import ConsistencyModel
     from ict_fast.evaluation.sigma_search import SigmaSearch
 
 
@@ -81,6 +83,7 @@ def run(options: SearchSigmaOptions) -> int:
     valid_steps(2, [options.steps])
     valid_count(2, options.count)
     valid_seed(options.seed)
+    valid_features(options.features, options.features_sha256)
     if not 0 < options.low < options.high:
         raise InputError(
             f"--low is {options.low} and --high {options.high}; they must be positive, ascending"
@@ -94,16 +97,17 @@ def run(options: SearchSigmaOptions) -> int:
     group = group_of(options.ema)
     name = f"search-sigma{group.removeprefix('ema')}.json"
     out = results.run_folder(options.run) / name if options.out is None else options.out
-    results.require_file_place(
-        out, "--out (by default in the run)" if options.out is None else "--out", "search-sigma.json"
+    results.require_measurement_place(
+        out,
+        "--out (by default in the run)" if options.out is None else "--out",
+        "search-sigma.json",
+        (options.reference, options.features),
     )
-    partial = out.with_name(f"{out.name}.partial")
 
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
-    from ict_fast.evaluation import DistanceToReference
-    from ict_fast.evaluation.reference import labels_as_in, training_data
-    from ict_fast.evaluation.sigma_search import search_sampling_sigmas
+    from ict_fast.evaluation.reference import training_data
+    from ict_fast.evaluation.sigma_search import check_interval
     from ict_fast.interop.description import check_state
     from ict_fast.training.launch import configure_torch, resolve_device
 
@@ -112,8 +116,21 @@ def run(options: SearchSigmaOptions) -> int:
     checkpoint = open_checkpoint(options.run)
     check_state(checkpoint)
     model = load_model(checkpoint.path, weights=group).to(device)
+    check_interval((options.low, options.high), model.config.method)  # before the reference takes hours
     reference = options.reference or training_data(model)
+    with results.only_writer(out):
+        return _search(options, checkpoint, model, reference, out)
 
+
+def _search(
+    options: SearchSigmaOptions, checkpoint: Checkpoint, model: ConsistencyModel, reference: Path, out: Path
+) -> int:
+    """Searches, says what was found and writes it; returns the exit code."""
+    from ict_fast.evaluation import DistanceToReference
+    from ict_fast.evaluation.reference import labels_as_in
+    from ict_fast.evaluation.sigma_search import search_sampling_sigmas
+
+    partial = out.with_name(f"{out.name}.partial")
     with live_line() as progress:
         progress(0.0, "measuring the real images")
         distance = DistanceToReference(
@@ -135,6 +152,7 @@ def run(options: SearchSigmaOptions) -> int:
             **record_of(options.ema),
             "sigmas": [search.best[0] for search in searches],
             "searches": [search.as_dict() for search in searches],
+            "not_searched": list(range(len(searches) + 2, options.steps + 1)),
             "count": options.count,
             "seed": options.seed,
             "reference_path": str(reference),
@@ -180,9 +198,14 @@ def run(options: SearchSigmaOptions) -> int:
             )
         if best in (min(search.tried)[0], max(search.tried)[0]):
             say(f"warning: step {number}: the best is the outermost one tried; widen --low or --high")
+    if len(sigmas) < options.steps - 1:
+        say(
+            f"warning: sigma {sigmas[-1]:.4g} leaves no interval above {options.low}: nothing was searched"
+            f" for after step {len(sigmas) + 1}, of {options.steps}; a lower --low leaves one"
+        )
     shown = [f"{sigma:.4g}" for sigma in sigmas]
     ema = "" if options.ema is None else f" --ema {options.ema}"
-    print(f"sample with: --steps {options.steps} --sigmas {' '.join(shown)}{ema}")
+    print(f"sample with: --steps {len(sigmas) + 1} --sigmas {' '.join(shown)}{ema}")
     print(f"measure with: {_evaluate_command(options, shown, out)}")
     if len(sigmas) == 1:
         for line in _how_to_keep(checkpoint, shown[0], ema):

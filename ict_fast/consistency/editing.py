@@ -186,6 +186,8 @@ def upscale(
         images: (N, C, h, w) in [-1, 1], h = w and a divisor of the model's resolution.
         steps: see `editing_sigmas`.
         labels, seed, progress: see `edit`.
+    Returns:
+        as `edit`, but within [-1, 1]; see `patches_within_range`.
     """
     resolution, size = model.config.network.resolution, images.shape[-1]
     if images.shape[-2] != size or not 0 < size < resolution or resolution % size:
@@ -196,7 +198,8 @@ def upscale(
     factor = resolution // size
     large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     levels = editing_sigmas(steps, model.config.method)
-    return edit(model, large, lambda x: patch_means(x, factor), levels, labels, seed, progress=progress)
+    edited = edit(model, large, lambda x: patch_means(x, factor), levels, labels, seed, progress=progress)
+    return patches_within_range(edited, factor)
 
 
 def stroke(
@@ -239,15 +242,30 @@ def within_range(images: Tensor) -> Tensor:
     weights = torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
     grey = (images * weights).sum(1, keepdim=True).clamp(-1, 1)
     away = images - grey
-    room = torch.where(away > 0, 1 - grey, 1 + grey)
-    share = torch.where(away.abs() > room, room / away.abs(), 1.0).amin(1, keepdim=True)
-    return grey + share * away
+    return grey + _inside(grey, away).amin(1, keepdim=True) * away
 
 
 def patch_means(images: Tensor, factor: int) -> Tensor:
     """The projection of images (N, C, H, W) onto the means of their patches of factor x factor."""
     means = F.avg_pool2d(images, factor)
     return means.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
+def patches_within_range(images: Tensor, factor: int) -> Tensor:
+    """Images (N, C, H, W) whose patches of factor x factor that leave [-1, 1] are flatter, of the same means.
+
+    As `within_range` for patches: what is clipped would change their means.
+    """
+    means = patch_means(images, factor).clamp(-1, 1)
+    away = images - means
+    share = -F.max_pool2d(-_inside(means, away), factor)
+    return means + share.repeat_interleave(factor, 2).repeat_interleave(factor, 3) * away
+
+
+def _inside(centre: Tensor, away: Tensor) -> Tensor:
+    """The largest share, at most 1, of each step `away` from a centre in [-1, 1] that ends within it."""
+    room = torch.where(away > 0, 1 - centre, 1 + centre)
+    return torch.where(away.abs() > room, room / away.abs(), 1.0)
 
 
 def _checked_labels(model: ConsistencyModel, images: Tensor, labels: Labels) -> Tensor | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ict_fast.durable import replace_durably
+from ict_fast.durable import replacing
 
 LARGEST_GRID = 2**26
 """Pixels of a picture. Of more, Pillow warns from 1.3 times and refuses from 2.7 times as many, and viewers
@@ -72,13 +72,16 @@ def image_grid(
     return Image.fromarray(enlarged[:, :, 0] if channels == 1 else enlarged)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
+def save_png(image: Image.Image, path: Path, *, flush: bool = True) -> None:
     """Writes a PNG so that a viewer never sees a part of it; creates the folder.
 
+    Args:
+        flush: see `replacing`.
     Raises:
         OSError: disk full, no permission; an older picture is then untouched.
     """
     encoded = io.BytesIO()
     image.save(encoded, format="PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_durably(path, encoded.getvalue())
+    with replacing(path, flush=flush) as file:
+        file.write(encoded.getvalue())

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from ict_fast.version import __version__
 GENERATED = 4 * BATCH_SIZE  # whole sampling batches, so that a chunk's images are those of one call
 _REFERENCE_CHUNKS = 16  # at most: each keeps a matrix of features by features, 34 MB for Inception
 _VERSION = 2  # of what a chunk's numbers mean
+_DONE = "done"  # a file beside the chunks of a call that has returned
 
 _NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 
@@ -212,6 +215,12 @@ class Finished:
         parts = [self.get(chunk, name) for chunk in chunks]
         return None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
 
+    def are_all(self) -> None:
+        """No more chunks will be asked for; see `discard_work`."""
+        if self.folder is not None:
+            with suppress(OSError):  # the chunks then stay
+                (self.folder / _DONE).touch()
+
     def _read(self, chunk: Chunk) -> Arrays | None:
         if self.folder is None:
             return self._arrays.get(chunk.name)
@@ -225,6 +234,24 @@ class Finished:
             return None
         except DAMAGED_ZIP:
             return None
+
+
+def work_part(folder: Path, key: str) -> Path:
+    """The part of a work folder that the chunks of one `Work.key` are in."""
+    for done in folder.glob(f"*/{_DONE}"):
+        done.unlink(missing_ok=True)  # what came of it may not have been written
+    path = folder / key[:32]
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def discard_work(folder: Path) -> None:
+    """Removes the chunks of the last call of `evaluate` with a work folder, if it has returned.
+
+    Those of other calls stay, which go on from them.
+    """
+    for done in folder.glob(f"*/{_DONE}"):
+        shutil.rmtree(done.parent, ignore_errors=True)
 
 
 def _sha256(array: np.ndarray) -> str:

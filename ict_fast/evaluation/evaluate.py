@@ -23,6 +23,7 @@ from ict_fast.evaluation.chunks import (
     generated_chunks,
     reference_chunks,
     weights_sha256,
+    work_part,
 )
 from ict_fast.evaluation.feature_networks import (
     DigitsNetwork,
@@ -99,15 +100,16 @@ def evaluate(
         devices: one for each process that shares the work; none for this process, where the model is. The
             processes import the caller's main module, so a script must guard its call by
             `if __name__ == "__main__"`.
-        work_folder: an existing folder, in which the same call finds what an earlier one has finished.
+        work_folder: an existing folder, in which the same call finds what an earlier one has finished, until
+            `discard_work`.
         reference_cache: a folder to keep what is computed of a reference that is no store, or one that
             cannot be written; created if need be. None to compute it again each time.
     Returns:
         JSON-able: one_step, two_step, ..., 9_step, each with frechet_distance, kernel_distance and
         inception_score (with their _std), precision, recall, relative_to_noise, relative_to_gaussian, sigmas
         (those that are not available are missing, see `not_available`); reference (halves, noise, gaussian:
-        distances for comparison, see `table`); steps, sigmas (as asked for: None for the method's), count,
-        seed and what else the numbers depend on; warnings.
+        distances for comparison, see `table`; halves_counts: of images in each half); steps, sigmas (as asked
+        for: None for the method's), count, seed and what else the numbers depend on; warnings.
     Raises:
         InputError: references, features, counts, steps or sigmas that cannot work, before anything is
             sampled.
@@ -160,7 +162,7 @@ def evaluate(
         finished = Finished(
             None
             if work_folder is None
-            else _keyed(work_folder, work.key(opened.fingerprint, threads_each(len(places))))
+            else work_part(work_folder, work.key(opened.fingerprint, threads_each(len(places))))
         )
         model.eval()
         try:
@@ -188,6 +190,7 @@ def evaluate(
                 lambda done, begun=begun: report(begun + 0.07 * done / len(steps), "comparing the sets"),  # type: ignore[misc]
             )
             results[key(number)] = {**values, "sigmas": [model.config.method.sigma_max, *levels[number]]}
+        finished.are_all()
     report(1.0, "evaluated")
     return {
         **results,
@@ -216,7 +219,7 @@ def _measures(
     finished: Finished,
     chunks: Sequence[Chunk],
     measured: MeasuredReference,
-    comparison: dict[str, float],
+    comparison: dict[str, Any],
     device: torch.device,
     progress: Callable[[float], None],
 ) -> dict[str, Any]:
@@ -246,9 +249,9 @@ def _measures(
 
 def _comparison(
     network: FeatureNetwork, reference: Reference, measured: MeasuredReference, count: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Distances to read others by: of real halves; for digits also of noise, of a linear model's images."""
-    found = {}
+    found: dict[str, Any] = {}
     if measured.features is not None and reference.images is not None:
         if isinstance(network, DigitsNetwork):
             images, cpu = reference.images.array, torch.device("cpu")
@@ -256,12 +259,14 @@ def _comparison(
             def of(pictures: np.ndarray) -> Statistics:
                 return _statistics(network(pictures, cpu, probabilities=False)[0])
 
-            parts = [of(part) for part in halves(images)]
+            parts = halves(images)
+            real = [of(part) for part in parts]
             found["gaussian"] = frechet_distance(of(gaussian_images(images, count)), measured.statistics)
             found["noise"] = frechet_distance(of(noise_images(images, count)), measured.statistics)
         else:
-            parts = [_statistics(part) for part in halves(measured.features)]
-        found["halves"] = frechet_distance(*parts)
+            parts = halves(measured.features)
+            real = [_statistics(part) for part in parts]
+        found["halves"], found["halves_counts"] = frechet_distance(*real), [len(part) for part in parts]
     return found
 
 
@@ -276,12 +281,6 @@ def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
             f"--steps is {shown}; it must be numbers of sampling steps, each at least 1, like 1,2"
         )
     return tuple(dict.fromkeys(steps))
-
-
-def _keyed(folder: Path, work_key: str) -> Path:
-    path = folder / work_key[:32]
-    path.mkdir(exist_ok=True)
-    return path
 
 
 def _about(network: FeatureNetwork) -> dict[str, Any]:

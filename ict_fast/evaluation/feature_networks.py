@@ -194,8 +194,13 @@ def choose_network(
         features: a TorchScript file, see `TorchScriptNetwork`; None for the digits classifier.
         sha256: what the file's SHA-256 must be; None to accept any.
     Raises:
-        InputError: no file, and the reference does not hold digits; or statistics of another network.
+        InputError: no file, and a SHA-256 of one, or a reference that does not hold digits; or statistics of
+            another network.
     """
+    if features is None and sha256 is not None:
+        raise InputError(
+            f"features_sha256 is {sha256}, and no file of features is given; name it, or neither"
+        )
     network: FeatureNetwork
     if features is None:
         _require_digits(reference)

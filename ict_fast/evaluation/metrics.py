@@ -30,15 +30,17 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> tuple[float, flo
     Returns:
         mean and standard deviation over the subsets.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance  # 1.5 s
+    from torchmetrics.image.kid import poly_mmd  # 1.5 s
 
     size = min(_KERNEL_SUBSET_SIZE, len(real), len(generated))
+
+    def subset(features: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(features)[torch.randperm(len(features))[:size]].double()
+
+    # torchmetrics' KernelInceptionDistance draws the same subsets, and wants every feature in float64.
     with _quiet_and_repeatable():
-        metric = KernelInceptionDistance(_AsTheyAre(), subsets=_KERNEL_SUBSETS, subset_size=size, **_ALONE)
-        metric.update(torch.from_numpy(real).double(), real=True)
-        metric.update(torch.from_numpy(generated).double(), real=False)
-        mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+        values = torch.stack([poly_mmd(subset(real), subset(generated)) for _ in range(_KERNEL_SUBSETS)])
+    return float(values.mean()), float(values.std(unbiased=False))
 
 
 def inception_score(probabilities: np.ndarray) -> tuple[float, float]:

@@ -116,7 +116,7 @@ def training_data(model: ConsistencyModel) -> Path:
     path, expected = Path(model.config.data.path), model.data_fingerprint
     name = "name a prepared store with --reference"
     if not path.exists():
-        raise InputError(f"the run's data, {path}, are not here; {name}")
+        raise InputError(f"the run's data, {path}, are not here{_whence(path, expected)}; {name}")
     if expected is not None and (found := open_store(path).fingerprint) != expected:
         raise InputError(
             f"{path} holds other images than the model was trained on (fingerprint {found[:12]}, before"
@@ -158,13 +158,19 @@ def check_reference(
             f"{name}: statistics of images of {reference.resolution}x{reference.resolution}, the model makes"
             f" {network.resolution}x{network.resolution}; {use}"
         )
-    if reference.kind == "store" and network.num_classes not in (0, reference.num_classes):
+    # Without classes it is compared with all the same: see `labels_as_in`.
+    if reference.num_classes and network.num_classes not in (0, reference.num_classes):
         raise InputError(
             f"{name}: has {reference.num_classes} classes, the model {network.num_classes}; {use}"
         )
-    trained = _recipe_of_data(Path(config.data.path), data_fingerprint)
+    data = Path(config.data.path)
+    trained = _recipe_of_data(data, data_fingerprint)
+    if trained is None and reference.fingerprint == data_fingerprint:  # the very images, elsewhere
+        trained = reference.recipe
     if reference.recipe is None or trained is None:
         which = "the reference" if reference.recipe is None else "the data that the model was trained on"
+        if reference.recipe is not None and not data.exists() and (whence := _whence(data, data_fingerprint)):
+            which += f" ({data}, not here{whence})"
         return [f"the crop recipe of {which} is not known; distances between recipes mean little"]
     theirs_words, ours_words = _words(reference.recipe), _words(trained)
     if theirs_words == ours_words or allow_other_recipe:
@@ -191,6 +197,13 @@ def labels_as_in(reference: Reference, num_classes: int, count: int) -> torch.Te
         return torch.arange(count) % num_classes
     drawn = np.random.default_rng(_LABEL_SEED).integers(0, len(reference.labels), count)
     return torch.from_numpy(reference.labels[drawn])
+
+
+def _whence(path: Path, fingerprint: str | None) -> str:
+    """Why the data of a run, of which imported weights have no fingerprint, may seem to be missing."""
+    if path.is_absolute() or fingerprint is None:
+        return ""
+    return ": the path is from the directory in which the run was trained"
 
 
 def _recipe_of_data(path: Path, fingerprint: str | None) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ict_fast.config import MethodConfig
 from ict_fast.consistency.model import ConsistencyModel
 from ict_fast.consistency.sampling import BATCH_SIZE, DIVERGED, sampling_step
 from ict_fast.data.pictures import to_uint8
@@ -119,6 +120,15 @@ def search_sigma(
     return search
 
 
+def check_interval(interval: tuple[float, float], method: MethodConfig) -> None:
+    """Raises InputError unless the levels of an interval, ascending, are between those of the method."""
+    if not method.sigma_min < interval[0] < interval[1] < method.sigma_max:
+        raise InputError(
+            f"the interval is {interval[0]} to {interval[1]}; it must lie between sigma_min ="
+            f" {method.sigma_min} and sigma_max = {method.sigma_max}"
+        )
+
+
 def search_sampling_sigmas(
     model: ConsistencyModel,
     distance: Callable[[np.ndarray], float],
@@ -149,17 +159,13 @@ def search_sampling_sigmas(
         progress: called with the fraction done in [0, 1] and what is being done.
         tried: called after each candidate with the searches so far.
     Returns:
-        a search for each step after the first.
+        a search for each step after the first; fewer if a step's sigma leaves the next one no interval.
     Raises:
         InputError: see `search_sigma`; or an interval beyond the model's noise levels.
         TrainingError: images that are not finite.
     """
     method, network = model.config.method, model.config.network
-    if not method.sigma_min < interval[0] < interval[1] < method.sigma_max:
-        raise InputError(
-            f"the interval is {interval[0]} to {interval[1]}; it must lie between sigma_min ="
-            f" {method.sigma_min} and sigma_max = {method.sigma_max}"
-        )
+    check_interval(interval, method)
     if steps < 2:
         raise InputError(f"steps is {steps}; one step has no sigma to search for")
     report = progress or (lambda fraction, text: None)
@@ -188,10 +194,7 @@ def search_sampling_sigmas(
         if number < steps - 1:
             high = search.best[0]
             if not high > low * tolerance:
-                raise InputError(
-                    f"step {number + 1} is best at sigma {high:.4g}, which leaves step {number + 2} no"
-                    f" interval above {low}; search fewer --steps, or from a lower --low"
-                )
+                break
             images = _stepped(model, before, high, number, labels, seed)
     report(1.0, "searched")
     return found

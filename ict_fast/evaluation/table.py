@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from ict_fast.evaluation.chunks import in_words, number_word
-from ict_fast.screen import asked_sigmas
+from ict_fast.screen import asked_sigmas, real_halves
 
 # What it is called, where it is in a result, how it is shown.
 _COLUMNS = (
@@ -34,7 +34,7 @@ def table(result: dict[str, Any]) -> Table:
     """
     reference, features = result["reference"], result["features"]
     rows = [
-        ("real, half to half", {"frechet_distance": reference.get("halves")}),
+        (real_halves(reference), {"frechet_distance": reference.get("halves")}),
         *((f"model, {in_words(number)}", result[key(number)]) for number in result["steps"]),
         ("Gaussian of pixels", {"frechet_distance": reference.get("gaussian")}),
         ("uniform noise", {"frechet_distance": reference.get("noise")}),

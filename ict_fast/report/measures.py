@@ -8,7 +8,7 @@ from typing import Any
 
 from ict_fast.report.curves import Line, curve
 from ict_fast.report.run_record import RunRecord, is_figure
-from ict_fast.screen import asked_sigmas
+from ict_fast.screen import asked_sigmas, real_halves
 
 _COLUMNS = (
     ("frechet_distance", "Fréchet distance", "{:.4g}"),
@@ -17,7 +17,6 @@ _COLUMNS = (
     ("precision", "Precision", "{:.3f}"),
     ("recall", "Recall", "{:.3f}"),
 )
-_COMPARED = (("halves", "real, half to half"), ("gaussian", "Gaussian of pixels"), ("noise", "uniform noise"))
 
 
 def measures(record: RunRecord) -> str:
@@ -39,7 +38,11 @@ def _table(result: dict[str, Any]) -> str:
     ]
     compared = result.get("reference")
     compared = compared if isinstance(compared, dict) else {}
-    for name, words in _COMPARED:
+    for name, words in (
+        ("halves", real_halves(compared)),
+        ("gaussian", "Gaussian of pixels"),
+        ("noise", "uniform noise"),
+    ):
         if name in compared:
             rows.append((words, {"frechet_distance": compared[name]}, False))
     columns = [column for column in _COLUMNS if any(_number(values, column[0]) for _, values, _ in rows)]

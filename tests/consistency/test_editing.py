@@ -6,13 +6,21 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel, colorize, edit, inpaint, sample, stroke, upscale
-from ict_fast.consistency.editing import LUMINANCE, editing_sigmas, luminance, patch_means, within_range
+from ict_fast.consistency.editing import (
+    LUMINANCE,
+    editing_sigmas,
+    luminance,
+    patch_means,
+    patches_within_range,
+    within_range,
+)
 from ict_fast.data.pictures import to_uint8
 from ict_fast.errors import InputError
 
@@ -115,6 +123,34 @@ def test_details_leave_the_small_image(colour: ConsistencyModel, images: Tensor)
     edited = upscale(colour, small, steps=5)
     torch.testing.assert_close(torch.nn.functional.avg_pool2d(edited, 2), small, atol=1e-5, rtol=0)
     assert (edited - patch_means(edited, 2)).abs().mean() > 0.05
+
+
+def test_details_leave_small_images_near_black_and_white(colour: ConsistencyModel) -> None:
+    """The mean of the pixels that are written differs from what was given by their rounding alone."""
+    values = torch.tensor([0, 1, 3, 10, 128, 245, 252, 254, 255], dtype=torch.uint8)
+    small = values[torch.randint(len(values), (6, 3, 4, 4), generator=torch.Generator().manual_seed(0))]
+    edited = to_uint8(upscale(colour, small / 127.5 - 1, steps=5)).astype(float)
+    means = edited.reshape(6, 4, 2, 4, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+    assert np.abs(means - small.numpy()).max() <= 0.5
+    saturated = (small == 0) | (small == 255)
+    assert (means == small.numpy())[saturated.numpy()].all()
+    assert edited.std() > 0
+
+
+def test_a_patch_is_flattened_only_as_far_as_it_has_to_be(images: Tensor) -> None:
+    wild = 2 * images.double()
+    wild -= patch_means(wild, 2) - patch_means(images.double(), 2)
+    flatter, means = patches_within_range(wild, 2), patch_means(wild, 2)
+    torch.testing.assert_close(patch_means(flatter, 2), means)
+    largest = torch.nn.functional.max_pool2d(wild.abs(), 2)
+    inside = (largest <= 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert 0.1 < inside.double().mean() < 0.9
+    torch.testing.assert_close(flatter[inside], wild[inside])
+    reached = torch.nn.functional.max_pool2d(flatter.abs(), 2)[largest > 1]
+    torch.testing.assert_close(reached, torch.ones_like(reached))
+    # Along the way from the mean: of every patch by one factor.
+    ratio = (flatter - means) / (wild - means)
+    torch.testing.assert_close(ratio, patch_means(ratio, 2))
 
 
 def test_a_hole_is_filled_with_what_the_rest_says(tiny: Config) -> None:

@@ -223,7 +223,7 @@ def test_the_table_names_every_distance(good):
     text = console.export_text()
     assert "sigmas" not in text
     for words in (
-        "half to half",
+        "real, 898 to 899 ",
         "one step",
         "two steps",
         "Gaussian of pixels",
@@ -234,6 +234,13 @@ def test_the_table_names_every_distance(good):
     ):
         assert words in text
     assert f"{good['one_step']['frechet_distance']:.3f}" in text
+
+
+def test_an_older_result_without_the_halves_numbers_is_shown_all_the_same(good):
+    older = {name: value for name, value in good["reference"].items() if name != "halves_counts"}
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(good | {"reference": older}))
+    assert "real, half to half" in console.export_text()
 
 
 def test_the_table_says_at_which_sigmas_the_model_was_sampled(good):
@@ -256,6 +263,18 @@ def _write(path, images, classes=()):
     return write_store(
         path, images, np.zeros(len(images), np.int64), source="test", recipe="test", classes=classes
     )
+
+
+def test_without_labels_a_store_is_a_reference_as_its_images_in_an_npz_are(tmp_path, inception):
+    """Each class is sampled equally often for either."""
+    images = load_digits()[0][:200]
+    np.savez(tmp_path / "unlabelled.npz", images)
+    results = []
+    for reference in (_write(tmp_path / "unlabelled", images), tmp_path / "unlabelled.npz"):
+        model = RemembersDigits(num_classes=10)
+        results.append(evaluate(model, reference, steps=(1,), count=100, features=inception)["one_step"])
+        assert torch.cat(model.seen_labels).bincount(minlength=10).tolist() == [10] * 10
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize(("shape", "seen"), [((4, 16, 16, 1), "16x16"), ((4, 8, 8, 3), "3 channels")])
@@ -297,6 +316,7 @@ def test_features_of_a_file_measure_a_store(store, inception):
     assert result["one_step"]["precision"] == 1
     assert 1 < result["one_step"]["inception_score"] < 5
     assert "noise" not in result["reference"]
+    assert result["reference"]["halves_counts"] == [898, 899]
     assert json.loads(json.dumps(result)) == result
 
 
@@ -325,6 +345,11 @@ def test_samples_are_a_reference_like_any_other(store, inception, tmp_path):
         for reference in (store, tmp_path / "samples.npz")
     )
     assert of_samples["one_step"] == of_store["one_step"]
+
+
+def test_a_sha256_of_no_file_is_refused(store):
+    with pytest.raises(InputError, match="features_sha256 is ab, and no file of features is given"):
+        evaluate(RemembersDigits(), store, steps=(1,), count=10, features_sha256="ab")
 
 
 def test_statistics_of_another_number_of_features_are_refused(inception, tmp_path):
@@ -377,6 +402,6 @@ def test_senseless_steps_are_refused(store, steps):
 
 
 def test_a_model_of_other_classes_is_refused(tmp_path):
-    path = _write(tmp_path / "unlabelled", load_digits()[0][:10])
-    with pytest.raises(InputError, match=r"has 0 classes, the model 10"):
+    path = _write(tmp_path / "other", load_digits()[0][:10], classes=("a", "b", "c"))
+    with pytest.raises(InputError, match=r"has 3 classes, the model 10"):
         evaluate(RemembersDigits(num_classes=10), path)

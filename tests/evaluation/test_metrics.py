@@ -3,10 +3,12 @@
 import itertools
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ict_fast.evaluation import metrics
 from ict_fast.evaluation.metrics import gaussian_images, halves, inception_score, kernel_distance
@@ -58,6 +60,34 @@ def test_the_kernel_distance_is_over_100_subsets_of_1000(monkeypatch, few_subset
     mean, deviation = kernel_distance(np.zeros((1500, 2)), np.zeros((1200, 2)))
     assert sizes == [(1000, 1000)] * 100
     assert (mean, deviation) == pytest.approx((np.mean(range(1, 101)), np.std(range(1, 101))))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_the_kernel_distance_is_torchmetrics_to_the_last_bit(few_subsets, kind):
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    generator = np.random.default_rng(6)
+    x, y = (generator.normal(mean, 1, size=(1200, 40)).astype(kind) for mean in (0, 0.1))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(metrics._SHUFFLING_SEED)
+        metric = KernelInceptionDistance(nn.Identity(), subsets=metrics._KERNEL_SUBSETS, subset_size=1000)
+        for features, real in ((x, True), (y[:1100], False)):
+            metric.update(torch.from_numpy(features).double(), real=real)
+        expected = tuple(map(float, metric.compute()))
+    assert kernel_distance(x, y[:1100]) == expected
+
+
+def test_the_kernel_distance_takes_no_copy_of_all_features(monkeypatch):
+    """At any time there are the subsets of each set in float64, of 1,000 features."""
+    from torchmetrics.image import kid
+
+    sizes = []
+    double = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda tensor: sizes.append(len(tensor)) or double(tensor))
+    monkeypatch.setattr(kid, "poly_mmd", lambda *_: torch.tensor(0.0))
+    kernel_distance(np.zeros((1500, 2), np.float32), np.zeros((1200, 2), np.float32))
+    assert set(sizes) == {1000}
 
 
 def test_the_kernel_distance_tells_distributions_apart():

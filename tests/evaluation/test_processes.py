@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from ict_fast.cli import main
 from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.evaluation import chunks, evaluate, processes
+from ict_fast.evaluation import chunks, discard_work, evaluate, processes
 from ict_fast.evaluation.chunks import Chunk, Finished, Work, generated_chunks, reference_chunks
 from ict_fast.evaluation.measured_reference import MeasuredReference, keep, read_cached
 from ict_fast.evaluation.statistics import Statistics
@@ -77,6 +79,55 @@ def test_an_interrupted_evaluation_continues(
     assert measure(work_folder=tmp_path) == whole
     assert computed
     assert not {f"{name}.npz" for name in computed} & kept
+
+
+def test_an_interrupted_evaluation_outlives_another_one_for_the_same_file(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "GENERATED", 256)
+    computed: list[str] = []
+    compute = Work.compute
+
+    def run(seed: int, most: float = float("inf")) -> int:
+        def counted(self: Work, chunk: Chunk, *rest: Any) -> Any:
+            if len(computed) == most:
+                raise KeyboardInterrupt
+            computed.append(chunk.name)
+            return compute(self, chunk, *rest)
+
+        computed.clear()
+        monkeypatch.setattr(Work, "compute", counted)
+        words = ["evaluate", str(trained), "--steps", "1", "--count", "768", "--seed", str(seed)]
+        return main([*words, "--out", str(tmp_path / "result.json")])
+
+    assert run(seed=1) == 0
+    expected = json.loads((tmp_path / "result.json").read_text())
+    whole = computed.copy()
+    assert list(tmp_path.iterdir()) == [tmp_path / "result.json"]
+    assert run(seed=1, most=len(whole) - 1) == 130
+    assert run(seed=0, most=1) == 130
+    capsys.readouterr()
+    assert run(seed=0) == 0
+    [folder] = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert str(folder) in capsys.readouterr().err
+    assert run(seed=1) == 0
+    assert computed == whole[-1:]
+    assert json.loads((tmp_path / "result.json").read_text()) == expected
+    assert list(tmp_path.iterdir()) == [tmp_path / "result.json"]
+
+
+def test_a_result_that_could_not_be_written_costs_no_chunk(
+    measure: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Its call had returned; another one for the same file then ends well."""
+    measure(work_folder=tmp_path)
+    measure(work_folder=tmp_path, seed=1)
+    discard_work(tmp_path)
+    [left] = tmp_path.iterdir()
+    assert list(left.glob("2-steps*.npz"))
+    measure(work_folder=tmp_path)
+    discard_work(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_computed_for_something_else_is_not_taken(

@@ -10,6 +10,7 @@ import pytest
 
 from ict_fast.cli import main
 from ict_fast.config import Config, DataConfig
+from ict_fast.consistency import load_model
 from ict_fast.data.store import write_store
 from ict_fast.errors import InputError
 from ict_fast.evaluation.chunks import Finished, reference_chunks
@@ -173,6 +174,32 @@ def test_the_recipe_of_other_images_in_the_datas_place_is_not_the_models(tmp_pat
         check_reference(reference, config, allow_other_recipe=False, data_fingerprint=fingerprint)
     [warning] = check_reference(reference, config, allow_other_recipe=False, data_fingerprint="0" * 64)
     assert "the crop recipe of the data that the model was trained on is not known" in warning
+
+
+@pytest.mark.parametrize("command", ["evaluate", "search-sigma"])
+def test_elsewhere_a_runs_relative_path_is_said_to_be_one(trained, tmp_path, monkeypatch, capsys, command):
+    model = load_model(trained)
+    data = Path(model.config.data.path)
+    model.config = dataclasses.replace(model.config, data=DataConfig(path="data/digits"))
+    monkeypatch.setattr("ict_fast.consistency.load_model", lambda *_, **__: model)
+    monkeypatch.chdir(tmp_path)
+    assert main([command, str(trained), "--count", "4"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "data/digits, are not here: the path is from the directory in which the run was trained; name" in said
+    )
+
+    shutil.copytree(data, "moved", ignore=shutil.ignore_patterns("evaluation"))
+    same = open_reference(Path("moved"))
+    fingerprint = model.data_fingerprint
+    assert check_reference(same, model.config, allow_other_recipe=False, data_fingerprint=fingerprint) == []
+    other = open_reference(store(tmp_path / "other", "8x8 grey, center-crop"))
+    [warning] = check_reference(other, model.config, allow_other_recipe=False, data_fingerprint=fingerprint)
+    assert (
+        "(data/digits, not here: the path is from the directory in which the run was trained) is" in warning
+    )
+    [warning] = check_reference(other, model.config, allow_other_recipe=False)  # of imported weights
+    assert "directory" not in warning
 
 
 @pytest.mark.parametrize("command", ["evaluate", "search-sigma"])

@@ -24,6 +24,7 @@ from ict_fast.data.store import open_store, write_store
 from ict_fast.errors import InputError
 from ict_fast.evaluation import DistanceToReference, evaluate
 from ict_fast.evaluation.sigma_search import SigmaSearch, evaluations, search_sampling_sigmas, search_sigma
+from ict_fast.results import only_writer
 
 
 @pytest.mark.parametrize("valley", [0.06, 0.3, 0.821, 5.0, 19.0])
@@ -216,6 +217,36 @@ def test_an_interrupted_search_keeps_every_candidate_and_the_result_before(
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_search_that_leaves_the_next_step_no_interval_keeps_what_it_has_found(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of every pair the lower sigma is the better one, and the best so far: the search ends at --low.
+    distances = iter([9.0, 10.0, 8.0, 10.0, 7.0, 10.0, 6.0, 10.0, 10.0])
+    monkeypatch.setattr(DistanceToReference, "to", lambda self, images: next(distances))
+    out = tmp_path / "search.json"
+    words = ["--count", "4", "--low", "0.2", "--high", "4", "--tolerance", "2", "--steps", "4"]
+    assert main(["search-sigma", str(trained), *words, "--out", str(out)]) == 0
+    said, result = capsys.readouterr(), json.loads(out.read_text())
+    [search] = result["searches"]
+    assert len(search["tried"]) == evaluations(0.2, 4.0, 2.0)
+    assert result["not_searched"] == [3, 4]
+    assert "nothing was searched for after step 2, of 4; a lower --low leaves one" in said.err
+    assert f"sample with: --steps 2 --sigmas {search['sigma']:.4g}\n" in said.out
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_two_searches_do_not_share_a_file(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out, partial = tmp_path / "search.json", tmp_path / "search.json.partial"
+    partial.write_text("what the other one has tried")
+    with only_writer(out):  # which an evaluation for the same file takes as well
+        assert main(["search-sigma", str(trained), "--count", "4", "--out", str(out)]) == 2
+    assert "another process is writing it" in capsys.readouterr().err
+    assert partial.read_text() == "what the other one has tried"
+    assert not out.exists()
+
+
 def test_a_reference_is_measured_once_by_the_search_and_by_evaluate(tmp_path: Path, inception: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
     store = write_store(
@@ -261,6 +292,14 @@ def test_what_cannot_be_searched_is_one_line(
     assert main(["search-sigma", str(trained), *words.split(), "--out", str(out)]) == 2
     assert reason in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_an_interval_beyond_the_models_levels_is_refused_before_the_reference_is_measured(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DistanceToReference, "__init__", lambda *_, **__: pytest.fail("too late"))
+    assert main(["search-sigma", str(trained), "--high", "200", "--out", str(tmp_path / "search.json")]) == 2
+    assert "the interval is 0.05 to 200.0; it must lie between sigma_min" in capsys.readouterr().err
 
 
 def test_a_folder_in_place_of_the_trace_is_refused_first(

@@ -313,6 +313,18 @@ def test_an_evaluation_of_another_kind_does_not_end_it(run: Path, values: dict[s
     checked(page(read_run(run)))
 
 
+@pytest.mark.parametrize(
+    ("counts", "row"),
+    [([898, 899], "real, 898 to 899"), (None, "real, half to half"), ([1, "<b>"], "real, half to half")],
+)
+def test_the_row_of_real_halves_says_of_how_many_images_they_are(run: Path, counts: object, row: str) -> None:
+    file = run / "checkpoints" / "evaluation.json"
+    result = json.loads(file.read_text())
+    result["reference"]["halves_counts"] = counts
+    file.write_text(json.dumps(result))
+    assert f"<td>{row}</td><td class='number'>2.28</td>" in page(read_run(run))
+
+
 def test_a_run_of_today_without_the_optional_figures_has_its_curves(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "num_scales", "skipped", "gradient_norm", "images_per_second", "time")

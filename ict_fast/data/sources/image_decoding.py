@@ -66,6 +66,18 @@ def is_oriented(image: Image.Image) -> bool:
     return False
 
 
+def is_transparent(encoded: bytes) -> bool:
+    """Whether pixels of an image that `decode_image` takes are not opaque.
+
+    Raises:
+        RejectedImage: see there.
+    """
+    with _opened(encoded) as image:
+        if image.mode not in ("LA", "PA", "RGBA"):  # then a colour is, if any; which one need not occur
+            return "transparency" in image.info
+        return bool((np.asarray(image.getchannel("A")) < 255).any())
+
+
 @contextmanager
 def _opened(encoded: bytes) -> Iterator[Image.Image]:
     with warnings.catch_warnings():

@@ -196,7 +196,8 @@ class TrainingConfig:
     batch_size: int = 96
     """Images per optimizer step over all processes."""
     micro_batch: int = 0
-    """Images per forward pass and process; 0 means all at once. Gradients accumulate over the rest."""
+    """Images per forward pass and process; gradients accumulate over the rest. 0: all at once, and on a GPU
+    the most that by the plan's model should fit."""
     seed: int = 0
     """Seed of the initial weights, the order, the flips, the noise, the levels and the dropout."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"

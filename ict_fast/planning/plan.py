@@ -184,27 +184,33 @@ def make_plan(
     )
 
 
-def describe_shortage(config: Config, cost: NetworkCost, gpus: int, memory: float) -> str | None:
-    """A line on a micro-batch that may not fit into a GPU; None if it should.
+def choose_micro_batch(config: Config, cost: NetworkCost, gpus: int, memory: float) -> tuple[int, str | None]:
+    """The micro-batch of a run on GPUs: what was asked for, or without that the largest that should fit.
 
     Args:
-        config: of a run; a micro-batch of 0 is a GPU's whole share.
+        config: of the run; a micro-batch of 0 asks for none.
         cost: of its network.
         gpus: all that share the batch.
         memory: of one of them, in bytes.
+    Returns:
+        That micro-batch, 0 for a GPU's whole share; and a line, if the share or what was asked for may not
+        fit.
     """
-    share = config.training.batch_size // gpus
-    asked = min(config.training.micro_batch or share, share)
-    needed, usable = sum(memory_bytes(config, cost, asked).values()), USABLE * memory
+    asked, share = config.training.micro_batch, config.training.batch_size // gpus
+    count = min(asked or share, share)
+    needed, usable = sum(memory_bytes(config, cost, count).values()), USABLE * memory
     if needed <= usable:
-        return None
+        return asked, None
     fitting = _largest(config, cost, share, usable)
-    fits = sum(memory_bytes(config, cost, fitting).values()) <= usable
-    return (
-        f"{asked:,} images at a time need about {needed / 1e9:.0f} GB (`ict-fast plan`), and this GPU has"
-        f" {usable / 1e9:.0f} GB for them; "
-        + (f"--training.micro-batch {fitting} should fit" if fits else "not even one should fit")
+    short = (
+        f"{count:,} images at a time need about {needed / 1e9:.0f} GB (`ict-fast plan`), and this GPU has"
+        f" {usable / 1e9:.0f} GB for them"
     )
+    if sum(memory_bytes(config, cost, fitting).values()) > usable:
+        return asked, f"{short}; not even one should fit"
+    if asked:
+        return asked, f"{short}; --training.micro-batch {fitting} should fit"
+    return fitting, f"{short}: it takes {fitting} at a time (--training.micro-batch takes another number)"
 
 
 def memory_bytes(config: Config, cost: NetworkCost, micro_batch: int) -> dict[str, float]:

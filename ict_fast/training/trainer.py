@@ -19,7 +19,7 @@ from ict_fast.data.order import micro_batch_size
 from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, TrainingError
 from ict_fast.networks.cost import network_cost
-from ict_fast.planning.plan import describe_shortage
+from ict_fast.planning.plan import choose_micro_batch
 from ict_fast.screen import duration, say
 from ict_fast.training.describe import describe_initial_share, describe_stages, describe_unused
 from ict_fast.training.evaluations import (
@@ -210,11 +210,19 @@ def _train_locked(
         warnings.append(unused)
     if run.checkpoint is None and (initial_share := describe_initial_share(config)):
         warnings.append(initial_share)
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        if short := describe_shortage(config, network_cost(train_step.network), world.size, memory):
-            warnings.append(short)
-    loader, reason = make_loader(config, store, device, rank=world.rank, world_size=world.size)
+    micro_batch = config.training.micro_batch
+    if memory := _memory(device):
+        cost = network_cost(train_step.network)
+        micro_batch, short = world.decide(lambda: choose_micro_batch(config, cost, world.size, memory))
+        if short is not None:
+            (begun if micro_batch != config.training.micro_batch else warnings).append(short)
+    loader, reason = make_loader(
+        replace(config, training=replace(config.training, micro_batch=micro_batch)),
+        store,
+        device,
+        rank=world.rank,
+        world_size=world.size,
+    )
     world.decide(lambda: prepare_directory(run))
     if world.is_first:
         report_progress(run.step, run.step)
@@ -241,6 +249,11 @@ def _train_locked(
             monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
         evaluations = Evaluations(run, monitor, stop, world.get_on)
         return _loop(run, train_step, loader, monitor, saver, evaluations, stop)
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _loop(

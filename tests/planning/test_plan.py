@@ -25,7 +25,7 @@ from ict_fast.planning.plan import (
     MOST_GPUS,
     RUNTIME_BYTES,
     calibrated_batches,
-    describe_shortage,
+    choose_micro_batch,
     memory_bytes,
 )
 from ict_fast.training.precision import BATCHES, choice_is_due
@@ -58,20 +58,30 @@ def test_images_days_and_gpu_hours_follow_from_the_flops(gpu: str, gpus: int) ->
 
 @pytest.mark.parametrize("gpus", [1, 8, 64])
 @pytest.mark.parametrize("preset", ["cifar10", "cifar10-deep", "imagenet64"])
-def test_a_run_whose_share_does_not_fit_is_told_what_the_plan_has(preset: str, gpus: int) -> None:
+def test_a_run_takes_the_micro_batch_that_the_plan_has(preset: str, gpus: int) -> None:
     config = presets.get(preset)
     assert config.training.micro_batch == 0
     plan = make_plan(config, "h100", gpus)
-    said = describe_shortage(config, plan.cost, gpus, GPUS["h100"].memory)
+
+    def chosen(asked: int, memory: float = GPUS["h100"].memory) -> tuple[int, str | None]:
+        training = replace(config.training, micro_batch=asked)
+        return choose_micro_batch(replace(config, training=training), plan.cost, gpus, memory)
+
     if plan.micro_batch == plan.share:
-        assert said is None
+        assert chosen(0) == (0, None)
     else:
+        micro_batch, said = chosen(0)
+        assert micro_batch == plan.micro_batch
         assert said.startswith(f"{plan.share:,} images at a time need about ")
+        assert f": it takes {micro_batch} at a time" in said
+        micro_batch, said = chosen(plan.share)
+        assert micro_batch == plan.share, "asked for, it is what is taken"
         assert said.endswith(f"; --training.micro-batch {plan.micro_batch} should fit")
-        fitting = replace(config, training=replace(config.training, micro_batch=plan.micro_batch))
-        assert describe_shortage(fitting, plan.cost, gpus, GPUS["h100"].memory) is None
+    assert chosen(plan.micro_batch) == (plan.micro_batch, None)
     if preset == "imagenet64":
-        assert describe_shortage(config, plan.cost, gpus, 8e9).endswith("; not even one should fit")
+        micro_batch, said = chosen(0, 8e9)
+        assert micro_batch == 0
+        assert said.endswith("; not even one should fit")
 
 
 def test_the_micro_batch_is_the_largest_that_fits() -> None:

@@ -338,6 +338,41 @@ def test_the_log_has_the_learning_rate_of_its_last_step(tiny: Config, tmp_path: 
     assert rates == {step: pytest.approx(1e-3 * share) for step, share in expected.items()}
 
 
+def test_a_share_that_does_not_fit_is_taken_in_parts_and_one_that_was_asked_for_is_warned_of(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ict_fast.networks.cost import network_cost
+    from ict_fast.planning.plan import RUNTIME_BYTES, USABLE, memory_bytes
+    from ict_fast.training.step import TrainStep
+
+    config = replace(tiny, training=replace(tiny.training, total_steps=2))
+    cost = network_cost(TrainStep(config, torch.device("cpu")).network)
+    of_four = sum(memory_bytes(config, cost, 4).values())
+    assert RUNTIME_BYTES < of_four < sum(memory_bytes(config, cost, 8).values())
+    monkeypatch.setattr(trainer, "_memory", lambda device: int(of_four / USABLE) + 1)
+    taken: list[list[int]] = []
+    original = TrainStep.__call__
+
+    def noted(self: TrainStep, step: int, batches: Any) -> None:
+        taken.append([len(batch.images) for batch in batches])
+        original(self, step, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", noted)
+    train(config, out=tmp_path / "parts", device="cpu")
+    assert taken == [[4] * 4] * 2
+    said = capsys.readouterr().err
+    assert "\n16 images at a time need about " in said
+    assert ": it takes 4 at a time (--training.micro-batch" in said
+    stored = json.loads((tmp_path / "parts/config.json").read_text())
+    assert stored["training"]["micro_batch"] == 0, "on another GPU it may take more"
+
+    taken.clear()
+    asked = replace(config, training=replace(config.training, micro_batch=8))
+    train(asked, out=tmp_path / "asked", device="cpu")
+    assert taken == [[8] * 2] * 2
+    assert "warning: 8 images at a time need about " in capsys.readouterr().err
+
+
 def test_data_that_are_not_here_are_not_to_be_prepared_anew(
     run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -104,7 +104,8 @@ def _dispatch(argv: list[str]) -> int:
     if kind is TrainOptions:
         rest = argv[1:]
         helps = "--help" in rest or "-h" in rest  # whatever is wrong with the rest
-        given = {name: None if helps else _last_value(rest, f"--{name}") for name in ("out", "data", "init")}
+        names = ("out", "data", "init", "like")
+        given = {name: None if helps else _last_value(rest, f"--{name}") for name in names}
         default = default_options(_preset_name(rest), **given)
     try:
         options = _parse(kind, word, argv[1:], default)

@@ -19,7 +19,7 @@ from PIL import Image
 import ict_fast
 from ict_fast import cli, presets
 from ict_fast.cli import main
-from ict_fast.config import Config, to_dict
+from ict_fast.config import Config, differences, to_dict
 from ict_fast.errors import InputError, TrainingError
 
 COMMANDS = tuple(cli.COMMANDS)
@@ -1009,3 +1009,37 @@ def test_what_a_page_tells_people_to_type_is_understood(page: str, monkeypatch: 
         monkeypatch.setitem(cli.COMMANDS, name, (options, lambda given: 0))
     # What --init names is read while the words are.
     assert [words for words in typed if "--init" not in words and main(words) != 0] == []
+
+
+def test_a_new_run_can_be_like_another_one_but_for_what_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    like = dataclasses.replace(presets.get("cifar10"), preset="cifar10")
+    like = dataclasses.replace(like, network=dataclasses.replace(like.network, channels=64, dropout=0.1))
+    for folder, config in (("one", like), ("other", presets.get("digits"))):
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").write_text(json.dumps(to_dict(config)))
+
+    asked: list[Config] = []
+    options, _ = cli.COMMANDS["train"]
+    monkeypatch.setitem(cli.COMMANDS, "train", (options, lambda given: asked.append(given.config()) or 0))
+    words = ["train", "--like", "one", "--network.dropout", "0.2", "--data", "data/mine"]
+    assert main([*words, "--out", "new"]) == 0
+    assert [name for name, _, _ in differences(like, asked[0])] == ["network.dropout"]
+    assert asked[0].data.path == "data/mine"
+    # A run that is there goes on with its own options.
+    assert main(["train", "--like", "one", "--out", "other"]) == 0
+    assert asked[1] == presets.get("digits")
+
+    for given, said in (
+        (["--like", "one"], "--like one: --out must name the folder of the new run"),
+        (["--like", "nowhere", "--out", "new"], "--like nowhere: there is no run"),
+        (
+            ["--like", "one", "--out", "new", "--preset", "digits"],
+            "--preset is digits, and --like one a",
+        ),
+    ):
+        assert main(["train", *given]) == 2
+        assert said in capsys.readouterr().err
+    assert not Path("new").exists()

@@ -57,6 +57,8 @@ class TrainOptions:
     init: Annotated[Path | None, arg(metavar="RUN|CHECKPOINT", help_behavior_hint="")] = None
     """Begin a new run with the averaged weights of another, or of an imported model, instead of at random.
     The defaults of --network.* are then its network's, but for dropout."""
+    like: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None
+    """Take the defaults of a new run, in another --out, from the options of this one instead of a preset."""
     extend: Annotated[int | None, arg(metavar="STEPS", help_behavior_hint="")] = None
     """Go on with an existing run to a new number of total steps.
     The curriculum is laid over these anew, and printed; the number of noise levels may fall at first."""
@@ -88,22 +90,23 @@ class TrainOptions:
 
 
 def default_options(
-    preset: str | None, *, out: str | None, data: str | None, init: str | None
+    preset: str | None, *, out: str | None, data: str | None, init: str | None, like: str | None = None
 ) -> TrainOptions:
     """The options of `train` before any is given: those of the run that is to be resumed, else the preset's.
 
     Args:
-        preset, out, data, init: the options of these names, where they are given. A run that begins with
-            `init` has the network of that, but for dropout.
+        preset, out, data, init, like: the options of these names, where they are given. A run that begins
+            with `init` has the network of that, but for dropout; a new one that is to be `like` another has
+            that one's options instead of the preset's.
     Raises:
         InputError: if there is no such preset, or it is not the run's, or there is no run to resume and no
-            checkpoint at `init`.
+            checkpoint at `init`, or none to be `like`.
     """
-    of_preset = presets.get(preset or DEFAULT_PRESET)
-    folder = Path(out or f"runs/{of_preset.preset}")
+    base = presets.get(preset or DEFAULT_PRESET) if like is None else _config_of(Path(like), out, preset)
+    folder = Path(out or f"runs/{base.preset}")
     config = _resumed_config(folder, init)
     if config is None:
-        config = of_preset
+        config = base
         if init is not None:
             theirs, mine = network_of(Path(init)), config.network
             network = dataclasses.replace(
@@ -119,6 +122,18 @@ def default_options(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(Path(data))))
     sections = {section: getattr(config, section) for section in SECTIONS}
     return TrainOptions(preset=config.preset, out=folder, **sections)
+
+
+def _config_of(run: Path, out: str | None, preset: str | None) -> Config:
+    """That of the run that a new one, in `out`, is to be like."""
+    config = _stored_config(run, imported=False)
+    if config is None:
+        raise InputError(f"--like {run}: there is no run, or it cannot be read")
+    if out is None:
+        raise InputError(f"--like {run}: --out must name the folder of the new run")
+    if preset not in (None, config.preset):
+        raise InputError(f"--preset is {preset}, and --like {run} a run of {config.preset}; give one of them")
+    return config
 
 
 def network_of(path: Path) -> NetworkConfig:

@@ -62,7 +62,7 @@ def run(options: PlanOptions) -> int:
     training = dataclasses.replace(
         config.training,
         batch_size=options.batch_size or config.training.batch_size,
-        micro_batch=options.micro_batch or config.training.micro_batch,
+        micro_batch=0,
         total_steps=options.total_steps or config.training.total_steps,
         precision=options.precision or config.training.precision,
     )
@@ -71,6 +71,9 @@ def run(options: PlanOptions) -> int:
         validate(config)
     except InputError as error:  # these options have the same names here, without the section
         raise InputError(str(error).replace("training.", "")) from None
+    if options.micro_batch is not None:  # of a GPU's share, not of the batch: `make_plan` checks that
+        training = dataclasses.replace(training, micro_batch=options.micro_batch)
+        config = dataclasses.replace(config, training=training)
     if options.json is not None:
         results.require_file_place(options.json, "--json", "plan.json")
     if options.results is not None and not options.results.is_dir():

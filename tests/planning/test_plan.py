@@ -21,6 +21,7 @@ from ict_fast.networks.cost import network_cost
 from ict_fast.planning import Plan, make_plan
 from ict_fast.planning.gpus import GPUS
 from ict_fast.planning.launching import launch_seconds
+from ict_fast.planning.measured import best_measured
 from ict_fast.planning.plan import (
     DEFAULT_MFU,
     MOST_GPUS,
@@ -120,24 +121,70 @@ def test_what_a_run_keeps_is_what_a_training_step_holds(tiny: Config, teacher: s
     assert sum(casts) < plan.memory["weights in half precision"]
 
 
-MEASURED = sorted(RESULTS.glob("step-*-*-*.json"))
-assert MEASURED
+def _newest_record(preset: str) -> dict[str, Any]:
+    """What the newest file says of a preset's whole steps, by its date."""
+    reports = [json.loads(path.read_text()) for path in RESULTS.glob("step-*-*-*.json")]
+    dated = [
+        (report["date"], record)
+        for report in reports
+        for record in report["results"]
+        if record.get("preset") == preset and "ict-fast" in record["variants"]
+    ]
+    assert all(date.endswith("+00:00") for date, _ in dated), "such dates sort as text"
+    return max(dated, key=lambda each: each[0])[1]
 
 
-@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
-def test_the_memory_of_a_measured_step_is_what_the_plan_says(path: Path) -> None:
-    for record in json.loads(path.read_text())["results"]:
-        if "ict-fast" not in record.get("variants", {}):
-            continue  # the floor alone, or the time was up
-        preset, images = record["preset"], record["batch_size"]
-        config = presets.get(preset)
-        with torch.device("meta"):
-            cost = network_cost(build_network(config.network))
-        expected = memory_bytes(config, cost, images)
-        # A step calibrates nothing, and torch's allocator knows nothing of the context and the libraries.
-        of_step = sum(expected.values()) - expected["calibration"] - RUNTIME_BYTES
-        peak = record["variants"]["ict-fast"]["peak_memory_bytes"]
-        assert 0.9 < peak / of_step < 1.02, f"{preset}, {images} images: {peak / 1e9} of {of_step / 1e9} GB"
+def _measured_and_planned_bytes(preset: str) -> tuple[float, float]:
+    """The newest peak, and what the plan has for it.
+
+    A step calibrates nothing, and torch's allocator knows nothing of the context and the libraries.
+    """
+    record, config = _newest_record(preset), presets.get(preset)
+    with torch.device("meta"):
+        cost = network_cost(build_network(config.network))
+    expected = memory_bytes(config, cost, record["batch_size"])
+    of_step = sum(expected.values()) - expected["calibration"] - RUNTIME_BYTES
+    return record["variants"]["ict-fast"]["peak_memory_bytes"], of_step
+
+
+@pytest.mark.parametrize("preset", ["imagenet64", "cifar10"])
+def test_the_memory_of_a_measured_step_is_what_the_plan_says(preset: str) -> None:
+    peak, of_step = _measured_and_planned_bytes(preset)
+    assert 0.9 < peak / of_step <= 1, f"{peak / 1e9} of {of_step / 1e9} GB"
+
+
+def test_planning_md_quotes_the_memory_of_the_newest_file() -> None:
+    text = " ".join((ROOT / "docs/planning.md").read_text().split())
+    quoted = re.search(
+        r"ADM-64 with (\d+) images had a peak of ([\d.]+) GB, (\d+) % of the ([\d.]+) GB", text
+    )
+    assert quoted is not None
+    images, peak, percent, planned = map(float, quoted.groups())
+    measured, of_step = _measured_and_planned_bytes("imagenet64")
+    assert images == _newest_record("imagenet64")["batch_size"]
+    assert (peak, planned) == (round(measured / 1e9, 1), round(of_step / 1e9, 1))
+    assert percent == round(100 * measured / of_step)
+
+
+def test_the_results_count_one_product_more_than_the_plan_for_each_attention() -> None:
+    """Queries times keys, again in flash attention's backward pass: (pixels x pixels) sums over the width."""
+    config = presets.get("imagenet64").network
+    products = []
+    with torch.device("meta"):
+        network = build_network(config)
+        for layer in network.modules():
+            if type(layer).__name__ == "SelfAttention":
+                layer.register_forward_pre_hook(lambda _, inputs: products.append(inputs[0].shape))
+        network(torch.zeros(1, 3, 64, 64), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    again = sum(2 * (height * width) ** 2 * channels for _, channels, height, width in products)
+    (counted,) = [
+        step
+        for step in json.loads((RESULTS / "step-counts.json").read_text())["steps"]
+        if step["preset"] == "imagenet64"
+    ]
+    assert counted["flops"] == counted["batch_size"] * (network_cost(network).step_flops + again)
+    said = f"has {counted['flops'] / counted['batch_size'] / 1e9:.1f} GFLOP for an image of `imagenet64`"
+    assert said in (ROOT / "docs/planning.md").read_text()
 
 
 def test_communication_that_computing_does_not_hide_costs_time() -> None:
@@ -239,6 +286,7 @@ def _results(folder: Path, gpu: str = "NVIDIA H200", **changes: Any) -> None:
     slower = {**rate, "images_per_second": 400.0, "name": "uncompiled"}
     report = {
         "part": "step",
+        "date": "2026-01-01T00:00:00+00:00",
         "hardware": {"gpu": gpu},
         "results": [slower, {**rate, **changes}, {"not_measured": "the budget"}],
     }
@@ -265,6 +313,55 @@ def test_a_measured_rate_takes_the_place_of_the_assumption(tmp_path: Path) -> No
         make_plan(config, "h200", 8, mfu=0.3, results=tmp_path),
     ):
         assert other.measured is None
+
+
+@pytest.mark.parametrize(
+    ("date", "counts"),
+    [
+        ("2025-12-31T23:30:00-01:00", True),  # half an hour later
+        ("2026-01-01T02:00:00+02:30", False),  # half an hour earlier
+        ("2026-06-01", True),
+        ("yesterday", False),
+        (None, False),
+    ],
+)
+def test_a_rate_of_the_newest_file_counts_not_a_higher_one_of_code_that_is_gone(
+    tmp_path: Path, date: str | None, counts: bool
+) -> None:
+    _results(tmp_path)
+    file = tmp_path / "step-NVIDIA-H200-20260101-000000.json"
+    other = json.loads(file.read_text())
+    for result, rate in zip(other["results"], (300.0, 350.0), strict=False):
+        result["images_per_second"] = rate
+    (tmp_path / "step-A.json").write_text(json.dumps({**other, "date": date}))
+    # The newest of all, of another preset.
+    for result in other["results"][:2]:
+        result["preset"] = "cifar10"
+    (tmp_path / "step-Z.json").write_text(json.dumps({**other, "date": "2027-01-01T00:00:00+00:00"}))
+    measured = best_measured(tmp_path, "imagenet64", "h200", "auto")
+    assert measured is not None
+    assert (measured.file, measured.images_per_second) == (
+        ("step-A.json", 350.0) if counts else (file.name, 500.0)
+    )
+
+
+def test_planning_md_quotes_the_rates_of_the_newest_files() -> None:
+    text = " ".join((ROOT / "docs/planning.md").read_text().split())
+    quoted = re.search(
+        r"Of ADM-64 an H200 has made ([\d,]+) images/s, (\d+) in a step, (\d+) % of the data sheet's peak,"
+        r" and of CIFAR-10's network ([\d,]+), (\d+) in a step, (\d+) %",
+        text,
+    )
+    assert quoted is not None
+    found = []
+    for preset in ("imagenet64", "cifar10"):
+        plan = make_plan(presets.get(preset), "h200", 1, results=RESULTS)
+        assert plan.measured is not None
+        record = _newest_record(preset)
+        assert plan.measured.images_per_second == record["images_per_second"]
+        share = record["images_per_second"] * plan.cost.step_flops / 989e12
+        found += [f"{record['images_per_second']:,.0f}", str(record["batch_size"]), f"{100 * share:.0f}"]
+    assert list(quoted.groups()) == found
 
 
 @pytest.mark.parametrize(

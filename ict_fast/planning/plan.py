@@ -129,6 +129,11 @@ def make_plan(
     kind, training = gpu if isinstance(gpu, Gpu) else machines.get(gpu), config.training
     if not 1 <= gpus <= MOST_GPUS:
         raise InputError(f"--gpus is {gpus}; a plan is for 1 to {MOST_GPUS}")
+    if gpus > machines.GPUS_PER_NODE and not kind.network:
+        raise InputError(
+            f"--gpus is {gpus}; of a GPU that is described no network is known, so a plan is for 1 to"
+            f" {machines.GPUS_PER_NODE}, in one node"
+        )
     if mfu is not None and not 0 < mfu <= 1:
         raise InputError(f"--mfu is {mfu:g}; it must be a share of the peak rate, above 0 and at most 1")
     if training.batch_size % gpus:
@@ -148,7 +153,7 @@ def make_plan(
     if sum(memory.values()) > usable:
         raise InputError(
             f"{config.preset} needs {sum(memory.values()) / 1e9:.0f} GB on each GPU for {micro_batch} image"
-            f"{'s' if micro_batch > 1 else ''} at a time; an {kind.name} has {usable / 1e9:.0f} GB for it"
+            f"{'s' if micro_batch > 1 else ''} at a time; it has {usable / 1e9:.0f} GB for it ({kind.name})"
         )
 
     measured = None

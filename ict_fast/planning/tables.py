@@ -38,8 +38,11 @@ def _computing(plan: Plan) -> str:
 
 def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values; bytes, seconds, FLOPs."""
+    gpu = asdict(plan.gpu)
+    del gpu["peaks"]  # of a GPU that was described, that of the plan's precision alone is known
     return {
         **asdict(plan),
+        "gpu": {**gpu, "peak_flops": plan.gpu.peak(plan.precision)},
         "forward_flops_per_image": plan.cost.forward_flops,
         "step_flops_per_image": plan.cost.step_flops,
         "total_flops": plan.total_flops,
@@ -92,7 +95,8 @@ def _time(plan: Plan) -> Table:
         ("step", f"{_figure(1e3 * plan.step_seconds)} ms{bound}"),
     ]
     if plan.gpus > 1:
-        way = "NVLink" if plan.gpus <= GPUS_PER_NODE else "NVLink and the network"
+        link = plan.gpu.link_name
+        way = link if plan.gpus <= GPUS_PER_NODE else f"{link} and the network"
         way += f" at {plan.gpu.ring(plan.gpus) / 1e9:.0f} GB/s"
         hidden = "hidden behind the backward pass"
         if plan.exposed_seconds:

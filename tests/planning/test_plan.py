@@ -13,13 +13,13 @@ import torch
 
 from ict_fast import presets
 from ict_fast.cli import main
-from ict_fast.config import Config
+from ict_fast.config import Config, to_dict
 from ict_fast.consistency.curriculum import stages
 from ict_fast.errors import InputError
 from ict_fast.networks import build_network
 from ict_fast.networks.cost import network_cost
 from ict_fast.planning import Plan, make_plan
-from ict_fast.planning.gpus import GPUS
+from ict_fast.planning.gpus import GPUS, described
 from ict_fast.planning.launching import launch_seconds
 from ict_fast.planning.measured import best_measured
 from ict_fast.planning.plan import (
@@ -191,7 +191,7 @@ def test_communication_that_computing_does_not_hide_costs_time() -> None:
     config = presets.get("imagenet64")
     assert make_plan(config, "h100", 8, mfu=0.5).exposed_seconds == 0
     config = replace(config, training=replace(config.training, batch_size=512))
-    slow = replace(GPUS["h100"], nvlink=10e9)
+    slow = replace(GPUS["h100"], link=10e9)
     plan = make_plan(config, slow, 8, mfu=0.5)
     assert plan.share == plan.micro_batch == 64
     wire = 2 * 7 / 8 * 4 * plan.cost.parameters / 10e9
@@ -488,6 +488,71 @@ def test_a_short_run_is_given_in_seconds_and_bound_by_launching(
     assert written["days"] == pytest.approx(43.3 / 86400, rel=2e-3)
 
 
+def test_another_gpu_is_described_by_its_memory_and_its_peak(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against A100's own plan, whose memory, peak and fp32 rate are said to be those of another GPU."""
+    json_file = tmp_path / "plan.json"
+    words = ["plan", "--gpus", "8", "--json", str(json_file)]
+    assert main([*words, "--gpu", "a100", "--results", str(tmp_path)]) == 0
+    table = json.loads(json_file.read_text())
+    capsys.readouterr()
+    assert main([*words, "--gpu-memory", "80", "--peak", "312"]) == 0
+    other = json.loads(json_file.read_text())
+    said = " ".join(capsys.readouterr().out.split())
+    for name in ("memory", "usable_bytes", "micro_batch", "mfu", "measured", "days", "compute_seconds"):
+        assert other[name] == pytest.approx(table[name]), name
+    assert other["gpu"]["peak_flops"] == table["gpu"]["peak_flops"] == 312e12
+    assert "imagenet64 on 8 x GPU of 80 GB and 312 TFLOP/s, auto" in said
+    assert "over PCIe at 32 GB/s" in said
+    assert (
+        "Assumed of this GPU: no NVLink between the GPUs of its node, but PCIe 4.0 x16 at 32 GB/s one way,"
+        " and 19.5 TFLOP/s in fp32, a sixteenth of its peak." in said
+    )
+    assert main([*words, "--gpu-memory", "80", "--peak", "156", "--precision", "tf32"]) == 0
+    in_tf32 = json.loads(json_file.read_text())
+    assert in_tf32["days"] == pytest.approx(800_000 * 2 * other["compute_seconds"] / 86400)
+    assert "Assumed of this GPU: no NVLink" in (said := capsys.readouterr().out)
+    assert "sixteenth" not in said
+
+
+def test_pcie_costs_time_where_a_micro_batch_is_small() -> None:
+    config = presets.get("imagenet64")
+    config = replace(config, training=replace(config.training, micro_batch=1))
+    plan = make_plan(config, described(48, 155, "auto"), 8)
+    wire = 2 * 7 / 8 * 4 * plan.cost.parameters / 32e9
+    backward = 0.09 * plan.cost.backward_flops / plan.cost.step_flops
+    assert plan.launch_bound
+    assert plan.exposed_seconds == pytest.approx(wire - backward, rel=1e-2)
+
+
+def test_a_plan_for_a_run_is_of_its_own_network_and_uses_no_rate_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cifar10 = presets.get("cifar10")
+    training = replace(cifar10.training, batch_size=2048, total_steps=1000, micro_batch=2048)
+    run = replace(cifar10, network=replace(cifar10.network, channels=64), training=training)
+    _results(tmp_path, preset="cifar10", batch_size=32)
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run/config.json"
+    words = ["plan", "--gpus", "8", "--gpu", "h200", "--results", str(tmp_path), "--json"]
+    words += [str(tmp_path / "plan.json"), "--run", str(tmp_path / "run")]
+    for config, measured in ((run, False), (replace(run, network=cifar10.network), True)):
+        file.write_text(json.dumps(to_dict(config)))
+        assert main(words) == 0
+        planned = json.loads((tmp_path / "plan.json").read_text())
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build_network(config.network).parameters())
+        assert planned["cost"]["parameters"] == parameters
+        assert (planned["batch_size"], planned["total_steps"]) == (2048, 1000)
+        assert planned["micro_batch"] == planned["share"] == 256
+        assert (planned["measured"] is not None) == measured
+    file.write_text("{")
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "which is no folder of a run" in capsys.readouterr().err
+
+
 def test_a_plan_warns_of_an_average_that_the_run_is_too_short_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -510,6 +575,25 @@ def test_a_plan_warns_of_an_average_that_the_run_is_too_short_for(
         (["--preset", "imagnet64"], 'there is no preset "imagnet64"; did you mean "imagenet64"'),
         (["--mfu", "1.2"], "--mfu is 1.2; it must be a share"),
         (["--micro-batch", "512", "--gpu", "h100"], "needs 110 GB on each GPU for 512 images"),
+        (["--peak", "165"], "--peak describes a GPU together with --gpu-memory; give both, or --gpu"),
+        (["--gpu-memory", "24"], "--gpu-memory describes a GPU together with --peak; give both, or --gpu"),
+        (
+            ["--peak", "9", "--gpu-memory", "24", "--gpu", "a100"],
+            "--gpu is a100, but --gpu-memory and --peak",
+        ),
+        (["--peak", "9", "--gpu-memory", "24", "--results", "."], "--results is ., but --gpu-memory and"),
+        (
+            ["--peak", "165e12", "--gpu-memory", "24"],
+            "--peak is 1.65e+14; it must be above 0 and at most 10,000",
+        ),
+        (
+            ["--peak", "165", "--gpu-memory", "0"],
+            "--gpu-memory is 0; it must be above 0 and at most 1,000 GB",
+        ),
+        (["--peak", "165", "--gpu-memory", "nan"], "--gpu-memory is nan; it must be above 0"),
+        (["--peak", "165", "--gpu-memory", "24", "--gpus", "16"], "a plan is for 1 to 8, in one node"),
+        (["--run", "runs/none"], "there is no run or checkpoint at runs/none"),
+        (["--run", "/dev", "--preset", "digits"], "--preset is digits and --run is /dev; give one of them"),
         (["--json", "/dev/null/plan.json"], "--json is /dev/null, but /dev/null is not a folder"),
         (["--json", "/"], "--json is /, a folder; name a file to write, such as /plan.json"),
         (["--results", "/dev/null"], "--results is /dev/null, which is no folder"),

@@ -2,7 +2,8 @@
 
 The contract: a file `step-*.json` with `part` "step", `hardware.gpu` (the name that CUDA gives) and
 `results`, a list; of these, each that has `preset`, `precision`, `batch_size` and `images_per_second` is the
-rate of whole training steps on one such GPU. Anything else in the file is not read.
+rate of whole training steps on one such GPU. `date`, in ISO 8601, says which of several files is the newest;
+one without it is older than all that have one. Anything else in the file is not read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ class Measured:
 
 
 def best_measured(folder: Path, preset: str, gpu: str, precision: str) -> Measured | None:
-    """The highest rate measured for a preset, if any.
+    """The highest rate measured for a preset, if any, in the newest file that has one: older code is not run.
 
     Args:
         folder: of the JSON; it need not exist.
@@ -46,12 +48,16 @@ def best_measured(folder: Path, preset: str, gpu: str, precision: str) -> Measur
     """
     alike = _HALVES if precision in _HALVES else (precision,)
     found = [
-        Measured(float(result["images_per_second"]), int(result["batch_size"]), name, path.name)
+        (date, Measured(float(result["images_per_second"]), int(result["batch_size"]), name, path.name))
         for path in sorted(folder.glob("step-*.json"))
-        for name, result in _results(path)
+        for date, name, result in _results(path)
         if _is_kind(gpu, name) and result["preset"] == preset and result["precision"] in alike
     ]
-    return max(found, key=lambda each: each.images_per_second, default=None)
+    if not found:
+        return None
+    _, newest = max(found, key=lambda each: (each[0], each[1].file))
+    of_newest = [measured for _, measured in found if measured.file == newest.file]
+    return max(of_newest, key=lambda each: each.images_per_second)
 
 
 def _is_kind(gpu: str, name: str) -> bool:
@@ -60,8 +66,8 @@ def _is_kind(gpu: str, name: str) -> bool:
     return gpu in words and not {"pcie", "nvl", "mig"} & set(words)
 
 
-def _results(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """GPU and result, of those that keep the contract."""
+def _results(path: Path) -> Iterator[tuple[datetime, str, dict[str, Any]]]:
+    """Date, GPU and result, of those that keep the contract."""
     try:
         report = json.loads(path.read_text())
         if report["part"] != "step" or not isinstance(gpu := report["hardware"]["gpu"], str):
@@ -77,7 +83,16 @@ def _results(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             and _is_positive(result.get("batch_size"))
             and _is_positive(result.get("images_per_second"))
         ):
-            yield gpu, result
+            yield _date(report.get("date")), gpu, result
+
+
+def _date(stated: Any) -> datetime:
+    """The oldest of all for what is no date; one without a time zone is taken for UTC's."""
+    try:
+        date = datetime.fromisoformat(stated)
+    except (TypeError, ValueError):
+        date = datetime.min
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
 def _is_positive(value: Any) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ict_fast import presets
 from ict_fast.config import Config
 from ict_fast.consistency.curriculum import stages
 from ict_fast.errors import InputError
@@ -18,6 +19,7 @@ from ict_fast.networks import build_network
 from ict_fast.networks.cost import NetworkCost, network_cost
 from ict_fast.planning import gpus as machines
 from ict_fast.planning.gpus import Gpu
+from ict_fast.planning.launching import launch_seconds
 from ict_fast.planning.measured import Measured, best_measured
 
 MOST_GPUS = 512
@@ -36,12 +38,8 @@ CALIBRATION_BATCHES = 24
 CALIBRATION_PIECES = 4
 CALIBRATION_GROWTH = 1.5
 _FP32 = 4
-# A micro-batch launches 2,600 kernels (CIFAR-10's preset) to 3,450 (ADM-64's), and a GPU that is done sooner
-# waits for the host. One core took 60 and 90 ms for it, without the driver's part
-# (benchmarks/results/analysis.md, step-floor).
-_LAUNCH_SECONDS = 0.06
-# Below this share of the batch a GPU does not reach its rate, and the figures flatter.
-_SMALL_SHARE = 32
+# With fewer images at a time a GPU does not reach its rate, and the figures flatter.
+_FEW_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,12 @@ class Plan:
         usable_bytes: what the GPU has for them.
         all_reduced_bytes: gradients that are summed in each step.
         wire_bytes: what the sum sends, as a ring.
-        mfu: share of the peak rate, assumed or measured.
+        mfu: share of the peak rate while a GPU computes, assumed or measured.
         measured: where the rate comes from, if it is not assumed.
-        compute_seconds, exposed_seconds: of a step; the second is communication that computing does not hide.
+        launch_seconds: of a step, what launching its kernels takes the host; an estimate.
+        launch_bound: whether a step takes that long, since computing would take less.
+        compute_seconds, exposed_seconds: of a step; the first is computing, or launching if that is longer,
+            the second is communication that it does not hide.
         calibration_seconds: of the whole run, at most: choosing the arithmetic, with precision "auto".
         warnings: what a reader should know.
     """
@@ -80,6 +81,8 @@ class Plan:
     wire_bytes: float
     mfu: float
     measured: Measured | None
+    launch_seconds: float
+    launch_bound: bool
     compute_seconds: float
     exposed_seconds: float
     calibration_seconds: float
@@ -109,53 +112,64 @@ class Plan:
 
 
 def make_plan(
-    config: Config, gpu: str, gpus: int, *, mfu: float | None = None, results: Path | None = None
+    config: Config, gpu: str | Gpu, gpus: int, *, mfu: float | None = None, results: Path | None = None
 ) -> Plan:
     """Plans a run.
 
     Args:
         config: its network, batch, steps and precision; its micro-batch, unless that is 0.
-        gpu: a key of `GPUS`.
+        gpu: a key of `GPUS`, or a GPU that has no measured rates.
         gpus: how many, all in one run.
         mfu: assume this share of the peak rate, whatever was measured; None: that measured, or the default.
-        results: folder of measured rates.
+        results: folder of measured rates; they count for the network of the preset that they name.
     Raises:
         InputError: for an unknown GPU, a number of GPUs that is out of range or does not share the batch, an
             mfu that is none, or a run that does not fit.
     """
-    kind, training = machines.get(gpu), config.training
+    kind, training = gpu if isinstance(gpu, Gpu) else machines.get(gpu), config.training
     if not 1 <= gpus <= MOST_GPUS:
         raise InputError(f"--gpus is {gpus}; a plan is for 1 to {MOST_GPUS}")
+    if gpus > machines.GPUS_PER_NODE and not kind.network:
+        raise InputError(
+            f"--gpus is {gpus}; of a GPU that is described no network is known, so a plan is for 1 to"
+            f" {machines.GPUS_PER_NODE}, in one node"
+        )
     if mfu is not None and not 0 < mfu <= 1:
         raise InputError(f"--mfu is {mfu:g}; it must be a share of the peak rate, above 0 and at most 1")
     if training.batch_size % gpus:
         raise InputError(f"--batch-size is {training.batch_size}; it must be a multiple of --gpus {gpus}")
     share = training.batch_size // gpus
-    if share % min(training.micro_batch or share, share):
+    if share % (training.micro_batch or share):
         raise InputError(
-            f"--micro-batch is {training.micro_batch}; it must divide the {share} images that each of {gpus}"
-            f" GPUs has of a batch of {training.batch_size}"
+            f"--micro-batch is {training.micro_batch}; it must divide the {share} images that each GPU has of"
+            f" --batch-size {training.batch_size} with --gpus {gpus}"
         )
     with torch.device("meta"):
-        cost = network_cost(build_network(config.network))
+        network = build_network(config.network)
+    cost = network_cost(network)
     usable = USABLE * kind.memory
-    micro_batch = min(training.micro_batch or _largest(config, cost, share, usable), share)
+    micro_batch = training.micro_batch or _largest(config, cost, share, usable)
     memory = memory_bytes(config, cost, micro_batch)
     if sum(memory.values()) > usable:
         raise InputError(
             f"{config.preset} needs {sum(memory.values()) / 1e9:.0f} GB on each GPU for {micro_batch} image"
-            f"{'s' if micro_batch > 1 else ''} at a time; an {kind.name} has {usable / 1e9:.0f} GB for it"
+            f"{'s' if micro_batch > 1 else ''} at a time; it has {usable / 1e9:.0f} GB for it ({kind.name})"
         )
 
     measured = None
-    if mfu is None and results is not None:
+    if mfu is None and results is not None and isinstance(gpu, str) and _is_of_the_preset(config):
         measured = best_measured(results, config.preset, gpu.lower(), training.precision)
     peak = kind.peak(training.precision)
     if measured is not None:
         mfu = measured.images_per_second * cost.step_flops / peak
     elif mfu is None:
         mfu = DEFAULT_MFU
-    compute = share * cost.step_flops / (peak * mfu)
+    computing = share * cost.step_flops / (peak * mfu)
+    launching = share // micro_batch * launch_seconds(network)
+    # A rate that was measured with no more images at a time has its launches in it.
+    is_as_measured = measured is not None and measured.batch_size <= micro_batch
+    compute = computing if is_as_measured else max(computing, launching)
+    in_fp32 = max(computing * peak / kind.peak("fp32"), min(CALIBRATION_PIECES, micro_batch) * launching)
 
     reduced = float(_FP32 * cost.parameters) if gpus > 1 else 0.0
     wire = 2 * (gpus - 1) / gpus * reduced
@@ -177,11 +191,17 @@ def make_plan(
         wire_bytes=wire,
         mfu=mfu,
         measured=measured,
+        launch_seconds=launching,
+        launch_bound=compute > computing,
         compute_seconds=compute,
         exposed_seconds=max(0.0, wire / kind.ring(gpus) - hiding),
-        calibration_seconds=calibrated_batches(config) * compute * (1 + peak / kind.peak("fp32")),
-        warnings=_warnings(share, compute * micro_batch / share, measured),
+        calibration_seconds=calibrated_batches(config) * (compute + in_fp32),
+        warnings=() if is_as_measured else _warnings(micro_batch, computing, launching, measured),
     )
+
+
+def _is_of_the_preset(config: Config) -> bool:
+    return config.preset in presets.names() and presets.get(config.preset).network == config.network
 
 
 def choose_micro_batch(config: Config, cost: NetworkCost, gpus: int, memory: float) -> tuple[int, str | None]:
@@ -273,16 +293,23 @@ def _largest(config: Config, cost: NetworkCost, share: int, usable: float) -> in
     return next(fitting, 1)
 
 
-def _warnings(share: int, pass_seconds: float, measured: Measured | None) -> tuple[str, ...]:
+def _warnings(
+    micro_batch: int, computing: float, launching: float, measured: Measured | None
+) -> tuple[str, ...]:
+    """Of a rate that was not measured with as few images at a time; seconds of a step."""
     found = []
-    if pass_seconds < _LAUNCH_SECONDS and not (measured and measured.batch_size <= share):
+    if computing < launching:
         found.append(
-            f"a micro-batch takes {1e3 * pass_seconds:.3g} ms to compute, less than its kernels take to"
-            " launch: without --training.cuda-graph this rate is not reachable, and the times are too short"
+            f"a step takes about {_ms(launching)} to launch and {_ms(computing)} to compute: its time is the"
+            " former; --training.cuda-graph is for such steps, but no rate has been measured with it"
         )
-    if share < _SMALL_SHARE:
+    if micro_batch < _FEW_IMAGES:
         found.append(
-            f"{share} images on each GPU are too few to fill it: the rate will be below the"
+            f"too few images at a time to fill a GPU, {micro_batch}: the rate will be below the"
             f" {'measured' if measured else 'assumed'} one"
         )
     return tuple(found)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f} ms" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

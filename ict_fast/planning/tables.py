@@ -18,6 +18,15 @@ def tables(plan: Plan) -> list[Table]:
 
 def rate_in_words(plan: Plan) -> str:
     """Where the images per second come from."""
+    if plan.launch_bound:
+        each = _figure(1e3 * plan.launch_seconds * plan.micro_batch / plan.share)
+        return (
+            f"that of launching kernels, {each} ms for a micro-batch; that of computing is {_computing(plan)}"
+        )
+    return _computing(plan)
+
+
+def _computing(plan: Plan) -> str:
     if (measured := plan.measured) is not None:
         return (
             f"measured: {measured.images_per_second:,.0f} images/s on one {measured.gpu},"
@@ -29,8 +38,11 @@ def rate_in_words(plan: Plan) -> str:
 
 def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values; bytes, seconds, FLOPs."""
+    gpu = asdict(plan.gpu)
+    del gpu["peaks"]  # of a GPU that was described, that of the plan's precision alone is known
     return {
         **asdict(plan),
+        "gpu": {**gpu, "peak_flops": plan.gpu.peak(plan.precision)},
         "forward_flops_per_image": plan.cost.forward_flops,
         "step_flops_per_image": plan.cost.step_flops,
         "total_flops": plan.total_flops,
@@ -77,16 +89,18 @@ def _memory(plan: Plan) -> Table:
 
 
 def _time(plan: Plan) -> Table:
+    bound = ", bound by launching kernels" if plan.launch_bound else ""
     rows = [
         ("images/s, all GPUs", f"{plan.images_per_second:,.0f}"),
-        ("step", f"{_figure(1e3 * plan.step_seconds)} ms"),
+        ("step", f"{_figure(1e3 * plan.step_seconds)} ms{bound}"),
     ]
     if plan.gpus > 1:
-        way = "NVLink" if plan.gpus <= GPUS_PER_NODE else "NVLink and the network"
+        link = plan.gpu.link_name
+        way = link if plan.gpus <= GPUS_PER_NODE else f"{link} and the network"
         way += f" at {plan.gpu.ring(plan.gpus) / 1e9:.0f} GB/s"
         hidden = "hidden behind the backward pass"
         if plan.exposed_seconds:
-            hidden = f"{1e3 * plan.exposed_seconds:.3g} ms not hidden"
+            hidden = f"{_figure(1e3 * plan.exposed_seconds)} ms not hidden"
         rows += [
             ("all-reduced per step", _size(plan.all_reduced_bytes)),
             ("sent by each GPU", f"{_size(plan.wire_bytes)} over {way}: {hidden}"),
@@ -100,10 +114,10 @@ def _time(plan: Plan) -> Table:
 
 def _duration(days: float) -> tuple[str, str]:
     """Unit and number, in the largest unit of which there is at least one."""
-    for unit, number in (("days", days), ("hours", 24 * days)):
+    for unit, number in (("days", days), ("hours", 24 * days), ("minutes", 1440 * days)):
         if number >= 1:
             return unit, _figure(number)
-    return "minutes", _figure(1440 * days)
+    return "seconds", _figure(86400 * days)
 
 
 def _figure(value: float) -> str:

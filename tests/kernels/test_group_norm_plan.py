@@ -125,6 +125,18 @@ def test_the_plan_has_a_tile_for_any_shape():
                     assert sum(chosen.widths) >= chosen.groups * (channels // groups)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "groups", "size"),
+    [(33, 11, 65), (100, 25, 32), (100, 25, 8), (36, 9, 8), (90, 9, 8), (7, 7, 32), (1, 1, 256)],
+)
+def test_a_thread_that_draws_for_each_element_has_a_quarter_of_them(channels, groups, size, backward):
+    """Where 8 does not divide the channels; with more the kernels spilled (see test_compiled_kernels.py)."""
+    plan = plan_of(64, channels, size**2, groups, 2, backward, dropout=True)
+    assert plan.rows * sum(plan.widths) <= (18 if backward else 24) * 32 * plan.num_warps
+    assert plan.num_warps <= 16
+
+
 def test_a_plan_can_be_overridden(norms_of_networks):
     cases, _ = norms_of_networks
     small, large = cases.Norm(16, 576, 32), cases.Norm(64, 192, 32)

@@ -981,7 +981,10 @@ def _as_stored(grad: Tensor, p: Tensor) -> Tensor:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # the question is of the current device's stream
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _to_send(values: Tensor, device: torch.device) -> Tensor:

@@ -131,10 +131,12 @@ def case_of(each: Norm, backward: bool) -> Case:
 
 
 def cases(full: bool) -> Iterator[Case]:
-    """Both directions of every norm; without `full`, one of each algorithm, with everything switched on."""
+    """Both directions of every norm; without `full`, one of each algorithm, with everything switched on, and
+    one of another network, whose channels 8 does not divide."""
     norms = {
         Norm(16, 576, 32, dropout=True, pre_bias=True),
         Norm(32, 384, 32, dropout=True, pre_bias=True, scale_shift=True),
+        Norm(65, 33, 11, dropout=True),
     }
     if full:
         norms = norms_of("cifar10") | norms_of("imagenet64") | norms_of("imagenet64-ct2023")

@@ -620,9 +620,11 @@ def consistency_loss(
 # -------------------------------------------------------------------------------------------------- arguments
 
 
-def _takes(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these arguments."""
-    return use_triton(*tensors) and all(t is None or t.dtype in _DTYPES for t in tensors)
+def _takes(images: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take these arguments, of which the first has a sample's elements: at least one."""
+    tensors = images, *others
+    able = use_triton(*tensors) and all(t is None or t.dtype in _DTYPES for t in tensors)
+    return able and 0 not in images.shape[1:]
 
 
 def _same_shapes(**tensors: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 _TILE_BYTES = 65536  # tiles of twice as much spill (compiled ahead of time)
 _CHUNK_BYTES = 20 * 2**20  # half of an A100's L2
 _UNCHUNKED = 2**62
+_MOST_WARPS = 16  # with more, sums of equal inputs differ: see _FEW in group_norm_silu.py
 _GRID_Y = 65535  # of CUDA: samples in a chunk, at most
 _SECTOR_BYTES = 32
 
@@ -77,17 +78,20 @@ def planned(
         groups: in a resident tile (and so implies one): divides the number of groups. The limits on a tile's
             size do not hold: it may spill.
         rows: pixels in a split tile, a power of two.
-        num_warps: of each program, a power of two. The small kernels that merge partial sums keep theirs.
+        num_warps: of each program, a power of two, at most 16. The small kernels that merge partial sums keep
+            theirs.
         maxnreg: the most registers of a thread, in the same kernels.
-        chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2.
+        chunk_bytes: of x (and dy) that the passes of split take at once, to stay in L2; one sample at least.
     Raises:
-        ValueError: for a number that is not a power of two where it must be; and by a norm whose shape
-            cannot be computed so.
+        ValueError: for a number that is not a power of two where it must be, or too many warps; and by a norm
+            whose shape cannot be computed so.
     """
     global _wishes
     for name, value in (("rows", rows), ("num_warps", num_warps)):
         if value is not None and value != power_of_2(value):
             raise ValueError(f"{name} must be a power of two, got {value}")
+    if num_warps is not None and num_warps > _MOST_WARPS:
+        raise ValueError(f"num_warps must be at most {_MOST_WARPS}, got {num_warps}")
     if groups is not None and resident is False:
         raise ValueError(f"groups = {groups} are of a resident tile, which resident=False excludes")
     before = _wishes
@@ -160,10 +164,14 @@ def _plan_for(
 
     A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
     1.14 times as fast there, and once 0.99.
+
+    Where 8 does not divide the channels each element has a dropout draw of its own, and a thread a quarter of
+    the elements: with as many as elsewhere kernels spilled, up to 3,144 bytes (compiled ahead of time).
     """
     rows = power_of_2(pixels)
     group = channels // num_groups
-    most_elements = 20480 if backward else 32768
+    share = 4 if dropout and channels % 8 != 0 else 1
+    most_elements = 8192 if share > 1 else 20480 if backward else 32768
     candidates = []
     for groups in range(1, num_groups + 1):
         width = groups * group
@@ -193,13 +201,16 @@ def _plan_for(
         wide = [each for each in candidates if each[2] <= 16384 and each[3] >= 2 * _SECTOR_BYTES]
         groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
         # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
-        num_warps = min(16, power_of_2(-(-elements // (2304 if backward else 3072))))
+        per_warp = (2304 if backward else 3072) // share
+        num_warps = min(_MOST_WARPS, power_of_2(-(-elements // per_warp)))
         return Plan(True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count)
     width = min(64, power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
+    if sample_bytes > chunk_bytes:  # L2 does not hold one: chunks would be launches and nothing else
+        chunk_bytes = _UNCHUNKED
     chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
     elements = 8192 if backward or dropout or itemsize > 2 else 16384
-    rows = min(rows, wishes.rows or elements // width)
+    rows = min(rows, wishes.rows or elements // share // width)
     return Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk)
 
 

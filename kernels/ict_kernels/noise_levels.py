@@ -174,31 +174,32 @@ def _table(
     if key not in _tables:
         if weighting not in ("inverse-gap", "uniform"):
             raise ValueError(f"weighting must be 'inverse-gap' or 'uniform', got {weighting!r}")
-        grids = [noise_level_grid(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho) for n in scales]
-        longest = max(scales)
-        thresholds = torch.full((len(scales), longest - 2), 2**32, dtype=torch.int64, device="cpu")
-        sigma = torch.full((len(scales), longest), math.nan, dtype=torch.float64, device="cpu")
-        weight = torch.full((len(scales), longest - 1), math.nan, dtype=torch.float64, device="cpu")
-        for row, (n, grid) in enumerate(zip(scales, grids, strict=True)):
-            probability = noise_level_probabilities(
-                n,
-                p_mean=p_mean,
-                p_std=p_std,
-                sigma_min=sigma_min,
-                sigma_max=sigma_max,
-                rho=rho,
-                indices=indices,
-            )
-            thresholds[row, : n - 2] = (probability.cumsum(0)[:-1] * 2.0**32).floor().to(torch.int64)
-            sigma[row, :n] = grid
-            weight[row, : n - 1] = 1.0 / grid.diff() if weighting == "inverse-gap" else 1.0
         # Ordinary tensors, even if the first call comes under inference_mode: a later one may record a graph.
-        _tables[key] = _Table(
-            torch.tensor(scales, dtype=torch.int64, device=device),
-            thresholds.to(device),
-            sigma.to(device, torch.float32),
-            weight.to(device, torch.float32),
-        )
+        with torch.inference_mode(False):
+            grids = [noise_level_grid(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho) for n in scales]
+            longest = max(scales)
+            thresholds = torch.full((len(scales), longest - 2), 2**32, dtype=torch.int64, device="cpu")
+            sigma = torch.full((len(scales), longest), math.nan, dtype=torch.float64, device="cpu")
+            weight = torch.full((len(scales), longest - 1), math.nan, dtype=torch.float64, device="cpu")
+            for row, (n, grid) in enumerate(zip(scales, grids, strict=True)):
+                probability = noise_level_probabilities(
+                    n,
+                    p_mean=p_mean,
+                    p_std=p_std,
+                    sigma_min=sigma_min,
+                    sigma_max=sigma_max,
+                    rho=rho,
+                    indices=indices,
+                )
+                thresholds[row, : n - 2] = (probability.cumsum(0)[:-1] * 2.0**32).floor().to(torch.int64)
+                sigma[row, :n] = grid
+                weight[row, : n - 1] = 1.0 / grid.diff() if weighting == "inverse-gap" else 1.0
+            _tables[key] = _Table(
+                torch.tensor(scales, dtype=torch.int64, device=device),
+                thresholds.to(device),
+                sigma.to(device, torch.float32),
+                weight.to(device, torch.float32),
+            )
     return _tables[key]
 
 

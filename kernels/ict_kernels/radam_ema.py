@@ -241,7 +241,8 @@ class RAdamEMA(Optimizer):
         Returns:
             What the closure returned, or None.
         Raises:
-            RuntimeError: for sparse gradients.
+            RuntimeError: for sparse gradients; where a parameter has changed its shape, and its state or its
+                gradient has not. Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -258,6 +259,7 @@ class RAdamEMA(Optimizer):
         if any(by_kernels):
             self._step_by_kernels(cohorts, by_kernels)
         else:
+            self._check_shapes(with_grad)
             unscale, healthy = self._inspect([p.grad for p in with_grad if p.grad is not None])
             for group, params in cohorts:
                 self._update(group, params, unscale, healthy)
@@ -279,6 +281,20 @@ class RAdamEMA(Optimizer):
                     self._cohort[p] = renamed.setdefault(known, unused + len(renamed))
                 cohorts.setdefault((p.dtype, self._cohort[p]), []).append(p)
         return list(cohorts.values())
+
+    def _check_shapes(self, params: list[Tensor]) -> None:
+        """Raises where a parameter has changed its shape: operations would stop half-way, or broadcast."""
+        for p in params:
+            shape, state = p.shape, self.state[p]
+            for name in _STATE[:3]:
+                if name in state and state[name].shape != shape:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(shape)} has {name} of shape {tuple(state[name].shape)}:"
+                        " give one that changes its shape a state of its new shape, or none, to begin anew:"
+                        " del optimizer.state[parameter]"
+                    )
+            if p.grad is not None and p.grad.shape != shape:
+                raise _misfit(p.grad, p)
 
     def _inspect(self, grads: list[Tensor]) -> tuple[Tensor | None, Tensor]:
         """(1 / grad_scale or None, whether this step may happen); updates the three public figures."""
@@ -377,9 +393,10 @@ class RAdamEMA(Optimizer):
         for (group, params), by_kernel in zip(cohorts, by_kernels, strict=True):
             plan = self._plan(params) if by_kernel else None
             if plan is None:
+                self._check_shapes(params)
                 others.append((group, params))
             else:
-                grads = [_as_stored(p.grad, p) for p in params if p.grad is not None]
+                grads = plan.gradients_of(params)
                 planned.append((group, plan, grads, plan.find(grads)))
                 written += [t for p in params for t in (p, self.state[p]["ema"])]
         partials = None
@@ -408,7 +425,7 @@ class RAdamEMA(Optimizer):
         # In every step, for hundreds of parameters: lists, the fastest that Python has.
         addresses = [[p.data_ptr() for p in params]]
         addresses += [[state[name].data_ptr() for state in states] for name in _STATE]
-        places = (addresses, [p.stride() for p in params])
+        places = (addresses, [p.shape for p in params], [p.stride() for p in params])
         plan = self._plans.get(params[0])
         if plan is None or plan.places != places:
             if not all(map(_fits, params, states)):
@@ -845,7 +862,7 @@ class _Plan:
     """The tables of one cohort.
 
     Attributes:
-        places: addresses of p and of its state, and strides of p, that the tables were made from.
+        places: addresses of p and of its state, shapes and strides of p, that the tables were made from.
         tensors, chunks: as the kernels read them.
         aligned: whether p, exp_avg, exp_avg_sq and ema all begin at multiples of 16 bytes.
         first_step: `step` of the first parameter, which is that of all.
@@ -856,7 +873,7 @@ class _Plan:
     ) -> None:
         self.device = params[0].device
         self.places = places
-        addresses, _ = places
+        addresses, *_ = places
         rows = torch.tensor([*addresses, [p.numel() for p in params]], device="cpu").T.contiguous()
         counts = torch.tensor([max(1, -(-p.numel() // _CHUNK_SIZE)) for p in params], device="cpu")
         tensor = torch.repeat_interleave(torch.arange(len(params), device="cpu"), counts)
@@ -868,6 +885,15 @@ class _Plan:
         self.first_step = states[0]["step"]
         self._addresses: list[int] = []
         self._gradients = torch.zeros(len(params), dtype=torch.int64, device=self.device)
+
+    def gradients_of(self, params: list[Tensor]) -> list[Tensor]:
+        """The gradients, each as `_as_stored` has it."""
+        # In every step, for hundreds of parameters: nothing is called for a gradient that is as it should be.
+        return [
+            g if g.stride() == strides and g.shape == shape and g.dtype is torch.float32 else _as_stored(g, p)
+            for p, shape, strides in zip(params, *self.places[1:], strict=True)
+            if (g := p.grad) is not None
+        ]
 
     def find(self, grads: list[Tensor]) -> Tensor:
         """The table of the gradients, written anew when one has moved; the host never waits for that."""
@@ -922,17 +948,26 @@ def _launch_update(group: dict[str, Any], plan: _Plan, gradients: Tensor, scalar
 
 
 def _fits(p: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether the kernels take a parameter: fp32, without gaps, its state stored in the same order."""
-    tensors = [state[name] for name in _STATE[:3]]
+    """Whether the kernels take a parameter: fp32, without gaps, its state of its shape and order."""
     # The state was made dense, so what is stored like it is dense too.
-    return all(t.dtype == torch.float32 for t in (p, *state.values())) and all(
-        t.device == p.device and _stored_alike(t, p) for t in tensors
+    return all(t.dtype == torch.float32 and t.device == p.device for t in (p, *state.values())) and all(
+        _stored_alike(state[name], p) for name in _STATE[:3]
     )
 
 
 def _stored_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the elements of one index lie at the same place in both."""
+    if a.shape != b.shape:
+        return False
     return a.stride() == b.stride() or all(
         size <= 1 or one == other for size, one, other in zip(b.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _misfit(grad: Tensor, p: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"a parameter of shape {tuple(p.shape)} has a gradient of shape {tuple(grad.shape)}, of before it"
+        " changed its shape: set or clear that too"
     )
 
 
@@ -940,11 +975,16 @@ def _as_stored(grad: Tensor, p: Tensor) -> Tensor:
     """The gradient in the parameter's order of storage and dtype: itself where it already is."""
     if grad.dtype == p.dtype and _stored_alike(grad, p):
         return grad
+    if grad.shape != p.shape:
+        raise _misfit(grad, p)
     return torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # the question is of the current device's stream
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _to_send(values: Tensor, device: torch.device) -> Tensor:

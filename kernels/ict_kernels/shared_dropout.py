@@ -152,7 +152,9 @@ class SeededDropout(nn.Dropout):
             return x
         source, layer = self._ict_dropout
         keep = dropout_keep_mask(x, self.p, source.on(x.device), layer=layer)
-        return torch.where(keep, x * (1.0 / (1.0 - dropout_threshold(self.p) / 65536)), 0.0)
+        # As torch multiplies: what is dropped and not finite is NaN, and not 0. Through uint8: see the
+        # definition in group_norm_silu.py. The mask first: scaled, fp16 might overflow where it is dropped.
+        return x * keep.to(torch.uint8) * (1.0 / (1.0 - dropout_threshold(self.p) / 65536))
 
 
 def seed_dropout(network: nn.Module, seed: int | None = None) -> DropoutSeed:

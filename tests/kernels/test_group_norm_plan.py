@@ -81,6 +81,31 @@ def test_samples_are_taken_in_chunks_where_l2_holds_them_and_memory_is_slow(
     assert chunk_bytes_of(torch.device("cpu")) > 2**60
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_samples_that_l2_does_not_hold_one_of_are_taken_all_at_once(backward):
+    """A chunk of one would be read from memory twice as well, and launch for each sample."""
+    megabytes = 2 * 256 * (1 + backward) / 1024  # of a row of 1,024 pixels: 256 channels, 16 bits, x and dy
+
+    def chunk(rows):
+        return plan_of(8, 256, 1024 * rows, 32, 2, backward, chunk_bytes=20 * 2**20).chunk
+
+    most = int(20 / megabytes)
+    assert [chunk(most), chunk(most + 1), chunk(10 * most)] == [1, 8, 8]
+    assert chunk(most // 3) == 3
+    with planned(chunk_bytes=2**20):  # a wish is heard, as far as it goes
+        assert chunk(most + 1) == 1
+
+
+def test_more_warps_than_sums_are_safe_for_are_refused():
+    """`_FEW` elements are 8 for each thread of 16 warps: beyond, lanes would store sums that differ."""
+    few = importlib.import_module("ict_kernels.group_norm_silu")._FEW
+    most = getattr(few, "value", few) // (8 * 32)
+    with planned(num_warps=most):
+        assert plan_of(8, 256, 1024, 32, 2, False).num_warps == most == 16
+    with pytest.raises(ValueError, match="num_warps must be at most 16, got 32"), planned(num_warps=2 * most):
+        pass
+
+
 def test_the_plan_has_a_tile_for_any_shape():
     for count, channels, pixels, groups in (
         (1, 1, 1, 1),
@@ -98,6 +123,18 @@ def test_the_plan_has_a_tile_for_any_shape():
                 if chosen.resident:
                     assert chosen.rows >= pixels
                     assert sum(chosen.widths) >= chosen.groups * (channels // groups)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "groups", "size"),
+    [(33, 11, 65), (100, 25, 32), (100, 25, 8), (36, 9, 8), (90, 9, 8), (7, 7, 32), (1, 1, 256)],
+)
+def test_a_thread_that_draws_for_each_element_has_a_quarter_of_them(channels, groups, size, backward):
+    """Where 8 does not divide the channels; with more the kernels spilled (see test_compiled_kernels.py)."""
+    plan = plan_of(64, channels, size**2, groups, 2, backward, dropout=True)
+    assert plan.rows * sum(plan.widths) <= (18 if backward else 24) * 32 * plan.num_warps
+    assert plan.num_warps <= 16
 
 
 def test_a_plan_can_be_overridden(norms_of_networks):

@@ -173,6 +173,22 @@ def test_a_tensor_num_scales_is_one_integer(num_scales):
         sample_noise_levels(4, num_scales, seed=1)
 
 
+def test_a_first_call_in_inference_mode_leaves_tables_that_a_compiled_step_can_record(monkeypatch):
+    monkeypatch.setattr(noise_levels, "_tables", {})
+    with torch.inference_mode():
+        first = sample_noise_levels(4, 11, seed=1)
+    (table,) = noise_levels._tables.values()
+    assert not any(t.is_inference() for t in table)
+
+    def weighted(x):
+        levels = sample_noise_levels(4, 11, seed=1)
+        return (x * levels.sigma * levels.weight).sum()
+
+    x = torch.ones(4, requires_grad=True)
+    torch.compile(weighted, backend="aot_eager", fullgraph=True)(x).backward()
+    torch.testing.assert_close(x.grad, (first.sigma * first.weight).clone())
+
+
 def test_cuda_without_a_number_is_the_table_of_the_current_gpu(monkeypatch):
     class Asked(dict):
         """Has every table, and says which was asked for."""

@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from ict_kernels import RAdamEMA, set_backend
+from ict_kernels import RAdamEMA, radam_ema, set_backend
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -710,3 +711,20 @@ def test_the_average_of_a_constant_is_that_constant(decay):
         optimizer.step()
     [average] = optimizer.ema_parameters()
     torch.testing.assert_close(average, p.detach(), rtol=1e-6, atol=0)
+
+
+def test_whether_a_graph_is_recorded_is_asked_of_the_parameters_gpu(monkeypatch):
+    """Of the current stream of its device: another's, which may be the current one, knows nothing of it."""
+    current = torch.device("cuda", 0)
+
+    @contextmanager
+    def device(other):
+        nonlocal current
+        before, current = current, other
+        yield
+        current = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current.index == 1)
+    devices = [torch.device("cuda", 1), torch.device("cuda", 0), torch.device("cpu")]
+    assert [radam_ema._capturing(each) for each in devices] == [True, False, False]

@@ -164,6 +164,34 @@ def test_masks_are_philoxs_and_scaled(x):
     assert net[1](hidden.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_dropped_as_torchs_dropout_drops_it(dtype, bad):
+    """0 times it is NaN: a 0 in its place would hide it, from the loss or from the optimizer."""
+    ones = torch.ones(4, 4, 8, 8, dtype=dtype)
+    layers = nn.Sequential(nn.Dropout(0.4))
+    for seeded in (False, True):
+        if seeded:
+            seed_dropout(layers, seed=5)
+        torch.manual_seed(3)
+        keep = layers(ones) != 0
+        assert 0.3 < float((~keep).float().mean()) < 0.5
+        x = torch.full_like(ones, bad).requires_grad_()
+        torch.manual_seed(3)
+        y = layers(x)
+        y.backward(torch.full_like(ones, bad))
+        for values in (y.detach(), x.grad):
+            assert bool(values[~keep].isnan().all())
+            assert bool((values[keep].isinf() if bad == torch.inf else values[keep].isnan()).all())
+        x = torch.full_like(ones, 3.0).requires_grad_()
+        torch.manual_seed(3)
+        y = layers(x)
+        y.backward(ones)
+        share = 1 - round(0.4 * 65536) / 65536 if seeded else 0.6
+        torch.testing.assert_close(y, 3.0 * keep.to(dtype) / share)
+        torch.testing.assert_close(x.grad, keep.to(dtype) / share)
+
+
 def test_masks_stay_until_the_seed_advances_and_differ_between_layers(x):
     net = network()
     seed = seed_dropout(net)

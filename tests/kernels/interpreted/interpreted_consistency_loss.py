@@ -265,6 +265,28 @@ def test_an_empty_batch_is_empty() -> None:
     assert empty.grad.shape == empty.shape
 
 
+@pytest.mark.parametrize("c", [None, 0.1])
+@pytest.mark.parametrize("norm", ["sample", "element"])
+def test_samples_without_elements_have_the_definitions_loss(norm, c) -> None:
+    """The norm of nothing is 0; its mean is 0 / 0."""
+    empty = torch.zeros(3, 0, 4, 4, requires_grad=True)
+    loss = pseudo_huber_loss(empty, empty.detach(), torch.ones(3), c=c, norm=norm)
+    expected = torch.full((3,), 0.0 if norm == "sample" else math.nan)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0, equal_nan=True)
+    loss.sum().backward()
+    assert empty.grad.shape == empty.shape
+
+
+@pytest.mark.parametrize("metric", ["pseudo-huber", "l2", "l1"])
+def test_pairs_without_elements_have_the_definitions_loss(metric) -> None:
+    empty = torch.zeros(3, 0, 4, 4, requires_grad=True)
+    loss = consistency_loss(empty, *[empty.detach()] * 3, sample_noise_levels(3, 11, seed=1), metric=metric)
+    expected = torch.full((3,), 0.0 if metric == "pseudo-huber" else math.nan)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0, equal_nan=True)
+    loss.sum().backward()
+    assert empty.grad.shape == empty.shape
+
+
 def test_the_bits_repeat() -> None:
     *images, levels = *tensors(2, 3, 75, 77), sample_noise_levels(2, 11, seed=1)
     first, again = (with_gradient(consistency_loss, *images, levels) for _ in range(2))

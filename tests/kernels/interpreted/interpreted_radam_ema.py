@@ -422,6 +422,56 @@ def test_a_parameter_that_moves_is_found_again():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("change", ["enlarged", "shrunk in place", "one row in place", "gradient"])
+def test_a_parameter_that_changes_shape_is_refused_and_nothing_is_written(change, backend):
+    """The state, and what a parameter was, lie in guarded memory; without its state, it begins anew."""
+
+    def guarded(t: Tensor) -> Tensor:
+        memories.append(torch.full((t.numel() + 1024,), 123.0))
+        return memories[-1][512 : 512 + t.numel()].view(t.shape).copy_(t)
+
+    memories: list[Tensor] = []
+    p, other = make(((8, 16), (7,)))
+    p.data = guarded(p.detach())
+    optimizer = RAdamEMA([p, other], lr=1e-2)
+    list(optimizer.ema_parameters())
+    for name in _STATE[:3]:
+        optimizer.state[p][name] = guarded(optimizer.state[p][name])
+    set_gradients([p, other], 0)
+    stepped(backend, optimizer)
+    if change in ("enlarged", "gradient"):
+        p.data = guarded(torch.cat([p.detach(), torch.zeros(8, 16)]))
+    else:
+        p.data = p.data[: 4 if change == "shrunk in place" else 1]
+    wrong, message = "exp_avg", "of its new shape, or none"
+    if change == "gradient":
+        wrong, message = "a gradient", "set or clear that"
+        for name in _STATE[:3]:
+            optimizer.state[p][name] = guarded(torch.zeros(16, 16))
+    else:
+        set_gradients([p, other], 1)
+    before, others = [m.clone() for m in memories], contract.bits(optimizer)
+    expected = rf"shape \({len(p)}, 16\) has {wrong} of shape \(8, 16\).*{message}"
+    with pytest.raises(RuntimeError, match=expected):
+        stepped(backend, optimizer)
+    assert all(map(torch.equal, memories, before))
+    assert contract.bits(optimizer) == others
+    del optimizer.state[p]
+    set_gradients([p, other], 2)
+    stepped(backend, optimizer)
+    assert optimizer.state[p]["exp_avg"].shape == p.shape
+    assert [int(optimizer.state[each]["step"]) for each in (p, other)] == [1, 2]
+
+
+def test_kernels_leave_a_step_alone_that_is_on_another_device():
+    p = make(((7,),))[0]
+    optimizer = RAdamEMA([p])
+    state = optimizer._state_of(p)
+    assert radam_ema._fits(p, state)
+    assert not radam_ema._fits(p, state | {"step": state["step"].to("meta")})
+
+
 def test_the_tables_are_made_on_the_host_whatever_torchs_default_device():
     """As under torch.set_default_device("cuda"), where pinning them would fail; meta stands for that here."""
     params, plain = make(FEW), make(FEW)

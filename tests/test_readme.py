@@ -22,7 +22,7 @@ from ict_fast.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = shlex.split(
-    "--training.total-steps 8 --training.batch-size 32 --logging.grid-every 0 --logging.evaluate-count 64 "
+    "--training.total-steps 8 --training.batch-size 16 --logging.grid-every 0 --logging.evaluate-count 64 "
     "--device cpu"
 )
 
@@ -66,7 +66,9 @@ def ict_fast_commands() -> Iterator[list[str]]:
         ):  # what its options mean is shown; that it trains is for tests/gpu
             command = [*command, "--dry-run"]
         elif command[1] == "evaluate":
-            command = [*command, "--count", "1800"]
+            command = [*command, "--count", "600"]
+        elif command[1] == "search-sigma":
+            command = [*command, "--count", "100", "--tolerance", "3"]
         elif command[1] == "ablate":
             command = [*command, *shlex.split("--only ict --seeds 1 --total-steps 8 --count 64 --device cpu")]
         elif command[1] == "train" and "--dry-run" not in command:

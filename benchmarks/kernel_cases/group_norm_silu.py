@@ -132,7 +132,7 @@ def case_of(each: Norm, backward: bool) -> Case:
 
 def cases(full: bool) -> Iterator[Case]:
     """Both directions of every norm; without `full`, one of each algorithm, with everything switched on, and
-    one of another network, whose channels 8 does not divide."""
+    backward one of another network, whose channels 8 does not divide."""
     norms = {
         Norm(16, 576, 32, dropout=True, pre_bias=True),
         Norm(32, 384, 32, dropout=True, pre_bias=True, scale_shift=True),
@@ -141,5 +141,6 @@ def cases(full: bool) -> Iterator[Case]:
     if full:
         norms = norms_of("cifar10") | norms_of("imagenet64") | norms_of("imagenet64-ct2023")
     for each in sorted(norms):
-        yield case_of(each, backward=False)
+        if full or each.channels % 8 == 0:
+            yield case_of(each, backward=False)
         yield case_of(each, backward=True)

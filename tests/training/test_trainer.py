@@ -329,8 +329,8 @@ def test_a_checkpoint_of_another_run_is_refused(run: tuple[Config, Path]) -> Non
     assert train(config, out=out, device="cpu", extend=32).step == 32
 
 
-def test_the_log_has_the_learning_rate_of_its_last_step(tiny: Config, tmp_path: Path) -> None:
-    config = replace(tiny, optimizer=replace(tiny.optimizer, lr=1e-3, warmup_steps=8, lr_decay=0.5))
+def test_the_log_has_the_learning_rate_of_its_last_step(one_level: Config, tmp_path: Path) -> None:
+    config = replace(one_level, optimizer=replace(one_level.optimizer, lr=1e-3, warmup_steps=8, lr_decay=0.5))
     train(config, out=tmp_path / "run", device="cpu")
     rates = {record["step"]: record["learning_rate"] for record in _records(tmp_path / "run")}
     # Of steps 3, 7, 11, ..., counted from 0: up to step 8, and down from 12 to 24.
@@ -339,13 +339,13 @@ def test_the_log_has_the_learning_rate_of_its_last_step(tiny: Config, tmp_path: 
 
 
 def test_a_share_that_does_not_fit_is_taken_in_parts_and_one_that_was_asked_for_is_warned_of(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ict_fast.networks.cost import network_cost
     from ict_fast.planning.plan import RUNTIME_BYTES, USABLE, memory_bytes
     from ict_fast.training.step import TrainStep
 
-    config = replace(tiny, training=replace(tiny.training, total_steps=2))
+    config = replace(one_level, training=replace(one_level.training, total_steps=2))
     cost = network_cost(TrainStep(config, torch.device("cpu")).network)
     of_four = sum(memory_bytes(config, cost, 4).values())
     assert RUNTIME_BYTES < of_four < sum(memory_bytes(config, cost, 8).values())
@@ -388,11 +388,11 @@ def test_data_that_are_not_here_are_not_to_be_prepared_anew(
 
 
 def test_a_run_whose_objective_meant_something_else_when_it_began_does_not_go_on(
-    tiny: Config, tmp_path: Path
+    one_level: Config, tmp_path: Path
 ) -> None:
     from ict_fast.consistency import objective
 
-    config, out = replace(tiny, method=replace(tiny.method, metric="l2")), tmp_path / "run"
+    config, out = replace(one_level, method=replace(one_level.method, metric="l2")), tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective, "_REVISIONS", {})
         train(config, out=out, device="cpu")
@@ -702,7 +702,7 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(
 
 @pytest.mark.parametrize(("skipped", "warned"), [("every", True), ("most", True), ("few", False)])
 def test_a_run_that_learns_from_no_step_fails_and_one_that_learns_from_few_says_so(
-    tiny: Config,
+    one_level: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -727,9 +727,9 @@ def test_a_run_that_learns_from_no_step_fails_and_one_that_learns_from_few_says_
     out = tmp_path / "run"
     if skipped == "every":
         with pytest.raises(TrainingError, match="none of the 24 steps had a finite gradient: the weights"):
-            train(tiny, out=out, device="cpu")
+            train(one_level, out=out, device="cpu")
     else:
-        assert train(tiny, out=out, device="cpu").exit_code == 0
+        assert train(one_level, out=out, device="cpu").exit_code == 0
     assert open_checkpoint(out).step == 24
     told = [line for line in capsys.readouterr().err.splitlines() if "steps had no finite gradient" in line]
     assert len(told) == warned, "once"

@@ -8,6 +8,7 @@ import pty
 import random
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -345,3 +346,31 @@ def test_pictures_of_later_steps_than_the_checkpoints_are_another_historys(
     checkpoint: Any = SimpleNamespace(step=step) if step else None
     prepare_directory(Run(tmp_path, tiny, checkpoint))
     assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == kept
+
+
+_FIRST_INPUT = """
+import hashlib, os, sys
+import ict_fast.consistency.objective as objective
+from ict_fast.cli import main
+
+noise_images = objective.noise_images
+
+def first(*arguments, **options):
+    student_input, _ = noise_images(*arguments, **options)
+    print(hashlib.sha256(student_input.numpy().tobytes()).hexdigest(), flush=True)
+    os._exit(0)
+
+objective.noise_images = first
+main(["train", "--data", sys.argv[1], "--out", sys.argv[2], "--device", "cpu", "--logging.tracker", "none"])
+"""
+
+
+@pytest.mark.drill
+def test_the_first_batch_of_every_process_has_the_same_bits(digits_store: Path, tmp_path: Path) -> None:
+    """With two threads: an eighth had others, before one thread was the first to call MKL's functions."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    found = set()
+    for number in range(40):
+        command = [sys.executable, "-c", _FIRST_INPUT, str(digits_store), str(tmp_path / str(number))]
+        found.add(subprocess.check_output(command, env=environment, text=True, stderr=subprocess.DEVNULL))
+    assert len(found) == 1

@@ -47,8 +47,8 @@ _UNFINISHED = ".tmp-"
 _HEADERS = 1 << 16  # bytes of JSON beside the tensors, generously, for the free-space check
 
 
-class _NotForUs(InputError):
-    """A checkpoint that may be whole: to go on from an older one would be to lose what it holds."""
+class _MayBeWhole(InputError):
+    """A checkpoint that cannot be judged here: to go on from an older one might lose what it holds."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | No
     for step in sorted(steps, reverse=True):
         try:
             return _open_whole(steps[step])
-        except _NotForUs as error:
+        except _MayBeWhole as error:
             raise InputError(f"{error}; moved elsewhere, it would be passed over") from None
         except InputError as error:
             warn(f"{error}; passing over this checkpoint")
@@ -273,7 +273,7 @@ def _open_whole(path: Path) -> Checkpoint:
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path / _MANIFEST}: not written by ict-fast")
     if manifest.get("version") != VERSION:
-        raise _NotForUs(
+        raise _MayBeWhole(
             f"{path / _MANIFEST}: format version {manifest.get('version')};"
             f" this ict-fast reads version {VERSION}"
         )
@@ -304,7 +304,7 @@ def _verify(path: Path, name: str, entry: Any) -> None:
         if size != entry["bytes"] or sha256_file(file) != entry.get("sha256"):
             raise InputError(f"{file}: altered, it is not what {_MANIFEST} describes")
     except OSError as error:
-        raise _NotForUs(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise _MayBeWhole(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -313,7 +313,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{file}: missing") from None
     except OSError as error:
-        raise _NotForUs(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise _MayBeWhole(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: altered, not readable as JSON") from error
     if not isinstance(value, dict):
@@ -411,7 +411,7 @@ def _is_snapshot(path: Path, step: int, snapshot_every: int) -> bool:
         return True
     try:
         then = _read_json(path / _STATE)["config"]["logging"]["snapshot_every"]
-    except _NotForUs:
+    except _MayBeWhole:
         return True
     except (InputError, KeyError, TypeError):
         return False

@@ -12,7 +12,8 @@ from tyro.conf import arg
 
 from ict_fast import errors, presets, results
 from ict_fast.commands.arguments import at_least
-from ict_fast.config import Config, from_dict, validate
+from ict_fast.commands.train import stored_config
+from ict_fast.config import Config, validate
 from ict_fast.errors import InputError
 from ict_fast.screen import print_table, say
 
@@ -122,12 +123,10 @@ def _config(options: PlanOptions) -> Config:
     if options.preset is not None:
         raise InputError(f"--preset is {options.preset} and --run is {options.run}; give one of them")
     results.require_run(options.run)
-    file = options.run / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--run is {options.run}, which is no folder of a run: {file}: {error}") from None
-    return from_dict(values, str(file))
+    config = stored_config(options.run)
+    if config is None:
+        raise InputError(f"--run {options.run}: there is no run, or it cannot be read")
+    return config
 
 
 def _require_one_gpu(options: PlanOptions) -> None:

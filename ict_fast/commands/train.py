@@ -126,7 +126,7 @@ def default_options(
 
 def _config_of(run: Path, out: str | None, preset: str | None) -> Config:
     """That of the run that a new one, in `out`, is to be like."""
-    config = _stored_config(run, imported=False)
+    config = stored_config(run, imported=False)
     if config is None:
         raise InputError(f"--like {run}: there is no run, or it cannot be read")
     if out is None:
@@ -142,7 +142,7 @@ def network_of(path: Path) -> NetworkConfig:
     Raises:
         InputError: if there is none.
     """
-    if (config := _stored_config(path)) is not None:
+    if (config := stored_config(path)) is not None:
         return config.network
     for name, source in (("config.json", "safetensors"), ("model_index.json", "diffusers")):
         if (path / name).exists() and not (path / "checkpoints").exists():
@@ -160,11 +160,11 @@ def _resumed_config(out: Path, init: str | None) -> Config | None:
     """
     begun = (out / "config.json").exists() and (init is None or (out / "init.json").exists())
     if begun or any(out.glob("checkpoints/step-*")):
-        return _stored_config(out, imported=False)
+        return stored_config(out, imported=False)
     return None
 
 
-def _stored_config(folder: Path, *, imported: bool = True) -> Config | None:
+def stored_config(folder: Path, *, imported: bool = True) -> Config | None:
     """That of a run or a checkpoint, or of an imported model if that will do; None if none can be read."""
     newest_first = sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True)
     for file in (folder / "config.json", folder / "state.json", *newest_first):

@@ -560,7 +560,7 @@ def test_a_plan_for_a_run_is_of_its_own_network_and_uses_no_rate_of_another(
     file.write_text("{")
     capsys.readouterr()
     assert main(words) == 2
-    assert "which is no folder of a run" in capsys.readouterr().err
+    assert f"--run {tmp_path / 'run'}: there is no run, or it cannot be read" in capsys.readouterr().err
 
 
 def test_a_plan_warns_of_an_average_that_the_run_is_too_short_for(

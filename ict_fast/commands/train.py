@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ from ict_fast.errors import InputError, TrainingError
 
 DEFAULT_PRESET = "digits"
 SECTIONS = ("data", "network", "method", "optimizer", "training", "logging")
+_AFTERWARDS = ("sample", "evaluate", "report")
 
 
 @dataclass(frozen=True)
@@ -219,4 +221,5 @@ def run(options: TrainOptions) -> int:
         say(result.message)  # to a terminal that may be gone
     elif result.message:
         print(result.message)
+        print("then: " + ", ".join(shlex.join(["ict-fast", word, str(options.out)]) for word in _AFTERWARDS))
     return result.exit_code

@@ -32,3 +32,5 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
         # with the first gradients.
         os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
         torch.use_deterministic_algorithms(True)
+        # Else every torch.empty is filled with NaN: a pass over memory before that of each norm.
+        torch.utils.deterministic.fill_uninitialized_memory = False

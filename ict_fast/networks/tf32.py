@@ -139,8 +139,13 @@ class TrunkConv2d(nn.Conv2d):
 
     def convolved(self, x_nchw: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
         """With these instead of the layer's own."""
-        convolved = _conv2d if self.tf32 else convolution
-        return convolved(x_nchw, weight, bias, int(self.padding[0]), stride)
+        padding = int(self.padding[0])
+        if not self.tf32:
+            return convolution(x_nchw, weight, bias, padding, stride)
+        if bias is None or weight.shape[2:] == (1, 1):  # of a product cuBLAS adds it
+            return _conv2d(x_nchw, weight, bias, padding, stride)
+        # cuDNN would add it in a pass over memory, which compiled code has anyway for what comes next.
+        return _conv2d(x_nchw, weight, None, padding, stride) + bias.view(-1, 1, 1)
 
 
 def set_tf32(network: nn.Module, enabled: bool) -> None:

@@ -72,6 +72,9 @@ def _configure() -> None:
     # Backward passes as in eager mode. By itself torch compiles them under the autocast of the call, and what
     # leaves autocast in its forward pass, as the noise embedding does, would be differentiated in bf16.
     torch._functorch.config.backward_pass_autocast = "off"
+    # Inductor chooses kernels by timing, of equal runs not always the same, unless it is told here too.
+    if hasattr(torch._inductor.config, "deterministic"):
+        torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     # Wrong gradients in torch 2.13 (pytorch issue 193061); the name is read when Inductor is imported.
     triton = torch._inductor.config.triton
     if hasattr(triton, "mix_order_reduction"):

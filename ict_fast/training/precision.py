@@ -85,7 +85,7 @@ class _Stopped(Exception):
 
 def is_too_coarse(roundings: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last choice, as `TrainStep.roundings` keeps it, was to leave bf16."""
-    if not roundings:
+    if not roundings or roundings[-1].get("fp16_overflows", False):
         return False
     last = roundings[-1]
     cosine, noise = (math.nan if last[name] is None else last[name] for name in ("cosine", "noise"))
@@ -109,6 +109,9 @@ def choose_trunk(
     step: TrainStep, loader: Loader, number: int, is_stopped: Callable[[], bool] = lambda: False
 ) -> str | None:
     """Goes over to fp16, for the rest of the run, if bf16 is too coarse for the stage that begins.
+
+    Unless activations are beyond fp16, which no loss scale helps: in bf16 they harm nobody, as every reader
+    of the trunk's sums is a norm.
 
     What was measured is added to `step.roundings`. It is that of whole global batches, so the choice does not
     depend on micro-batches and processes, up to the order of sums.
@@ -137,7 +140,8 @@ def choose_trunk(
     except _Stopped:
         return None
     rounding = step.world.decide(lambda: measured)
-    if not rounding.is_harmless:
+    overflows = not rounding.is_harmless and _overflows_fp16(step, number, loader.micro_batches(number))
+    if not (rounding.is_harmless or overflows):
         step.set_trunk(torch.float16)
     step.roundings.append(
         {
@@ -146,12 +150,16 @@ def choose_trunk(
             "cosine": _json_number(rounding.cosine),
             "noise": _json_number(rounding.noise),
             "batches": rounding.batches,
+            "fp16_overflows": overflows,
         }
     )
     if not rounding.is_known:
         return f"N = {scales}: bf16 stays (only {rounding.batches} of {BATCHES} batches had finite gradients)"
+    chosen = "bf16 stays" if rounding.is_harmless else "bf16 is too coarse, fp16 from here on"
+    if overflows:
+        chosen = "bf16 is too coarse, and stays, as activations overflow fp16"
     return (
-        f"N = {scales}: {'bf16 stays' if rounding.is_harmless else 'bf16 is too coarse, fp16 from here on'}"
+        f"N = {scales}: {chosen}"
         f" (cosine {rounding.cosine:.4f}, at least {_LEAST_COSINE}; noise {rounding.noise:.3f}, at most"
         f" {_MOST_NOISE}; {rounding.batches} batches)"
     )
@@ -190,6 +198,21 @@ def measure_rounding(step: TrainStep, first_step: int, batches: Iterable[Sequenc
             break
     step.reduction.clear()
     return sums.rounding
+
+
+def _overflows_fp16(step: TrainStep, number: int, micro_batches: Sequence[Batch]) -> bool:
+    """Whether the loss of a batch is not finite with a trunk in fp16, in any process.
+
+    Changes nothing but `step`'s gradients and step number, as `measure_rounding`.
+    """
+    half = step.autocast_dtype
+    step.seed_and_step[1].fill_(number)
+    step.set_trunk(torch.float16)
+    with torch.compiler.set_stance("force_eager"):  # what may not be used is not compiled
+        loss = step.compute([piece for batch in micro_batches for piece in cut(batch)])[0]
+    step.reduction.clear()
+    step.set_trunk(half)
+    return step.world.any(not math.isfinite(float(loss)))
 
 
 class _Sums:

@@ -16,6 +16,11 @@ from ict_fast.training.world import World
 _ALIGNED_BYTES = 512  # as torch's allocator would: kernels read whole vectors, wherever a gradient begins
 
 
+def _to_none(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.grad = None
+
+
 class Alone:
     """The gradients of a process that is the only one.
 
@@ -26,10 +31,13 @@ class Alone:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
 
-    def clear(self) -> None:
-        """Before a step: there are no gradients."""
-        for parameter in self.network.parameters():
-            parameter.grad = None
+    def clear(self, *, single: bool = False) -> None:
+        """Before a step: there are no gradients.
+
+        Args:
+            single: one micro-batch is to come, not several whose gradients add up.
+        """
+        _to_none(self.network)
 
     def gathering_only(self) -> AbstractContextManager[None]:
         """While open, gradients stay in this process: another micro-batch is to come."""
@@ -42,8 +50,10 @@ class Alone:
 class Overlapped:
     """Reduced while others are still computed, with the last micro-batch: by DistributedDataParallel.
 
-    The gradients are views of its buckets from now on, and must stay. New ones, after these were set to none,
-    would be beside the buckets as long as micro-batches accumulate: as much memory again.
+    The gradients are views of its buckets from now on. Where micro-batches accumulate they must stay: new
+    ones, after these were set to none, would be beside the buckets meanwhile, as much memory again. Those of
+    a single micro-batch come one by one, and each is scaled into its bucket, where gradients that stay would
+    be set to zero, added to and scaled: 24 bytes per parameter for 8.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -55,8 +65,11 @@ class Overlapped:
                 network, gradient_as_bucket_view=True, broadcast_buffers=False
             )
 
-    def clear(self) -> None:
-        torch._foreach_zero_([p.grad for p in self.network.parameters() if p.grad is not None])
+    def clear(self, *, single: bool = False) -> None:
+        if single:
+            _to_none(self.network)
+        else:
+            torch._foreach_zero_([p.grad for p in self.network.parameters() if p.grad is not None])
 
     def gathering_only(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.network.no_sync()
@@ -90,7 +103,7 @@ class AtOnce:
         for parameter, start in zip(parameters, starts, strict=True):
             parameter.grad = self._flat.as_strided(parameter.shape, parameter.stride(), start)
 
-    def clear(self) -> None:
+    def clear(self, *, single: bool = False) -> None:
         self._flat.zero_()
 
     def gathering_only(self) -> AbstractContextManager[None]:

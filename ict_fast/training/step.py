@@ -126,9 +126,8 @@ class TrainStep:
         self.autocast_dtype = dtype
         networks = (self.network,) if self.teacher is None else (self.network, self.teacher)
         self.casts = TrunkCasts(networks, dtype)
-        if dtype is torch.float16:
-            self.loss_scale = LossScale(self.device)
-            self.optimizer.grad_scale = self.loss_scale.value
+        self.loss_scale = LossScale(self.device) if dtype is torch.float16 else None
+        self.optimizer.grad_scale = None if self.loss_scale is None else self.loss_scale.value
 
     def __call__(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Trains on the share of global batch `step` (from 0) that is here; never waits for the device."""
@@ -158,7 +157,7 @@ class TrainStep:
 
     def compute(self, micro_batches: Sequence[Batch]) -> Tensor:
         """`gradient`, but for the end of the reduction."""
-        self.reduction.clear()
+        self.reduction.clear(single=len(micro_batches) == 1)
         self.casts.refresh()
         figures = torch.zeros(FIGURES, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):

@@ -269,6 +269,17 @@ def test_no_timing_says_where_autotuned_student_and_teacher_round() -> None:
         assert not torch._inductor.config.benchmark_epilogue_fusion
 
 
+def test_of_a_deterministic_run_no_kernel_is_chosen_by_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked in (True, False):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda asked=asked: asked)
+        with (
+            torch._inductor.config.patch(deterministic=not asked),
+            torch._dynamo.config.patch(recompile_limit=8),
+        ):
+            compile_blocks()
+            assert torch._inductor.config.deterministic == asked
+
+
 def test_inductors_advice_to_allow_tf32_is_not_passed_on() -> None:
     with warnings.catch_warnings(record=True) as told, torch._dynamo.config.patch(recompile_limit=8):
         warnings.simplefilter("always")

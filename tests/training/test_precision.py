@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
 from ict_fast.data.loaders import Batch
+from ict_fast.networks import unet
 from ict_fast.planning import make_plan
 from ict_fast.planning.plan import CALIBRATION_PIECES, GRADIENTS_ALIVE, RUNTIME_BYTES
 from ict_fast.training import precision, step
@@ -234,6 +235,26 @@ def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
         assert (ours.path / f"{name}.safetensors").read_bytes() == (
             theirs.path / f"{name}.safetensors"
         ).read_bytes(), f"{name} differ"
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+def test_bf16_stays_where_activations_are_beyond_fp16(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A norm reads them, so bf16 trains; in fp16 every step would be skipped, at whatever loss scale."""
+    config = replace(tiny, training=replace(tiny.training, precision="auto", max_skipped_steps=20))
+    original = unet.to_trunk
+    monkeypatch.setattr(unet, "to_trunk", lambda x_nchw: original(3e5 * x_nchw))
+    monkeypatch.setattr(precision, "measure_rounding", lambda *_: Rounding(0.9, 1.0))
+    train(config, out=tmp_path / "run", device="cpu")
+    said = capsys.readouterr().err
+    assert "N = 161: bf16 is too coarse, and stays, as activations overflow fp16 (cosine 0.9000" in said
+    end = open_checkpoint(tmp_path / "run")
+    assert end.state["trunk_dtype"] == "bfloat16"
+    assert int(end.tensors("optimizer")["skipped"]) == 0
+    assert "loss_scale" not in end.tensors("optimizer")
+    assert [each["fp16_overflows"] for each in end.state["roundings"]] == 8 * [True], "asked in every stage"
+    assert not precision.is_too_coarse(end.state["roundings"]), "nor does a resumed run take fp16"
 
 
 def test_the_choice_outlives_another_device_and_is_made_up_for_after_one(

@@ -140,7 +140,7 @@ def _as_by_default(
     config = replace(
         tiny,
         method=replace(tiny.method, teacher="ema"),
-        training=replace(tiny.training, precision="auto", micro_batch=4, compile=compile, total_steps=16),
+        training=replace(tiny.training, precision="auto", micro_batch=8, compile=compile, total_steps=16),
     )
     monkeypatch.syspath_prepend(PEER.parent)
     with importlib.import_module("peer").like_gpus():
@@ -170,8 +170,8 @@ def _assert_same_choices(one: Checkpoint, two: Checkpoint) -> None:
 def test_two_processes_choose_the_arithmetic_and_train_as_one_does(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The path of every run on several GPUs: auto, a switch to fp16 and its loss scale, micro-batches; and
-    an EMA teacher."""
+    """The path of every run on several GPUs: auto, a switch to fp16 and its loss scale, a micro-batch for
+    each process (in pieces for the choice) where one process has two; and an EMA teacher."""
     one, two = _as_by_default(tiny, tmp_path, monkeypatch, "off")
     _assert_same_choices(one, two)
     for name in ("weights", "ema", "teacher"):
@@ -614,11 +614,14 @@ def test_what_keeps_torchrun_from_starting_lost_processes_again_is_said(
 def test_a_deterministic_run_leaves_no_sum_to_the_switches_between_gpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Nor does it fill memory that is written anyway."""
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     for given, expected in (({}, "^NVLS,NVLSTree"), ({"NCCL_ALGO": "Ring"}, "Ring")):
         monkeypatch.setattr(os, "environ", dict(given))
         configure_torch(torch.device("cpu"), deterministic=True)
         assert os.environ["NCCL_ALGO"] == expected
+    assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_torch_has_no_more_threads_than_a_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:

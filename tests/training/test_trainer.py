@@ -163,7 +163,9 @@ def test_a_run_is_extended_by_its_folder_and_the_steps_alone(
     shutil.copytree(out, other)
     words = ["train", "--device", "cpu", "--out", str(out)]
     assert main(words) == 0
-    assert capsys.readouterr().out == f"{out} is finished: 24 steps are done\n"
+    done, then = capsys.readouterr().out.splitlines()
+    assert done == f"{out} is finished: 24 steps are done"
+    assert then == f"then: ict-fast sample {out}, ict-fast evaluate {out}, ict-fast report {out}"
     for wrong, said in (
         (["--network.dropout", "0.3"], "differs in network.dropout (there 0.1, asked 0.3); another --out"),
         (["--training.total-steps", "32"], "(there 24, asked 32); --extend 32 continues it"),

@@ -33,4 +33,4 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
         os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
         torch.use_deterministic_algorithms(True)
         # Else every torch.empty is filled with NaN: a pass over memory before that of each norm.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -39,9 +39,9 @@ def _vector(tensors: Mapping[str, Tensor], names: list[str]) -> Tensor:
 
 
 def test_each_average_follows_its_recurrence_and_a_skipped_step_advances_none(
-    tiny: Config, batches: Batches
+    one_level: Config, batches: Batches
 ) -> None:
-    config = _averaged(tiny, ema_decays=(0.5, 0.999), power_ema=(0.1, 0.25), ema_warmup=False)
+    config = _averaged(one_level, ema_decays=(0.5, 0.999), power_ema=(0.1, 0.25), ema_warmup=False)
     train_step = TrainStep(config, CPU)
     names = [name for name, _ in train_step.network.named_parameters()]
     assert train_step.averages.names == ("0.5", "0.999", "power-0.1", "power-0.25")
@@ -67,8 +67,10 @@ def test_each_average_follows_its_recurrence_and_a_skipped_step_advances_none(
     assert int(train_step.updates()) == updates == 5
 
 
-def test_a_further_average_of_the_first_ones_decay_is_the_first_one(tiny: Config, batches: Batches) -> None:
-    config = _averaged(tiny, ema_decays=(tiny.optimizer.ema_decay,))
+def test_a_further_average_of_the_first_ones_decay_is_the_first_one(
+    one_level: Config, batches: Batches
+) -> None:
+    config = _averaged(one_level, ema_decays=(one_level.optimizer.ema_decay,))
     train_step = TrainStep(config, CPU)
     for step in range(5):
         train_step(step, batches(config, step))
@@ -395,9 +397,9 @@ def test_a_full_disk_costs_a_snapshot_and_not_the_run(
     assert _distance(open_checkpoint(out / "ema/decay-0.9").tensors("ema"), tracked) < 1e-3
 
 
-def test_snapshots_past_the_checkpoint_are_cut_back(tiny: Config, tmp_path: Path) -> None:
+def test_snapshots_past_the_checkpoint_are_cut_back(one_level: Config, tmp_path: Path) -> None:
     """A run that goes on from an earlier checkpoint makes its own: at other steps, if it is asked to."""
-    config, out = _averaged(tiny, power_ema=(0.1,)), tmp_path / "run"
+    config, out = _averaged(one_level, power_ema=(0.1,)), tmp_path / "run"
     config = replace(config, logging=replace(config.logging, power_ema_every=2, checkpoint_every=8))
     train(config, out=out, device="cpu")
     shutil.rmtree(out / "checkpoints/step-00000024")

@@ -68,9 +68,9 @@ def distances(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_measuring_changes_no_bit_of_the_run_and_writes_what_evaluate_says(
-    tiny: Config, tmp_path: Path
+    one_level: Config, tmp_path: Path
 ) -> None:
-    config = replace(tiny, training=replace(tiny.training, total_steps=8))
+    config = replace(one_level, training=replace(one_level.training, total_steps=8))
     with_it, without = tmp_path / "with", tmp_path / "without"
     train(_measured(config, evaluate_steps=(1, 2)), out=with_it, device="cpu")
     train(_measured(config, evaluate_every=0), out=without, device="cpu")
@@ -88,11 +88,11 @@ def test_measuring_changes_no_bit_of_the_run_and_writes_what_evaluate_says(
 
 
 def test_the_best_checkpoint_outlives_the_rotation_and_is_found_by_its_name(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, distances: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     distances(9.0, 3.0, 7.0, 5.0, 4.0, 8.0)
-    train(_measured(tiny, checkpoint_every=2), out=out, device="cpu")
+    train(_measured(one_level, checkpoint_every=2), out=out, device="cpu")
     assert [line["one_step"]["frechet_distance"] for line in _lines(out)] == [9, 3, 7, 5, 4, 8]
     assert (out / "checkpoints/best").read_text() == "step-00000008\n"
     assert _kept(out) == [8, 22, 24], "the best, and the newest two"
@@ -104,26 +104,26 @@ def test_the_best_checkpoint_outlives_the_rotation_and_is_found_by_its_name(
 
 
 def test_a_crash_while_measuring_loses_no_step_that_was_to_be_saved(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+    one_level: Config, tmp_path: Path, distances: Callable[..., None]
 ) -> None:
     distances(9.0, 8.0, SystemExit(9))  # nothing in the run catches this
     with pytest.raises(SystemExit):
-        train(_measured(tiny), out=tmp_path / "run", device="cpu")
+        train(_measured(one_level), out=tmp_path / "run", device="cpu")
     assert open_checkpoint(tmp_path / "run").step == 12
 
 
 def test_a_measured_step_is_saved_only_if_it_is_the_best(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+    one_level: Config, tmp_path: Path, distances: Callable[..., None]
 ) -> None:
     distances(9.0, 3.0, 7.0, 5.0, 4.0, 8.0)
-    train(_measured(tiny, checkpoint_every=24, keep_checkpoints=9), out=tmp_path / "run", device="cpu")
+    train(_measured(one_level, checkpoint_every=24, keep_checkpoints=9), out=tmp_path / "run", device="cpu")
     assert _kept(tmp_path / "run") == [4, 8, 24]
 
 
 def test_a_run_that_goes_on_cuts_its_measurements_back_and_knows_its_best(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+    one_level: Config, tmp_path: Path, distances: Callable[..., None]
 ) -> None:
-    out, config = tmp_path / "run", _measured(tiny, keep_checkpoints=3)
+    out, config = tmp_path / "run", _measured(one_level, keep_checkpoints=3)
     distances(9.0, 3.0, 7.0, 5.0, 4.0, 2.0)
     train(config, out=out, device="cpu")
     assert _kept(out) == [16, 20, 24]
@@ -146,14 +146,14 @@ def test_a_run_that_goes_on_cuts_its_measurements_back_and_knows_its_best(
     "error", [InputError("data/x: is not there"), RuntimeError("CUDA out of memory"), KeyError("one_step")]
 )
 def test_a_measurement_that_fails_warns_and_the_training_goes_on(
-    tiny: Config,
+    one_level: Config,
     tmp_path: Path,
     distances: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
     error: Exception,
 ) -> None:
     distances(9.0, error, 7.0, float("nan"), 4.0, 8.0)
-    assert train(_measured(tiny), out=tmp_path / "run", device="cpu").exit_code == 0
+    assert train(_measured(one_level), out=tmp_path / "run", device="cpu").exit_code == 0
     assert [line["step"] for line in _lines(tmp_path / "run")] == [4, 12, 20, 24]
     shown = capsys.readouterr().err
     assert shown.count("could not be measured") == 2
@@ -161,7 +161,7 @@ def test_a_measurement_that_fails_warns_and_the_training_goes_on(
 
 
 def test_a_line_that_a_full_disk_cuts_short_swallows_no_other(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, appended = Path.open, 0
 
@@ -177,8 +177,8 @@ def test_a_line_that_a_full_disk_cuts_short_swallows_no_other(
 
     monkeypatch.setattr(Path, "open", open_until_full)
     distances(9.0, 8.0, 3.0, 5.0, 4.0, 6.0, 7.0)
-    train(_measured(tiny), out=tmp_path / "run", device="cpu")
-    train(_measured(tiny), out=tmp_path / "run", device="cpu", extend=28)
+    train(_measured(one_level), out=tmp_path / "run", device="cpu")
+    train(_measured(one_level), out=tmp_path / "run", device="cpu", extend=28)
     assert [line["step"] for line in _lines(tmp_path / "run")] == [4, 12, 16, 20, 24, 28]
     assert (tmp_path / "run/checkpoints/best").read_text() == "step-00000012\n"
 
@@ -201,12 +201,12 @@ def test_what_can_never_be_measured_is_refused_at_the_start(
 
 
 def test_data_that_move_away_while_the_run_goes_on_cost_a_warning(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The loader has its images open; the measurement looks for them anew."""
     data = tmp_path / "data"
-    shutil.copytree(tiny.data.path, data)
-    config = replace(tiny, data=replace(tiny.data, path=str(data)))
+    shutil.copytree(one_level.data.path, data)
+    config = replace(one_level, data=replace(one_level.data, path=str(data)))
     config = replace(config, training=replace(config.training, total_steps=8))
     original = evaluations_module.Evaluations.is_due
 
@@ -221,9 +221,9 @@ def test_data_that_move_away_while_the_run_goes_on_cost_a_warning(
 
 
 def test_ctrl_c_ends_a_measurement_which_is_made_up_for_when_the_run_goes_on(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, config = tmp_path / "run", _measured(tiny)
+    out, config = tmp_path / "run", _measured(one_level)
     original = evaluations_module.Evaluations._evaluate
 
     def interrupted(self: Any, model: object) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def test_ctrl_c_ends_a_measurement_which_is_made_up_for_when_the_run_goes_on(
 
 
 def test_ctrl_c_in_the_last_measurement_says_that_it_is_missing_and_how_to_make_it(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
     original = evaluations_module.Evaluations._evaluate
@@ -259,10 +259,10 @@ def test_ctrl_c_in_the_last_measurement_says_that_it_is_missing_and_how_to_make_
 
     distances(9.0, 3.0, 7.0, 5.0, 4.0, 8.0)
     monkeypatch.setattr(evaluations_module.Evaluations, "_evaluate", interrupted)
-    config = _measured(tiny, evaluate_reference=tiny.data.path)
+    config = _measured(one_level, evaluate_reference=one_level.data.path)
     result = train(config, out=out, device="cpu")
     assert (result.exit_code, result.step) == (EXIT_SIGINT, 24)
-    command = f"`ict-fast evaluate {out} --reference {tiny.data.path} --steps 1 --count 64`"
+    command = f"`ict-fast evaluate {out} --reference {one_level.data.path} --steps 1 --count 64`"
     assert result.message.endswith(
         f"24 steps are done; their last measurement is missing: {command} makes it"
     )
@@ -270,8 +270,10 @@ def test_ctrl_c_in_the_last_measurement_says_that_it_is_missing_and_how_to_make_
     assert [line["step"] for line in _lines(out)] == [4, 8, 12, 16, 20]
 
 
-def test_the_command_for_a_missing_measurement_makes_the_runs_own(tiny: Config, tmp_path: Path) -> None:
-    config = _measured(replace(tiny, training=replace(tiny.training, total_steps=8)), evaluate_steps=(3, 1))
+def test_the_command_for_a_missing_measurement_makes_the_runs_own(one_level: Config, tmp_path: Path) -> None:
+    config = _measured(
+        replace(one_level, training=replace(one_level.training, total_steps=8)), evaluate_steps=(3, 1)
+    )
     out = tmp_path / "a run"
     train(config, out=out, device="cpu")
     program, *words = shlex.split(evaluations_module.evaluate_command(out, config))
@@ -284,25 +286,25 @@ def test_the_command_for_a_missing_measurement_makes_the_runs_own(tiny: Config, 
 
 
 def test_a_last_measurement_that_was_made_is_not_missing(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+    one_level: Config, tmp_path: Path, distances: Callable[..., None]
 ) -> None:
     distances(9.0, 3.0, 7.0, 5.0, 4.0, 8.0)
-    result = train(_measured(tiny), out=tmp_path / "run", device="cpu")
+    result = train(_measured(one_level), out=tmp_path / "run", device="cpu")
     assert (result.exit_code, result.message) == (0, f"{tmp_path / 'run'}: 24 steps are done")
 
 
 def test_the_best_is_sought_anew_among_measurements_of_another_kind(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, distances: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of twice as many images: the best before, 3 of step 8, says nothing about them."""
-    out, config = tmp_path / "run", _measured(tiny, keep_checkpoints=3)
+    out, config = tmp_path / "run", _measured(one_level, keep_checkpoints=3)
     distances(9.0, 3.0, 7.0, 5.0, 4.0, 2.0)
     train(config, out=out, device="cpu")
     for step in (20, 24):
         shutil.rmtree(out / f"checkpoints/step-{step:08d}")
     (out / "checkpoints/best").write_text("step-00000008\n")
     distances(6.0, 7.0)
-    train(_measured(tiny, keep_checkpoints=3, evaluate_count=128), out=out, device="cpu")
+    train(_measured(one_level, keep_checkpoints=3, evaluate_count=128), out=out, device="cpu")
     assert [(line["step"], line["count"]) for line in _lines(out)] == [
         *((step, 64) for step in (4, 8, 12, 16)),
         *((step, 128) for step in (20, 24)),
@@ -315,10 +317,10 @@ def test_the_best_is_sought_anew_among_measurements_of_another_kind(
 
 @pytest.mark.parametrize("steps", [(1, 2), (2, 1)])
 def test_another_second_sigma_begins_anew_where_two_steps_are_compared(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None], steps: tuple[int, ...]
+    one_level: Config, tmp_path: Path, distances: Callable[..., None], steps: tuple[int, ...]
 ) -> None:
     """Of one step it changes nothing: the best before, 3 of step 8, stays."""
-    out, config = tmp_path / "run", _measured(tiny, keep_checkpoints=3, evaluate_steps=steps)
+    out, config = tmp_path / "run", _measured(one_level, keep_checkpoints=3, evaluate_steps=steps)
     distances(9.0, 3.0, 7.0, 5.0, 4.0, 5.0)
     train(config, out=out, device="cpu")
     for step in (20, 24):
@@ -332,10 +334,10 @@ def test_another_second_sigma_begins_anew_where_two_steps_are_compared(
 
 
 def test_measurements_of_old_runs_that_lack_their_noise_levels_are_read(
-    tiny: Config, tmp_path: Path, distances: Callable[..., None]
+    one_level: Config, tmp_path: Path, distances: Callable[..., None]
 ) -> None:
     """Those of one step compare with new ones."""
-    out, config = tmp_path / "run", _measured(tiny, keep_checkpoints=3, evaluate_steps=(1,))
+    out, config = tmp_path / "run", _measured(one_level, keep_checkpoints=3, evaluate_steps=(1,))
     distances(9.0, 3.0, 7.0, 5.0, 4.0, 5.0)
     train(config, out=out, device="cpu")
     shutil.rmtree(out / "checkpoints/step-00000024")
@@ -352,7 +354,7 @@ def test_measurements_of_old_runs_that_lack_their_noise_levels_are_read(
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("option", ["evaluate_features", "evaluate_reference"])
 def test_files_that_can_never_measure_are_refused_before_the_first_step(
-    tiny: Config, tmp_path: Path, option: str, processes: int, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, option: str, processes: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Features that are a pickle; a reference of images of another size."""
     file = tmp_path / ("features.pt" if option == "evaluate_features" else "reference.npz")
@@ -360,7 +362,7 @@ def test_files_that_can_never_measure_are_refused_before_the_first_step(
         torch.save({"a": torch.ones(2)}, file)
     else:
         np.savez(file, arr_0=np.zeros((8, 16, 16, 1), np.uint8))
-    config, out = _measured(tiny, **{option: str(file)}), tmp_path / "run"
+    config, out = _measured(one_level, **{option: str(file)}), tmp_path / "run"
     said = "refused, it is a pickle" if option == "evaluate_features" else "holds images of 16x16"
     with pytest.raises(InputError, match=said) as refused:
         train(config, out=out, device="cpu", processes=processes)
@@ -370,7 +372,7 @@ def test_files_that_can_never_measure_are_refused_before_the_first_step(
 
 
 def test_a_dry_run_refuses_what_no_machine_can_measure_and_says_what_is_missing_on_this_one(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cifar10 = presets.get("cifar10")
     with pytest.raises(InputError, match="evaluate-features FILE"):
@@ -378,13 +380,13 @@ def test_a_dry_run_refuses_what_no_machine_can_measure_and_says_what_is_missing_
     said = dry_run(_measured(cifar10, evaluate_features="nowhere.pt"), out=tmp_path / "run", device="cpu")
     assert "measurements: not here: --logging.evaluate-features is nowhere.pt, which is not there" in said
     monkeypatch.setattr("ict_fast.training.trackers._is_installed", lambda package: False)
-    said = dry_run(_measured(tiny, tracker="wandb"), out=tmp_path / "run", device="cpu")
+    said = dry_run(_measured(one_level, tracker="wandb"), out=tmp_path / "run", device="cpu")
     assert "tracker: not here: --logging.tracker is wandb, which is not installed" in said
     assert "measurements" not in said
 
 
 def test_the_run_keeps_what_is_computed_of_a_reference(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = []
 
@@ -393,12 +395,12 @@ def test_the_run_keeps_what_is_computed_of_a_reference(
         return {"one_step": {"frechet_distance": 1.0}}
 
     monkeypatch.setattr(ict_fast.evaluation, "evaluate", evaluate)
-    train(_measured(tiny, evaluate_every=12), out=tmp_path / "run", device="cpu")
+    train(_measured(one_level, evaluate_every=12), out=tmp_path / "run", device="cpu")
     assert given == [tmp_path / "run" / "evaluation"] * 2
 
 
 def test_the_measured_model_leaves_the_training_network_alone(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluate(model: torch.nn.Module, reference: Path, **options: Any) -> dict[str, Any]:
         with torch.no_grad():
@@ -407,4 +409,4 @@ def test_the_measured_model_leaves_the_training_network_alone(
         return {"one_step": {"frechet_distance": 1.0}}
 
     monkeypatch.setattr(ict_fast.evaluation, "evaluate", evaluate)
-    assert train(_measured(tiny), out=tmp_path / "run", device="cpu").exit_code == 0
+    assert train(_measured(one_level), out=tmp_path / "run", device="cpu").exit_code == 0

@@ -31,13 +31,13 @@ from .conftest import flags  # type: ignore[import-not-found]
 
 
 @pytest.fixture
-def panel(tiny: Config) -> Panel:
+def panel(one_level: Config) -> Panel:
     """In the middle of a run of 24 steps, with everything to say."""
     panel = Panel(
         "training digits in runs/" + "long-name-" * 12,
         step=13,
         total_steps=24,
-        stages=stages(24, tiny.method),
+        stages=stages(24, one_level.method),
     )
     panel.losses = [2.0**i for i in range(40)]
     panel.eta, panel.speed, panel.gradient = "1m02s", "1,234 images/s, MFU 43.2%", "norm 0.5, trunk in bf16"
@@ -72,9 +72,11 @@ def test_a_wide_terminal_gets_a_frame_with_everything(panel: Panel, width: int) 
     assert len(lines) == 2 + 8
 
 
-def test_the_stages_of_an_extended_run_are_those_that_it_was_trained_in(tiny: Config, tmp_path: Path) -> None:
+def test_the_stages_of_an_extended_run_are_those_that_it_was_trained_in(
+    one_level: Config, tmp_path: Path
+) -> None:
     """Eight of three steps each, then, of eight each, the last five of a plan of 64 steps."""
-    config = replace(tiny, training=replace(tiny.training, total_steps=64))
+    config = replace(one_level, training=replace(one_level.training, total_steps=64))
     monitor = Monitor(Run(tmp_path, config, None, extensions=(Extension(24, 24),)))
     for step, shown in ((23, "8 of 13, N = 1,281, step 2 of 3"), (25, "9 of 13, N = 81, step 1 of 8")):
         monitor.advance(step)
@@ -157,7 +159,7 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(tiny: Config, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+def terminal(one_level: Config, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
     def start(config: Config, *extra: str) -> Terminal:
@@ -179,9 +181,9 @@ def _endless(config: Config, batch_size: int = 16) -> Config:
 
 
 def test_the_panel_is_drawn_and_one_ctrl_c_saves(
-    tiny: Config, tmp_path: Path, terminal: Callable[..., Terminal]
+    one_level: Config, tmp_path: Path, terminal: Callable[..., Terminal]
 ) -> None:
-    screen = terminal(_endless(tiny))
+    screen = terminal(_endless(one_level))
     screen.read_until(lambda text: "images/s" in text and re.search(r"[▁-█]{3}", text) is not None)
     assert "╭─ training digits in" in screen.text
     assert "1 of 8, N = 11, step" in screen.text
@@ -196,10 +198,10 @@ def test_the_panel_is_drawn_and_one_ctrl_c_saves(
 
 @pytest.mark.parametrize("processes", [(), ("--processes", "2")], ids=["one", "two"])
 def test_a_second_ctrl_c_does_not_wait_for_the_step(
-    tiny: Config, tmp_path: Path, terminal: Callable[..., Terminal], processes: tuple[str, ...]
+    one_level: Config, tmp_path: Path, terminal: Callable[..., Terminal], processes: tuple[str, ...]
 ) -> None:
     """A step that takes minutes: the first Ctrl-C waits for its end, the second one for nothing."""
-    screen = terminal(_endless(tiny, batch_size=2**19), "--training.micro-batch", "4096", *processes)
+    screen = terminal(_endless(one_level, batch_size=2**19), "--training.micro-batch", "4096", *processes)
     screen.read_until(lambda text: "training digits in" in text and "progress" in text)
     time.sleep(1)
     started = time.monotonic()

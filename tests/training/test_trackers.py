@@ -50,13 +50,13 @@ def _cut_at(step: int, config: Config, out: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_tensorboard_shows_what_the_log_says_also_after_a_cut(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read back by TensorBoard's own reader: every number of every line, once, and the grids."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config, out = _tracked(tiny, "tensorboard"), tmp_path / "run"
+    config, out = _tracked(one_level, "tensorboard"), tmp_path / "run"
     _cut_at(18, config, out, monkeypatch)
     train(config, out=out, device="cpu")
     events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
@@ -88,12 +88,12 @@ def test_no_tensorflow_is_loaded_for_it(tmp_path: Path) -> None:
 
 
 def test_weights_and_biases_works_without_a_network(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real package, offline: one id over both starts, our own step, the figures in its file."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config, out = _tracked(tiny, "wandb"), tmp_path / "run"
+    config, out = _tracked(one_level, "wandb"), tmp_path / "run"
     _cut_at(18, config, out, monkeypatch)
     train(config, out=out, device="cpu")
     number = (out / "wandb-id").read_text().strip()
@@ -129,11 +129,11 @@ class _Recorder:
 
 
 def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorder = _Recorder(good_calls=2)
     monkeypatch.setattr("ict_fast.training.trainer.open_tracker", lambda run, warn: recorder)
-    assert train(_tracked(tiny, "none"), out=tmp_path / "run", device="cpu").exit_code == 0
+    assert train(_tracked(one_level, "none"), out=tmp_path / "run", device="cpu").exit_code == 0
     assert [call[:2] for call in recorder.calls] == [("figures", 4), ("figures", 8)]
     assert capsys.readouterr().err.count("--logging.tracker failed (No space left on device)") == 1
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 6
@@ -141,7 +141,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(
 
 @pytest.mark.parametrize("good_writes", [1, 30])
 def test_a_full_disk_under_tensorboards_own_thread_is_one_warning(
-    tiny: Config,
+    one_level: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -159,7 +159,7 @@ def test_a_full_disk_under_tensorboards_own_thread_is_one_warning(
         original(self, data)
 
     monkeypatch.setattr(writer, "write", write)
-    result = train(_tracked(tiny, "tensorboard"), out=tmp_path / "run", device="cpu")
+    result = train(_tracked(one_level, "tensorboard"), out=tmp_path / "run", device="cpu")
     assert (result.exit_code, result.step) == (0, 24)
     assert capsys.readouterr().err.count("--logging.tracker failed (No space left on device)") == 1
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 6
@@ -173,7 +173,7 @@ def test_a_full_disk_under_tensorboards_own_thread_is_one_warning(
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_a_tracker_that_is_asked_for_and_not_installed_is_one_line(
-    tiny: Config,
+    one_level: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -183,7 +183,7 @@ def test_a_tracker_that_is_asked_for_and_not_installed_is_one_line(
     monkeypatch.setattr(
         trackers.importlib.util, "find_spec", lambda name: None if name == tracker else original(name)
     )
-    words = ["train", "--device", "cpu", "--out", str(tmp_path / "run"), "--data", tiny.data.path]
+    words = ["train", "--device", "cpu", "--out", str(tmp_path / "run"), "--data", one_level.data.path]
     for more in ([], ["--processes", "2"]):
         assert main([*words, "--logging.tracker", tracker, *more]) == 2
         error = capsys.readouterr().err
@@ -192,16 +192,18 @@ def test_a_tracker_that_is_asked_for_and_not_installed_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_auto_is_tensorboard_where_it_is_installed(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_tensorboard_where_it_is_installed(
+    one_level: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for installed, chosen in ((True, "tensorboard"), (False, None)):
         found: Callable[[str], object] = lambda name, there=installed: there or None  # noqa: E731
         monkeypatch.setattr(trackers.importlib.util, "find_spec", found)
-        assert chosen_tracker(_tracked(tiny, "auto")) == chosen
-        assert chosen_tracker(_tracked(tiny, "none")) is None
+        assert chosen_tracker(_tracked(one_level, "auto")) == chosen
+        assert chosen_tracker(_tracked(one_level, "none")) is None
 
 
 def test_weights_and_biases_that_cannot_start_is_bad_input(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = pytest.importorskip("wandb")
 
@@ -210,29 +212,29 @@ def test_weights_and_biases_that_cannot_start_is_bad_input(
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(InputError, match=r"cannot be started \(api_key not configured .*WANDB_MODE=offline"):
-        trackers.open_tracker(Run(tmp_path, _tracked(tiny, "wandb"), None), pytest.fail)
+        trackers.open_tracker(Run(tmp_path, _tracked(one_level, "wandb"), None), pytest.fail)
 
 
 def test_a_tensorboard_that_cannot_be_opened_costs_a_warning_unless_it_was_asked_for(
-    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file is where its folder would be."""
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("")
     warnings: list[str] = []
-    assert trackers.open_tracker(Run(tmp_path, _tracked(tiny, "auto"), None), warnings.append) is None
+    assert trackers.open_tracker(Run(tmp_path, _tracked(one_level, "auto"), None), warnings.append) is None
     [said] = warnings
     assert said.startswith("TensorBoard cannot be started (")
     assert said.endswith("the run goes on without it")
     with pytest.raises(InputError, match=r"--logging.tracker tensorboard cannot be started .* none does"):
-        trackers.open_tracker(Run(tmp_path, _tracked(tiny, "tensorboard"), None), pytest.fail)
+        trackers.open_tracker(Run(tmp_path, _tracked(one_level, "tensorboard"), None), pytest.fail)
 
 
-def test_curves_are_numbers_by_tag(tiny: Config) -> None:
+def test_curves_are_numbers_by_tag(one_level: Config) -> None:
     means = [None] * 11 + [2.5]
     line = {"step": 4, "loss": None, "precision": "bf16", "skipped": 0, "loss_by_sigma": means, "time": 1.0}
-    assert tagged(line, tiny) == {
+    assert tagged(line, one_level) == {
         "precision/significant_bits": 8,
         "skipped": 0,
-        f"loss_by_sigma/11_{sigma_edges(tiny.method)[11]:.3g}-80": 2.5,
+        f"loss_by_sigma/11_{sigma_edges(one_level.method)[11]:.3g}-80": 2.5,
     }

@@ -209,14 +209,14 @@ def test_an_extension_says_that_n_falls_and_what_was_trained_before(
 
 
 def test_no_other_extension_is_warned_of(
-    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fixed = replace(
-        tiny,
-        method=replace(tiny.method, curriculum="fixed"),
-        training=replace(tiny.training, total_steps=2),
+        one_level,
+        method=replace(one_level.method, curriculum="fixed"),
+        training=replace(one_level.training, total_steps=2),
     )
-    early = replace(tiny, training=replace(tiny.training, total_steps=1))  # from N = 11 to 21
+    early = replace(one_level, training=replace(one_level.training, total_steps=1))  # from N = 11 to 21
     for name, config in (("fixed", fixed), ("early", early)):
         for extend in (None, 4):
             train(config, out=tmp_path / name, device="cpu", extend=extend)
@@ -224,17 +224,17 @@ def test_no_other_extension_is_warned_of(
 
 
 def test_what_has_no_effect_is_warned_of_in_one_line(
-    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is not as in the preset, and is not used beside the rest: not p_mean, which is the preset's."""
     method = replace(
-        tiny.method, metric="l2", huber_c=0.1, teacher_ema=0.5, indices="uniform", p_std=1.0, rho=6.0
+        one_level.method, metric="l2", huber_c=0.1, teacher_ema=0.5, indices="uniform", p_std=1.0, rho=6.0
     )
     config = replace(
-        tiny,
+        one_level,
         method=method,
-        training=replace(tiny.training, total_steps=1),
-        logging=replace(tiny.logging, evaluate_count=100),
+        training=replace(one_level.training, total_steps=1),
+        logging=replace(one_level.logging, evaluate_count=100),
     )
     warning = (
         "warning: without effect: --method.p-std (with --method.indices uniform), --method.huber-c (with"
@@ -249,16 +249,16 @@ def test_what_has_no_effect_is_warned_of_in_one_line(
     shown = capsys.readouterr().err
     assert "without effect: --method.p-std (" in shown
     assert "huber-c" not in shown
-    train(tiny, out=tmp_path / "plain", device="cpu")
+    train(one_level, out=tmp_path / "plain", device="cpu")
     assert "without effect" not in capsys.readouterr().err
 
 
 def test_an_average_that_the_run_is_too_short_for_is_warned_of_once(
-    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A decay of 0.8 leaves 0.005 of the initial weights after 24 steps."""
-    optimizer = replace(tiny.optimizer, ema_warmup=False, ema_decay=0.9, ema_decays=(0.8, 0.99))
-    config, out = replace(tiny, optimizer=optimizer), tmp_path / "run"
+    optimizer = replace(one_level.optimizer, ema_warmup=False, ema_decay=0.9, ema_decays=(0.8, 0.99))
+    config, out = replace(one_level, optimizer=optimizer), tmp_path / "run"
     warning = (
         "warning: after 24 steps the averaged weights are still in part the initial ones: 8 % with a decay of"
         " 0.9, 79 % with a decay of 0.99; --optimizer.ema-warmup leaves nothing of them, a decay of 0.82 at"
@@ -301,12 +301,12 @@ def test_resume_never_and_must(run: tuple[Config, Path], tmp_path: Path) -> None
         train(config, out=out, device="cpu", resume="maybe")
 
 
-def test_a_directory_that_is_something_else_is_not_touched(tiny: Config, tmp_path: Path) -> None:
+def test_a_directory_that_is_something_else_is_not_touched(one_level: Config, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="holds no run"):
-        train(tiny, out=tmp_path, device="cpu")
+        train(one_level, out=tmp_path, device="cpu")
     with pytest.raises(InputError, match="--out must name a directory"):
-        train(tiny, out=tmp_path / "thesis.tex", device="cpu")
+        train(one_level, out=tmp_path / "thesis.tex", device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -411,13 +411,13 @@ def test_a_run_whose_objective_meant_something_else_when_it_began_does_not_go_on
     ("metric", "expected", "rev"), [("pseudo-huber", 0.5, 1), ("l2", 0.0625, 2), ("l1", 0.25, 2)]
 )
 def test_what_an_objective_computes_has_the_number_that_runs_remember(
-    tiny: Config, metric: Any, expected: float, rev: int
+    one_level: Config, metric: Any, expected: float, rev: int
 ) -> None:
     """Change the number, in `_REVISIONS`, with what is computed."""
     from ict_fast.consistency.objective import revision
     from ict_kernels import NoiseLevels, consistency_loss
 
-    method = replace(tiny.method, metric=metric, huber_c=0.0)
+    method = replace(one_level.method, metric=metric, huber_c=0.0)
     ones = torch.ones(1)
     levels = NoiseLevels(torch.zeros(1, dtype=torch.int64), ones, ones, ones)
     # At sigma = sigma_min c_skip is 1 and c_out 0: each of four values differs by 0.25.
@@ -473,21 +473,21 @@ def test_a_run_that_lost_its_checkpoints_says_that_it_starts_again(
     assert [record["step"] for record in _records(out)] == [5, 10, 15, 20, 24]
 
 
-def test_two_processes_do_not_train_in_one_directory(tiny: Config, tmp_path: Path) -> None:
+def test_two_processes_do_not_train_in_one_directory(one_level: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with lock(Run(out, tiny, None), pytest.fail):
+    with lock(Run(out, one_level, None), pytest.fail):
         with pytest.raises(InputError, match=rf"another process \(number {os.getpid()}\) is training in"):
-            train(tiny, out=out, device="cpu")
+            train(one_level, out=out, device="cpu")
         assert [path.name for path in out.iterdir()] == [".lock"]
-    assert train(tiny, out=out, device="cpu").exit_code == 0, (
+    assert train(one_level, out=out, device="cpu").exit_code == 0, (
         "the lock of a process that is gone does not count"
     )
 
 
 def test_the_lock_of_a_lost_node_is_waited_for(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(tmp_path / "run", tiny, None)
+    run = Run(tmp_path / "run", one_level, None)
     with ExitStack() as lost:
         lost.enter_context(lock(run, pytest.fail))
         waited: list[float] = []
@@ -504,7 +504,7 @@ def test_the_lock_of_a_lost_node_is_waited_for(
 
 
 def test_a_run_that_moved_on_between_reading_and_locking_is_not_trained_from_the_older_checkpoint(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
 
@@ -512,14 +512,14 @@ def test_a_run_that_moved_on_between_reading_and_locking_is_not_trained_from_the
         """Reads the directory; then, before the caller can lock it, another process finishes the run."""
         opened = open_run(*arguments)
         monkeypatch.undo()
-        train(tiny, out=out, device="cpu")
+        train(one_level, out=out, device="cpu")
         return opened
 
     monkeypatch.setattr(trainer, "open_run", open_late)
     with pytest.raises(InputError, match="another process has just saved a checkpoint in"):
-        train(tiny, out=out, device="cpu")
+        train(one_level, out=out, device="cpu")
     log = (out / "log.jsonl").read_bytes()
-    assert "is finished" in train(tiny, out=out, device="cpu").message
+    assert "is finished" in train(one_level, out=out, device="cpu").message
     assert (out / "log.jsonl").read_bytes() == log
 
 
@@ -540,14 +540,14 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
 
 
 def test_memory_that_does_not_suffice_is_one_line(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(*arguments: object) -> None:
         torch.empty(2**60)
 
     monkeypatch.setattr(trainer, "TrainStep", build)
     with pytest.raises(TrainingError, match=r"out of memory: .*; a smaller --training\.micro-batch"):
-        train(tiny, out=tmp_path / "run", device="cpu")
+        train(one_level, out=tmp_path / "run", device="cpu")
 
 
 def test_a_run_whose_checkpoints_are_all_broken_is_refused(run: tuple[Config, Path]) -> None:
@@ -572,14 +572,14 @@ def test_other_images_under_the_same_name_are_refused(run: tuple[Config, Path], 
         train(other, out=out, device="cpu")
 
 
-def test_data_that_do_not_fit_the_network_are_refused(tiny: Config, tmp_path: Path) -> None:
-    larger = replace(tiny, network=replace(tiny.network, resolution=16, attention_resolutions=(8,)))
+def test_data_that_do_not_fit_the_network_are_refused(one_level: Config, tmp_path: Path) -> None:
+    larger = replace(one_level, network=replace(one_level.network, resolution=16, attention_resolutions=(16,)))
     with pytest.raises(InputError, match=r"8x8 images of 1 channels; .* 16x16"):
         train(larger, out=tmp_path / "run", device="cpu")
-    missing = replace(tiny, data=replace(tiny.data, path=str(tmp_path / "nothing")))
+    missing = replace(one_level, data=replace(one_level.data, path=str(tmp_path / "nothing")))
     with pytest.raises(InputError, match=r"ict-fast prepare"):
         train(missing, out=tmp_path / "run", device="cpu")
-    few = replace(tiny, network=replace(tiny.network, num_classes=5))
+    few = replace(one_level, network=replace(one_level.network, num_classes=5))
     with pytest.raises(InputError, match=r"10 classes; --network.num-classes is 5"):
         train(few, out=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
@@ -602,17 +602,17 @@ def _full_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> Iterator[None]:
 
 
 def test_a_full_disk_costs_a_warning_and_no_training(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with _full_disk(monkeypatch, 2):
-        assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
+        assert train(one_level, out=tmp_path / "run", device="cpu").exit_code == 0
     shown = capsys.readouterr().err
     assert shown.count("could not be written (No space left on device); there is none before it") == 2
     assert open_checkpoint(tmp_path / "run").step == 24
 
 
 def test_the_training_goes_on_while_a_checkpoint_is_written(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint of step 5 is not written before step 8 is done, and holds the state of step 5."""
     from ict_fast.training.step import TrainStep
@@ -628,7 +628,7 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(
         assert reached.wait(timeout=60)
         return write(*args, **kwargs)  # type: ignore[arg-type]
 
-    config = replace(tiny, logging=replace(tiny.logging, checkpoint_every=9, snapshot_every=5))
+    config = replace(one_level, logging=replace(one_level.logging, checkpoint_every=9, snapshot_every=5))
     assert train(config, out=tmp_path / "plain", device="cpu").step == 24
     monkeypatch.setattr(TrainStep, "__call__", step)
     monkeypatch.setattr(saving, "write_checkpoint", late)
@@ -641,7 +641,7 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(
 
 
 def test_a_file_system_that_fails_ends_the_training_and_is_no_bad_input(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ict_fast.training.step import TrainStep
 
@@ -652,38 +652,38 @@ def test_a_file_system_that_fails_ends_the_training_and_is_no_bad_input(
 
     monkeypatch.setattr(TrainStep, "__call__", fails)
     with pytest.raises(TrainingError, match=r"^images.npy: Stale file handle; the same command resumes"):
-        train(tiny, out=tmp_path / "run", device="cpu")
+        train(one_level, out=tmp_path / "run", device="cpu")
     with pytest.raises(BrokenPipeError):  # `ict-fast train | head`, which the command line knows
-        train(tiny, out=tmp_path / "run", device="cpu")
+        train(one_level, out=tmp_path / "run", device="cpu")
 
 
 def test_a_file_system_without_locks_is_warned_of(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_locks(*arguments: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(run_directory.fcntl, "flock", no_locks)
-    assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
+    assert train(one_level, out=tmp_path / "run", device="cpu").exit_code == 0
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_an_end_that_could_not_be_saved_is_a_failure(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
         _full_disk(monkeypatch, 100),
         pytest.raises(TrainingError, match="step 24 could not be saved"),
     ):
-        train(tiny, out=tmp_path / "run", device="cpu")
+        train(one_level, out=tmp_path / "run", device="cpu")
 
 
 def test_too_many_non_finite_steps_in_a_row_end_the_run(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ict_fast.training.step import TrainStep
 
-    config = replace(tiny, training=replace(tiny.training, max_skipped_steps=6))
+    config = replace(one_level, training=replace(one_level.training, max_skipped_steps=6))
     original = TrainStep.__call__
 
     def poisoned(self: TrainStep, step: int, batches: object) -> None:
@@ -739,9 +739,9 @@ def test_a_run_that_learns_from_no_step_fails_and_one_that_learns_from_few_says_
 
 @pytest.mark.parametrize(("adaptive", "hint"), [(False, ""), (True, " or --network.no-adaptive-norm")])
 def test_weights_that_overflow_are_not_saved_and_the_line_says_what_may_help(
-    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], adaptive: bool, hint: str
+    one_level: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], adaptive: bool, hint: str
 ) -> None:
-    words = ["--data", tiny.data.path, "--out", str(tmp_path / "run"), "--network.channels", "8"]
+    words = ["--data", one_level.data.path, "--out", str(tmp_path / "run"), "--network.channels", "8"]
     words += ["--training.batch-size", "4", "--training.total-steps", "2", "--optimizer.lr", "3e38"]
     words += ["--network.adaptive-norm"] if adaptive else []
     assert main(["train", "--device", "cpu", "--logging.tracker", "none", *words]) == 1
@@ -752,9 +752,9 @@ def test_weights_that_overflow_are_not_saved_and_the_line_says_what_may_help(
 
 
 def test_a_log_that_cannot_be_written_is_reported_once(
-    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monitor = Monitor(Run(tmp_path / "gone", tiny, None))
+    monitor = Monitor(Run(tmp_path / "gone", one_level, None))
     for step in (1, 2):
         monitor.record(step, {"loss": 1.0, "num_scales": 11, "skipped": 0, "loss_by_sigma": []})
     assert capsys.readouterr().err.count("cannot be written (No such file or directory)") == 1
@@ -815,13 +815,13 @@ def test_non_finite_state_is_never_checkpointed(tmp_path: Path) -> None:
 
 
 def test_progress_that_cannot_be_shown_never_ends_a_run(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open("/dev/full", "wb", buffering=0) as full, monkeypatch.context() as patch:
         patch.setattr("sys.stderr", io.TextIOWrapper(full, write_through=True))
-        assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
+        assert train(one_level, out=tmp_path / "run", device="cpu").exit_code == 0
         patch.setattr("sys.stderr", None)
-        assert train(tiny, out=tmp_path / "other", device="cpu").exit_code == 0
+        assert train(one_level, out=tmp_path / "other", device="cpu").exit_code == 0
 
 
 def test_a_trunk_in_another_arithmetic_is_said(

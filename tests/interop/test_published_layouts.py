@@ -113,6 +113,7 @@ def test_the_new_order_of_guided_diffusion_is_that_of_consistency_models(
     name = "middle.0.attention.qkv.weight"
     assert torch.equal(new.tensors[name][..., 0], weights["middle_block.1.qkv.weight"])
     assert not torch.equal(legacy.tensors[name], new.tensors[name])
+    assert (new.kind, new.config.method.identity_sigma) == ("noise-prediction", 0.0)
 
 
 @pytest.mark.parametrize(("precond", "identity"), [("EDMPrecond", 0.0), ("ECMPrecond", 0.003)])

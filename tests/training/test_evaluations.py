@@ -27,6 +27,7 @@ from ict_fast.errors import EXIT_SIGINT, InputError
 from ict_fast.training import evaluations as evaluations_module
 from ict_fast.training import saving
 from ict_fast.training.dry_run import dry_run
+from ict_fast.training.run_directory import Run
 from ict_fast.training.trainer import train
 
 
@@ -139,6 +140,13 @@ def test_a_crash_while_measuring_loses_no_step_that_was_to_be_saved(
     with pytest.raises(SystemExit):
         train(_measured(tiny), out=tmp_path / "run", device="cpu")
     assert open_checkpoint(tmp_path / "run").step == 12
+
+
+def test_the_last_step_is_measured_whatever_its_number(tiny: Config, tmp_path: Path) -> None:
+    unused: Any = None
+    run = Run(tmp_path, _measured(tiny, evaluate_every=7), None)
+    evaluations = evaluations_module.Evaluations(run, unused, unused, unused)
+    assert [step for step in range(25) if evaluations.is_due(step)] == [7, 14, 21, 24]
 
 
 def test_a_measured_step_is_saved_only_if_it_is_the_best(

@@ -403,6 +403,9 @@ def test_a_run_whose_objective_meant_something_else_when_it_began_does_not_go_on
         ):
             train(config, out=out, device="cpu", extend=extend)
     assert (out / "log.jsonl").read_bytes() == before
+    begun_now = replace(config, training=replace(config.training, total_steps=1))
+    for extend in (None, 2):
+        assert train(begun_now, out=tmp_path / "now", device="cpu", extend=extend).step == (extend or 1)
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,17 @@ def test_what_was_to_be_kept_for_ever_is_kept_whatever_is_asked_for_later(tmp_pa
     assert sorted(checkpoint_steps(tmp_path)) == [10, 20, 30, 40, 60, 65]
 
 
+def test_what_may_have_been_to_be_kept_for_ever_is_kept(tmp_path: Path) -> None:
+    """Its state cannot be read: here a folder is in its place; of NFS, a stale handle."""
+    for step in (10, 15, 20):
+        write(tmp_path, step, keep=3)
+    state = tmp_path / "checkpoints/step-00000010/state.json"
+    state.unlink()
+    state.mkdir()
+    write(tmp_path, 25)
+    assert sorted(checkpoint_steps(tmp_path)) == [10, 20, 25]
+
+
 @pytest.mark.parametrize(
     "garbage", [None, b"", b"step-99999999\n", b"../../..", b"\xff\x00", b"step-00000100\n"]
 )
@@ -266,6 +277,21 @@ def test_too_little_space_is_noticed_before_writing(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="a checkpoint needs"):
         write(tmp_path / "new", 1)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_process_left_is_removed_before_the_disk_is_found_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    left = tmp_path / "checkpoints/.tmp-step-00000002"
+    left.mkdir()
+    monkeypatch.setattr(
+        checkpoint_module.shutil,
+        "disk_usage",
+        lambda path: SimpleNamespace(free=0 if left.exists() else 1 << 40),
+    )
+    write(tmp_path, 3)
+    assert_whole(open_checkpoint(tmp_path), 3)
 
 
 def test_a_first_write_that_fails_leaves_an_empty_folder(

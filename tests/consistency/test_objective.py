@@ -43,6 +43,7 @@ class Recorder(nn.Module):
                 "noise": noise,
                 "output": output,
                 "grad": torch.is_grad_enabled(),
+                "labels": labels,
                 "dropout": (dropout_seed, dropout_offset),
             }
         )
@@ -155,6 +156,28 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert student["grad"]
     assert loss.requires_grad
     assert not teacher["output"].requires_grad
+
+
+def test_student_and_teacher_get_the_label_of_each_image() -> None:
+    network, labels = Recorder(), torch.arange(12) % 5
+    objective = ConsistencyObjective(network, MethodConfig(), c_noise="log", scales=SCALES)
+    objective(_images(), labels, num_scales=81, seed=7)
+    assert len(network.calls) == 2
+    assert all(torch.equal(call["labels"], labels) for call in network.calls)
+
+
+def test_student_and_teacher_see_the_image_mirrored_where_its_flip_is_set() -> None:
+    """As if it had been mirrored before; the noise stays as it is."""
+    flip = torch.tensor([0, 1] * 6, dtype=torch.uint8)
+    mirrored = torch.where(flip.bool().view(-1, 1, 1, 1), _images().flip(2), _images())
+    assert not torch.equal(mirrored, _images())
+    shown = []
+    for images, given in ((_images(), flip), (mirrored, None)):
+        network = Recorder()
+        objective = ConsistencyObjective(network, MethodConfig(), c_noise="log", scales=SCALES)
+        objective(images, None, num_scales=81, seed=7, flip=given)
+        shown.append([call["x"] for call in network.calls])
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*shown, strict=True))
 
 
 def test_student_and_teacher_get_the_same_dropout_seed_and_offset() -> None:

@@ -249,6 +249,18 @@ def test_the_loader_of_a_configuration_says_why(kind: str, store: Store) -> None
     assert reason.startswith("memmap loader (auto: the device is a CPU), 37 images")
 
 
+@pytest.mark.parametrize(("kind", "reads"), [("memmap", 1), ("resident", 0)])
+def test_a_store_is_read_ahead_unless_the_loader_reads_all_of_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, kind: str, reads: int
+) -> None:
+    read: list[Store] = []
+    monkeypatch.setattr(loaders, "read_ahead", read.append)
+    config = Config(data=DataConfig(loader=kind), training=TrainingConfig(batch_size=12))
+    loader, _ = make_loader(config, store, CPU)
+    loader.close()
+    assert read == [store] * reads
+
+
 @pytest.fixture
 def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, int], torch.device]:
     """A machine with a GPU, as the choice sees it: DALI's problem or failure there, and the free bytes."""

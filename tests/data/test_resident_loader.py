@@ -61,3 +61,18 @@ def test_close_frees_the_images(store: Store) -> None:
     loader.close()
     assert loader._images.numel() == 0
     assert loader._labels.numel() == 0
+
+
+def test_a_store_that_is_truncated_while_it_is_copied_is_an_error_and_no_signal(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident_loader, "_BLOCK_BYTES", 5 * 48)
+    left = iter(range(3))
+
+    def require_whole(self: Store) -> None:
+        if next(left, None) is None:
+            raise OSError("truncated while it was in use")
+
+    monkeypatch.setattr(Store, "require_whole", require_whole)
+    with pytest.raises(OSError, match="truncated while it was in use"):
+        ResidentLoader(store, **ARGUMENTS)

@@ -68,6 +68,15 @@ def test_float32_features_far_from_the_origin_are_judged_as_near_it():
     assert precision_and_recall(real, generated) == pytest.approx(by_brute_force(real, generated), abs=1e-12)
 
 
+def test_near_neighbours_in_two_far_clusters_are_told_apart():
+    """A shift brings one of them alone to the origin. Squared distances are 1e-10 of the squared norms."""
+    real, generated = (
+        np.concatenate((1e-3 * blobs(seed, 60), 100 + 1e-3 * blobs(seed + 1, 60))) for seed in (9, 11)
+    )
+    assert 0.2 < by_brute_force(real, generated)[0] < 0.9
+    assert precision_and_recall(real, generated) == pytest.approx(by_brute_force(real, generated), abs=1e-12)
+
+
 def test_a_generator_of_one_image_over_and_over_covers_nothing_but_it():
     real = blobs(7, 100)
     collapsed = np.repeat(real[:1], 50, axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import shutil
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ict_fast.cli import main
 from ict_fast.config import Config
-from ict_fast.consistency import ConsistencyModel
+from ict_fast.consistency import ConsistencyModel, sample_pixels
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.evaluation import chunks, discard_work, evaluate, processes
 from ict_fast.evaluation.chunks import Chunk, Finished, Work, generated_chunks, reference_chunks
-from ict_fast.evaluation.measured_reference import MeasuredReference, keep, read_cached
+from ict_fast.evaluation.measured_reference import MeasuredReference, cache_files, keep, read_cached
+from ict_fast.evaluation.reference import Images, Reference
 from ict_fast.evaluation.statistics import Statistics
 
 COUNT = 2100  # three chunks, the last one short
@@ -257,6 +260,76 @@ def test_a_reference_is_computed_once_where_there_is_a_folder_for_it(
     assert chunks_of_it > 0
     assert computed == [*measured, "1", "1", *measured, "1"]
     assert len(list(cache.iterdir())) == 1
+
+
+class Pixels:
+    """Features that are the pixels."""
+
+    name, sha256, num_features, batch_size = "pixels", "", 64, 512
+
+    def __call__(self, images: np.ndarray, *_: object, **__: object) -> tuple[np.ndarray, None]:
+        return images.reshape(len(images), -1).astype(np.float64), None
+
+
+def test_a_chunk_holds_the_images_of_its_numbers_with_their_labels(model: ConsistencyModel) -> None:
+    class OfClass(ConsistencyModel):
+        def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+            assert labels is not None
+            return x / 160 + labels.view(-1, 1, 1, 1) / 20
+
+    model, labels = OfClass(model.config, nn.Linear(1, 1)), torch.arange(600) * 7 % 10
+    work = Work(model, Pixels(), labels, 3, None, np.arange(0))
+    computed = work.compute(Chunk(1, 512, 40), torch.device("cpu"), lambda cost: None)
+    whole = sample_pixels(model, 600, labels=labels, seed=3)
+    assert np.array_equal(computed["features"], Pixels()(whole[512:552])[0])
+
+
+def test_a_reference_chunk_of_several_blocks_has_the_statistics_of_all(
+    model: ConsistencyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of more than 16,384 images have; here blocks of eight, the last one short."""
+    monkeypatch.setattr(chunks, "GENERATED", 8)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
+    chosen, costs = np.array([3, 20, 27, 28, 40, 41]), []
+    images: Any = SimpleNamespace(array=pixels)
+    chunk = Chunk(0, 20, 21)
+    computed = Work(model, Pixels(), None, 0, images, chosen).compute(
+        chunk, torch.device("cpu"), costs.append
+    )
+    features = pixels[20:41].reshape(21, 64).astype(np.float64)
+    assert computed["mean"] == pytest.approx(features.mean(0), rel=1e-12)
+    assert computed["products"] == pytest.approx(20 * np.cov(features, rowvar=False), rel=1e-9, abs=1e-6)
+    assert np.array_equal(computed["features"], pixels[[20, 27, 28, 40]].reshape(4, 64))
+    assert sum(costs) == chunk.cost
+
+
+def test_whatever_chunks_and_a_kept_reference_depend_on_is_in_their_names(model: ConsistencyModel) -> None:
+    network = SimpleNamespace(name="f.pt", sha256="1", batch_size=64, path=Path("f.pt"))
+    trained, configured = copy.deepcopy(model), copy.deepcopy(model)
+    next(trained.parameters()).add_(0.1)
+    configured.config = replace(model.config, method=replace(model.config.method, second_sigma=0.4))
+    work: Any = Work(model, network, torch.arange(4), 0, None, np.arange(3))
+    other_networks = [
+        SimpleNamespace(**{**vars(network), name: value})
+        for name, value in (("sha256", "2"), ("batch_size", 8))
+    ]
+    others: list[dict[str, Any]] = [
+        {"model": trained},
+        {"model": configured},
+        *({"network": other} for other in other_networks),
+        {"labels": torch.arange(4).flip(0)},
+        {"seed": 1},
+        {"sigmas": (0.3,)},
+        {"chosen": np.arange(2)},
+    ]
+    keys = {replace(work, **change).key("a", 1) for change in others}
+    assert len(keys | {work.key("a", 1), work.key("b", 1), work.key("a", 2)}) == len(others) + 3
+
+    images = Images(Path("images.npy"), (9, 8, 8, 1))
+    references = [Reference(Path("r"), "samples", name, images, cache=Path("kept")) for name in "ab"]
+    files = [cache_files(references[0], each) for each in (network, *other_networks)]  # type: ignore[arg-type]
+    files.append(cache_files(references[1], network))  # type: ignore[arg-type]
+    assert len({file for [file] in files}) == 4
 
 
 @pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 50_000, 1_281_167])

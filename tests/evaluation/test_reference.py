@@ -14,7 +14,7 @@ from ict_fast.consistency import load_model
 from ict_fast.data.store import write_store
 from ict_fast.errors import InputError
 from ict_fast.evaluation.chunks import Finished, reference_chunks
-from ict_fast.evaluation.measured_reference import put_together
+from ict_fast.evaluation.measured_reference import MOST_FEATURES, chosen_images, put_together
 from ict_fast.evaluation.reference import Images, Reference, check_reference, labels_as_in, open_reference
 from ict_fast.training.trainer import train
 
@@ -264,3 +264,29 @@ def test_of_a_store_sorted_by_class_labels_and_features_are_drawn_from_everywher
     features = put_together(sorted_store, finished, chunks).features
     assert sorted(features[:, 0]) == list(range(count))
     assert np.bincount(features[:300, 0] // 100, minlength=10) == pytest.approx(30, abs=15)
+
+
+def test_of_a_large_store_the_features_that_are_kept_are_of_images_from_everywhere():
+    count = 8 * MOST_FEATURES
+    chosen = chosen_images(count)
+    assert len(chosen) == MOST_FEATURES
+    assert (np.diff(chosen) > 0).all()
+    assert np.bincount(chosen * 10 // count, minlength=10) == pytest.approx(MOST_FEATURES / 10, rel=0.05)
+
+
+def test_the_statistics_of_a_file_count_and_not_those_of_the_part_of_the_images_in_it(tmp_path):
+    path = save(tmp_path / "virtual.npz", arr_0=images(), **gaussian(2))
+    reference, finished, [chunk] = open_reference(path), Finished(None), reference_chunks(6)
+    features = np.random.default_rng(2).normal(size=(6, 2))
+    finished.keep(chunk, {"features": features, "mean": features.mean(0), "products": np.eye(2)})
+    measured = put_together(reference, finished, [chunk])
+    assert np.array_equal(measured.statistics.mean, gaussian(2)["mu"])
+    assert np.array_equal(measured.statistics.covariance, gaussian(2)["sigma"])
+    assert measured.count is None
+    assert sorted(measured.features.tolist()) == sorted(features.tolist())
+
+
+def test_where_the_reference_has_no_labels_every_class_is_sampled_equally_often(tmp_path):
+    reference = open_reference(save(tmp_path / "samples.npz", arr_0=images()))
+    assert np.bincount(labels_as_in(reference, 7, 21)).tolist() == [3] * 7
+    assert labels_as_in(reference, 0, 21) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from ict_fast.checkpoint import open_checkpoint as open_
 from ict_fast.config import Config, MethodConfig, to_dict
 from ict_fast.consistency import load_model, sample
 from ict_fast.errors import InputError
+from ict_fast.interop import diffusers_unet
 from ict_fast.interop.diffusers import export_diffusers, import_diffusers, second_step
 from ict_kernels.philox import INITIAL, normal
 
@@ -172,6 +174,27 @@ def test_a_network_of_diffusers_that_is_no_adm_is_refused(
     file.write_text(json.dumps(values))
     with pytest.raises(InputError, match=reason):
         import_diffusers(folder)
+
+
+def test_what_a_configuration_does_not_say_is_what_diffusers_takes() -> None:
+    parameters = inspect.signature(diffusers.UNet2DModel.__init__).parameters
+    said = {
+        "sample_size": 32,
+        "block_out_channels": [128],
+        "down_block_types": ["ResnetDownsampleBlock2D"],
+        "up_block_types": ["ResnetUpsampleBlock2D"],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    }
+    found = diffusers_unet.network(Path("folder"), said)
+    for ours, theirs in (
+        ("image_channels", "in_channels"),
+        ("head_channels", "attention_head_dim"),
+        ("num_blocks", "layers_per_block"),
+    ):
+        assert found[ours] == parameters[theirs].default, theirs
+    assert found["num_classes"] == (parameters["num_class_embeds"].default or 0)
+    assert found["adaptive_norm"] == (parameters["resnet_time_scale_shift"].default == "scale_shift")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ict_fast.config import MethodConfig
 from ict_fast.consistency import ConsistencyModel, load_model
+from ict_fast.interop import openai
 from ict_fast.interop.edm import import_edm
 from ict_fast.interop.imported import save
 from ict_fast.interop.openai import import_openai
@@ -111,6 +113,7 @@ def test_the_new_order_of_guided_diffusion_is_that_of_consistency_models(
     name = "middle.0.attention.qkv.weight"
     assert torch.equal(new.tensors[name][..., 0], weights["middle_block.1.qkv.weight"])
     assert not torch.equal(legacy.tensors[name], new.tensors[name])
+    assert (new.kind, new.config.method.identity_sigma) == ("noise-prediction", 0.0)
 
 
 @pytest.mark.parametrize(("precond", "identity"), [("EDMPrecond", 0.0), ("ECMPrecond", 0.003)])
@@ -164,6 +167,14 @@ def test_a_snapshot_says_what_its_tensors_do_not(
     assert (model.kind, model.config.method.identity_sigma) == ("denoiser", 0.0)
 
 
+def test_a_snapshot_says_the_deviation_of_its_data(
+    published: ModuleType, snapshot: Callable, tmp_path: Path
+) -> None:
+    shape, file = published.Shape("ddpmpp"), tmp_path / "a.pkl"
+    file.write_bytes(snapshot(published.edm_weights(shape), shape, "ECMPrecond", sigma_data=0.25))
+    assert import_edm(file).config.method.sigma_data == 0.25
+
+
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_a_snapshot_of_a_trainer_that_has_the_kernels_loss_is_read(
     published: ModuleType, snapshot: Callable, tmp_path: Path, protocol: int
@@ -204,3 +215,21 @@ def test_published_second_steps_come_with_openais_models(published: ModuleType, 
         expected = (80 ** (1 / 7) + index / pairs * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         assert method.second_sigma == pytest.approx(expected)
         assert method.boundary_sigma is None
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "pairs"),
+    [
+        ("cd_imagenet64_lpips", 22, 39),
+        ("cd_imagenet64_l2", 22, 39),
+        ("ct_imagenet64", 106, 200),
+        ("cd_bedroom256_lpips", 17, 39),
+        ("cd_bedroom256_l2", 18, 39),
+        ("ct_bedroom256", 67, 150),
+        ("ct_cat256", 62, 150),
+    ],
+)
+def test_the_second_steps_are_those_of_the_authors_commands(name: str, index: int, pairs: int) -> None:
+    """--ts 0,INDEX,PAIRS of their launch.sh, for each of the files that they have published."""
+    expected = (80 ** (1 / 7) + index / pairs * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert openai._second_sigma(Path(f"{name}.pt"), MethodConfig()) == pytest.approx(expected)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from ict_fast.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from ict_fast.cli import main
-from ict_fast.config import MethodConfig
+from ict_fast.config import Config, MethodConfig, to_dict
 from ict_fast.consistency import load_model
+from ict_fast.consistency.model import build_seeded_network
 from ict_fast.errors import InputError
 from ict_fast.interop.diffusers import export_diffusers, import_diffusers
 from ict_fast.interop.export import export_safetensors, import_safetensors
@@ -355,3 +357,23 @@ def test_an_import_that_fails_can_be_tried_again(
         assert main(words) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert main(words) == 0
+
+
+def test_noise_levels_that_are_not_the_defaults_go_to_diffusers_and_back(
+    tiny: Config, tmp_path: Path
+) -> None:
+    method = replace(
+        tiny.method,
+        sigma_min=0.01,
+        sigma_max=40.0,
+        rho=5.0,
+        sigma_data=0.4,
+        boundary_sigma=0.005,
+        second_sigma=0.5,
+    )
+    config = replace(tiny, method=method)
+    weights = {"ema": build_seeded_network(config).state_dict()}
+    state = {"config": to_dict(config)}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "run", 1, weights, state, keep=2))
+    export_diffusers(checkpoint, tmp_path / "out")
+    assert import_diffusers(tmp_path / "out").config.method == method

@@ -416,9 +416,10 @@ def test_another_norm_of_that_name_is_left():
 
 def test_norms_with_hooks_and_patched_blocks_are_left():
     network = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
-    handle = network[0].register_forward_hook(lambda *_: None)
-    assert GroupNormSiLU.replace_in(network).left == {"0": "the norm has hooks, which would not run"}
-    handle.remove()
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        handle = getattr(network[0], f"register_{kind}_hook")(lambda *_: None)
+        assert GroupNormSiLU.replace_in(network).left == {"0": "the norm has hooks, which would not run"}
+        handle.remove()
     network.forward = lambda x: x
     assert "replaced by something else before" in GroupNormSiLU.replace_in(network).left["0"]
 

@@ -74,6 +74,7 @@ def test_a_run_takes_the_micro_batch_that_the_plan_has(preset: str, gpus: int) -
 
     if plan.micro_batch == plan.share:
         assert chosen(0) == (0, None)
+        assert chosen(100 * plan.share) == (100 * plan.share, None), "more than it has it does not take"
     else:
         micro_batch, said = chosen(0)
         assert micro_batch == plan.micro_batch

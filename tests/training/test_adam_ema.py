@@ -113,6 +113,22 @@ def test_clipping_is_that_of_torchs_clip_grad_norm(engine: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_gradients_are_divided_by_their_scale(engine: str) -> None:
+    """Which changes from step to step; powers of two divide exactly."""
+    plain, scaled = parameters(), parameters()
+    one, other = AdamEMA(plain, lr=0.01, ema_decay=0.9), AdamEMA(scaled, lr=0.01, ema_decay=0.9)
+    for step in range(4):
+        for params in (plain, scaled):
+            set_gradients(params, step)
+        torch._foreach_mul_([p.grad for p in scaled], 2.0**step)
+        other.grad_scale = torch.tensor(2.0**step)
+        one.step()
+        other.step()
+    for p, q in zip(plain, scaled, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(other.state[q][name], value) for name, value in one.state[p].items())
+
+
 def test_a_step_that_is_not_finite_changes_no_bit_and_does_not_count(engine: str) -> None:
     params = parameters()
     optimizer = AdamEMA(params, lr=0.01, ema_decay=0.9)

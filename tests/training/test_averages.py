@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +141,26 @@ def test_a_reconstructed_width_is_the_one_that_another_run_tracked(
         away = _distance(checkpoint.tensors(name), tracked)
         assert away > 1e-3
         assert _distance(made.tensors("ema"), tracked) < error * away
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_an_exponential_average_is_made_with_the_warm_up_of_its_run(one_level: Config, warmup: bool) -> None:
+    """What is left of the initial weights is the product of the decays."""
+    profile = reconstruction._profile(_averaged(one_level, ema_warmup=warmup), 30, None, 0.9)
+    decays = [min(0.9, (k + 1) / (k + 10)) if warmup else 0.9 for k in range(30)]
+    left = [math.prod(decays[k:]) for k in (0, 5, 29)]
+    assert profile(np.array([0, 5, 29])) == pytest.approx(left)
+
+
+def test_snapshots_are_added_up_in_float64_and_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(500, generator=generator) for _ in range(2)]
+    parts: Any = [
+        (SimpleNamespace(tensors=lambda name, value=value: {"a": value}), 0.1, None) for value in values
+    ]
+    made = reconstruction._combined(parts, np.array([300.7, -299.7]), lambda fraction, text: None)
+    expected = 300.7 * values[0].double() - 299.7 * values[1].double()
+    assert torch.equal(made["a"], expected.float())
 
 
 def test_a_large_coefficient_is_said(
@@ -395,6 +418,35 @@ def test_a_full_disk_costs_a_snapshot_and_not_the_run(
     assert main(["ema", str(out), "--decay", "0.9"]) == 0
     tracked = open_checkpoint(out).tensors("ema-0.9")
     assert _distance(open_checkpoint(out / "ema/decay-0.9").tensors("ema"), tracked) < 1e-3
+
+
+def test_a_snapshot_counts_the_steps_that_changed_the_weights(
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that were skipped. An average that was tracked is then made of itself."""
+    original = TrainStep.__call__
+
+    def poisoned(self: TrainStep, number: int, drawn: object) -> None:
+        parameter = next(self.network.parameters())
+        factor = torch.inf if number == 1 else 1.0
+        handle = parameter.register_hook(lambda gradient: gradient * factor)
+        original(self, number, drawn)  # type: ignore[arg-type]
+        handle.remove()
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    config = _averaged(one_level, power_ema=(0.05, 0.1))
+    config = replace(config, training=replace(config.training, total_steps=8, batch_size=4))
+    config = replace(config, logging=replace(config.logging, power_ema_every=4, tracker="none"))
+    train(config, out=tmp_path / "run", device="cpu")
+    states = [
+        json.loads((tmp_path / f"run/ema-snapshots/step-{step:08d}/state.json").read_text())
+        for step in (4, 8)
+    ]
+    assert [state["updates"] for state in states] == [3, 7]
+    made = reconstruction.reconstruct(
+        tmp_path / "run", tmp_path / "made", sigma_rel=0.1, warn=pytest.fail, progress=lambda *_: None
+    )
+    assert made.profile_error < 1e-9
 
 
 def test_snapshots_past_the_checkpoint_are_cut_back(one_level: Config, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel, load_model
 from ict_fast.errors import EXIT_SIGINT, InputError
 from ict_fast.training import evaluations as evaluations_module
+from ict_fast.training import saving
 from ict_fast.training.dry_run import dry_run
+from ict_fast.training.run_directory import Run
 from ict_fast.training.trainer import train
 
 
@@ -103,6 +106,33 @@ def test_the_best_checkpoint_outlives_the_rotation_and_is_found_by_its_name(
     assert "step 24: Fréchet distance 8 in 1 step, best 3 at step 8" in shown
 
 
+def test_a_step_is_on_the_disk_before_it_is_measured_and_the_best_one_only_if_it_is_there(
+    one_level: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement may take the process with it; the checkpoint of step 3 meets a full disk."""
+    out, write, there = tmp_path / "run", saving.write_checkpoint, []
+
+    def slowly(out: Path, step: int, *rest: Any, **options: Any) -> Path:
+        time.sleep(0.05)
+        if step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(out, step, *rest, **options)
+
+    monkeypatch.setattr(saving, "write_checkpoint", slowly)
+    distances(9.0, 3.0, 2.0, 5.0)
+    measure = ict_fast.evaluation.evaluate
+
+    def measured(*arguments: Any, **options: Any) -> dict[str, Any]:
+        there.append(_kept(out))
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(ict_fast.evaluation, "evaluate", measured)
+    config = replace(one_level, training=replace(one_level.training, total_steps=4))
+    train(_measured(config, evaluate_every=1, checkpoint_every=1), out=out, device="cpu")
+    assert there == [[1], [1, 2], [1, 2], [2, 4]]
+    assert open_checkpoint(out / "checkpoints/best").step == 2
+
+
 def test_a_crash_while_measuring_loses_no_step_that_was_to_be_saved(
     one_level: Config, tmp_path: Path, distances: Callable[..., None]
 ) -> None:
@@ -110,6 +140,13 @@ def test_a_crash_while_measuring_loses_no_step_that_was_to_be_saved(
     with pytest.raises(SystemExit):
         train(_measured(one_level), out=tmp_path / "run", device="cpu")
     assert open_checkpoint(tmp_path / "run").step == 12
+
+
+def test_the_last_step_is_measured_whatever_its_number(one_level: Config, tmp_path: Path) -> None:
+    unused: Any = None
+    run = Run(tmp_path, _measured(one_level, evaluate_every=7), None)
+    evaluations = evaluations_module.Evaluations(run, unused, unused, unused)
+    assert [step for step in range(25) if evaluations.is_due(step)] == [7, 14, 21, 24]
 
 
 def test_a_measured_step_is_saved_only_if_it_is_the_best(
@@ -313,6 +350,28 @@ def test_the_best_is_sought_anew_among_measurements_of_another_kind(
     shown = capsys.readouterr().err
     assert shown.count("the first of its kind: that of step 8, the best before, does not compare") == 1
     assert "step 24: Fréchet distance 7 in 1 step, best 6 at step 20" in shown
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": 65},
+        {"features": {"sha256": "another"}},
+        {"reference_fingerprint": "another"},
+        {"one_step": None, "two_step": {"frechet_distance": 2.0, "sigmas": [80.0, 0.8]}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_measurement_of_other_images_features_or_steps_is_of_another_kind(change: dict[str, Any]) -> None:
+    result = {
+        "one_step": {"frechet_distance": 2.0, "sigmas": [80.0]},
+        "count": 64,
+        "features": {"sha256": "one"},
+        "reference_fingerprint": "one",
+    }
+    other = {name: value for name, value in (result | change).items() if value is not None}
+    kinds = [evaluations_module._measured(each).kind for each in (result, dict(result), other)]
+    assert kinds[0] == kinds[1] != kinds[2]
 
 
 @pytest.mark.parametrize("steps", [(1, 2), (2, 1)])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ict_fast import presets
-from ict_fast.checkpoint import open_checkpoint, write_checkpoint
+from ict_fast.checkpoint import open_checkpoint, write_checkpoint, write_whole
 from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError
@@ -102,6 +102,18 @@ def test_labels_of_another_number_of_classes_are_drawn_anew(tmp_path: Path, shor
     # The bias does not depend on the number of classes.
     assert "  drawn anew: embedding.label.weight: 7 classes there, 10 here" in lines
     assert "  not used: embedding.label.weight: 7 classes there, 10 here" in lines
+
+
+def test_weights_that_were_replaced_since_they_were_chosen_are_refused(
+    trained: Path, short: Config, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(trained)
+    chosen = shutil.copytree(checkpoint.path, tmp_path / "chosen")
+    initial = find_initial(chosen)
+    others = {"ema": {name: tensor + 1 for name, tensor in checkpoint.tensors("ema").items()}}
+    write_whole(chosen, checkpoint.step, others, checkpoint.state)
+    with pytest.raises(InputError, match="has changed since the run was opened"):
+        initial_weights(initial, short)
 
 
 def test_nothing_that_fits_is_refused(trained: Path, short: Config, tmp_path: Path) -> None:

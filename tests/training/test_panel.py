@@ -72,6 +72,14 @@ def test_a_wide_terminal_gets_a_frame_with_everything(panel: Panel, width: int) 
     assert len(lines) == 2 + 8
 
 
+@pytest.mark.parametrize(
+    ("step", "said"), [(0, "1 of 8, N = 11, step 0 of 3"), (12, "5 of 8, N = 161, step 0 of 3")]
+)
+def test_a_stage_begins_with_its_first_step(panel: Panel, step: int, said: str) -> None:
+    panel.step = step
+    assert said in "\n".join(_drawn(panel, 80))
+
+
 def test_the_stages_of_an_extended_run_are_those_that_it_was_trained_in(
     one_level: Config, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -340,6 +341,22 @@ def test_a_signal_during_the_choice_abandons_it_and_the_run_goes_on_from_there(
     assert ours.state["roundings"] == theirs.state["roundings"]
 
 
+def test_what_is_measured_are_the_batches_of_the_steps_that_come_next(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def measure(train_step: TrainStep, first_step: int, batches: Iterable) -> Rounding:
+        assert int(train_step.num_scales) == 81
+        drawn.extend(batches)
+        return Rounding(1.0, 0.0)
+
+    monkeypatch.setattr(precision, "measure_rounding", measure)
+    loader: Any = SimpleNamespace(micro_batches=lambda number: number)
+    precision.choose_trunk(TrainStep(tiny, CPU), loader, 9)
+    assert drawn == list(range(9, 9 + precision.BATCHES))
+
+
 @pytest.mark.usefixtures("like_a_gpu")
 def test_a_run_measures_its_own_gradients_and_keeps_what_it_found_whatever_the_micro_batch(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -428,9 +445,10 @@ def test_the_pieces_of_a_micro_batch_are_its_images_in_order_with_their_numbers(
     tiny: Config, batches: Callable, images: int
 ) -> None:
     batch = batches(tiny)[0]
-    batch = Batch(batch.images[:images], batch.labels[:images], None, 40)
+    batch = Batch(batch.images[:images], batch.labels[:images], batch.flip[:images], 40)
     pieces = precision.cut(batch)
-    assert torch.equal(torch.cat([piece.images for piece in pieces]), batch.images)
+    for part in ("images", "labels", "flip"):
+        assert torch.equal(torch.cat([getattr(piece, part) for piece in pieces]), getattr(batch, part)), part
     assert [piece.offset for piece in pieces] == [
         40 + sum(len(p.images) for p in pieces[:k]) for k in range(len(pieces))
     ]

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from ict_fast import torchrun
 from ict_fast.checkpoint import Checkpoint, open_checkpoint
-from ict_fast.config import Config, to_dict
+from ict_fast.config import Config, TrainingConfig, to_dict
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.networks import switches
 from ict_fast.networks.switches import configure_torch
@@ -40,6 +41,7 @@ from ict_fast.training.launch import resolve_processes
 from ict_fast.training.lookout import Lookout
 from ict_fast.training.outcome import RunResult
 from ict_fast.training.processes import run_processes
+from ict_fast.training.reduction import AtOnce, reduction_of
 from ict_fast.training.run_directory import Run, read_config
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
@@ -609,6 +611,21 @@ def test_what_keeps_torchrun_from_starting_lost_processes_again_is_said(
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
         said = torchrun.warning()
         assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (said or "")) is warned
+
+
+def test_a_deterministic_run_has_the_algorithms_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its gradients reduced at once: see `AtOnce`."""
+    modes: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", modes.append)
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    gpu, training = torch.device("cuda"), TrainingConfig(deterministic=True)
+    configure_torch(gpu, deterministic=True)
+    assert modes == [True]
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+    two: Any = SimpleNamespace(size=2)
+    assert isinstance(reduction_of(torch.nn.Linear(2, 2), two, training, gpu), AtOnce)
 
 
 def test_a_deterministic_run_leaves_no_sum_to_the_switches_between_gpus(

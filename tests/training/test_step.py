@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,51 @@ def test_a_non_finite_gradient_changes_nothing_and_is_counted(tiny: Config, batc
     train_step(4, batches(tiny, 4))
     assert int(train_step.skipped_in_a_row) == 0
     assert not torch.equal(_vector(train_step), stuck), "training goes on"
+
+
+def test_a_step_restored_from_what_another_one_holds_holds_the_same_bits(
+    one_level: Config, batches: Batches
+) -> None:
+    """The counts of skipped steps, too: the gradients of steps 0, 1 and 3 are not finite."""
+    config = replace(
+        one_level,
+        method=replace(one_level.method, teacher="ema"),
+        optimizer=replace(one_level.optimizer, ema_decays=(0.9,), power_ema=(0.1,)),
+        training=replace(one_level.training, precision="fp16", batch_size=4),
+    )
+    train_step = TrainStep(config, CPU)
+    parameter = next(iter(train_step.network.parameters()))
+    for step in range(4):
+        factor = 1.0 if step == 2 else torch.inf
+        handle = parameter.register_hook(lambda gradient, factor=factor: gradient * factor)
+        train_step(step, batches(config, step))
+        handle.remove()
+    saved = copy.deepcopy(train_step.tensors())
+    counts = [int(saved["optimizer"][name]) for name in ("skipped", "skipped_in_a_row", "skipping_since")]
+    assert counts == [3, 2, 1]
+    restored = TrainStep(config, CPU)
+    restored.restore(SimpleNamespace(state={}, tensors=saved.__getitem__))  # type: ignore[arg-type]
+    held = restored.tensors()
+    assert held.keys() == saved.keys()
+    for file, tensors in saved.items():
+        assert held[file].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(held[file][name], tensor), f"{file}/{name}"
+
+
+def test_a_step_trains_on_the_mirrored_image_where_its_flip_is_set(
+    one_level: Config, batches: Batches
+) -> None:
+    [batch] = batches(one_level)
+    mirrored = torch.where(batch.flip.bool().view(-1, 1, 1, 1), batch.images.flip(2), batch.images)
+    gradients = []
+    for given in (batch, batch._replace(images=mirrored, flip=None), batch._replace(flip=None)):
+        train_step = TrainStep(one_level, CPU)
+        train_step.begin(0)
+        train_step.gradient([given])
+        gradients.append(torch.cat([p.grad.flatten() for p in train_step.network.parameters()]))
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny: Config, batches: Batches) -> None:
@@ -158,6 +204,25 @@ def test_ema_teacher_follows_its_recurrence(tiny: Config, batches: Batches) -> N
         expected = decay * expected + (1 - decay) * _vector(train_step).double()
     teacher = torch.cat([p.flatten() for p in train_step.teacher.parameters()]).double()
     torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_ema_teacher_computes_in_tf32_as_the_student_does(one_level: Config, batches: Batches) -> None:
+    """Before the first update it is the student: so is the loss, to the last bit."""
+    weights = TrainStep(one_level, CPU).network.state_dict()
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in weights.items():  # fresh networks end in zeros, where no rounding shows
+        weights[name] = tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+    losses = []
+    for teacher, precision in (("student", "tf32"), ("ema", "tf32"), ("ema", "fp32")):
+        config = replace(
+            one_level,
+            method=replace(one_level.method, teacher=teacher),
+            training=replace(one_level.training, precision=precision),
+        )
+        train_step = TrainStep(config, CPU, initial=weights)
+        train_step(0, batches(config))
+        losses.append(float(train_step.losses.sum))
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_precision_auto_is_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -405,6 +405,9 @@ def test_a_run_whose_objective_meant_something_else_when_it_began_does_not_go_on
         ):
             train(config, out=out, device="cpu", extend=extend)
     assert (out / "log.jsonl").read_bytes() == before
+    begun_now = replace(config, training=replace(config.training, total_steps=1))
+    for extend in (None, 2):
+        assert train(begun_now, out=tmp_path / "now", device="cpu", extend=extend).step == (extend or 1)
 
 
 @pytest.mark.parametrize(
@@ -573,7 +576,9 @@ def test_other_images_under_the_same_name_are_refused(run: tuple[Config, Path], 
 
 
 def test_data_that_do_not_fit_the_network_are_refused(one_level: Config, tmp_path: Path) -> None:
-    larger = replace(one_level, network=replace(one_level.network, resolution=16, attention_resolutions=(16,)))
+    larger = replace(
+        one_level, network=replace(one_level.network, resolution=16, attention_resolutions=(16,))
+    )
     with pytest.raises(InputError, match=r"8x8 images of 1 channels; .* 16x16"):
         train(larger, out=tmp_path / "run", device="cpu")
     missing = replace(one_level, data=replace(one_level.data, path=str(tmp_path / "nothing")))

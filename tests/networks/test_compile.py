@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.decomposition import select_decomp_table
 
 from ict_fast.config import NetworkConfig
 from ict_fast.networks.layers import NearestUpsample, ResidualBlock
@@ -47,17 +49,33 @@ def test_network_is_one_graph_with_and_across_seeds(
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_gradient_of_compiled_nearest_upsampling_is_not_scattered() -> None:
-    """With atomic additions, whose sums depend on their order, on a GPU and on a CPU's several threads."""
+    """With atomic additions, whose sums depend on their order, on a GPU and on a CPU's several threads.
 
-    def code_of(upsample: Callable[[Tensor], Tensor]) -> str:
+    Of the backward graph that Inductor is given; its machine code would take half a minute.
+    """
+
+    def operations_of(upsample: Callable[[Tensor], Tensor]) -> str:
+        found: list[str] = []
+
+        def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+            found.extend(str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(
+            fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+            bw_compiler=note,
+            decompositions=select_decomp_table(),
+        )
         x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
-        compiled = torch.compile(lambda x: upsample(x).sin().sum(), fullgraph=True, dynamic=False)
-        (found,), codes = run_and_get_code(lambda: torch.autograd.grad(compiled(x), x))
-        torch.testing.assert_close(found, 4 * x.detach().cos(), atol=1e-6, rtol=1e-6)
-        return "".join(codes)
+        compiled = torch.compile(
+            lambda x: upsample(x).sin().sum(), backend=backend, fullgraph=True, dynamic=False
+        )
+        (gradient,) = torch.autograd.grad(compiled(x), x)
+        torch.testing.assert_close(gradient, 4 * x.detach().cos(), atol=1e-6, rtol=1e-6)
+        return " ".join(found)
 
-    assert "index_put" in code_of(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    assert "index_put" not in code_of(NearestUpsample())
+    assert "index_put" in operations_of(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert "index_put" not in operations_of(NearestUpsample())
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -71,7 +89,8 @@ def test_a_compiled_block_gives_each_of_what_it_concatenates_a_gradient_of_its_o
     weights = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
     outside = block(torch.cat([x, skip], dim=1), embedding)
     expected = torch.autograd.grad(outside, inputs, weights)
-    compiled = torch.compile(block, fullgraph=True, dynamic=False)
+    # The layouts are those of the graphs, whose machine code would take a minute.
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
     found = torch.autograd.grad(compiled(x, embedding, skip_nchw=skip), inputs, weights)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

@@ -15,6 +15,7 @@ from PIL import Image
 from ict_fast import presets
 from ict_fast.config import Config, to_dict
 from ict_fast.consistency.curriculum import num_scales
+from ict_fast.report import curves
 
 BUCKETS = 6
 
@@ -102,3 +103,9 @@ def run(tmp_path: Path, config: Config) -> Path:
         pixels = np.full((64, 64), step // 2, np.uint8)
         Image.fromarray(pixels).save(path / "grids" / f"step-{step:08d}.png")
     return path
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves that are made and not drawn, which takes most of a page's time: for tests of its words."""
+    monkeypatch.setattr(curves, "_svg", lambda figure, name: f'<svg role="img" aria-label="{name}"></svg>')

@@ -83,6 +83,7 @@ def test_every_picture_decodes_and_the_last_grid_is_there(run: Path) -> None:
     assert {20, 200} <= values  # the first and the last
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_numbers_of_the_run_are_on_it(run: Path) -> None:
     text = page(read_run(run))
     for expected in (
@@ -298,6 +299,7 @@ def test_everything_that_a_file_says_is_escaped(run: Path) -> None:
     assert text.count("</style>") == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "values",
     [
@@ -313,6 +315,7 @@ def test_an_evaluation_of_another_kind_does_not_end_it(run: Path, values: dict[s
     checked(page(read_run(run)))
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("counts", "row"),
     [([898, 899], "real, 898 to 899"), (None, "real, half to half"), ([1, "<b>"], "real, half to half")],
@@ -325,6 +328,7 @@ def test_the_row_of_real_halves_says_of_how_many_images_they_are(run: Path, coun
     assert f"<td>{row}</td><td class='number'>2.28</td>" in page(read_run(run))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_of_today_without_the_optional_figures_has_its_curves(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "num_scales", "skipped", "gradient_norm", "images_per_second", "time")
@@ -340,6 +344,7 @@ def test_a_run_of_today_without_the_optional_figures_has_its_curves(run: Path) -
     assert "What is missing" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_learning_rate_has_a_curve_where_it_has_a_schedule(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for rate, shown in ((lambda step: 1e-4, False), (lambda step: 1e-4 * min(1, step / 200), True)):

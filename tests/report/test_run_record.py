@@ -19,6 +19,8 @@ from ict_fast.durable import sha256_file
 from ict_fast.errors import InputError
 from ict_fast.report import page, read_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def test_a_whole_run_misses_nothing(run: Path) -> None:
     record = read_run(run)

@@ -82,9 +82,10 @@ def _reader_has_gone() -> bool:
 
 
 def _dispatch(argv: list[str]) -> int:
-    if "" in argv:
-        before = argv[argv.index("") - 1] if argv.index("") else PROGRAM
-        raise InputError(f"the argument after {before} is empty; leave it out, or give it a value")
+    for number, word in enumerate(argv):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            before = word.rstrip("=") or (argv[number - 1] if number else PROGRAM)
+            raise InputError(f"the argument after {before} is empty; leave it out, or give it a value")
     word = argv[0] if argv else "--help"
     if word == "help" and argv[1:] and argv[1] in COMMANDS:
         argv, word = [argv[1], "--help"], argv[1]

@@ -241,9 +241,9 @@ def _triton(has_gpu: bool) -> Check:
     if version is None:
         found = "not installed; the fused kernels need it" if has_gpu else "not installed; a CPU does without"
         return Check("Triton", "FAIL" if has_gpu else "none", found, "pip install triton" if has_gpu else "")
-    if (3, 6) <= _numbers(version) < (3, 8):
+    if (3, 6) <= _numbers(version) < (3, 10):
         return Check("Triton", "ok", version)
-    return Check("Triton", "warn", version, "tested with 3.6 and 3.7, as torch ships it")
+    return Check("Triton", "warn", version, "tested with 3.6 to 3.9, as torch ships it")
 
 
 def _compiler(has_gpu: bool) -> Check:

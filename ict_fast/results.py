@@ -29,8 +29,11 @@ def require_run(path: Path) -> None:
 
 
 def run_folder(path: Path) -> Path:
-    """The run that `path`, a run or one of its checkpoints, belongs to."""
-    return path.absolute().parent.parent if path.absolute().parent.name == "checkpoints" else path
+    """The run that `path`, a run, the folder of its checkpoints or one of them, belongs to."""
+    whole = path.absolute()
+    if whole.name == "checkpoints" and not (whole / "checkpoints").exists():
+        return path.parent if path.name else whole.parent
+    return whole.parent.parent if whole.parent.name == "checkpoints" else path
 
 
 def require_place(folder: Path, option: str) -> None:

@@ -627,8 +627,9 @@ def test_samples_go_beside_the_run_as_a_grid(model, run_folder, capsys):
 
 
 def test_samples_of_a_checkpoint_go_to_its_run(model, run_folder):
-    assert main(["sample", str(run_folder / "checkpoints" / "step-00000003")]) == 0
-    assert (run_folder / "samples.png").exists()
+    for where in (run_folder / "checkpoints" / "step-00000003", run_folder / "checkpoints"):
+        assert main(["sample", str(where)]) == 0
+        (run_folder / "samples.png").unlink()
 
 
 def test_sigmas_imply_the_number_of_steps(model, run_folder):
@@ -732,6 +733,7 @@ def test_an_empty_argument_is_refused(capsys):
     assert refused(capsys, "train", "--out", "") == (
         "the argument after --out is empty; leave it out, or give it a value"
     )
+    assert refused(capsys, "train", "--out=") == refused(capsys, "train", "--out", ""), "as of $UNSET"
 
 
 def test_a_terminal_that_knows_ascii_alone_gets_question_marks():

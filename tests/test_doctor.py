@@ -177,7 +177,13 @@ def test_a_missing_python_header_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "has_gpu", "status"),
-    [(None, True, "FAIL"), (None, False, "none"), ("3.7.1", True, "ok"), ("3.10.0", True, "warn")],
+    [
+        (None, True, "FAIL"),
+        (None, False, "none"),
+        ("3.7.1", True, "ok"),
+        ("3.9.0", True, "ok"),
+        ("3.10.0", True, "warn"),
+    ],
 )
 def test_triton_is_judged(monkeypatch, version, has_gpu, status):
     monkeypatch.setattr(doctor, "_version", lambda name: version)

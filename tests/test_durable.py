@@ -47,7 +47,7 @@ class Disk:
             return written
 
         def rename(source: Path, target: Path) -> None:
-            here = [Path(source), *Path(source).glob("*")]
+            here = [Path(source), *Path(source).rglob("*")]
             self.lost += [str(path) for path in here if str(path) not in self._flushed]
             replace(source, target)
             if str(source) in self._flushed:
@@ -79,7 +79,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     ),
     "a store of pictures": _prepared,
     "a checkpoint": lambda folder: write_checkpoint(folder, 1, {"ema": {"a": torch.ones(3)}}, {}, keep=2),
-    "an export": lambda folder: write_folder(folder / "a", {"weights": b"content", "card": b"text"}),
+    "an export": lambda folder: write_folder(folder / "a", {"weights": b"content", "unet/config": b"text"}),
 }
 
 

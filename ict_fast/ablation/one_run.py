@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ict_fast import errors
+from ict_fast.children import end_with
 from ict_fast.config import from_dict
 from ict_fast.durable import replace_durably
 from ict_fast.errors import DivergedError, InputError, TrainingError
@@ -73,8 +74,10 @@ def do(job: Job) -> int:
 
 
 def main() -> int:
+    told = json.load(sys.stdin)
+    end_with(told.pop("parent"))  # which may be killed, and begin again while this run goes on
     try:
-        return do(Job(**json.load(sys.stdin)))
+        return do(Job(**told))
     except InputError as error:
         print(f"ict-fast: error: {error}", file=sys.stderr)
         return errors.EXIT_BAD_INPUT

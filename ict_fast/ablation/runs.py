@@ -176,14 +176,13 @@ def _result(job: Job) -> dict[str, Any] | None:
         result = json.loads(file.read_bytes())
         other = differences(from_dict(job.config), from_dict(result["config"], str(file)))
     except FileNotFoundError:
+        _require_own_run(job)
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}: not a result of an ablation; delete it, or choose another --out"
         ) from error
-    if other:
-        name, ours, theirs = other[0]
-        raise InputError(f"{file}: made with {name} {theirs}, now it is {ours}; choose another --out")
+    _require_no(other, file)
     method = from_dict(job.config).method
     if result.get("objective_revision", 1) != revision(method):
         raise InputError(
@@ -194,6 +193,21 @@ def _result(job: Job) -> dict[str, Any] | None:
         was, now = ("the default" if count is None else count for count in (result["asked_count"], job.count))
         raise InputError(f"{file}: made with --count {was}, now it is {now}; choose another --out")
     return result
+
+
+def _require_own_run(job: Job) -> None:
+    """Raises InputError if a run without a result has other settings than the job."""
+    file = Path(job.folder) / RUN / "config.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read the run itself will refuse
+        begun = from_dict(json.loads(file.read_bytes()), str(file))
+        _require_no(differences(from_dict(job.config), begun), file)
+
+
+def _require_no(others: Sequence[tuple[str, object, object]], file: Path) -> None:
+    """Raises InputError naming the first of the settings in a file that are others now."""
+    if others:
+        name, ours, theirs = others[0]
+        raise InputError(f"{file}: made with {name} {theirs}, now it is {ours}; choose another --out")
 
 
 @dataclass
@@ -275,7 +289,7 @@ def _start(plan: Plan, variant: Variant, seed: int, job: Job, slot: int) -> _Run
         )
     assert process.stdin is not None
     with suppress(BrokenPipeError), process.stdin as pipe:
-        pipe.write(json.dumps(asdict(job)).encode())
+        pipe.write(json.dumps(asdict(job) | {"parent": os.getpid()}).encode())
     return _Running(variant, seed, job, process, slot)
 
 
@@ -292,8 +306,9 @@ def _outcome(run: _Running) -> str:
             return f"failed: {result['failed']}"
         return f"distance {result['one_step']['frechet_distance']:.2f}, {duration(result['seconds'])}"
     said = output.read_text(errors="replace").strip().splitlines() or ["nothing"]
+    last = said[-1].removeprefix("ict-fast: error: ")
     error = InputError if code == 2 else TrainingError
-    raise error(f"{run.variant.name}, seed {run.seed}, ended with {code}: {said[-1]} (all it said: {output})")
+    raise error(f"{run.variant.name}, seed {run.seed}, ended with {code}: {last} (all it said: {output})")
 
 
 def _share_done(plan: Plan, job: Job) -> float:

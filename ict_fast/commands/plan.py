@@ -89,7 +89,7 @@ def run(options: PlanOptions) -> int:
         config = dataclasses.replace(config, training=training)
     _require_one_gpu(options)
     if options.json is not None:
-        results.require_file_place(options.json, "--json", "plan.json")
+        results.require_measurement_place(options.json, "--json", "plan.json", ())
     if options.results is not None and not options.results.is_dir():
         raise InputError(f"--results is {options.results}, which is no folder")
 

@@ -124,6 +124,8 @@ def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
         InputError: if `out` holds anything, or cannot be written.
     """
     require_new(out)
+    if not out.name:
+        raise InputError(f"--out is {out}; the folder is renamed to its place, which needs a name")
     partial = out.parent / f".tmp-{out.name}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -132,7 +134,8 @@ def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
             file = partial / name
             file.parent.mkdir(exist_ok=True)
             write_durably(file, content)
-        flush_directory(partial)
+        for folder in {(partial / name).parent for name in files} | {partial}:
+            flush_directory(folder)
         os.replace(partial, out)
         flush_directory(out.parent)
     except OSError as error:

@@ -224,12 +224,26 @@ def test_a_full_disk_and_too_little_memory_say_nothing_of_a_variant(
     plan = Plan(tiny, variants_of(tiny)[:1], (0,), tmp_path, "cpu", 1, count=16)
     ((_, _, job),) = plan.jobs()
     monkeypatch.setattr(f"ict_fast.training.{place}", fail)
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asdict(job))))
+    monkeypatch.setattr(one_run, "end_with", lambda parent: None)
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asdict(job) | {"parent": 0})))
     assert one_run.main() == 1
     complaint = capsys.readouterr().err.splitlines()[-1]
     assert complaint.startswith("ict-fast: error:")
     assert said in complaint
     assert not (Path(job.folder) / one_run.RESULT).exists()
+
+
+def test_a_run_of_other_settings_that_was_stopped_is_not_gone_on_with(tiny: Config, tmp_path: Path) -> None:
+    """By the names that `ablate` has, before a process is started."""
+    plan = Plan(tiny, variants_of(tiny)[:1], (0,), tmp_path, "cpu", 1)
+    ((_, _, job),) = plan.jobs()
+    begun = Path(job.folder) / one_run.RUN / "config.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text(json.dumps(job.config | {"training": job.config["training"] | {"total_steps": 25}}))
+    with pytest.raises(
+        InputError, match=r"config\.json: made with training\.total_steps 25, now it is 24; cho"
+    ):
+        run_all(plan, print)
 
 
 def test_a_run_that_is_lost_takes_no_other_with_it(

@@ -326,6 +326,14 @@ def test_an_export_does_not_write_over_anything(trained: Path, tmp_path: Path) -
     assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "mine"]
 
 
+def test_an_export_does_not_take_the_place_of_the_folder_that_one_is_in(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "safetensors", str(trained), "--out", "."]) == 2
+    assert "--out is .; the folder is renamed to its place, which needs a name" in capsys.readouterr().err
+
+
 def test_an_export_that_fails_leaves_nothing(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

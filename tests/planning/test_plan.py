@@ -499,6 +499,13 @@ def test_a_short_run_is_given_in_seconds_and_bound_by_launching(
     assert written["days"] == pytest.approx(43.3 / 86400, rel=2e-3)
 
 
+def test_a_plan_does_not_overwrite_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["plan", "--gpus", "1", "--json", str(tmp_path / "config.json")]) == 2
+    assert "a place for the files of a model or of a data set; choose another" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
 def test_another_gpu_is_described_by_its_memory_and_its_peak(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

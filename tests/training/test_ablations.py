@@ -162,6 +162,7 @@ def test_the_fields_without_effect_are_those_that_change_no_bit(
         network=replace(tiny.network, attention_resolutions=(), **network),
         method=replace(tiny.method, **method),
         optimizer=replace(tiny.optimizer, name="adam"),  # RAdam begins without eps
+        training=replace(tiny.training, batch_size=4),
     )
 
     def state(config: Config) -> dict[str, torch.Tensor]:

@@ -116,18 +116,19 @@ class Description:
         which = f"; {self.origin['average']}" if self.origin["average"] else ""
         return [f"trained by ict-fast {version}, {self.origin['step']:,} steps{which}"]
 
-    def check_fingerprint(self, said: Any, tensors: Mapping[str, Tensor]) -> None:
+    def check_fingerprint(self, said: Any, tensors: Mapping[str, Tensor], or_else: str = "") -> None:
         """Compares the weights with what the description says of them.
 
         Args:
             said: its entry `fingerprint`.
             tensors: by our names.
+            or_else: what else may help.
         Raises:
             InputError: if they differ.
         """
         if said != fingerprint(tensors):
             raise InputError(
-                f"{self.file.parent}: not the weights that {self.file.name} describes; get it again"
+                f"{self.file.parent}: not the weights that {self.file.name} describes; get it again{or_else}"
             )
 
 

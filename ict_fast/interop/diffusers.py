@@ -196,7 +196,8 @@ def import_diffusers(path: Path) -> Imported:
         origin=None if described is None else described.origin,
     )
     if described is not None:
-        described.check_fingerprint(said, model.tensors)
+        field = ", or if they were changed on purpose take `ict_fast` out of that file"
+        described.check_fingerprint(said, model.tensors, field if "ict_fast" in unet else "")
     return model
 
 

@@ -32,7 +32,7 @@ def page(record: RunRecord) -> str:
         _section("Metrics", measures(record)),
         _section("Curves", charts(record)),
         _section("Configuration", _configuration(record)),
-        _section("Repeat it", _repeat(record)),
+        _section("Repeat it", "" if record.is_imported else _repeat(record)),
         _section("Hardware and versions", _versions(record)),
     ]
     return (
@@ -57,6 +57,7 @@ def _head(record: RunRecord, name: str) -> str:
     kind = f"{network.num_classes:,} classes" if network.num_classes else "without classes"
     images = f"{network.resolution}×{network.resolution} {'RGB' if network.image_channels == 3 else 'grey'}"
     done = "finished" if record.step >= total else f"{record.step:,} of {total:,} steps"
+    done = "not trained here" if record.is_imported else done
     return (
         f"<header>\n<h1>{name}</h1>\n<p class='lead'>Preset {escape(config.preset)} · {images}, {kind} ·"
         f" {escape(network.name)} · {done}</p>\n</header>\n"

@@ -80,6 +80,11 @@ class RunRecord:
         return max([self.state.get("step", 0), *(line["step"] for line in lines)])
 
     @property
+    def is_imported(self) -> bool:
+        """Whether it is a model that was imported, and not trained here."""
+        return "imported" in self.state
+
+    @property
     def stages(self) -> list[Stage]:
         """The curriculum's, done and to come."""
         return stages_trained(self.config.training.total_steps, self.config.method, self.extensions)
@@ -115,7 +120,8 @@ class RunRecord:
 
     def command(self) -> str:
         """The command that repeats the run."""
-        words = ["ict-fast", "train", "--preset", self.config.preset]
+        preset = self.config.preset
+        words = ["ict-fast", "train", *(["--preset", preset] if preset in presets.names() else [])]
         begun = self.initial.get("path")
         if begun is not None:
             words += ["--init", str(begun)]
@@ -171,6 +177,7 @@ def read_run(path: Path) -> RunRecord:
         network = config.network
         digits = (network.resolution, network.image_channels) == (8, 1)  # for which features are at hand
         features = "" if digits else " --features FILE.pt"
+        features += " --reference DATA" if record.is_imported else ""
         command = f"ict-fast evaluate {shlex.quote(str(path))}{features}"
         missing.append(f"metrics: the run was not measured; `{command}` does it")
     return record
@@ -201,8 +208,10 @@ def _fields(config: Config, missing: list[str]) -> list[Field]:
     try:
         preset = presets.get(config.preset)
     except InputError:
-        missing.append(f"the preset {config.preset!r}: changed fields are shown against the defaults")
-        preset = Config()
+        preset = presets.DIGITS  # that of `train` alone
+        missing.append(
+            f"the preset {config.preset!r}: changed fields are shown against those of {preset.preset}"
+        )
     ours, theirs = to_dict(config), to_dict(preset)
     return [
         Field(section, name, value, theirs[section][name])

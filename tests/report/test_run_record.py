@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -51,6 +52,30 @@ def test_the_command_means_the_runs_configuration(
     assert main([*without_gpus, "--device", "cpu", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed[: printed.index("\nparameters")]) == to_dict(config)
+
+
+def test_the_command_of_a_scripts_run_needs_no_preset_of_its_name(
+    run: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "config.json").write_text(json.dumps(to_dict(replace(config, preset="mine"))))
+    record = read_run(run)
+    assert record.missing == ["the preset 'mine': changed fields are shown against those of digits"]
+    words = shlex.split(record.command())
+    assert "--preset" not in words
+    assert main([*words[1 : words.index("--gpus")], "--device", "cpu", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed[: printed.index("\nparameters")]) == to_dict(config)
+
+
+def test_of_an_imported_model_no_training_is_told(run: Path) -> None:
+    file = run / "checkpoints/step-00000400/state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": 0, "imported": {"file": "a.pkl"}}))
+    for name in ("log.jsonl", "evaluations.jsonl", "checkpoints/evaluation.json"):
+        (run / name).unlink()
+    text = page(read_run(run))
+    assert "not trained here" in text
+    assert "Repeat it" not in text
+    assert re.search(r"`ict-fast evaluate \S+ --reference DATA` does it", text)
 
 
 def test_the_command_of_a_run_that_began_with_another_means_its_configuration(

@@ -64,7 +64,7 @@ setup(
         "tyro==1.0.17",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ict-fast = ict_fast.cli:main"]},
+    entry_points={"console_scripts": ["ict-fast = ict_fast.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -2,7 +2,18 @@
 
 import sys
 
-from ict_fast.cli import main
+
+def main() -> int:
+    """The program, from its first import on: Ctrl-C meanwhile is as quiet as later; returns the exit code."""
+    try:
+        from ict_fast import cli
+    except KeyboardInterrupt:
+        from ict_fast.errors import EXIT_SIGINT
+
+        print("ict-fast: error: interrupted; nothing more was saved", file=sys.stderr)
+        return EXIT_SIGINT
+    return cli.main()
+
 
 if __name__ == "__main__":
     code = main()

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import ict_fast
+from ict_fast import __main__ as program
 from ict_fast import cli, presets
 from ict_fast.cli import main
 from ict_fast.config import Config, differences, to_dict
@@ -734,6 +735,19 @@ def test_an_empty_argument_is_refused(capsys):
         "the argument after --out is empty; leave it out, or give it a value"
     )
     assert refused(capsys, "train", "--out=") == refused(capsys, "train", "--out", ""), "as of $UNSET"
+
+
+def test_ctrl_c_while_the_program_is_imported_is_one_line(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "ict_fast.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "ict_fast.cli")
+    monkeypatch.delattr("ict_fast.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert program.main() == 130
+    assert capsys.readouterr().err == "ict-fast: error: interrupted; nothing more was saved\n"
 
 
 def test_a_terminal_that_knows_ascii_alone_gets_question_marks():

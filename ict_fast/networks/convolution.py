@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ict_kernels.backend import convolves_well
 from ict_kernels.fir_resampling import fir_taps
 
 
@@ -23,12 +24,13 @@ def convolution(x_nchw: Tensor, weight: Tensor, bias: Tensor | None, padding: in
     """torch's conv2d; of a channels_last image, the result is channels_last."""
     if _is_product(x_nchw, weight, padding, stride):
         return pixel_products(x_nchw, weight, bias)
-    if x_nchw.device.type == "cpu" and x_nchw.dtype == torch.float16:
-        # As a tensor core does: exact products, sums in fp32, results in fp16. Autograd does so too.
-        x_nchw, weight = (each.half().float() for each in (x_nchw, weight))
-        bias = None if bias is None else bias.half().float()
+    if not convolves_well(x_nchw):
+        # As a tensor core does: exact products, sums in fp32, results in 16 bits. Autograd does so too.
+        dtype = x_nchw.dtype
+        x_nchw, weight = (each.to(dtype).float() for each in (x_nchw, weight))
+        bias = None if bias is None else bias.to(dtype).float()
         with torch.autocast("cpu", enabled=False):
-            return F.conv2d(x_nchw, weight, bias, stride, padding).half()
+            return F.conv2d(x_nchw, weight, bias, stride, padding).to(dtype)
     return F.conv2d(x_nchw, weight, bias, stride, padding)
 
 

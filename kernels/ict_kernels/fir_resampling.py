@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .backend import use_triton, without_autocast
+from .backend import convolves_well, use_triton, without_autocast
 from .triton_support import jit, launch, refuse_forward_ad, tl, triton
 
 # -------------------------------------------------------------------------------------- the eager definitions
@@ -55,15 +55,10 @@ def _filter(x: Tensor, gain: float) -> Tensor:
     return (torch.outer(taps, taps) * gain).repeat(x.shape[1], 1, 1, 1)
 
 
-# oneDNN has convolutions in bf16 for processors with AVX-512. On others torch's own round every partial sum,
-# and took eleven times as long as in fp32 (64 channels, 32 x 32).
-_CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def _wide(x: Tensor) -> Tensor:
-    # A CPU rounds sums of fp16 more than once, of bf16 once. In fp32 autograd would keep twice as much.
-    rounds_twice = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _CPU_HAS_BF16
-    return x.to(torch.float32) if x.dtype == torch.float16 or rounds_twice else x
+    # Not everything: in fp32 autograd keeps twice as much.
+    is_wide = convolves_well(x) and x.dtype != torch.float16
+    return x if is_wide else x.to(torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------- the kernels

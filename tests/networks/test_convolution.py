@@ -63,28 +63,29 @@ def test_products_of_pixels_are_the_1x1_convolution_and_its_gradients(
             assert of_weight.stride() == weight.stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_autocast", [False, True])
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 1), (3, 2)])
-def test_in_fp16_a_cpu_rounds_the_result_and_the_gradients_alone(
-    size: int, stride: int, is_autocast: bool
+def test_in_16_bits_a_cpu_rounds_the_result_and_the_gradients_alone(
+    size: int, stride: int, is_autocast: bool, dtype: torch.dtype
 ) -> None:
     leaves = [_random(2, 12, 6, 6), _random(8, 12, size, size, seed=1), _random(8, seed=2)]
     halves = [
-        leaf.half().to(memory_format=torch.channels_last if leaf.ndim == 4 else torch.preserve_format)
+        leaf.to(dtype).to(memory_format=torch.channels_last if leaf.ndim == 4 else torch.preserve_format)
         for leaf in leaves
     ]
     exact = [leaf.double().requires_grad_() for leaf in halves]
     halves = [leaf.requires_grad_() for leaf in halves]
     padding = size // 2
     expected = F.conv2d(*exact, stride=stride, padding=padding)
-    grad = _random(*expected.shape, seed=3).half().to(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.float16, enabled=is_autocast):
+    grad = _random(*expected.shape, seed=3).to(dtype).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype, enabled=is_autocast):
         found = convolution(*halves, padding, stride)
     gradients = torch.autograd.grad(found, halves, grad)
     of_exact = torch.autograd.grad(expected, exact, grad.double())
     for ours, theirs in zip((found, *gradients), (expected, *of_exact), strict=True):
-        assert ours.dtype == torch.float16
-        torch.testing.assert_close(ours.double(), theirs, rtol=2**-11, atol=1e-5)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, rtol=torch.finfo(dtype).eps / 2, atol=1e-5)
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in (found, *gradients[:2]))
 
 

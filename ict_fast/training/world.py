@@ -169,6 +169,15 @@ class World:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
         return bool(found)
 
+    def least(self, here: int, what: str) -> int:
+        """The smallest of all processes' numbers; `what` they are is for a diagnosis."""
+        if self.size == 1:
+            return here
+        found = torch.tensor(here, dtype=torch.int64)
+        with self.waiting(f"all processes to compare {what}"):
+            dist.all_reduce(found, dist.ReduceOp.MIN, group=self._hosts)
+        return int(found)
+
     def stop_code(self, mine: int | None) -> int | None:
         """The exit code with which all stop at this step, SAVE if they save it and go on, or None.
 
@@ -186,9 +195,13 @@ class World:
         self._asked = dist.all_reduce(self._stop_code, dist.ReduceOp.MAX, group=self._hosts, async_op=True)
         return agreed or None
 
-    def require_equal(self, value: Any, what: str) -> None:
+    def require_equal(self, value: Any, what: str, cure: str = "") -> None:
         """Checks that every process has the same.
 
+        Args:
+            value: of this process; picklable.
+            what: it is, in the plural.
+            cure: what would be right, if that is known.
         Raises:
             InputError: naming the processes whose value is not that of process 0.
         """
@@ -198,7 +211,8 @@ class World:
         with self.waiting(f"all processes to compare {what}"):
             dist.all_gather_object(values, value, group=self._hosts)
         if other := [str(rank) for rank in range(self.size) if values[rank] != values[0]]:
-            raise InputError(f"{what} differ between process 0 and process {', '.join(other)}")
+            cure = f"; {cure}" if cure else ""
+            raise InputError(f"{what} differ between process 0 and process {', '.join(other)}{cure}")
 
     def require_equal_state(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], step: int) -> None:
         """Compares the run's state over all processes by the exclusive-or of each tensor's bits.

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ict_fast import torchrun
 from ict_fast.children import deaf_to_interrupts
 from ict_fast.errors import EXIT_FAILED, EXIT_SIGINT, EXIT_SIGTERM, HungError, InputError, TrainingError
 from ict_fast.hardware import usable_cores
@@ -33,11 +34,9 @@ from ict_fast.training.run_directory import TRACEBACK
 MAX_RESTARTS = 3
 """A run that loses processes so often without getting any further in between is given up."""
 
+_SILENCED = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
 _POLL_SECONDS = 0.25
 _SAVING_SECONDS = 120  # what a run stopped by a signal has to write its checkpoint; 30 with torch 2.11
-_LEAVING_SECONDS = 1.0
-"""The agent looks ten times a second, and names the first process that it finds ended: so the one that is
-lost, before those that have lost it."""
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -176,9 +175,8 @@ def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent:
     try:
         _work(work, first, folder, parent)
     except Exception:  # which `record` has written down
-        time.sleep(_LEAVING_SECONDS)
-        # The interpreter's own end waits for the device, which may wait for a process that is lost.
-        os._exit(EXIT_FAILED)
+        time.sleep(torchrun.LEAVING_SECONDS)
+        torchrun.leave(EXIT_FAILED)
     except KeyboardInterrupt:  # the interpreter's own end may abort, for threads of torch that are beginning
         os._exit(EXIT_SIGINT)
 

@@ -69,7 +69,7 @@ def run_processes(
         InputError, TrainingError: what a process raised, or that several attempts in a row got no further.
     """
     for name in logging.root.manager.loggerDict:  # each of torch's has a level of its own
-        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+        if name.startswith(_SILENCED):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is said here, in a line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVING_SECONDS))
@@ -96,6 +96,20 @@ def _attempt(
     work: Callable[[bool], RunResult], count: int, first: bool, folder: Path, traceback: Path
 ) -> tuple[str, int | None]:
     """One start of all processes; returns what ended them, and the signal if it was one to this process."""
+    with (
+        _keeping_handlers(),
+        _ending_who_hangs(folder),
+        # torch's agent would wait for them as long after a second Ctrl-C as after the first.
+        SecondInterrupt(_kill_all, partial(_kill_beginners, folder, count)),
+        deaf_to_interrupts(),  # in this thread: the other two have begun, and hear them
+    ):
+        return _agent(work, count, first, folder, traceback)
+
+
+def _agent(
+    work: Callable[[bool], RunResult], count: int, first: bool, folder: Path, traceback: Path
+) -> tuple[str, int | None]:
+    """See `_attempt`."""
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -108,17 +122,9 @@ def _attempt(
         signals_to_handle=",".join(number.name for number in stop_signals()),
     )
     try:
-        # torch's agent would wait for them as long after a second Ctrl-C as after the first.
-        with (
-            _ending_who_hangs(folder),
-            SecondInterrupt(_kill_all, partial(_kill_beginners, folder, count)),
-            deaf_to_interrupts(),  # in this thread: the other two have begun, and hear them
-        ):
-            elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
+        elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
     except SignalException as asked:
-        # After a second signal, while the agent waited for the processes to save, nobody waits any more.
-        for process in multiprocessing.active_children():
-            process.kill()
+        _let_save()
         return f"stopped by {signal.Signals(asked.sigval).name}", asked.sigval
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
@@ -131,6 +137,35 @@ def _attempt(
             traceback.write_text(str(failure.message["extraInfo"]["py_callstack"]))
         return f"process {rank} failed: {text} (traceback: {traceback})", None
     return "the processes ended without a result", None
+
+
+@contextmanager
+def _keeping_handlers() -> Iterator[None]:
+    """Afterwards signals have the handlers of before: torch's agent leaves its own behind, which raise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _let_save() -> None:
+    """Waits for processes that save, whatever signal comes, and kills those that do not end.
+
+    The agent has waited, unless it was sent three signals: the second begins its wait anew, the third ends
+    it. Only a second Ctrl-C ends the saving, see SecondInterrupt.
+    """
+    with suppress(ValueError):  # not the main thread, where no signal arrives
+        for number in stop_signals():
+            signal.signal(number, lambda *_: None)  # not SIG_IGN, with which no Ctrl-C is noted
+    end = time.monotonic() + _SAVING_SECONDS
+    for process in multiprocessing.active_children():
+        process.join(max(0.0, end - time.monotonic()))
+    _kill_all()
 
 
 @contextmanager

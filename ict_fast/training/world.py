@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ict_fast.errors import HungError, InputError, TrainingError
+from ict_fast.training import outcome
 from ict_fast.training.launch import StopRequest
 from ict_fast.training.lookout import Lookout
 
@@ -261,6 +262,7 @@ def require_launched(device: torch.device, asked: int | None, max_restarts: int 
     Raises:
         InputError: if the numbers of processes differ, or restarts were asked for, which are the launcher's;
             or if this process finds no GPU left for it.
+        TrainingError: instead of the last, if ict-fast itself has counted the GPUs before.
     """
     # Those that ict-fast itself has started are not given the option.
     if max_restarts is not None:
@@ -273,6 +275,11 @@ def require_launched(device: torch.device, asked: int | None, max_restarts: int 
         )
     # Not the number of processes: a launcher may show each of them its own GPU alone, as number 0.
     if device.type == "cuda" and local_rank() >= (visible := torch.cuda.device_count()):
+        if outcome.reports():
+            raise TrainingError(
+                f"torch now sees {visible} of the {started} GPUs: `ict-fast doctor` may say more; --gpus with"
+                f" {visible} or less, of which the batch is a multiple, goes on without the rest"
+            )
         raise InputError(
             f"torchrun has started {started} processes on this node, where torch sees {visible}"
             f" GPU{'s' * (visible > 1)}; choose --nproc-per-node {visible}, or --device cpu"

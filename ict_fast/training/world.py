@@ -155,6 +155,23 @@ class World:
             stop.exit_code = int(said[1]) or None
         return bool(said[0])
 
+    def connect(self, device: torch.device) -> None:
+        """Connects the devices of all processes, which NCCL would else do in their first collective.
+
+        NCCL has no timeout for that: the lookout watches it. All meet over gloo first, where none is missed
+        for what it may rightly do before.
+
+        Args:
+            device: where this process trains.
+        """
+        if self.size == 1:
+            return
+        self.any(False)
+        with self.waiting("the devices of all processes to connect"):
+            self.add(torch.zeros(1, device=device))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
     def add(self, value: torch.Tensor) -> torch.Tensor:
         """Replaces a tensor on the run's device by its sum over the processes; the host does not wait."""
         if self.size > 1:
@@ -304,15 +321,8 @@ def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterato
     if nccl:
         torch.cuda.set_device(device)
     patience = timedelta(seconds=timeout + _NCCL_LATER if nccl else timeout)
-    try:
+    with _joining(timeout):
         dist.init_process_group("nccl" if nccl else "gloo", timeout=patience)
-    except RuntimeError as error:
-        if not _timed_out(error):
-            raise
-        count = os.environ["WORLD_SIZE"]
-        raise HungError(
-            f"not all of the {count} processes have joined within {timeout:g} s (--collective-timeout)"
-        ) from error
     if dist.get_world_size() == 1:
         try:
             yield World()
@@ -320,8 +330,10 @@ def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterato
             dist.destroy_process_group()
         return
     with Lookout(dist.get_rank(), dist.get_world_size(), _record(), timeout) as lookout:
+        with _joining(timeout):  # NCCL has not met anybody yet
+            world = World(lookout, timeout)
         try:
-            yield World(lookout, timeout)
+            yield world
         except RuntimeError as error:
             if _timed_out(error):
                 raise HungError(lookout.diagnosis()) from error
@@ -329,8 +341,23 @@ def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterato
     dist.destroy_process_group()  # not after an error: it would wait for what the others no longer do
 
 
+@contextmanager
+def _joining(timeout: float) -> Iterator[None]:
+    """Inside, a process that does not come has not joined."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _timed_out(error):
+            raise
+        count = os.environ["WORLD_SIZE"]
+        raise HungError(
+            f"not all of the {count} processes have joined within {timeout:g} s (--collective-timeout)"
+        ) from error
+
+
 def _timed_out(error: Exception) -> bool:
-    return "timed out" in str(error).lower()
+    """As gloo says it, or a store: "wait timeout after 6000ms, keys: ..."."""
+    return any(words in str(error).lower() for words in ("timed out", "wait timeout"))
 
 
 def _record() -> dist.Store:

@@ -24,7 +24,8 @@ from ict_fast.screen import duration, say
 from ict_fast.training.describe import describe_initial_share, describe_stages, describe_unused
 from ict_fast.training.evaluations import (
     Evaluations,
-    evaluate_command,
+    is_measured,
+    missing,
     require_measurable,
     require_measurement,
 )
@@ -361,7 +362,7 @@ def _loop(
         code, measured = EXIT_DONE, ""
         if world.decide(lambda: evaluations.is_missing(step)):
             code = EXIT_DONE if stop_code is None else stop_code
-            measured = f"; their last measurement is missing: `{evaluate_command(out, config)}` makes it"
+            measured = missing(run)
         return RunResult(out, step, code, f"{out}: {total:,} steps are done{skips}{measured}")
     assert stop_code is not None
     saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
@@ -386,4 +387,6 @@ def _snapshot_every(config: Config) -> int:
 
 
 def _already_finished(run: Run) -> RunResult:
-    return RunResult(run.out, run.step, EXIT_DONE, f"{run.out} is finished: {run.step:,} steps are done")
+    measured = "" if is_measured(run) else missing(run)
+    done = f"{run.out} is finished: {run.step:,} steps are done{measured}"
+    return RunResult(run.out, run.step, EXIT_DONE, done)

@@ -12,6 +12,7 @@ import itertools
 import os
 import select
 import sys
+import time
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -37,8 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; by default those of the process.
     Returns:
-        the exit code; see `ict_fast.errors`.
+        the exit code; see `ict_fast.errors`. One of several processes under torchrun that fails does not
+        return: it ends at once.
     """
+    try:
+        code = _main(argv)
+    except Exception as error:
+        if not torchrun.has_others():
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        time.sleep(torchrun.LEAVING_SECONDS)
+        code = errors.EXIT_FAILED
+    if code in (errors.EXIT_FAILED, errors.EXIT_BAD_INPUT) and torchrun.has_others():
+        torchrun.leave(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    """What the person can act on becomes a line and an exit code."""
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal that knows ASCII alone

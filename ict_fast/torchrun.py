@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
+
+LEAVING_SECONDS = 1.0
+"""The agent looks ten times a second, and names the first process that it finds ended: so the one that is
+lost, before those that have lost it."""
 
 _CLAIM = "ict-fast-ended"
 
@@ -15,6 +22,26 @@ _CLAIM = "ict-fast-ended"
 def restarts() -> int:
     """How often the launcher has started this process's group again; 0 without a launcher."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def has_others() -> bool:
+    """Whether a launcher has started this process as one of several of a run."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once, with what it has said so far.
+
+    The interpreter's own end waits for threads, which may wait for the device, and that for a process that is
+    lost.
+
+    Args:
+        code: its exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or it was closed
+            stream.flush()
+    os._exit(code)
 
 
 def warning() -> str | None:

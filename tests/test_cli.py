@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,10 @@ from PIL import Image
 
 import ict_fast
 from ict_fast import __main__ as program
-from ict_fast import cli, presets
+from ict_fast import cli, presets, torchrun
 from ict_fast.cli import main
 from ict_fast.config import Config, differences, to_dict
-from ict_fast.errors import InputError, TrainingError
+from ict_fast.errors import HungError, InputError, TrainingError
 
 COMMANDS = tuple(cli.COMMANDS)
 REPOSITORY = Path(ict_fast.__file__).parent.parent
@@ -225,6 +226,40 @@ def test_a_complaint_is_text_that_the_terminal_does_not_obey(capsys):
     assert error[:-1].isprintable()
     assert error.rstrip().endswith("makes one")  # the end, which says what would be right, is still there
     assert len(error) < 1100
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("Connection closed by peer"),
+            r"^Traceback (?s:.*)\nRuntimeError: Connection closed by peer$",
+        ),
+        (HungError("process 1 gave up"), r"^ict-fast: error: process 1 gave up$"),
+        (TrainingError("no gradient"), r"^ict-fast: error: no gradient$"),
+    ],
+)
+def test_one_of_torchruns_processes_that_has_lost_another_waits_for_no_thread(
+    capsys, monkeypatch, error, said
+):
+    def fail(argv):
+        raise error
+
+    def leave(code):
+        ended.append(code)
+        raise SystemExit
+
+    ended = []
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(torchrun, "LEAVING_SECONDS", 0.0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    for others, code in (("1", []), ("2", [1])):
+        monkeypatch.setenv("WORLD_SIZE", others)
+        with suppress(SystemExit, RuntimeError):
+            assert main(["train"]) == 1
+        assert ended == code
+    assert re.search(said, capsys.readouterr().err.rstrip(), re.MULTILINE)
 
 
 def test_the_version_is_printed(capsys):

@@ -73,6 +73,21 @@ def require_measurement(config: Config) -> None:
         ) from error
 
 
+def is_measured(run: Run) -> bool:
+    """Whether a finished run has its last measurement, its own or by `ict-fast evaluate`; or none is due."""
+    if not run.config.logging.evaluate_every or run.step in _written(run.out / EVALUATIONS):
+        return True
+    with suppress(OSError, ValueError, AttributeError):
+        later = json.loads((run.out / "checkpoints/evaluation.json").read_text(encoding="utf-8"))
+        return later.get("step") == run.step
+    return False
+
+
+def missing(run: Run) -> str:
+    """What is said after the number of steps of a run whose last measurement is not there."""
+    return f"; their last measurement is missing: `{evaluate_command(run.out, run.config)}` makes it"
+
+
 def evaluate_command(out: Path, config: Config) -> str:
     """The command that measures the run's newest checkpoint as the run does."""
     logging = config.logging
@@ -113,11 +128,7 @@ class Evaluations:
         self._run, self._monitor, self._stop, self._get_on = run, monitor, stop, get_on
         self._path = run.out / EVALUATIONS
         self._write_failed = False
-        self._done: dict[int, _Measured] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                values = json.loads(line)
-                self._done[values["step"]] = _measured(values)
+        self._done = _written(self._path)
 
     def is_due(self, step: int) -> bool:
         """Whether the averages are to be measured after so many steps."""
@@ -210,6 +221,16 @@ class Evaluations:
 
 class _Stopped(Exception):
     """The run is to be saved and stopped."""
+
+
+def _written(path: Path) -> dict[int, _Measured]:
+    """The measurements of evaluations.jsonl by their steps; of a broken file those before its fault."""
+    found: dict[int, _Measured] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            found[values["step"]] = _measured(values)
+    return found
 
 
 def _measured(result: dict[str, Any]) -> _Measured:

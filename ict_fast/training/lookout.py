@@ -96,16 +96,21 @@ class Lookout:
             words = self._words()
         except (RuntimeError, ValueError):
             return "process 0, which keeps the record of what the others do, does not answer"
-        now = time.time()
+        now, awaits = time.time(), self._doing.startswith(_WAITING)
         others = {rank: word for rank, word in words.items() if rank != self._rank}
         silent = {r: w for r, w in others.items() if now - w["time"] > 3 * self._between_words + 1}
+        # Where only the device waits, the host says that it is computing, and so do those that wait with it.
+        innocent = (_WAITING,) if awaits else (_WAITING, _COMPUTING)
         behind = {
             rank: word
             for rank, word in others.items()
-            if word["step"] < self._step or not word["doing"].startswith(_WAITING)
+            if word["step"] < self._step
+            or (word["step"] == self._step and not word["doing"].startswith(innocent))
         }
         if not (named := silent or behind):
-            return "all others wait too, so the network between them may be down"
+            if awaits:
+                return "all others wait too, so the network between them may be down"
+            return "no other is behind, so the GPUs or the network between them are suspect"
         rank, word = min(named.items(), key=lambda item: (item[1]["step"], item[0]))
         more = f" and {len(named) - 1} more" if len(named) > 1 else ""
         if silent:

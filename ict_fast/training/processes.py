@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -21,7 +19,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ict_fast.children import deaf_to_interrupts
+from ict_fast import torchrun
+from ict_fast.children import deaf_to_interrupts, end_with
 from ict_fast.errors import EXIT_FAILED, EXIT_SIGINT, EXIT_SIGTERM, HungError, InputError, TrainingError
 from ict_fast.hardware import usable_cores
 from ict_fast.training import outcome
@@ -33,12 +32,9 @@ from ict_fast.training.run_directory import TRACEBACK
 MAX_RESTARTS = 3
 """A run that loses processes so often without getting any further in between is given up."""
 
+_SILENCED = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
 _POLL_SECONDS = 0.25
 _SAVING_SECONDS = 120  # what a run stopped by a signal has to write its checkpoint; 30 with torch 2.11
-_LEAVING_SECONDS = 1.0
-"""The agent looks ten times a second, and names the first process that it finds ended: so the one that is
-lost, before those that have lost it."""
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def run_processes(
@@ -70,7 +66,7 @@ def run_processes(
         InputError, TrainingError: what a process raised, or that several attempts in a row got no further.
     """
     for name in logging.root.manager.loggerDict:  # each of torch's has a level of its own
-        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+        if name.startswith(_SILENCED):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is said here, in a line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVING_SECONDS))
@@ -97,6 +93,20 @@ def _attempt(
     work: Callable[[bool], RunResult], count: int, first: bool, folder: Path, traceback: Path
 ) -> tuple[str, int | None]:
     """One start of all processes; returns what ended them, and the signal if it was one to this process."""
+    with (
+        _keeping_handlers(),
+        _ending_who_hangs(folder),
+        # torch's agent would wait for them as long after a second Ctrl-C as after the first.
+        SecondInterrupt(_kill_all, partial(_kill_beginners, folder, count)),
+        deaf_to_interrupts(),  # in this thread: the other two have begun, and hear them
+    ):
+        return _agent(work, count, first, folder, traceback)
+
+
+def _agent(
+    work: Callable[[bool], RunResult], count: int, first: bool, folder: Path, traceback: Path
+) -> tuple[str, int | None]:
+    """See `_attempt`."""
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -109,17 +119,9 @@ def _attempt(
         signals_to_handle=",".join(number.name for number in stop_signals()),
     )
     try:
-        # torch's agent would wait for them as long after a second Ctrl-C as after the first.
-        with (
-            _ending_who_hangs(folder),
-            SecondInterrupt(_kill_all, partial(_kill_beginners, folder, count)),
-            deaf_to_interrupts(),  # in this thread: the other two have begun, and hear them
-        ):
-            elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
+        elastic_launch(settings, _worker)(work, first, str(folder), os.getpid())
     except SignalException as asked:
-        # After a second signal, while the agent waited for the processes to save, nobody waits any more.
-        for process in multiprocessing.active_children():
-            process.kill()
+        _let_save()
         return f"stopped by {signal.Signals(asked.sigval).name}", asked.sigval
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
@@ -132,6 +134,35 @@ def _attempt(
             traceback.write_text(str(failure.message["extraInfo"]["py_callstack"]))
         return f"process {rank} failed: {text} (traceback: {traceback})", None
     return "the processes ended without a result", None
+
+
+@contextmanager
+def _keeping_handlers() -> Iterator[None]:
+    """Afterwards signals have the handlers of before: torch's agent leaves its own behind, which raise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _let_save() -> None:
+    """Waits for processes that save, whatever signal comes, and kills those that do not end.
+
+    The agent has waited, unless it was sent three signals: the second begins its wait anew, the third ends
+    it. Only a second Ctrl-C ends the saving, see SecondInterrupt.
+    """
+    with suppress(ValueError):  # not the main thread, where no signal arrives
+        for number in stop_signals():
+            signal.signal(number, lambda *_: None)  # not SIG_IGN, with which no Ctrl-C is noted
+    end = time.monotonic() + _SAVING_SECONDS
+    for process in multiprocessing.active_children():
+        process.join(max(0.0, end - time.monotonic()))
+    _kill_all()
 
 
 @contextmanager
@@ -176,9 +207,8 @@ def _worker(work: Callable[[bool], RunResult], first: bool, folder: str, parent:
     try:
         _work(work, first, folder, parent)
     except Exception:  # which `record` has written down
-        time.sleep(_LEAVING_SECONDS)
-        # The interpreter's own end waits for the device, which may wait for a process that is lost.
-        os._exit(EXIT_FAILED)
+        time.sleep(torchrun.LEAVING_SECONDS)
+        torchrun.leave(EXIT_FAILED)
     except KeyboardInterrupt:  # the interpreter's own end may abort, for threads of torch that are beginning
         os._exit(EXIT_SIGINT)
 
@@ -188,10 +218,7 @@ def _work(work: Callable[[bool], RunResult], first: bool, folder: str, parent: i
     """How it ends is written into `folder`."""
     # Its own process group: a Ctrl-C of the terminal reaches the parent alone, which passes it on once.
     os.setpgid(0, 0)
-    if sys.platform == "linux":  # a parent that is killed leaves nobody who goes on training
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
+    end_with(parent)  # killed, it leaves nobody who goes on training
     rank = int(os.environ["RANK"])
     outcome.report_to(Path(folder))
     (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))

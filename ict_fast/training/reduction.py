@@ -110,8 +110,9 @@ class AtOnce:
         return nullcontext()
 
     def finish(self) -> None:
-        # Each by its share, then the sum, as DistributedDataParallel does it.
-        self._world.add(self._flat.div_(self._world.size))
+        # Each by its share, then the sum, as DistributedDataParallel does it. On a CPU the host waits.
+        with self._world.waiting("the gradients of all processes"):
+            self._world.add(self._flat.div_(self._world.size))
 
 
 Reduction = Alone | Overlapped | AtOnce
@@ -120,8 +121,9 @@ Reduction = Alone | Overlapped | AtOnce
 def reduction_of(
     network: nn.Module, world: World, training: TrainingConfig, device: torch.device
 ) -> Reduction:
-    """The one for a network on its device."""
+    """The one for a network on its device; connects the devices of all processes, before DDP does."""
     if world.size == 1:
         return Alone(network)
+    world.connect(next(network.parameters()).device)
     at_once = training.cuda_graph or training.deterministic or device.type == "cpu"
     return AtOnce(network, world) if at_once else Overlapped(network)

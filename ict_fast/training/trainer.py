@@ -24,7 +24,8 @@ from ict_fast.screen import duration, say
 from ict_fast.training.describe import describe_initial_share, describe_stages, describe_unused
 from ict_fast.training.evaluations import (
     Evaluations,
-    evaluate_command,
+    is_measured,
+    missing,
     require_measurable,
     require_measurement,
 )
@@ -41,7 +42,7 @@ from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
 from ict_fast.training.run_directory import GRIDS, Run, lock, open_run, prepare_directory
 from ict_fast.training.saving import Saver, trunk_name
-from ict_fast.training.step import TrainStep, describe_trunk
+from ict_fast.training.step import TrainStep, describe_trunk, trunk_dtype
 from ict_fast.training.trackers import chosen_tracker, open_tracker
 from ict_fast.training.utilisation import Utilisation, describe_run
 from ict_fast.training.world import (
@@ -189,6 +190,11 @@ def _train_locked(
         begun = report.lines()
         if world.is_first:
             write_record(out, report)
+    world.require_equal(
+        str(trunk_dtype(config.training.precision, device)),
+        "the dtypes of the GPUs (--training.precision auto)",
+        "fp16 is one that all have",
+    )
     train_step = TrainStep(config, device, world, weights)
     if trunk := describe_trunk(config.training.precision, device):
         begun.append(trunk)
@@ -212,7 +218,7 @@ def _train_locked(
         warnings.append(initial_share)
     micro_batch = config.training.micro_batch
     if memory := _memory(device):
-        cost = network_cost(train_step.network)
+        cost, memory = network_cost(train_step.network), world.least(memory, "the memory of their GPUs")
         micro_batch, short = world.decide(lambda: choose_micro_batch(config, cost, world.size, memory))
         if short is not None:
             (begun if micro_batch != config.training.micro_batch else warnings).append(short)
@@ -356,7 +362,7 @@ def _loop(
         code, measured = EXIT_DONE, ""
         if world.decide(lambda: evaluations.is_missing(step)):
             code = EXIT_DONE if stop_code is None else stop_code
-            measured = f"; their last measurement is missing: `{evaluate_command(out, config)}` makes it"
+            measured = missing(run)
         return RunResult(out, step, code, f"{out}: {total:,} steps are done{skips}{measured}")
     assert stop_code is not None
     saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
@@ -381,4 +387,6 @@ def _snapshot_every(config: Config) -> int:
 
 
 def _already_finished(run: Run) -> RunResult:
-    return RunResult(run.out, run.step, EXIT_DONE, f"{run.out} is finished: {run.step:,} steps are done")
+    measured = "" if is_measured(run) else missing(run)
+    done = f"{run.out} is finished: {run.step:,} steps are done{measured}"
+    return RunResult(run.out, run.step, EXIT_DONE, done)

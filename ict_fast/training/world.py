@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ict_fast.errors import HungError, InputError, TrainingError
+from ict_fast.training import outcome
 from ict_fast.training.launch import StopRequest
 from ict_fast.training.lookout import Lookout
 
@@ -154,6 +155,23 @@ class World:
             stop.exit_code = int(said[1]) or None
         return bool(said[0])
 
+    def connect(self, device: torch.device) -> None:
+        """Connects the devices of all processes, which NCCL would else do in their first collective.
+
+        NCCL has no timeout for that: the lookout watches it. All meet over gloo first, where none is missed
+        for what it may rightly do before.
+
+        Args:
+            device: where this process trains.
+        """
+        if self.size == 1:
+            return
+        self.any(False)
+        with self.waiting("the devices of all processes to connect"):
+            self.add(torch.zeros(1, device=device))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
     def add(self, value: torch.Tensor) -> torch.Tensor:
         """Replaces a tensor on the run's device by its sum over the processes; the host does not wait."""
         if self.size > 1:
@@ -168,6 +186,15 @@ class World:
         with self.waiting("all processes to begin"):
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
         return bool(found)
+
+    def least(self, here: int, what: str) -> int:
+        """The smallest of all processes' numbers; `what` they are is for a diagnosis."""
+        if self.size == 1:
+            return here
+        found = torch.tensor(here, dtype=torch.int64)
+        with self.waiting(f"all processes to compare {what}"):
+            dist.all_reduce(found, dist.ReduceOp.MIN, group=self._hosts)
+        return int(found)
 
     def stop_code(self, mine: int | None) -> int | None:
         """The exit code with which all stop at this step, SAVE if they save it and go on, or None.
@@ -186,9 +213,13 @@ class World:
         self._asked = dist.all_reduce(self._stop_code, dist.ReduceOp.MAX, group=self._hosts, async_op=True)
         return agreed or None
 
-    def require_equal(self, value: Any, what: str) -> None:
+    def require_equal(self, value: Any, what: str, cure: str = "") -> None:
         """Checks that every process has the same.
 
+        Args:
+            value: of this process; picklable.
+            what: it is, in the plural.
+            cure: what would be right, if that is known.
         Raises:
             InputError: naming the processes whose value is not that of process 0.
         """
@@ -198,7 +229,8 @@ class World:
         with self.waiting(f"all processes to compare {what}"):
             dist.all_gather_object(values, value, group=self._hosts)
         if other := [str(rank) for rank in range(self.size) if values[rank] != values[0]]:
-            raise InputError(f"{what} differ between process 0 and process {', '.join(other)}")
+            cure = f"; {cure}" if cure else ""
+            raise InputError(f"{what} differ between process 0 and process {', '.join(other)}{cure}")
 
     def require_equal_state(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], step: int) -> None:
         """Compares the run's state over all processes by the exclusive-or of each tensor's bits.
@@ -247,6 +279,7 @@ def require_launched(device: torch.device, asked: int | None, max_restarts: int 
     Raises:
         InputError: if the numbers of processes differ, or restarts were asked for, which are the launcher's;
             or if this process finds no GPU left for it.
+        TrainingError: instead of the last, if ict-fast itself has counted the GPUs before.
     """
     # Those that ict-fast itself has started are not given the option.
     if max_restarts is not None:
@@ -259,6 +292,11 @@ def require_launched(device: torch.device, asked: int | None, max_restarts: int 
         )
     # Not the number of processes: a launcher may show each of them its own GPU alone, as number 0.
     if device.type == "cuda" and local_rank() >= (visible := torch.cuda.device_count()):
+        if outcome.reports():
+            raise TrainingError(
+                f"torch now sees {visible} of the {started} GPUs: `ict-fast doctor` may say more; --gpus with"
+                f" {visible} or less, of which the batch is a multiple, goes on without the rest"
+            )
         raise InputError(
             f"torchrun has started {started} processes on this node, where torch sees {visible}"
             f" GPU{'s' * (visible > 1)}; choose --nproc-per-node {visible}, or --device cpu"
@@ -283,15 +321,8 @@ def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterato
     if nccl:
         torch.cuda.set_device(device)
     patience = timedelta(seconds=timeout + _NCCL_LATER if nccl else timeout)
-    try:
+    with _joining(timeout):
         dist.init_process_group("nccl" if nccl else "gloo", timeout=patience)
-    except RuntimeError as error:
-        if not _timed_out(error):
-            raise
-        count = os.environ["WORLD_SIZE"]
-        raise HungError(
-            f"not all of the {count} processes have joined within {timeout:g} s (--collective-timeout)"
-        ) from error
     if dist.get_world_size() == 1:
         try:
             yield World()
@@ -299,8 +330,10 @@ def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterato
             dist.destroy_process_group()
         return
     with Lookout(dist.get_rank(), dist.get_world_size(), _record(), timeout) as lookout:
+        with _joining(timeout):  # NCCL has not met anybody yet
+            world = World(lookout, timeout)
         try:
-            yield World(lookout, timeout)
+            yield world
         except RuntimeError as error:
             if _timed_out(error):
                 raise HungError(lookout.diagnosis()) from error
@@ -308,8 +341,23 @@ def joined(device: torch.device, timeout: float = COLLECTIVE_TIMEOUT) -> Iterato
     dist.destroy_process_group()  # not after an error: it would wait for what the others no longer do
 
 
+@contextmanager
+def _joining(timeout: float) -> Iterator[None]:
+    """Inside, a process that does not come has not joined."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _timed_out(error):
+            raise
+        count = os.environ["WORLD_SIZE"]
+        raise HungError(
+            f"not all of the {count} processes have joined within {timeout:g} s (--collective-timeout)"
+        ) from error
+
+
 def _timed_out(error: Exception) -> bool:
-    return "timed out" in str(error).lower()
+    """As gloo says it, or a store: "wait timeout after 6000ms, keys: ..."."""
+    return any(words in str(error).lower() for words in ("timed out", "wait timeout"))
 
 
 def _record() -> dist.Store:

@@ -236,6 +236,9 @@ def disagree(world: World, folder: Path) -> None:
     world.require_equal("images", "the images")
     with pytest.raises(InputError, match=r"the images differ between process 0 and process 1$"):
         world.require_equal("others" if world.rank == 1 else "images", "the images")
+    with pytest.raises(InputError, match=r"the dtypes differ between .* and process 2; fp16 is one$"):
+        world.require_equal(world.rank == 2, "the dtypes", "fp16 is one")
+    assert world.least(7 - world.rank, "their memory") == 5
     assert world.decide(lambda: world.rank + 10) == 10
     for error in (InputError("no such data"), TrainingError("a disk is gone")):
         with pytest.raises(type(error), match=str(error)):

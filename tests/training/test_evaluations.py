@@ -305,6 +305,12 @@ def test_ctrl_c_in_the_last_measurement_says_that_it_is_missing_and_how_to_make_
     )
     assert _kept(out)[-1] == 24
     assert [line["step"] for line in _lines(out)] == [4, 8, 12, 16, 20]
+    # As all processes find it that start again, after one was lost meanwhile.
+    finished = train(config, out=out, device="cpu")
+    measured = "24 steps are done; their last" + result.message.partition("done; their last")[2]
+    assert (finished.exit_code, finished.message) == (0, f"{out} is finished: {measured}")
+    (out / "checkpoints/evaluation.json").write_text(json.dumps({"step": 24}))
+    assert train(config, out=out, device="cpu").message == f"{out} is finished: 24 steps are done"
 
 
 def test_the_command_for_a_missing_measurement_makes_the_runs_own(one_level: Config, tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def test_captured_steps_have_the_bits_of_plain_ones_and_are_captured_when_they_m
 def test_the_losses_of_replays_are_added_up_where_processes_keep_their_own_for_many_steps(
     tiny: Config, batches: Callable, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(World, "connect", lambda self, device: None)
     monkeypatch.setattr(World, "add", lambda self, value: value)  # the other process has nothing to add
     config = replace(tiny, training=replace(tiny.training, cuda_graph=True))
     sums = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import random
 import re
@@ -25,6 +26,7 @@ import torch
 from forked import ForkedPython
 from torch import Tensor
 from torch.distributed import HashStore
+from torch.distributed.elastic.multiprocessing.api import _terminate_process_handler
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
@@ -37,7 +39,7 @@ from ict_fast.networks.switches import configure_torch
 from ict_fast.training import outcome, processes, trainer
 from ict_fast.training.dry_run import dry_run
 from ict_fast.training.failures import closing
-from ict_fast.training.launch import resolve_processes
+from ict_fast.training.launch import resolve_processes, stop_signals
 from ict_fast.training.lookout import Lookout
 from ict_fast.training.outcome import RunResult
 from ict_fast.training.processes import run_processes
@@ -669,6 +671,49 @@ def test_a_number_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="started 4 processes on this node, where torch sees 2 GPUs; choose"):
         require_launched(gpu, None)
+    monkeypatch.setenv("ICT_FAST_OUTCOMES", "folder")  # of our own launcher, which has seen four
+    with pytest.raises(TrainingError, match="torch now sees 2 of the 4 GPUs: `ict-fast doctor` may say more"):
+        require_launched(gpu, None)
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["saves", "hangs"])
+def test_any_number_of_signals_leaves_the_processes_the_time_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """The third one ends the wait of torch's agent, whose handlers raise, and are not left behind."""
+    met: list[object] = []
+
+    class Child:
+        def join(self, timeout: float) -> None:
+            assert 100 < timeout <= 120, "what saving may take"
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            met.append("joined")
+
+        def kill(self) -> None:
+            met.append("killed")
+
+    def agent(settings: object, entrypoint: object) -> Callable[..., None]:
+        for number in stop_signals():
+            signal.signal(number, _terminate_process_handler)
+        return begun
+
+    def begun(work: object, first: bool, folder: str, parent: int) -> None:
+        for rank in (0, 1):
+            (Path(folder) / f"{rank}.pid").touch()
+        os.kill(parent, signal.SIGTERM)
+
+    monkeypatch.setattr(processes, "elastic_launch", agent)
+    children = [Child()]
+    monkeypatch.setattr(
+        processes.multiprocessing, "active_children", lambda: [] if ends and met else children
+    )
+    before = [signal.getsignal(number) for number in stop_signals()]
+    result = run_processes(crashed, 2, out=tmp_path, warn=lambda text: None)
+    assert result.exit_code == 143
+    assert met == (["joined"] if ends else ["joined", "killed"])
+    assert [signal.getsignal(number) for number in stop_signals()] == before
+    assert logging.getLogger("torch.multiprocessing.spawn").level == logging.CRITICAL
 
 
 @pytest.mark.parametrize(

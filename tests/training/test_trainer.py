@@ -34,6 +34,7 @@ from ict_fast.training.launch import resolve_device
 from ict_fast.training.monitor import Monitor
 from ict_fast.training.run_directory import Run, lock, open_run
 from ict_fast.training.trainer import train
+from ict_fast.training.world import World
 
 
 def _records(out: Path) -> list[dict]:
@@ -351,7 +352,8 @@ def test_a_share_that_does_not_fit_is_taken_in_parts_and_one_that_was_asked_for_
     cost = network_cost(TrainStep(config, torch.device("cpu")).network)
     of_four = sum(memory_bytes(config, cost, 4).values())
     assert RUNTIME_BYTES < of_four < sum(memory_bytes(config, cost, 8).values())
-    monkeypatch.setattr(trainer, "_memory", lambda device: int(of_four / USABLE) + 1)
+    monkeypatch.setattr(trainer, "_memory", lambda device: 2**40)
+    monkeypatch.setattr(World, "least", lambda *_: int(of_four / USABLE) + 1)  # another process's
     taken: list[list[int]] = []
     original = TrainStep.__call__
 
@@ -373,6 +375,20 @@ def test_a_share_that_does_not_fit_is_taken_in_parts_and_one_that_was_asked_for_
     train(asked, out=tmp_path / "asked", device="cpu")
     assert taken == [[8] * 2] * 2
     assert "warning: 8 images at a time need about " in capsys.readouterr().err
+
+
+def test_gpus_that_choose_other_arithmetics_are_refused_before_the_step_is_made(
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def require_equal(self: World, value: object, what: str, cure: str = "") -> None:
+        if "--training.precision auto" in what:
+            raise InputError(f"{value}: {cure}")
+
+    monkeypatch.setattr(World, "require_equal", require_equal)
+    monkeypatch.setattr(trainer, "trunk_dtype", lambda precision, device: torch.bfloat16)
+    monkeypatch.setattr(trainer, "TrainStep", lambda *_: pytest.fail("the step was made"))
+    with pytest.raises(InputError, match=r"^torch\.bfloat16: fp16 is one that all have$"):
+        train(one_level, out=tmp_path / "run", device="cpu")
 
 
 def test_data_that_are_not_here_are_not_to_be_prepared_anew(

@@ -2,9 +2,10 @@
 
 The calls are those that step_counts.py meets on fake tensors. Each is timed in a CUDA graph over buffers that
 L2 does not hold, and counted as often as the step makes it. What the networks compute as matrix products
-(convolution.py) is timed as these and as a convolution, and counts as the faster. Depthwise convolutions,
-which only resample, are left out: a fused kernel could do their work elsewhere. So are biases and copies of
-gradients, see `as_compiled`.
+(convolution.py) is timed as these and as a convolution, and counts as the faster. So is a convolution of what
+nearest upsampling gives, as it is written and computed before the upsampling; to put the results in place is
+a pass over memory, and no floor's. Depthwise convolutions, which only resample, are left out: a fused kernel
+could do their work elsewhere. So are biases and copies of gradients, see `as_compiled`.
 
 Then all calls are timed as one sequence, for whether a device that is kept busy with them is as fast as where
 it waits between two of them.
@@ -39,6 +40,7 @@ from ict_fast.networks.convolution import (
 _ROUNDS = 5
 _IMAGE_CHANNELS = 3
 _PRODUCTS, _BACKWARD = "matrix products", "convolution_backward"
+_BEFORE_UPSAMPLING = "before upsampling"
 # Of the sequence: the first few choose cuDNN's algorithms and fill the allocator's pool.
 _WARM_UP_SEQUENCES, _SEQUENCES = 2, 9
 # Where an operation's schema has the number of groups.
@@ -56,8 +58,8 @@ def measure_floor(
     Yields:
         After every call: share_of_flops that the sums cover; ms in all; ms by operation; one entry for each
         distinct call: operation, shapes, dtype, whether it adds a bias or gives its gradient, whether the
-        first tensor is dense in channels_last, count, ms of one, and as what it is the fastest. Then the same
-        with in_sequence, see `time_sequence`.
+        first tensor is dense in channels_last, whether it is of what nearest upsampling gives, count, ms of
+        one, and as what it is the fastest. Then the same with in_sequence, see `time_sequence`.
     """
     calls = floor_calls(heavy_calls(preset, images))
     work = {call: count * flops_of_call(call) for call, count in calls.items()}
@@ -79,6 +81,7 @@ def measure_floor(
                 "dtype": str(tensors[0].dtype).removeprefix("torch."),
                 "bias": _has_bias(call),
                 "channels_last": tensors[0].stride == _channels_last(tensors[0]).stride,
+                "upsampled": call.upsampled,
                 "count": calls[call],
                 "ms": milliseconds,
                 "as": call.operation if fastest[call] == OURS else fastest[call],
@@ -135,7 +138,20 @@ def as_compiled(call: Call) -> Call:
     elif call.operation == _BACKWARD:
         arguments[0] = _channels_last(arguments[0])
         arguments[3], arguments[-1] = None, (*arguments[-1][:2], False)
-    return Call(call.operation, tuple(arguments))
+    return call._replace(arguments=tuple(arguments))
+
+
+def _before_upsampling(call: Call) -> Call:
+    """The convolution of what nearest upsampling gives, or its gradients, as a block computes it on a GPU."""
+    place = _GROUPS[call.operation] - 5
+    *gradient, x, weight, bias = call.arguments[:place]
+    assert (weight.shape[2:], set(call.arguments[place + 1])) == ((3, 3), {1})
+    (count, channels, height, width), phases = x.shape, 4 * weight.shape[0]
+    shapes = [(count, channels, height // 2, width // 2), (phases, channels, 2, 2)]
+    if gradient:
+        shapes.insert(0, (count, phases, height // 2 + 1, width // 2 + 1))
+    made = [_channels_last(TensorOf(shape, (), x.dtype)) for shape in shapes]
+    return Call(call.operation, (*made, bias, *call.arguments[place:]))
 
 
 def _has_bias(call: Call) -> bool:
@@ -187,6 +203,8 @@ def _call_all(operations: Sequence[Callable[[], object]]) -> None:
 
 def _on_tensors_of_its_own(call: Call, variant: str, device: torch.device) -> Callable[[], object]:
     """A call as a function; of attention's backward pass, on what one forward pass has kept."""
+    if variant == _BEFORE_UPSAMPLING:
+        call = _before_upsampling(call)
     made = [_made(each, device, torch.Generator(device).manual_seed(0)) for each in call.arguments]
     if call.operation == "attention":
         return partial(F.scaled_dot_product_attention, *made[:3])
@@ -244,6 +262,9 @@ def time_call(call: Call, device: torch.device) -> tuple[float, str]:
     variants = {OURS: stages}
     if product := _product_of(call):
         variants[_PRODUCTS] = {"forward": lambda number, _: product(*arguments[number])}
+    if call.upsampled:
+        halved = [[made(each) for each in _before_upsampling(call).arguments] for _ in range(sets)]
+        variants[_BEFORE_UPSAMPLING] = {"forward": lambda number, _: operation(*halved[number])}
     timings = time_variants(variants, sets, device, rounds=_ROUNDS)
     medians = timings.medians(list(stages)[-1])
     fastest = min(medians, key=lambda name: medians[name])

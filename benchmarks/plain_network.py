@@ -1,11 +1,12 @@
 """The same training step as a trainer without this package would write it: what whole steps are compared
 with.
 
-The network keeps its convolutions (on a GPU those of 1 x 1 and of images are matrix products, and the
-pyramid's steps single convolutions), attention and parameters; its norms, its dropout, the blocks' resampling
-filter, the casts of its weights, the objective and the optimizer are torch's own. It is spared what makes the
-package's definitions exact and slow without a kernel: its noise and dropout come from torch's generators, and
-student and teacher do not share a dropout mask, which costs nothing and would be wrong in a real run.
+The network keeps its convolutions (on a GPU those of 1 x 1 and of images are matrix products, the pyramid's
+steps single convolutions, and those after nearest upsampling computed before it), attention and parameters;
+its norms, its dropout, the blocks' resampling filter, the casts of its weights, the objective and the
+optimizer are torch's own. It is spared what makes the package's definitions exact and slow without a kernel:
+its noise and dropout come from torch's generators, and student and teacher do not share a dropout mask, which
+costs nothing and would be wrong in a real run.
 
 It is in channels_last, where cuDNN is fastest. torch's eager group norm answers in NCHW, and is copied: what
 that costs, the same network in NCHW throughout does not pay, but cuDNN then has its own copies.

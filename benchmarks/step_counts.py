@@ -7,8 +7,9 @@ purpose.
 
 Counted is the step as it stands in Python, not compiled: Inductor fuses the elementwise operations, and can
 neither remove a convolution nor a launch of ours. Dispatched as on a CPU, with the trunk in bf16: a GPU's
-backend may split an operation in several kernels. Bytes: every operation reads its tensors and writes its
-results once, views and allocations apart.
+backend may split an operation in several kernels, and a convolution after nearest upsampling counts with the
+9 taps of the network as written, of which a GPU computes 4. Bytes: every operation reads its tensors and
+writes its results once, views and allocations apart.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -43,6 +44,7 @@ from ict_fast.config import Config  # noqa: E402
 from ict_fast.consistency.objective import ConsistencyObjective  # noqa: E402
 from ict_fast.networks import build_network  # noqa: E402
 from ict_fast.networks.casts import TrunkCasts  # noqa: E402
+from ict_fast.networks.layers import NearestUpsample  # noqa: E402
 from ict_kernels import RAdamEMA, backend  # noqa: E402
 from ict_kernels.triton_support import record_launches  # noqa: E402
 
@@ -66,10 +68,13 @@ class TensorOf:
 
 
 class Call(NamedTuple):
-    """A convolution or attention of a step: the operation's name, and its arguments by position."""
+    """A convolution or attention of a step: the operation's name, its arguments by position, and whether it
+    convolves what nearest upsampling gives.
+    """
 
     operation: str
     arguments: tuple[Any, ...]
+    upsampled: bool = False
 
 
 # On a CPU, whose operation it is; a GPU has several, and chooses.
@@ -100,6 +105,8 @@ def _implementation(op: str) -> Any:
 class Counting(TorchDispatchMode):
     """Counts what passes through it.
 
+    Args:
+        after_upsampling: weights by which what nearest upsampling gives is convolved.
     Attributes:
         operations: launches of torch's operations, by name.
         kernels: launches of the package's own kernels, by name.
@@ -108,8 +115,9 @@ class Counting(TorchDispatchMode):
             among its arguments, and how often it comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, after_upsampling: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._after_upsampling = {each.untyped_storage()._cdata for each in after_upsampling}
         self.heavy: Counter[Call] = Counter()
         self.operations: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
@@ -131,21 +139,22 @@ class Counting(TorchDispatchMode):
                 return result
             self.operations[name] += 1
             if name in ("convolution", "convolution_backward", *_ATTENTION):
-                self.heavy[_call(_ATTENTION.get(name, name), arguments)] += 1
+                self.heavy[self._call(_ATTENTION.get(name, name), arguments)] += 1
         tensors, _ = tree_flatten((arguments, options, result))
         self.bytes_moved[category(str(function))] += sum(
             each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor)
         )
         return result
 
+    def _call(self, operation: str, arguments: tuple[Any, ...]) -> Call:
+        def described(each: Any) -> Any:
+            if isinstance(each, Tensor):
+                return TensorOf(tuple(each.shape), each.stride(), each.dtype)
+            return tuple(each) if isinstance(each, list) else each
 
-def _call(operation: str, arguments: tuple[Any, ...]) -> Call:
-    def described(each: Any) -> Any:
-        if isinstance(each, Tensor):
-            return TensorOf(tuple(each.shape), each.stride(), each.dtype)
-        return tuple(each) if isinstance(each, list) else each
-
-    return Call(operation, tuple(map(described, arguments)))
+        storages = {each.untyped_storage()._cdata for each in arguments if isinstance(each, Tensor)}
+        upsampled = not storages.isdisjoint(self._after_upsampling)
+        return Call(operation, tuple(map(described, arguments)), upsampled)
 
 
 def count_step(preset: str, batch_size: int) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def _counted(config: Config, batch_size: int) -> tuple[dict[str, Any], Counter[C
 
 def _run_step(config: Config, batch_size: int) -> tuple[Counting, int, nn.Module]:
     """A step but for the optimizer on fake tensors: what was counted, the FLOPs, and the network."""
-    counting, counter = Counting(), flop_counter()
+    counter = flop_counter()
     stages = consistency.stages(config.training.total_steps, config.method)
     scales = [stage.num_scales for stage in stages]
     with _on_triton():
@@ -210,6 +219,11 @@ def _run_step(config: Config, batch_size: int) -> tuple[Counting, int, nn.Module
         with FakeTensorMode(allow_non_fake_inputs=True):
             _make_fake(network)
             casts = TrunkCasts([network], torch.bfloat16)
+            counting = Counting(
+                block.conv0.cast_weight
+                for block in network.blocks()
+                if isinstance(block.resample, NearestUpsample)
+            )
             images, labels, flip = _batch(config, batch_size)
             seed, num_scales = torch.empty(2, dtype=torch.int64), torch.empty((), dtype=torch.int64)
             with counter, counting:

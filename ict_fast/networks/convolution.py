@@ -3,9 +3,17 @@
 On an H200, in ADM-64's training step of 128 images (benchmarks/results/analysis.md, step-floor), its 1 x 1
 convolutions take 10.5 ms forward and 13.6 backward as products, by cuDNN 25.7 and 16.2. To an image's three
 channels cuDNN computes 32 in fp32: 2.2 ms forward and 2.6 backward; products with sums over neighbours take
-0.44 and 0.56. The products of windows have not been timed by themselves. On a CPU products took up to twice
-as long as oneDNN's convolutions. The gradients of one in fp16, of 16 images with 64 channels at 32 x 32, took
-oneDNN 11 s: of fp16 a CPU makes fp32, in 27 ms, and rounds the results.
+0.44 and 0.56. The products of windows have not been timed by themselves.
+
+The convolutions of what nearest upsampling gives take 14.0 ms of that step, two forward passes and a backward
+one (384 channels at 64 x 64 7.34, 576 at 32 x 32 4.84, 768 at 16 x 16 1.83: the floor's calls in
+step-NVIDIA-H200-20261127-122218.json). Computed before the upsampling they have 4 taps for 9 and a row and a
+column more, 0.47, 0.50 and 0.56 of the work. That has not been timed, nor has the pass that puts the results
+in place.
+
+On a CPU products took up to twice as long as oneDNN's convolutions. The gradients of one in fp16, of 16
+images with 64 channels at 32 x 32, took oneDNN 11 s: of fp16 a CPU makes fp32, in 27 ms, and rounds the
+results.
 """
 
 from __future__ import annotations
@@ -141,6 +149,45 @@ def halving_weight(weight: Tensor) -> Tensor:
     along = torch.stack([F.pad(taps, (shift, 2 - shift)) for shift in range(3)])
     both = torch.einsum("oirc,rs,ct->oist", weight, along, along)
     return both.to(memory_format=torch.channels_last)
+
+
+def doubling_weight(weight: Tensor) -> Tensor:
+    """What a 3 x 3 convolution is with nearest upsampling before it: one of 2 x 2 for each of four phases.
+
+    Of a row x the doubled one is y[2i - 1] = (w0 + w1) x[i - 1] + w2 x[i] in its odd places, and in its even
+    ones y[2i] = w0 x[i - 1] + (w1 + w2) x[i].
+
+    Args:
+        weight: (O, I, 3, 3), of a convolution with padding 1.
+    Returns:
+        (4 O, I, 2, 2), channels_last, for padding 1: the first O channels are of odd rows and columns, the
+        next of odd rows and even columns, then come even rows. `interleaved` puts their results in place.
+    """
+    taps = weight.permute(0, 2, 3, 1)
+    # Along a row w0, w0 + w1, w1 + w2 and w2. Always padded in both directions: a padding behind one of them
+    # alone Inductor makes a concatenation, with launches of its own.
+    corners = [F.pad(taps, (0, 0, left, 1 - left, up, 1 - up)) for up in (0, 1) for left in (0, 1)]
+    sums = corners[0] + corners[1] + corners[2] + corners[3]
+    phases = sums.unflatten(2, (2, 2)).unflatten(1, (2, 2)).flip(2, 4)
+    return phases.permute(2, 4, 0, 1, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
+
+
+def interleaved(phases_nchw: Tensor) -> Tensor:
+    """The results of the convolution by `doubling_weight`, each in its place.
+
+    Compiled, it is a gather that reads and writes 4 O H W values of an image. So is its gradient, which reads
+    as many and writes 4 O (H + 1) (W + 1).
+
+    Args:
+        phases_nchw: (N, 4 O, H + 1, W + 1), for images of H x W.
+    Returns:
+        (N, O, 2 H, 2 W), channels_last.
+    """
+    count, channels, height, width = phases_nchw.shape
+    phases = phases_nchw.permute(0, 2, 3, 1).unflatten(3, (2, 2, channels // 4))
+    pixels = phases.transpose(2, 3).reshape(count, 2 * height, 2 * width, channels // 4)
+    # The first row and column lie before the image, the last behind it.
+    return F.pad(pixels, (0, 0, -1, -1, -1, -1)).permute(0, 3, 1, 2)
 
 
 class ImageConv2d(nn.Conv2d):

@@ -3,7 +3,8 @@
 Closed forms, layer by layer. The tests hold the FLOPs to the count of torch, and the bytes to what autograd
 really keeps.
 
-FLOPs are those of matrix products, convolutions and attention, two per multiply-add; the backward pass needs
+FLOPs are those of matrix products, convolutions and attention, two per multiply-add, of the network as it is
+written (after nearest upsampling a GPU computes 4 of a convolution's 9 taps); the backward pass needs
 twice those of the forward, but for layers whose input needs no gradient, or whose weights do not.
 
 An activation is kept once, whoever needs it. By layer, in the order of ict_fast/networks:

@@ -8,10 +8,15 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+from ict_fast.networks.convolution import doubling_weight, interleaved
+from ict_fast.networks.layers import NearestUpsample
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -135,6 +140,62 @@ def test_the_floor_is_all_dense_convolutions_and_the_attention() -> None:
     for call, count in kept.items():
         if call.operation == "convolution":
             assert count % 2 == 0  # the teacher's, and the student's
+
+
+def test_the_step_knows_which_convolutions_follow_nearest_upsampling() -> None:
+    """Those of imagenet64's three blocks, and no other of the same shapes."""
+    calls = step_counts.heavy_calls("imagenet64", 2)
+    kept = gpu_step_floor.floor_calls(calls)
+    found = Counter(
+        (call.operation, *(each.shape for each in call.arguments if isinstance(each, step_counts.TensorOf)))
+        for call in kept.elements()
+        if call.upsampled
+    )
+    expected = Counter[Any]()
+    for width, side in ((384, 64), (576, 32), (768, 16)):
+        image, weight = (2, width, side, side), (width, width, 3, 3)
+        expected["convolution", image, weight] = 2  # the student's, and the teacher's
+        expected["convolution_backward", image, image, weight] = 1
+    assert found == expected
+    others = {call._replace(upsampled=False) for call in kept if call.upsampled}
+    assert others < set(kept), "the second convolutions of these blocks"
+    assert not any(call.upsampled for call in step_counts.heavy_calls("digits", 4)), "which filters"
+
+
+@pytest.mark.parametrize("operation", ["convolution", "convolution_backward"])
+def test_the_floor_times_a_convolution_after_nearest_upsampling_before_it_too(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the calls that a block makes on a GPU."""
+    x, weight = torch.randn(2, 6, 4, 5), torch.randn(7, 6, 3, 3)
+    x, weight = (each.to(memory_format=torch.channels_last).requires_grad_() for each in (x, weight))
+    with step_counts.Counting([weight]) as written:
+        F.conv2d(NearestUpsample()(x), weight, padding=1).sum().backward()
+    with step_counts.Counting() as ours:
+        convolved = F.conv2d(x, doubling_weight(weight), padding=1)
+        interleaved(convolved).sum().backward()
+    (call,) = (gpu_step_floor.as_compiled(each) for each in written.heavy if each.operation == operation)
+    (expected,) = (gpu_step_floor.as_compiled(each) for each in ours.heavy if each.operation == operation)
+    assert call.upsampled
+    assert gpu_step_floor._before_upsampling(call) == expected
+
+    timed: list[Any] = []
+
+    def time_variants(variants: dict[str, Any], *_: Any, **__: Any) -> Any:
+        with step_counts.Counting() as counting:
+            for stages in variants.values():
+                stages["forward"](0, None)
+        timed.extend(counting.heavy)
+        times = {name: 1.0 + (name == gpu_step_floor.OURS) for name in variants}
+        return SimpleNamespace(medians=lambda stage: times)
+
+    monkeypatch.setattr(gpu_step_floor, "time_variants", time_variants)
+    device = torch.device("cpu")
+    assert gpu_step_floor.time_call(call, device) == (1.0, gpu_step_floor._BEFORE_UPSAMPLING)
+    assert timed == [call._replace(upsampled=False), expected]
+    with step_counts.Counting() as counting:
+        gpu_step_floor._on_tensors_of_its_own(call, gpu_step_floor._BEFORE_UPSAMPLING, device)()
+    assert list(counting.heavy) == [expected]
 
 
 def test_the_floor_has_no_bias_but_a_products_and_no_gradient_that_is_a_slice() -> None:

@@ -1,4 +1,4 @@
-"""The convolutions that are matrix products on a GPU: exact, and channels_last."""
+"""The convolutions that a GPU computes in another form: exact, and channels_last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ict_fast.networks.convolution import ImageConv2d
-from ict_fast.networks.layers import FullPrecisionConv2d
+from ict_fast.networks.layers import FullPrecisionConv2d, NearestUpsample, ResidualBlock
 from ict_fast.networks.tf32 import TrunkConv2d, set_tf32
 from ict_fast.networks.unet import Pyramid
 from ict_kernels import fir_downsample
@@ -116,3 +116,42 @@ def test_a_step_of_the_pyramid_is_float64s_in_its_arithmetic(
     of_expected = torch.autograd.grad(expected, exact, grad.double())
     for ours, theirs in zip(of_found, of_expected, strict=True):
         assert _error(ours, theirs) < most
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 5), (1, 1)])
+@pytest.mark.parametrize(
+    ("arithmetic", "least", "most", "is_compiled"),
+    [
+        ("fp32", 0.0, 2e-6, False),
+        ("tf32", 1e-5, 1e-3, False),
+        ("bf16", 1e-4, 6e-3, False),
+        ("fp16", 1e-5, 8e-4, False),
+        ("bf16", 1e-4, 6e-3, True),
+    ],
+)
+def test_a_convolution_after_nearest_upsampling_is_float64s_in_its_arithmetic(
+    arithmetic: str, least: float, most: float, is_compiled: bool, height: int, width: int
+) -> None:
+    """Computed before the upsampling: 4 taps for each pixel, whose weights are sums."""
+    settings = {"embedding_channels": 4, "eps": 1e-5, "adaptive_norm": False, "dropout": 0.0}
+    block = ResidualBlock(64, 96, **settings, resample=NearestUpsample())
+    block = block.cuda().to(memory_format=torch.channels_last)
+    set_tf32(block, arithmetic == "tf32")
+    x, grad = _images(3, 64, height, width).requires_grad_(), _images(3, 96, 2 * height, 2 * width)
+    exact = [t.detach().double().requires_grad_() for t in (x, block.conv0.weight)]
+    expected = F.conv2d(NearestUpsample()(exact[0]), exact[1], padding=1)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arithmetic)
+    convolved = block._resampled_and_convolved
+    if is_compiled:
+        torch._dynamo.reset()
+        convolved = torch.compile(convolved, fullgraph=True, dynamic=False)
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+        found = convolved(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert least <= _error(found, expected) < most
+    of_found = torch.autograd.grad(found, [x, block.conv0.weight], grad.to(found.dtype))
+    of_expected = torch.autograd.grad(expected, exact, grad.double())
+    for ours, theirs in zip(of_found, of_expected, strict=True):
+        assert _error(ours, theirs) < most
+    assert of_found[0].is_contiguous(memory_format=torch.channels_last)
+    assert of_found[1].stride() == block.conv0.weight.stride()

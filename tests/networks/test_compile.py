@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.utils import get_code
 
 from ict_fast.config import NetworkConfig
+from ict_fast.networks.convolution import interleaved
 from ict_fast.networks.layers import NearestUpsample, ResidualBlock
 
 
@@ -76,6 +79,24 @@ def test_the_gradient_of_compiled_nearest_upsampling_is_not_scattered() -> None:
 
     assert "index_put" in operations_of(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"))
     assert "index_put" not in operations_of(NearestUpsample())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_convolving_before_upsampling_gathers_in_one_pass_each_way() -> None:
+    """The code alone is made: to compile it takes long."""
+
+    def gradient(phases: Tensor, grad: Tensor) -> Tensor:
+        _, pulled = torch.func.vjp(interleaved, phases)
+        by_phases: Tensor = pulled(grad)[0]
+        return by_phases
+
+    phases, grad = torch.randn(2, 24, 4, 6), torch.randn(2, 6, 6, 10)
+    phases, grad = (each.to(memory_format=torch.channels_last) for each in (phases, grad))
+    for compute, inputs in ((interleaved, [phases]), (gradient, [phases, grad])):
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            code = "".join(get_code(torch.compile(compute, fullgraph=True, dynamic=False), *inputs))
+        assert re.findall(r"(?<!const )float\* (?:in_)?out_ptr\d", code) == ["float* out_ptr0"]
+        assert not re.search("index_put|scatter|atomic_add", code)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -8,22 +8,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ict_fast.networks import convolution as convolutions
+from ict_fast.networks.casts import TrunkCasts
 from ict_fast.networks.convolution import (
     ImageConv2d,
     convolution,
     convolution_gradients,
+    doubling_weight,
     folded_products,
     halving_weight,
+    interleaved,
     pixel_product_gradients,
     pixel_products,
     window_products,
 )
-from ict_fast.networks.layers import FullPrecisionConv2d, ResidualBlock
+from ict_fast.networks.layers import FullPrecisionConv2d, NearestUpsample, ResidualBlock
 from ict_fast.networks.tf32 import set_tf32
 from ict_fast.networks.unet import Pyramid
 from ict_kernels import fir_downsample
@@ -158,6 +161,116 @@ def test_a_convolution_and_the_halving_filter_are_one_convolution(
         _close(ours, theirs)
 
 
+def _before_upsampling(x_nchw: Tensor, weight: Tensor) -> Tensor:
+    """The convolution of the upsampled image, computed on the image itself."""
+    return interleaved(F.conv2d(x_nchw, doubling_weight(weight), padding=1))
+
+
+def _of_the_upsampled(x_nchw: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(F.interpolate(x_nchw, scale_factor=2.0, mode="nearest"), weight, padding=1)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("count", "before", "after", "height", "width"), [*_SIZES, (2, 8, 8, 4, 2)])
+def test_a_convolution_of_the_upsampled_is_four_of_the_image_and_so_are_its_gradients(
+    layout: torch.memory_format, count: int, before: int, after: int, height: int, width: int
+) -> None:
+    x = _random(count, before, height, width).contiguous(memory_format=layout).requires_grad_()
+    weight = _random(after, before, 3, 3, seed=1).to(memory_format=torch.channels_last).requires_grad_()
+    grad = _random(count, after, 2 * height, 2 * width, seed=2).contiguous(memory_format=layout)
+    expected, found = _of_the_upsampled(x, weight), _before_upsampling(x, weight)
+    _close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert doubling_weight(weight).is_contiguous(memory_format=torch.channels_last)
+    of_expected, of_found = (torch.autograd.grad(y, [x, weight], grad) for y in (expected, found))
+    for ours, theirs in zip(of_found, of_expected, strict=True):
+        _close(ours, theirs)
+    assert of_found[0].is_contiguous(memory_format=torch.channels_last)
+    assert of_found[1].stride() == weight.stride()
+
+
+def test_convolving_before_upsampling_has_a_forward_derivative_and_a_batching_rule() -> None:
+    x, tangent, weight = _random(3, 4, 5, 6), _random(3, 4, 5, 6, seed=1), _random(2, 4, 3, 3, seed=2)
+    tangents = tangent, _random(2, 4, 3, 3, seed=3)
+    ours, theirs = (
+        torch.func.jvp(each, (x, weight), tangents)[1] for each in (_before_upsampling, _of_the_upsampled)
+    )
+    _close(ours, theirs)
+    each = torch.func.vmap(lambda image: _before_upsampling(image[None], weight)[0])(x)
+    _close(each, _of_the_upsampled(x, weight))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks convolve before upsampling."""
+    monkeypatch.setattr(
+        ResidualBlock,
+        "_convolves_before_upsampling",
+        lambda self, x_nchw: isinstance(self.resample, NearestUpsample),
+    )
+
+
+def _doubling_block() -> ResidualBlock:
+    settings: dict[str, Any] = {"embedding_channels": 4, "eps": 1e-5, "adaptive_norm": False, "dropout": 0.0}
+    return ResidualBlock(12, 16, **settings, resample=NearestUpsample())
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "is_compiled"), [("float64", False), ("fp32", False), ("tf32", False), ("tf32", True)]
+)
+def test_a_block_that_convolves_before_upsampling_is_the_block(
+    arithmetic: str, is_compiled: bool, request: pytest.FixtureRequest
+) -> None:
+    torch.manual_seed(0)
+    block = _doubling_block().to(memory_format=torch.channels_last)
+    set_tf32(block, arithmetic == "tf32")
+    dtype = torch.float64 if arithmetic == "float64" else torch.float32
+    x = _random(2, 12, 5, 3).to(block.to(dtype).conv0.weight).to(memory_format=torch.channels_last)
+    leaves = [x.requires_grad_(), embedding := _random(2, 4, seed=1).to(x).requires_grad_()]
+    leaves += block.parameters()
+    grad = _random(2, 16, 10, 6, seed=2).to(x)
+    expected = block(x, embedding)
+    request.getfixturevalue("as_on_a_gpu")
+    run: Any = block
+    if is_compiled:
+        torch._dynamo.reset()
+        run = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = run(x, embedding)
+    with torch.no_grad():
+        assert torch.equal(run(x, embedding), found)
+    of_found, of_expected = (torch.autograd.grad(y, leaves, grad) for y in (found, expected))
+    torch._dynamo.reset()
+    # In TF32 other weights are rounded.
+    most = {"float64": 1e-12, "fp32": 2e-6, "tf32": 1e-3}[arithmetic]
+    for ours, theirs in ((found, expected), *zip(of_found, of_expected, strict=True)):
+        assert torch.linalg.vector_norm(ours - theirs) <= most * torch.linalg.vector_norm(theirs)
+    strides = dict(zip(block.state_dict(), (each.stride() for each in of_found[2:]), strict=True))
+    assert strides["conv0.weight"] == block.conv0.weight.stride()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_composed_weight_is_rounded_once(dtype: torch.dtype) -> None:
+    """Whether casts of the parameters are kept or not."""
+    block, used = _doubling_block(), list[Tensor]()
+
+    class _Weights(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution.default and args[1].shape[2:] == (2, 2):
+                used.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 12, 2, 2).to(memory_format=torch.channels_last)
+    for kept in (None, dtype):
+        TrunkCasts([block], kept).refresh()
+        with torch.autocast("cpu", dtype), _Weights():
+            block(x.to(dtype), torch.randn(2, 4))
+    once = doubling_weight(block.conv0.weight).to(dtype)
+    assert len(used) == 2
+    assert all(torch.equal(each.to(dtype), once) for each in used)
+    assert not torch.equal(once, doubling_weight(block.conv0.weight.to(dtype)))
+
+
 @pytest.mark.parametrize("tf32", [False, True])
 def test_a_compiled_block_of_products_has_the_gradients_of_convolutions(
     tf32: bool, monkeypatch: pytest.MonkeyPatch
@@ -239,3 +352,17 @@ def test_on_a_gpu_a_step_of_the_pyramid_has_nothing_between_convolution_and_filt
         assert halved.shape == (2, 8, 6, 6)
         assert halved.device.type == device
         assert all(14 not in shape for shape in seen.shapes) == (device == "cuda")
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_on_a_gpu_a_block_convolves_before_nearest_upsampling(tf32: bool) -> None:
+    with torch.device("meta"):
+        block = _doubling_block()
+    set_tf32(block, tf32)
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), torch.device(device), torch.no_grad(), _Seen() as seen:
+            block.conv0.weight = nn.Parameter(torch.empty(16, 12, 3, 3))
+            doubled = block._resampled_and_convolved(torch.empty(2, 12, 5, 5))
+        assert doubled.shape == (2, 16, 10, 10)
+        assert doubled.device.type == device
+        assert seen.shapes == {(2, 64, 6, 6) if device == "cuda" else (2, 16, 10, 10)}

@@ -236,13 +236,15 @@ def _run_step(config: Config, batch_size: int) -> tuple[Counting, int, nn.Module
 
 @contextmanager
 def _on_triton() -> Iterator[None]:
-    """Inside, the ops take fake tensors to their Triton launchers, as they would a GPU's."""
-    runs_on = backend.runs_on
+    """Inside, the ops take fake tensors to their Triton launchers, as they would a GPU's, and convolutions in
+    bf16 are in bf16, whatever this processor has."""
+    before = backend.runs_on, backend._CPU_CONVOLVES_BADLY
     backend.runs_on = lambda device: True
+    backend._CPU_CONVOLVES_BADLY = frozenset()
     try:
         yield
     finally:
-        backend.runs_on = runs_on
+        backend.runs_on, backend._CPU_CONVOLVES_BADLY = before
 
 
 def _make_fake(network: nn.Module) -> None:

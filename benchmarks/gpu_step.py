@@ -74,7 +74,8 @@ def part_step(device: torch.device, session: Any) -> dict[str, Callable[[], Iter
 
     Args:
         session: whose `share()` is the seconds that the measurement which asks may take, and whose `variants`
-            are words of WORDS; none for all but max-autotune, whose measurement has another name.
+            are words of WORDS; none for all but those on request. With max-autotune the measurement has
+            another name.
     """
     names = [name for word, name in WORDS.items() if word in session.variants]
     suffix = ", max-autotune" if AUTOTUNED in names else ""

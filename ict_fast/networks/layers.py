@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ict_fast.config import NetworkConfig
 from ict_fast.errors import InputError
@@ -197,6 +198,28 @@ class Output(nn.Module):
             return self.conv(self.norm(x_nchw.to(self.conv.weight.dtype)))
 
 
+# Of keys: cuDNN's kernels on Hopper. See `attend`.
+_TILE = 128
+_NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k / sqrt d) v by torch's kernels, all (N, heads, pixels, channels of a head).
+
+    Not by cuDNN's where the pixels do not fill its tiles: of 64 they do not, and there its gradients by the
+    query have been NaN for rows whose scores are all low (pytorch issue 196678, with a mask; the cause that
+    is reported has none: the empty half of a tile counts as scores of 0).
+    """
+    if not _leaves_tiles_unfilled(query):
+        return F.scaled_dot_product_attention(query, key, value)
+    with sdpa_kernel(_NOT_CUDNN):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+def _leaves_tiles_unfilled(query: Tensor) -> bool:
+    return query.is_cuda and query.shape[2] % _TILE != 0
+
+
 class SelfAttention(nn.Module):
     """What attention adds to the activations: norm, heads of softmax(q k / sqrt d) v over pixels, projection.
 
@@ -226,7 +249,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(self.norm(x_nchw)).permute(0, 2, 3, 1)
         qkv = qkv.reshape(count, height * width, 3, channels // self.head_channels, self.head_channels)
         query, key, value = qkv.transpose(1, 3).unbind(2)  # each (N, heads, pixels, head channels)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = attend(query, key, value)
         mixed = mixed.transpose(1, 2).reshape(count, height, width, channels)
         return self.projection(mixed.permute(0, 3, 1, 2))
 

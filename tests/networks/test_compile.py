@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import get_code
+from torch.overrides import TorchFunctionMode
 
 from ict_fast.config import NetworkConfig
+from ict_fast.networks import layers
 from ict_fast.networks.convolution import interleaved
 from ict_fast.networks.layers import NearestUpsample, ResidualBlock
 
@@ -118,3 +122,38 @@ def test_a_compiled_block_gives_each_of_what_it_concatenates_a_gradient_of_its_o
     for ours, slices in zip(found[:2], expected[:2], strict=True):
         assert ours.is_contiguous(memory_format=torch.channels_last)
         assert not slices.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_attention_that_leaves_tiles_unfilled_is_not_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU is told, eager and compiled; afterwards cuDNN may be chosen again."""
+    for pixels, found in ((64, True), (192, True), (256, False), (1, True)):
+        query = SimpleNamespace(is_cuda=True, shape=(2, 3, pixels, 64))
+        assert layers._leaves_tiles_unfilled(query) == found
+    assert not layers._leaves_tiles_unfilled(torch.empty(2, 3, 64, 64))
+    monkeypatch.setattr(layers, "_leaves_tiles_unfilled", lambda query: True)
+    original, allowed = F.scaled_dot_product_attention, []
+
+    def noting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        def run(*arguments: Tensor) -> object:
+            with Noting():
+                return graph.forward(*arguments)
+
+        return run
+
+    class Noting(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+        ) -> Any:
+            if function is original:
+                allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+            return function(*arguments, **(options or {}))
+
+    inputs = torch.randn(3, 2, 3, 5, 8).unbind()
+    torch._dynamo.reset()
+    compiled = torch.compile(layers.attend, backend=noting, fullgraph=True, dynamic=False)
+    with Noting():
+        expected = layers.attend(*inputs)
+    assert compiled(*inputs).equal(expected)
+    assert allowed == [False, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    torch._dynamo.reset()

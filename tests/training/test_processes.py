@@ -621,12 +621,13 @@ def test_a_deterministic_run_has_the_algorithms_that_repeat(monkeypatch: pytest.
     monkeypatch.setattr(torch, "use_deterministic_algorithms", modes.append)
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     gpu, training = torch.device("cuda"), TrainingConfig(deterministic=True)
     configure_torch(gpu, deterministic=True)
     assert modes == [True]
     assert not torch.backends.cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
-    two: Any = SimpleNamespace(size=2)
+    two: Any = SimpleNamespace(size=2, connect=lambda device: None)
     assert isinstance(reduction_of(torch.nn.Linear(2, 2), two, training, gpu), AtOnce)
 
 

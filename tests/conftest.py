@@ -16,6 +16,7 @@ import torch
 
 from ict_fast import presets
 from ict_fast.config import Config
+from ict_kernels import backend
 
 # One thread, here and in every process that a test starts: results are compared to the last bit, and
 # processes that run side by side on two cores would spin against each other with more.
@@ -51,6 +52,12 @@ _LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {Path(__file__).parent / name: number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.fixture
+def bf16_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in bf16 are in bf16, also on a processor where the networks take them in fp32."""
+    monkeypatch.setattr(backend, "_CPU_CONVOLVES_BADLY", frozenset([torch.float16]))
 
 
 @pytest.fixture(scope="session")

@@ -253,6 +253,9 @@ def test_one_of_torchruns_processes_that_has_lost_another_waits_for_no_thread(
     monkeypatch.setattr(cli, "_dispatch", fail)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(torchrun, "LEAVING_SECONDS", 0.0)
+    monkeypatch.setattr(
+        sys, "excepthook", sys.__excepthook__
+    )  # torch's, once there were processes, names them
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     for others, code in (("1", []), ("2", [1])):
         monkeypatch.setenv("WORLD_SIZE", others)

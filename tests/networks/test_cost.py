@@ -24,7 +24,6 @@ from ict_fast.config import NetworkConfig
 from ict_fast.networks import UNet, build_network
 from ict_fast.networks.cost import network_cost
 from ict_fast.planning.plan import GRADIENTS_ALIVE
-from ict_kernels import backend
 
 COUNT = 7  # no layer has as many rows: what has is an activation
 FAMILIES = ["cifar10", "imagenet64", "imagenet64-ct2023"]
@@ -82,11 +81,10 @@ def _narrow(preset: str) -> NetworkConfig:
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused group norm, as on a GPU; convolutions as on a CPU that has bf16, if this has not."""
+def fused(monkeypatch: pytest.MonkeyPatch, bf16_convolutions: None) -> None:
+    """The fused group norm, as on a GPU."""
     module = importlib.import_module("ict_kernels.group_norm_silu")
     monkeypatch.setattr(module, "use_triton", lambda *tensors: True)
-    monkeypatch.setattr(backend, "_CPU_CONVOLVES_BADLY", frozenset([torch.float16]))
 
 
 def _output(network: UNet, config: NetworkConfig, itemsize: int) -> Tensor:

@@ -77,6 +77,7 @@ class _Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("bf16_convolutions")
 def test_no_weight_is_cast_where_it_is_used(all_kinds: Config, batches: Callable) -> None:
     step = TrainStep(all_kinds, CPU)
     layers = _trunk(step)
@@ -111,6 +112,7 @@ def _weights_cast_in_graphs(casts: bool) -> int:
     return found
 
 
+@pytest.mark.usefixtures("bf16_convolutions")
 def test_compiled_code_casts_no_weight() -> None:
     assert _weights_cast_in_graphs(casts=False) >= 3, "by itself autocast does"
     assert _weights_cast_in_graphs(casts=True) == 0

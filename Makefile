@@ -20,9 +20,11 @@ demo: $(VENV)/.installed
 	@echo "The picture, one network evaluation per digit: runs/digits/one-step.png"
 	@echo "All about the run, in a browser: runs/digits/report.html"
 
-# File by file on all cores, but no more than four; plain `python -m pytest` does the same on one.
+# File by file, by a worker more than there are cores, as some wait for processes of their own, but no more than
+# four; plain `python -m pytest` does the same by one.
+test: WORKERS = $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 drills: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m drill

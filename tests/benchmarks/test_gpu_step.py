@@ -94,7 +94,7 @@ def test_variants_are_chosen_by_words_and_another_word_is_refused(
     with pytest.raises(SystemExit) as stopped:
         run_gpu.main([*words, "our"])
     assert stopped.value.code == 2
-    assert "ours, floor, graph, inductor" in capsys.readouterr().err
+    assert "ours, floor, as-written, graph, inductor" in capsys.readouterr().err
 
 
 @pytest.fixture

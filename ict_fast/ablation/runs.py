@@ -182,7 +182,7 @@ def _result(job: Job) -> dict[str, Any] | None:
         raise InputError(
             f"{file}: not a result of an ablation; delete it, or choose another --out"
         ) from error
-    _require_no(other, file)
+    _require_none_differ(other, file)
     method = from_dict(job.config).method
     if result.get("objective_revision", 1) != revision(method):
         raise InputError(
@@ -200,13 +200,13 @@ def _require_own_run(job: Job) -> None:
     file = Path(job.folder) / RUN / "config.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read the run itself will refuse
         begun = from_dict(json.loads(file.read_bytes()), str(file))
-        _require_no(differences(from_dict(job.config), begun), file)
+        _require_none_differ(differences(from_dict(job.config), begun), file)
 
 
-def _require_no(others: Sequence[tuple[str, object, object]], file: Path) -> None:
+def _require_none_differ(differing: Sequence[tuple[str, object, object]], file: Path) -> None:
     """Raises InputError naming the first of the settings in a file that are others now."""
-    if others:
-        name, ours, theirs = others[0]
+    if differing:
+        name, ours, theirs = differing[0]
         raise InputError(f"{file}: made with {name} {theirs}, now it is {ours}; choose another --out")
 
 

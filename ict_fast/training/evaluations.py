@@ -83,7 +83,7 @@ def is_measured(run: Run) -> bool:
     return False
 
 
-def missing(run: Run) -> str:
+def describe_missing(run: Run) -> str:
     """What is said after the number of steps of a run whose last measurement is not there."""
     return f"; their last measurement is missing: `{evaluate_command(run.out, run.config)}` makes it"
 

@@ -24,8 +24,8 @@ from ict_fast.screen import duration, say
 from ict_fast.training.describe import describe_initial_share, describe_stages, describe_unused
 from ict_fast.training.evaluations import (
     Evaluations,
+    describe_missing,
     is_measured,
-    missing,
     require_measurable,
     require_measurement,
 )
@@ -362,7 +362,7 @@ def _loop(
         code, measured = EXIT_DONE, ""
         if world.decide(lambda: evaluations.is_missing(step)):
             code = EXIT_DONE if stop_code is None else stop_code
-            measured = missing(run)
+            measured = describe_missing(run)
         return RunResult(out, step, code, f"{out}: {total:,} steps are done{skips}{measured}")
     assert stop_code is not None
     saved = f"stopped and saved at step {step:,} of {total:,}" if step else "stopped before the first step"
@@ -387,6 +387,6 @@ def _snapshot_every(config: Config) -> int:
 
 
 def _already_finished(run: Run) -> RunResult:
-    measured = "" if is_measured(run) else missing(run)
+    measured = "" if is_measured(run) else describe_missing(run)
     done = f"{run.out} is finished: {run.step:,} steps are done{measured}"
     return RunResult(run.out, run.step, EXIT_DONE, done)

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from ict_fast.config import Config
 from ict_fast.networks import build_network
+from ict_fast.networks.layers import NearestUpsample, ResidualBlock
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -79,6 +81,17 @@ def test_max_autotune_has_to_be_asked_for_and_goes_by_another_name(tmp_path: Pat
     session.variants = ["ours", "max-autotune"]
     named = ["step, imagenet64, max-autotune", "step, cifar10, max-autotune"]
     assert list(gpu_step.part_step(gpu, session)) == named
+
+
+def test_the_variant_as_written_convolves_after_upsampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"embedding_channels": 4, "eps": 1e-5, "adaptive_norm": False, "dropout": 0.0}
+    block = ResidualBlock(4, 8, **settings, resample=NearestUpsample())
+    step = SimpleNamespace(network=SimpleNamespace(blocks=lambda: iter([block])))
+    monkeypatch.setattr(variants, "_ours", lambda *_: (step, step))
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    assert block._convolves_before_upsampling(on_gpu)
+    variants.VARIANTS[variants.AS_WRITTEN](Config(), torch.device("cuda"))
+    assert not block._convolves_before_upsampling(on_gpu)
 
 
 def test_variants_are_chosen_by_words_and_another_word_is_refused(

@@ -54,8 +54,10 @@ _SHARDED = (
 
 # The same as torch.compiler.disable, but Dynamo is imported by the first call and not by this module.
 _not_traced = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
-# torch's own, without what keeps it out of graphs: that would import Dynamo, the most of a short run's start.
+# torch's own, without what keeps them out of graphs: that would import Dynamo, half of a short run's start.
 _add_param_group = getattr(Optimizer.add_param_group, "__wrapped__", Optimizer.add_param_group)
+_state_dict = getattr(Optimizer.state_dict, "__wrapped__", Optimizer.state_dict)
+_load_state_dict = getattr(Optimizer.load_state_dict, "__wrapped__", Optimizer.load_state_dict)
 
 
 class RAdamEMA(Optimizer):
@@ -471,6 +473,10 @@ class RAdamEMA(Optimizer):
         )
         return scalars
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's."""
+        return _state_dict(self)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -492,7 +498,7 @@ class RAdamEMA(Optimizer):
             if any(option in group for group in state_dict["param_groups"]):
                 raise ValueError(f"a group of the state dict has {option}: it is of another optimizer")
         before, state_before = self.param_groups, self.state
-        super().load_state_dict(state_dict)
+        _load_state_dict(self, state_dict)
         if (reason := self._why_not_ours()) is not None:
             self.param_groups, self.state = before, state_before
             raise ValueError(reason)

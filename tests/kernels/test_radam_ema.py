@@ -31,6 +31,20 @@ def bits(optimizer: RAdamEMA) -> list[bytes]:
     return [t.detach().contiguous().numpy().tobytes() for t in state]
 
 
+def test_to_make_it_and_to_resume_it_imports_no_dynamo():
+    """Which torch's methods do at their first call, and note that they have: two seconds."""
+    torchs = torch.optim.Optimizer
+    methods = (torchs.add_param_group, torchs.state_dict, torchs.load_state_dict)
+    notes = [vars(method.__wrapped__) for method in methods]  # type: ignore[attr-defined]
+    for note in notes:
+        note.pop("__dynamo_disable", None)
+    optimizer = RAdamEMA(parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not any(notes)
+    torch.optim.RAdam(parameters()).state_dict()
+    assert "__dynamo_disable" in notes[1], "torch notes it still"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "settings",

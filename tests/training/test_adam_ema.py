@@ -149,8 +149,8 @@ def test_a_step_that_is_not_finite_changes_no_bit_and_does_not_count(engine: str
     assert all(optimizer.state[p]["step"] == 4 for p in params)
 
 
-def test_a_run_with_adam_resumes_bit_for_bit(tiny: Config, tmp_path: Path) -> None:
-    config = replace(tiny, optimizer=replace(tiny.optimizer, name="adam"))
+def test_a_run_with_adam_resumes_bit_for_bit(one_level: Config, tmp_path: Path) -> None:
+    config = replace(one_level, optimizer=replace(one_level.optimizer, name="adam"))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for out in (whole, broken):
         assert train(config, out=out, device="cpu").step == 24

@@ -48,9 +48,9 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_rounding_is_what_float64_statistics_of_the_gradients_say(
-    tiny: Config, batches: Callable
+    one_level: Config, batches: Callable
 ) -> None:
-    config = replace(tiny, training=replace(tiny.training, batch_size=8))
+    config = replace(one_level, training=replace(one_level.training, batch_size=8))
     steps = {
         name: TrainStep(replace(config, training=replace(config.training, precision=name)), CPU)
         for name in ("fp32", "bf16")
@@ -188,9 +188,9 @@ def test_gradients_that_are_all_equal_or_zero_are_judged_without_a_division_by_z
 
 @pytest.mark.usefixtures("like_a_gpu")
 def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = replace(tiny, training=replace(tiny.training, precision="auto", max_skipped_steps=20))
+    config = replace(one_level, training=replace(one_level.training, precision="auto", max_skipped_steps=20))
     measured: list[int] = []
 
     def measure(train_step: TrainStep, first_step: int, drawn: object) -> Rounding:
@@ -240,10 +240,10 @@ def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
 
 @pytest.mark.usefixtures("like_a_gpu")
 def test_bf16_stays_where_activations_are_beyond_fp16(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A norm reads them, so bf16 trains; in fp16 every step would be skipped, at whatever loss scale."""
-    config = replace(tiny, training=replace(tiny.training, precision="auto", max_skipped_steps=20))
+    config = replace(one_level, training=replace(one_level.training, precision="auto", max_skipped_steps=20))
     original = unet.to_trunk
     monkeypatch.setattr(unet, "to_trunk", lambda x_nchw: original(3e5 * x_nchw))
     monkeypatch.setattr(precision, "measure_rounding", lambda *_: Rounding(0.9, 1.0))
@@ -307,7 +307,7 @@ def test_the_choice_outlives_another_device_and_is_made_up_for_after_one(
 
 @pytest.mark.usefixtures("like_a_gpu")
 def test_a_signal_during_the_choice_abandons_it_and_the_run_goes_on_from_there(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signalled: dict[int, int] = {}
     drawn_at: dict[int, int] = {}
@@ -321,7 +321,7 @@ def test_a_signal_during_the_choice_abandons_it_and_the_run_goes_on_from_there(
         return Rounding(1.0, 0.0)
 
     monkeypatch.setattr(precision, "measure_rounding", measure)
-    config = replace(tiny, training=replace(tiny.training, precision="auto"))
+    config = replace(one_level, training=replace(one_level.training, precision="auto"))
     config = replace(config, logging=replace(config.logging, checkpoint_every=24))
     train(config, out=tmp_path / "whole", device="cpu")
     out = tmp_path / "stopped"
@@ -342,7 +342,7 @@ def test_a_signal_during_the_choice_abandons_it_and_the_run_goes_on_from_there(
 
 
 def test_what_is_measured_are_the_batches_of_the_steps_that_come_next(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
 
@@ -353,20 +353,20 @@ def test_what_is_measured_are_the_batches_of_the_steps_that_come_next(
 
     monkeypatch.setattr(precision, "measure_rounding", measure)
     loader: Any = SimpleNamespace(micro_batches=lambda number: number)
-    precision.choose_trunk(TrainStep(tiny, CPU), loader, 9)
+    precision.choose_trunk(TrainStep(one_level, CPU), loader, 9)
     assert drawn == list(range(9, 9 + precision.BATCHES))
 
 
 @pytest.mark.usefixtures("like_a_gpu")
 def test_a_run_measures_its_own_gradients_and_keeps_what_it_found_whatever_the_micro_batch(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(precision, "BATCHES", 2)
     monkeypatch.setattr(precision, "_FEWEST_BATCHES", 2)
     found = {}
     for micro_batch in (0, 4):
-        training = replace(tiny.training, precision="auto", total_steps=2, micro_batch=micro_batch)
-        config = replace(tiny, training=training)
+        training = replace(one_level.training, precision="auto", total_steps=2, micro_batch=micro_batch)
+        config = replace(one_level, training=training)
         train(config, out=tmp_path / str(micro_batch), device="cpu")
         lines = [line for line in capsys.readouterr().err.splitlines() if "bf16" in line]
         assert lines[0].startswith("N = 11: bf16 stays (cosine ")
@@ -405,10 +405,12 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("micro_batch", [16, 2, 1])
 def test_measuring_takes_no_more_memory_than_the_plan_says(
-    tiny: Config, batches: Callable, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+    one_level: Config, batches: Callable, monkeypatch: pytest.MonkeyPatch, micro_batch: int
 ) -> None:
     """What is alive when a pass begins, with what the pass itself needs, in either arithmetic."""
-    config = replace(tiny, training=replace(tiny.training, precision="auto", micro_batch=micro_batch))
+    config = replace(
+        one_level, training=replace(one_level.training, precision="auto", micro_batch=micro_batch)
+    )
     planned = make_plan(config, "h100", 1)
     train_step = TrainStep(replace(config, training=replace(config.training, precision="bf16")), CPU)
     kept = sum(planned.memory[kind] for kind in ("weights", "gradients", "optimizer", "EMA"))
@@ -442,9 +444,9 @@ def test_measuring_takes_no_more_memory_than_the_plan_says(
 
 @pytest.mark.parametrize("images", [1, 3, 4, 6, 16])
 def test_the_pieces_of_a_micro_batch_are_its_images_in_order_with_their_numbers(
-    tiny: Config, batches: Callable, images: int
+    one_level: Config, batches: Callable, images: int
 ) -> None:
-    batch = batches(tiny)[0]
+    batch = batches(one_level)[0]
     batch = Batch(batch.images[:images], batch.labels[:images], batch.flip[:images], 40)
     pieces = precision.cut(batch)
     for part in ("images", "labels", "flip"):

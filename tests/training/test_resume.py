@@ -73,15 +73,17 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stopping_anywhere_and_resuming_changes_no_bit(tiny: Config, tmp_path: Path, variant: str) -> None:
-    config = VARIANTS[variant](tiny)
+def test_stopping_anywhere_and_resuming_changes_no_bit(
+    tiny: Config, one_level: Config, tmp_path: Path, variant: str
+) -> None:
+    config = VARIANTS[variant](tiny if variant in ("dropout", "adm-bf16") else one_level)
     train(config, out=tmp_path / "whole", device="cpu")
     _interrupt_at(config, tmp_path / "broken", steps=[3, 11, 17])
     _assert_same_run(tmp_path / "whole", tmp_path / "broken", 24)
 
 
 def test_a_run_resumed_while_it_skips_steps_goes_on_exactly(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ict_fast.training.step import TrainStep
 
@@ -95,20 +97,22 @@ def test_a_run_resumed_while_it_skips_steps_goes_on_exactly(
         handle.remove()
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
-    train(tiny, out=tmp_path / "whole", device="cpu")
-    _interrupt_at(tiny, tmp_path / "broken", steps=[11])
+    train(one_level, out=tmp_path / "whole", device="cpu")
+    _interrupt_at(one_level, tmp_path / "broken", steps=[11])
     _assert_same_run(tmp_path / "whole", tmp_path / "broken", 24)
     assert int(open_checkpoint(tmp_path / "broken").tensors("optimizer")["skipped"]) == 5
 
 
-def test_a_kill_or_a_crash_while_the_run_is_being_made_is_forgotten(tiny: Config, tmp_path: Path) -> None:
+def test_a_kill_or_a_crash_while_the_run_is_being_made_is_forgotten(
+    one_level: Config, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / ".tmp-config.json").write_text('{"preset": "dig')
     (out / "crash.txt").write_text("Traceback of processes that could not find each other")
     # One that was to begin with weights which are not here any more; this one begins at random.
     (out / "init.json").write_text(json.dumps({"path": str(tmp_path / "gone"), "step": 1, "sha256": "0"}))
-    assert train(tiny, out=out, device="cpu").step == 24
+    assert train(one_level, out=out, device="cpu").step == 24
     assert not (out / "init.json").exists()
     assert "init" not in open_checkpoint(out).state
 
@@ -178,12 +182,12 @@ def _newest(out: Path) -> int:
 
 
 def test_a_signal_saves_and_stops_and_the_same_command_resumes(
-    tiny: Config, tmp_path: Path, command: Callable[..., ForkedPython]
+    one_level: Config, tmp_path: Path, command: Callable[..., ForkedPython]
 ) -> None:
     config = replace(
-        tiny,
-        training=replace(tiny.training, total_steps=100_000),
-        logging=replace(tiny.logging, log_every=1, checkpoint_every=100_000),
+        one_level,
+        training=replace(one_level.training, total_steps=100_000),
+        logging=replace(one_level.logging, log_every=1, checkpoint_every=100_000),
     )
     out, saved = tmp_path / "run", 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
@@ -204,7 +208,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_resumes(
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["ssh", "nohup"])
 def test_the_end_of_the_terminal_saves_and_stops_unless_it_is_ignored(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
 ) -> None:
     original = TrainStep.__call__
 
@@ -216,7 +220,7 @@ def test_the_end_of_the_terminal_saves_and_stops_unless_it_is_ignored(
     monkeypatch.setattr(TrainStep, "__call__", hung_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
-        result = train(tiny, out=tmp_path / "run", device="cpu")
+        result = train(one_level, out=tmp_path / "run", device="cpu")
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (result.exit_code, result.step) == ((0, 24) if ignored else (143, 4))
@@ -225,11 +229,11 @@ def test_the_end_of_the_terminal_saves_and_stops_unless_it_is_ignored(
 
 @pytest.mark.drill
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_real_terminal_that_is_closed(tiny: Config, tmp_path: Path, processes: str) -> None:
+def test_a_real_terminal_that_is_closed(one_level: Config, tmp_path: Path, processes: str) -> None:
     config = replace(
-        tiny,
-        training=replace(tiny.training, total_steps=100_000),
-        logging=replace(tiny.logging, log_every=1, checkpoint_every=100_000),
+        one_level,
+        training=replace(one_level.training, total_steps=100_000),
+        logging=replace(one_level.logging, log_every=1, checkpoint_every=100_000),
     )
     out = tmp_path / "run"
     words = ("-m", "ict_fast", "train", "--device", "cpu", "--processes", processes, "--out", str(out))
@@ -246,23 +250,23 @@ def test_a_real_terminal_that_is_closed(tiny: Config, tmp_path: Path, processes:
 
 
 def test_ctrl_c_that_ends_a_compiler_too_stops_the_run_and_is_no_error(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compiled(self: TrainStep, number: int, batches: list) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         raise RuntimeError("g++ ended with exit status -2")
 
     monkeypatch.setattr(TrainStep, "__call__", compiled)
-    result = train(tiny, out=tmp_path / "run", device="cpu")
+    result = train(one_level, out=tmp_path / "run", device="cpu")
     assert (result.exit_code, result.step) == (130, 0)
     assert "stopped before the first step" in result.message
     monkeypatch.undo()
-    assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 0
+    assert train(one_level, out=tmp_path / "run", device="cpu").exit_code == 0
 
 
 @pytest.mark.parametrize("raised", [True, False])
 def test_a_second_ctrl_c_interrupts_once_and_the_handlers_come_back(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: bool
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: bool
 ) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     original, interrupts = TrainStep.__call__, 0
@@ -289,16 +293,16 @@ def test_a_second_ctrl_c_interrupts_once_and_the_handlers_come_back(
     monkeypatch.setattr(TrainStep, "__call__", pressed)
     if raised:
         with pytest.raises(KeyboardInterrupt):
-            train(tiny, out=tmp_path / "run", device="cpu")
+            train(one_level, out=tmp_path / "run", device="cpu")
     else:
-        assert train(tiny, out=tmp_path / "run", device="cpu").exit_code == 130
+        assert train(one_level, out=tmp_path / "run", device="cpu").exit_code == 130
     assert interrupts == 1
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_checkpoints_by_the_clock_come_between_those_by_steps_and_change_no_bit(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step takes a minute."""
     original, minutes, broken = TrainStep.__call__, [0.0], [13]
@@ -310,7 +314,7 @@ def test_checkpoints_by_the_clock_come_between_those_by_steps_and_change_no_bit(
         original(self, number, batches)  # type: ignore[arg-type]
         minutes[0] += 1
 
-    config = replace(tiny, logging=replace(tiny.logging, checkpoint_every=10))
+    config = replace(one_level, logging=replace(one_level.logging, checkpoint_every=10))
     assert train(config, out=tmp_path / "plain", device="cpu").step == 24
     monkeypatch.setattr(TrainStep, "__call__", step)
     monkeypatch.setattr(saving, "monotonic", lambda: 60 * minutes[0])
@@ -337,14 +341,14 @@ def _checkpoints(out: Path) -> list[int]:
 
 @pytest.mark.parametrize(("step", "kept"), [(0, ["mine.png"]), (20, ["mine.png", "step-00000020.png"])])
 def test_pictures_of_later_steps_than_the_checkpoints_are_another_historys(
-    tiny: Config, tmp_path: Path, step: int, kept: list[str]
+    one_level: Config, tmp_path: Path, step: int, kept: list[str]
 ) -> None:
     """As the lines of the log are. A report would show them as the newest of the run that goes on."""
     (tmp_path / "grids").mkdir()
     for name in ("mine.png", "step-00000020.png", "step-00000600.png"):
         (tmp_path / "grids" / name).touch()
     checkpoint: Any = SimpleNamespace(step=step) if step else None
-    prepare_directory(Run(tmp_path, tiny, checkpoint))
+    prepare_directory(Run(tmp_path, one_level, checkpoint))
     assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == kept
 
 

@@ -21,9 +21,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def do_without_what_changes_nothing() -> None:
     """Triton's interpreter spends most of these tests' time on what it need not do: at each sum of integers
     it computes whether it overflows, which it looks at in debug mode alone; at each call inside of a kernel
-    it replaces its language's functions, which the kernel's launch has replaced already; for each value it
-    works out numpy's name of its type, and its shape as constants.
+    it replaces its language's functions, which the kernel's launch has replaced already, and looks for them
+    at each launch; for each value it works out its type, numpy's name of that, and its shape as constants.
     """
+    import inspect
+
     import triton.language as tl
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
@@ -40,6 +42,32 @@ def do_without_what_changes_nothing() -> None:
         return patch(fn) if to_do else interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_once
+
+    @cache
+    def builtins_of(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def interpreted(member: Any) -> Any:
+        return lambda *args, **named: member(*args, **named | {"_semantic": interpreter.interpreter_semantic})
+
+    def patch_builtins(package: Any, _: Any, scope: Any) -> None:
+        for name in builtins_of(package):
+            scope.set_attr(package, name, interpreted(getattr(package, name)))
+
+    interpreter._patch_builtin = patch_builtins
+
+    make_block, made = tl.block_type.__init__, {}
+
+    def make_shape_once(self: Any, element: Any, shape: Any) -> None:
+        sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        if sizes not in made:
+            make_block(self, element, shape)
+            made[sizes] = self.shape, self.numel, str(self.shape)
+        self.element_ty = element
+        self.shape, self.numel, written = made[sizes]
+        self.name = f"<{written}, {element}>"
+
+    tl.block_type.__init__ = make_shape_once
 
     numpy_type = interpreter._get_np_dtype
     of_scalars = cache(numpy_type)

@@ -18,8 +18,8 @@ import torch
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        *("torch._dynamo", "ict_fast.training.trainer", "ict_fast.evaluation"),
-        *("sklearn.datasets", "torchmetrics.image.kid"),
+        *("torch._dynamo", "ict_fast.cli", "ict_fast.training.trainer", "ict_fast.evaluation"),
+        *("sklearn.datasets", "torchmetrics.image.kid", "typeguard", "pytest"),
     ]
 )
 

@@ -1,10 +1,12 @@
 """Random numbers are a function of their address: seed, step, sample, element, purpose, layer."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ict_kernels import philox
 from ict_kernels.philox import dropout_keep_mask, flip_bits, normal, uniform_bits
@@ -50,8 +52,29 @@ def test_compiled_chunked_and_plain_rounds_give_the_same_bits(monkeypatch):
     monkeypatch.setattr(philox, "_no_compiler", "this test")
     assert philox.cpu_path() == "eager: this test"
     assert torch.equal(philox._rounds(c0, c1, constants), plain)
+    monkeypatch.setattr(philox, "_has_numpy", False)
+    assert torch.equal(philox._rounds(c0, c1, constants), plain)
     last = philox_in_python((calls - 1, int(c1[-1]), 0x80000001, 3 << 16 | 65535), (0xFFFFFFFF, 0x9ABCDEF0))
     assert [int(w) % 2**64 for w in plain[-1]] == [last[0] | last[1] << 32, last[2] | last[3] << 32]
+
+
+@pytest.mark.parametrize("calls", [1, 7, 8191])
+def test_few_rounds_have_the_same_bits_by_numpy_by_torch_and_when_they_are_watched(calls, monkeypatch):
+    c0 = torch.arange(calls) + (2**32 - calls)
+    c1 = (c0 * 2654435761) & 0xFFFFFFFF
+    constants = torch.tensor([0xFFFFFFFF, 0x9ABCDEF0, 0x80000001, philox.DROPOUT << 16 | 65535])
+    plain = philox._packed_words(c0, c1, constants)
+    by_numpy = Mock(wraps=philox._packed_by_numpy)
+    monkeypatch.setattr(philox, "_packed_by_numpy", by_numpy)
+    assert torch.equal(philox._rounds(c0, c1, constants), plain)
+    assert by_numpy.call_count == 1
+    with FlopCounterMode(display=False):
+        assert torch.equal(philox._rounds(c0, c1, constants), plain)
+    seen = torch.func.vmap(lambda x: x + philox._rounds(c0, c1, constants)[0, 0])(torch.zeros(2).long())
+    assert torch.equal(seen, plain[0, 0].expand(2))
+    assert by_numpy.call_count == 1, "what is watched is torch's own operations"
+    monkeypatch.setattr(philox, "_has_numpy", False)
+    assert torch.equal(philox._rounds(c0, c1, constants), plain)
 
 
 def test_without_a_compiler_the_draw_still_works_and_says_why(monkeypatch):

@@ -48,9 +48,9 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_rounding_is_what_float64_statistics_of_the_gradients_say(
-    one_level: Config, batches: Callable
+    tiny: Config, batches: Callable
 ) -> None:
-    config = replace(one_level, training=replace(one_level.training, batch_size=8))
+    config = replace(tiny, training=replace(tiny.training, batch_size=8))
     steps = {
         name: TrainStep(replace(config, training=replace(config.training, precision=name)), CPU)
         for name in ("fp32", "bf16")

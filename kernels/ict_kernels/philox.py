@@ -120,7 +120,7 @@ def _packed_by_numpy(c0: Tensor, c1: Tensor, constants: Tensor) -> Tensor:
     for k0, k1 in zip((key0 + bumps * _W0) & _MASK32, (key1 + bumps * _W1) & _MASK32, strict=True):
         first, second = x0 * _M0, x2 * _M1
         x0, x1, x2, x3 = (second >> 32) ^ x1 ^ k0, second & _MASK32, (first >> 32) ^ x3 ^ k1, first & _MASK32
-    packed = torch.empty(c0.shape[0], 2, dtype=torch.int64, device="cpu")
+    packed = c0.new_empty(c0.shape[0], 2)
     words = packed.view(torch.uint64).numpy()
     words[:, 0], words[:, 1] = x0 | (x1 << 32), x2 | (x3 << 32)
     return packed

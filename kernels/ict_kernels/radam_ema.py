@@ -54,7 +54,7 @@ _SHARDED = (
 
 # The same as torch.compiler.disable, but Dynamo is imported by the first call and not by this module.
 _not_traced = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
-# torch's own, without what keeps them out of graphs: that would import Dynamo, half of a short run's start.
+# torch's own, without what keeps them out of graphs: that imports Dynamo, a third of a short run's start.
 _add_param_group = getattr(Optimizer.add_param_group, "__wrapped__", Optimizer.add_param_group)
 _state_dict = getattr(Optimizer.state_dict, "__wrapped__", Optimizer.state_dict)
 _load_state_dict = getattr(Optimizer.load_state_dict, "__wrapped__", Optimizer.load_state_dict)

@@ -44,9 +44,8 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def few_blocks(one_level: Config) -> Config:
-    """Five blocks of three kinds at one resolution, with dropout and classes, and attention in the middle;
-    two micro-batches."""
-    network = replace(one_level.network, num_classes=10, attention_resolutions=())
+    """Five blocks at one resolution, with attention, dropout and classes; two micro-batches."""
+    network = replace(one_level.network, num_classes=10)
     return replace(one_level, network=network, training=replace(one_level.training, micro_batch=8))
 
 
@@ -142,7 +141,7 @@ def test_the_compiled_step_has_the_eager_gradients_in_channels_last_and_is_compi
     assert compiled.compiled_blocks == 5
     assert eager.compiled_blocks == 0
     kinds = _kinds_of_blocks(eager.network)
-    assert kinds == 3
+    assert kinds == 4
     assert graphs == 2 * kinds, "each kind once with gradients and once, as the teacher, without"
     found = _convolutions_of_backward(compiled, batches(few_blocks, 1, 8))
     assert found.count > 2 * 2 * 5, "two in each block, in each of two micro-batches"
@@ -215,7 +214,7 @@ def test_only_the_switch_of_precision_compiles_anew(
     steps = _trained(config, "on", batches, size)
     step = next(steps)
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs == 2 * 3
+    assert graphs == 2 * 4
     eager = _gradients_in(torch.bfloat16, next(_trained(config, "off", batches, size)))
     assert {name for name in eager if name.endswith("conv0.weight")}
     assert not {name for name in eager if "embedding" in name}

@@ -60,7 +60,7 @@ def _described(leaf: Any) -> Any:
     [("student", "radam", "fp32"), ("student", "radam", "fp16"), ("ema", "adam", "tf32")],
 )
 def test_a_step_is_the_same_operations_with_the_same_numbers_in_every_stage(
-    one_level: Config,
+    tiny: Config,
     batches: Callable,
     monkeypatch: pytest.MonkeyPatch,
     teacher: str,
@@ -69,10 +69,10 @@ def test_a_step_is_the_same_operations_with_the_same_numbers_in_every_stage(
 ) -> None:
     monkeypatch.setattr(radam_ema, "_may_look", lambda device: False)  # as on a GPU
     config = replace(
-        one_level,
-        method=replace(one_level.method, teacher=teacher),
+        tiny,
+        method=replace(tiny.method, teacher=teacher),
         optimizer=replace(
-            one_level.optimizer,
+            tiny.optimizer,
             name=optimizer,
             warmup_steps=5,
             lr_decay=1.0,
@@ -80,7 +80,7 @@ def test_a_step_is_the_same_operations_with_the_same_numbers_in_every_stage(
             ema_decays=(0.99, 0.9),
             power_ema=(0.05, 0.1),
         ),
-        training=replace(one_level.training, precision=precision),
+        training=replace(tiny.training, precision=precision),
     )
     step = TrainStep(config, CPU)
     for number in range(2):
@@ -117,10 +117,10 @@ def _state(step: TrainStep) -> dict[str, Tensor]:
 
 
 def test_captured_steps_have_the_bits_of_plain_ones_and_are_captured_when_they_must(
-    one_level: Config, batches: Callable, stand_in: list[Callable]
+    tiny: Config, batches: Callable, stand_in: list[Callable]
 ) -> None:
-    optimizer = replace(one_level.optimizer, ema_decays=(0.9,), power_ema=(0.1,))
-    config = replace(one_level, training=replace(one_level.training, precision="bf16"), optimizer=optimizer)
+    optimizer = replace(tiny.optimizer, ema_decays=(0.9,), power_ema=(0.1,))
+    config = replace(tiny, training=replace(tiny.training, precision="bf16"), optimizer=optimizer)
     plain, inner = TrainStep(config, CPU), TrainStep(config, CPU)
     captured = CapturedStep(inner)
     captures = []
@@ -144,11 +144,11 @@ def test_captured_steps_have_the_bits_of_plain_ones_and_are_captured_when_they_m
 
 
 def test_the_losses_of_replays_are_added_up_where_processes_keep_their_own_for_many_steps(
-    one_level: Config, batches: Callable, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
+    tiny: Config, batches: Callable, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(World, "connect", lambda self, device: None)
     monkeypatch.setattr(World, "add", lambda self, value: value)  # the other process has nothing to add
-    config = replace(one_level, training=replace(one_level.training, cuda_graph=True))
+    config = replace(tiny, training=replace(tiny.training, cuda_graph=True))
     sums = []
     for is_captured in (False, True):
         world = World()
@@ -165,13 +165,13 @@ def test_the_losses_of_replays_are_added_up_where_processes_keep_their_own_for_m
 
 
 def test_a_run_with_a_captured_step_is_the_run_without(
-    one_level: Config, tmp_path: Path, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
+    tiny: Config, tmp_path: Path, stand_in: list[Callable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(one_level, out=tmp_path / "plain", device="cpu")
+    train(tiny, out=tmp_path / "plain", device="cpu")
     monkeypatch.setattr("ict_fast.training.trainer.require_capturable", lambda *_: None)
-    training = replace(one_level.training, cuda_graph=True)
-    asked = replace(one_level, training=training, data=replace(one_level.data, loader="resident"))
-    assert differences(asked, one_level) == [], "how it executes, not what it computes"
+    training = replace(tiny.training, cuda_graph=True)
+    asked = replace(tiny, training=training, data=replace(tiny.data, loader="resident"))
+    assert differences(asked, tiny) == [], "how it executes, not what it computes"
     train(asked, out=tmp_path / "captured", device="cpu")
     assert len(stand_in) == 2
     for name in ("weights", "ema", "optimizer"):
@@ -255,7 +255,7 @@ def test_a_graph_and_the_gradients_in_it_are_gone_while_the_device_has_other_wor
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_what_a_captured_step_needs_is_refused_by_name(one_level: Config, tmp_path: Path) -> None:
+def test_what_a_captured_step_needs_is_refused_by_name(tiny: Config, tmp_path: Path) -> None:
     gpu = torch.device("cuda")
     require_capturable(gpu, "resident")
     for device, loader, message in (
@@ -264,7 +264,7 @@ def test_what_a_captured_step_needs_is_refused_by_name(one_level: Config, tmp_pa
     ):
         with pytest.raises(InputError, match=message):
             require_capturable(device, loader)
-    asked = replace(one_level, training=replace(one_level.training, cuda_graph=True))
+    asked = replace(tiny, training=replace(tiny.training, cuda_graph=True))
     with pytest.raises(InputError, match="cuda-graph needs an NVIDIA GPU"):
         train(asked, out=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()

@@ -50,7 +50,7 @@ def test_the_watch_sees_a_read() -> None:
 @pytest.mark.parametrize(("teacher", "num_classes"), [("student", 0), ("student", 10), ("ema", 0)])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_a_step_never_waits_for_the_device(
-    one_level: Config,
+    tiny: Config,
     batches: Callable[..., list],
     teacher: str,
     num_classes: int,
@@ -59,11 +59,11 @@ def test_a_step_never_waits_for_the_device(
 ) -> None:
     monkeypatch.setattr(radam_ema, "_may_look", lambda device: False)  # as on a GPU
     config = replace(
-        one_level,
-        network=replace(one_level.network, num_classes=num_classes),
-        method=replace(one_level.method, teacher=teacher),
-        optimizer=replace(one_level.optimizer, ema_decays=(0.9, 0.99), power_ema=(0.05, 0.1)),
-        training=replace(one_level.training, precision=precision),
+        tiny,
+        network=replace(tiny.network, num_classes=num_classes),
+        method=replace(tiny.method, teacher=teacher),
+        optimizer=replace(tiny.optimizer, ema_decays=(0.9, 0.99), power_ema=(0.05, 0.1)),
+        training=replace(tiny.training, precision=precision),
     )
     train_step = TrainStep(config, torch.device("cpu"))
     for step in range(2):  # tables are built on the first one
@@ -79,7 +79,7 @@ def test_a_step_never_waits_for_the_device(
 
 
 def test_the_loop_reads_on_log_steps_alone(
-    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole loop, TensorBoard included, from one log line to before the next one."""
     monkeypatch.setattr(radam_ema, "_may_look", lambda device: False)
@@ -92,7 +92,7 @@ def test_the_loop_reads_on_log_steps_alone(
         watch.seen.clear()
 
     monkeypatch.setattr(TrainStep, "__call__", watched)
-    logging = replace(one_level.logging, log_every=4, checkpoint_every=24, tracker="tensorboard")
+    logging = replace(tiny.logging, log_every=4, checkpoint_every=24, tracker="tensorboard")
     with watch:
-        train(replace(one_level, logging=logging), out=tmp_path / "run", device="cpu")
+        train(replace(tiny, logging=logging), out=tmp_path / "run", device="cpu")
     assert [step for step, seen in read_at.items() if seen and step > 0] == [4, 8, 12, 16, 20]

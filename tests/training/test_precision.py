@@ -240,10 +240,10 @@ def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
 
 @pytest.mark.usefixtures("like_a_gpu")
 def test_bf16_stays_where_activations_are_beyond_fp16(
-    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A norm reads them, so bf16 trains; in fp16 every step would be skipped, at whatever loss scale."""
-    config = replace(one_level, training=replace(one_level.training, precision="auto", max_skipped_steps=20))
+    config = replace(tiny, training=replace(tiny.training, precision="auto", max_skipped_steps=20))
     original = unet.to_trunk
     monkeypatch.setattr(unet, "to_trunk", lambda x_nchw: original(3e5 * x_nchw))
     monkeypatch.setattr(precision, "measure_rounding", lambda *_: Rounding(0.9, 1.0))
@@ -359,14 +359,14 @@ def test_what_is_measured_are_the_batches_of_the_steps_that_come_next(
 
 @pytest.mark.usefixtures("like_a_gpu")
 def test_a_run_measures_its_own_gradients_and_keeps_what_it_found_whatever_the_micro_batch(
-    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(precision, "BATCHES", 2)
     monkeypatch.setattr(precision, "_FEWEST_BATCHES", 2)
     found = {}
     for micro_batch in (0, 4):
-        training = replace(one_level.training, precision="auto", total_steps=2, micro_batch=micro_batch)
-        config = replace(one_level, training=training)
+        training = replace(tiny.training, precision="auto", total_steps=2, micro_batch=micro_batch)
+        config = replace(tiny, training=training)
         train(config, out=tmp_path / str(micro_batch), device="cpu")
         lines = [line for line in capsys.readouterr().err.splitlines() if "bf16" in line]
         assert lines[0].startswith("N = 11: bf16 stays (cosine ")
@@ -405,12 +405,10 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("micro_batch", [16, 2, 1])
 def test_measuring_takes_no_more_memory_than_the_plan_says(
-    one_level: Config, batches: Callable, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+    tiny: Config, batches: Callable, monkeypatch: pytest.MonkeyPatch, micro_batch: int
 ) -> None:
     """What is alive when a pass begins, with what the pass itself needs, in either arithmetic."""
-    config = replace(
-        one_level, training=replace(one_level.training, precision="auto", micro_batch=micro_batch)
-    )
+    config = replace(tiny, training=replace(tiny.training, precision="auto", micro_batch=micro_batch))
     planned = make_plan(config, "h100", 1)
     train_step = TrainStep(replace(config, training=replace(config.training, precision="bf16")), CPU)
     kept = sum(planned.memory[kind] for kind in ("weights", "gradients", "optimizer", "EMA"))

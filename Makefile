@@ -62,11 +62,10 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import venv, ensurepip' || \
 		{ echo "$(PYTHON) has no venv module (Debian: apt-get install python3-venv)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip  # which takes a sixth less time than the one that comes with Python 3.11
 
-# torch first and alone, so that TORCH_INDEX decides which build it is. By the newest pip, which takes a sixth less
-# time than the one that comes with Python 3.11.
+# torch first and alone, so that TORCH_INDEX decides which build it is.
 $(VENV)/.torch: $(VENV)/bin/python constraints.txt
-	$(PIP) --upgrade pip
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@touch $@
 

@@ -18,6 +18,15 @@ from ict_fast.errors import printable
 LINE_INTERVAL = 10.0
 """Off a terminal a line about progress is printed at most this often, in seconds."""
 
+MEASURES = (
+    ("frechet_distance", "Fréchet distance", "{:.4g}"),
+    ("kernel_distance", "Kernel distance", "{:.4g}"),
+    ("inception_score", "Inception score", "{:.4g}"),
+    ("precision", "Precision", "{:.3f}"),
+    ("recall", "Recall", "{:.3f}"),
+)
+"""What `evaluate` finds: the key in its result, the name on pages, and how a figure is written there."""
+
 
 def say(text: str) -> None:
     """Lines for the person, what a terminal would obey made visible.

@@ -13,7 +13,7 @@ from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.curriculum import read_extensions
 from ict_fast.interop.description import average_of
 from ict_fast.interop.imported import KINDS
-from ict_fast.screen import asked_sigmas
+from ict_fast.screen import MEASURES, asked_sigmas
 from ict_fast.version import __version__
 from ict_kernels.consistency_loss import default_huber_c
 
@@ -201,13 +201,22 @@ def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
             break
     else:
         return ["None were measured for this checkpoint (`ict-fast evaluate` does)."]
-    lines = ["| steps | Fréchet distance |", "| --- | --- |"]
-    for name, entry in result.items():
-        if name.endswith("_step") and isinstance(entry, dict) and "frechet_distance" in entry:
-            distance = entry["frechet_distance"]
-            is_number = type(distance) in (int, float) and math.isfinite(distance)
-            shown = f"{distance:.4g}" if is_number else "not available"
-            lines.append(f"| {name.removesuffix('_step')} | {shown} |")
+    rows = {
+        name.removesuffix("_step"): entry
+        for name, entry in result.items()
+        if name.endswith("_step") and isinstance(entry, dict) and "frechet_distance" in entry
+    }
+    columns = [
+        (field, title, form)
+        for field, title, form in MEASURES
+        if field == "frechet_distance" or any(_is_number(entry.get(field)) for entry in rows.values())
+    ]
+    lines = [
+        f"| steps | {' | '.join(title for _, title, _ in columns)} |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for steps, entry in rows.items():
+        lines.append(f"| {steps} | {' | '.join(_cell(entry, field, form) for field, _, form in columns)} |")
     features = result.get("features")
     named = features.get("name") if isinstance(features, dict) else features
     facts = [
@@ -218,6 +227,17 @@ def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
     if levels := asked_sigmas(result):
         facts.append(levels)
     return [*lines, "", ", ".join([*facts, f"features: {named or 'not named'}."])]
+
+
+def _cell(entry: dict[str, Any], field: str, form: str) -> str:
+    if not _is_number(entry.get(field)):
+        return "not available"
+    deviation = entry.get(f"{field}_std")
+    return form.format(entry[field]) + (f" ± {deviation:.2g}" if _is_number(deviation) else "")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -8,15 +8,7 @@ from typing import Any
 
 from ict_fast.report.curves import Line, curve
 from ict_fast.report.run_record import RunRecord, is_figure
-from ict_fast.screen import asked_sigmas, real_halves
-
-_COLUMNS = (
-    ("frechet_distance", "Fréchet distance", "{:.4g}"),
-    ("kernel_distance", "Kernel distance", "{:.4g}"),
-    ("inception_score", "Inception score", "{:.4g}"),
-    ("precision", "Precision", "{:.3f}"),
-    ("recall", "Recall", "{:.3f}"),
-)
+from ict_fast.screen import MEASURES, asked_sigmas, real_halves
 
 
 def measures(record: RunRecord) -> str:
@@ -45,7 +37,7 @@ def _table(result: dict[str, Any]) -> str:
     ):
         if name in compared:
             rows.append((words, {"frechet_distance": compared[name]}, False))
-    columns = [column for column in _COLUMNS if any(_number(values, column[0]) for _, values, _ in rows)]
+    columns = [column for column in MEASURES if any(_number(values, column[0]) for _, values, _ in rows)]
     head = "".join(f"<th class='number'>{escape(title)}</th>" for _, title, _ in columns)
     body = ""
     for name, values, is_model in rows:
@@ -125,7 +117,7 @@ def _curves(record: RunRecord) -> str:
         for key in keys
     }
     cards = []
-    for field, title, _ in _COLUMNS:
+    for field, title, _ in MEASURES:
         lines = []
         for key in keys:
             points = [

@@ -301,6 +301,29 @@ def test_a_distance_that_is_not_there_is_not_made_up_on_the_card(trained: Path, 
     assert "features: not named." in metrics
 
 
+def test_everything_that_was_measured_is_on_the_card(trained: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(trained)
+    kernel = {"kernel_distance": 0.61987, "kernel_distance_std": 0.7574}
+    measured = {
+        "checkpoint": checkpoint.path.name,
+        "step": checkpoint.step,
+        "one_step": {"frechet_distance": 1.8589, **kernel, "precision": 0.68614, "recall": float("nan")},
+        "two_step": {"frechet_distance": 1.9987, "recall": 0.81803},
+    }
+    (checkpoint.path.parent / "evaluation.json").write_text(json.dumps(measured))
+    try:
+        export_safetensors(checkpoint, tmp_path / "out")
+    finally:
+        (checkpoint.path.parent / "evaluation.json").unlink()
+    metrics = (tmp_path / "out/README.md").read_text().partition("## Metrics\n\n")[2]
+    assert metrics.splitlines()[:4] == [
+        "| steps | Fréchet distance | Kernel distance | Precision | Recall |",
+        "| --- | --- | --- | --- | --- |",
+        "| one | 1.859 | 0.6199 ± 0.76 | 0.686 | not available |",
+        "| two | 1.999 | not available | not available | 0.818 |",
+    ]
+
+
 def test_measures_of_the_average_are_not_on_the_card_of_the_trained_weights(
     trained: Path, tmp_path: Path
 ) -> None:

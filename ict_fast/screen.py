@@ -80,6 +80,11 @@ def live_line() -> Iterator[Callable[[float, str], None]]:
         yield show
 
 
+def is_figure(value: object) -> bool:
+    """Whether it is a number that was measured: 0, or of a size that can be reckoned and drawn with."""
+    return type(value) in (int, float) and (value == 0 or 1e-100 < abs(value) < 1e100)  # type: ignore[arg-type]
+
+
 def asked_sigmas(result: dict[str, Any]) -> str:
     """ "sigmas 0.8 0.3", if a measurement was made at noise levels other than the method's; else empty."""
     sigmas = result.get("sigmas")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.curriculum import read_extensions
 from ict_fast.interop.description import average_of
 from ict_fast.interop.imported import KINDS
-from ict_fast.screen import MEASURES, asked_sigmas
+from ict_fast.screen import MEASURES, asked_sigmas, is_figure
 from ict_fast.version import __version__
 from ict_kernels.consistency_loss import default_huber_c
 
@@ -207,9 +206,10 @@ def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
         if name.endswith("_step") and isinstance(entry, dict) and "frechet_distance" in entry
     }
     columns = [
-        (field, title, form)
-        for field, title, form in MEASURES
-        if field == "frechet_distance" or any(_is_number(entry.get(field)) for entry in rows.values())
+        measure
+        for measure in MEASURES
+        if measure[0] == "frechet_distance"
+        or any(is_figure(entry.get(measure[0])) for entry in rows.values())
     ]
     lines = [
         f"| steps | {' | '.join(title for _, title, _ in columns)} |",
@@ -221,7 +221,7 @@ def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
     named = features.get("name") if isinstance(features, dict) else features
     facts = [
         words.format(result[key])
-        for key, words in (("count", "{} samples"), ("seed", "seed {}"))
+        for key, words in (("count", "{:,} samples"), ("seed", "seed {}"))
         if type(result.get(key)) is int
     ]
     if levels := asked_sigmas(result):
@@ -230,14 +230,10 @@ def _metrics(checkpoint: Checkpoint, weights: str) -> list[str]:
 
 
 def _cell(entry: dict[str, Any], field: str, form: str) -> str:
-    if not _is_number(entry.get(field)):
+    if not is_figure(entry.get(field)):
         return "not available"
     deviation = entry.get(f"{field}_std")
-    return form.format(entry[field]) + (f" ± {deviation:.2g}" if _is_number(deviation) else "")
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return form.format(entry[field]) + (f" ± {deviation:.2g}" if is_figure(deviation) else "")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import statistics
 from html import escape
 
 from ict_fast.report.curves import MOST_LABELLED_STAGES, Line, curve, heat_map
-from ict_fast.report.run_record import RunRecord, is_figure
-from ict_fast.screen import rate
+from ict_fast.report.run_record import RunRecord
+from ict_fast.screen import is_figure, rate
 
 _BORDERS = (
     "Dashed lines are the borders of the curriculum's stages, the numbers above them the noise levels N of"

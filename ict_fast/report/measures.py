@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from ict_fast.report.curves import Line, curve
-from ict_fast.report.run_record import RunRecord, is_figure
-from ict_fast.screen import MEASURES, asked_sigmas, real_halves
+from ict_fast.report.run_record import RunRecord
+from ict_fast.screen import MEASURES, asked_sigmas, is_figure, real_halves
 
 
 def measures(record: RunRecord) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 from ict_fast.report.charts import charts
 from ict_fast.report.measures import in_words, measured_with, measures
-from ict_fast.report.run_record import Field, RunRecord, is_figure
+from ict_fast.report.run_record import Field, RunRecord
 from ict_fast.report.style import STYLE
-from ict_fast.screen import asked_sigmas, rate
+from ict_fast.screen import asked_sigmas, is_figure, rate
 from ict_fast.version import __version__
 
 _MOST_GRIDS = 9

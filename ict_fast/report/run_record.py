@@ -13,6 +13,7 @@ from ict_fast.checkpoint import checkpoint_steps, pointed_name
 from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.curriculum import Extension, Stage, read_extensions, stages_trained
 from ict_fast.errors import InputError
+from ict_fast.screen import is_figure
 
 _FIGURES = (
     "loss",
@@ -253,11 +254,6 @@ def _json(file: Path, missing: list[str] | None, what: str) -> dict[str, Any] | 
             missing.append(f"{what}: {file.name} cannot be read")
         return None
     return value
-
-
-def is_figure(value: object) -> bool:
-    """Whether it is a number that was measured: 0, or of a size that can be reckoned and drawn with."""
-    return type(value) in (int, float) and (value == 0 or 1e-100 < abs(value) < 1e100)  # type: ignore[arg-type]
 
 
 def _is_step(value: object) -> bool:

@@ -50,11 +50,11 @@ def test_the_distance_equals_scipys_matrix_root():
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
 
 
-def test_with_more_features_than_images_it_still_equals_scipys_root():
+def test_with_2048_features_of_300_images_it_still_equals_scipys_root():
     """The covariances have rank 299. tr (S1 S2)^(1/2) is that of the root of a 299 x 299 matrix, which scipy
     can take without losing half the digits: with S = X'X the nonzero eigenvalues of S1 S2 are those of M M',
     M = X1 X2'. Helmert's matrix centres the images and leaves out the direction that this makes zero."""
-    sets = [drawn(5, 300, 1024), drawn(6, 310, 1024, 1.1, 0.1)]
+    sets = [drawn(5, 300, 2048), drawn(6, 310, 2048, 1.1, 0.1)]
     centred = [scipy.linalg.helmert(len(x)) @ x / np.sqrt(len(x) - 1) for x in sets]
     between = centred[0] @ centred[1].T
     root = scipy.linalg.sqrtm(between @ between.T).real

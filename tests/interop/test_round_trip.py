@@ -287,6 +287,7 @@ def test_a_distance_that_is_not_there_is_not_made_up_on_the_card(trained: Path, 
         "one_step": {"frechet_distance": None},
         "two_step": {"frechet_distance": float("nan")},
         "three_step": {"frechet_distance": 12.5},
+        "four_step": {"frechet_distance": 10**400},
         "count": None,
         "features": {"name": None},
     }
@@ -296,7 +297,10 @@ def test_a_distance_that_is_not_there_is_not_made_up_on_the_card(trained: Path, 
     finally:
         (checkpoint.path.parent / "evaluation.json").unlink()
     metrics = (tmp_path / "out/README.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
-    assert "| one | not available |\n| two | not available |\n| three | 12.5 |\n" in metrics
+    assert (
+        "| one | not available |\n| two | not available |\n| three | 12.5 |\n| four | not available |\n"
+        in metrics
+    )
     assert "None" not in metrics
     assert "features: not named." in metrics
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ BINARY = "compute-sanitizer"
 MOST_SECONDS = 60.0
 # What the tool answers with if it has found something, and says where the machine does not let it.
 _FOUND, _REFUSED = 99, "Device not supported"
-# (samples, channels, height, width), groups: resident with masks; with a second part; split, with a tail of
-# pixels and of channels; a single pixel.
+# (samples, channels, height, width), groups, every other one in 16 bits: resident with masks; with a second
+# part; split, with a tail of pixels and of channels; resident in slices; a single pixel.
 _NORMS = (
     ((3, 24, 5, 3), 6),
     ((2, 36, 4, 4), 4),
     ((1, 72, 17, 17), 1),
+    ((1, 32, 17, 17), 4),
     ((1, 8, 1, 1), 4),
 )
 # The last is divided among programs.
@@ -143,7 +145,7 @@ def _norms(made: _Made) -> Iterator[Tensor]:
     seed = torch.tensor([1, 2]).to(made.device)
     # The interpreter has no bf16 that rounds.
     dtypes = (torch.float32, torch.bfloat16 if made.device.type == "cuda" else torch.float16)
-    for (shape, groups), dtype in zip(_NORMS, 2 * dtypes, strict=True):
+    for (shape, groups), dtype in zip(_NORMS, cycle(dtypes), strict=False):
         count, channels, *_ = shape
         x = made.image(*shape, dtype=dtype).requires_grad_()
         vectors = [made.normal(channels).requires_grad_() for _ in range(2)]

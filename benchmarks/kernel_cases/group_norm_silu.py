@@ -132,9 +132,10 @@ def case_of(each: Norm, backward: bool) -> Case:
 
 def cases(full: bool) -> Iterator[Case]:
     """Both directions of every norm; without `full`, one of each algorithm, with everything switched on, and
-    backward one of another network, whose channels 8 does not divide."""
+    backward one of another network, whose channels 8 does not divide; and the resident tile that has most
+    elements."""
     norms = {
-        Norm(16, 576, 32, dropout=True, pre_bias=True),
+        Norm(16, 768, 32, dropout=True, pre_bias=True),
         Norm(32, 384, 32, dropout=True, pre_bias=True, scale_shift=True),
         Norm(65, 33, 11, dropout=True),
     }
@@ -144,3 +145,5 @@ def cases(full: bool) -> Iterator[Case]:
         if full or each.channels % 8 == 0:
             yield case_of(each, backward=False)
         yield case_of(each, backward=True)
+    if not full:
+        yield case_of(Norm(32, 256, 32), backward=False)

@@ -31,6 +31,8 @@ class Plan:
         num_warps: of each program.
         maxnreg: the most registers of a thread; None: as the compiler sees fit.
         chunk: samples that a split pass takes at once.
+        slices: forward, if resident: into how many the parts of a tile are cut, by rows; more than one keep
+            it in 16 bits.
     """
 
     resident: bool
@@ -40,6 +42,7 @@ class Plan:
     num_warps: int
     maxnreg: int | None
     chunk: int
+    slices: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ def _plan_for(
     group = channels // num_groups
     share = 4 if dropout and channels % 8 != 0 else 1
     most_elements = 8192 if share > 1 else 20480 if backward else 32768
+    most_wide = 16384 if backward or itemsize > 2 else 32768
     candidates = []
     for groups in range(1, num_groups + 1):
         width = groups * group
@@ -193,17 +197,28 @@ def _plan_for(
             f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
             f" groups and {pixels} pixels"
         )
-    # A wish for resident tiles is heard all the same.
-    split_is_faster = backward and not dropout and pixels >= 1024 and not wishes.resident
-    if candidates and wishes.resident is not False and not split_is_faster:
+    if candidates:
         # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
         roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
-        wide = [each for each in candidates if each[2] <= 16384 and each[3] >= 2 * _SECTOR_BYTES]
-        groups, widths, elements, _ = roomy[-1] if roomy else wide[0] if wide else candidates[0]
-        # About 64 elements per thread, forward up to 96: half as many take more instructions for each.
-        per_warp = (2304 if backward else 3072) // share
-        num_warps = min(_MOST_WARPS, power_of_2(-(-elements // per_warp)))
-        return Plan(True, rows, widths, groups, wishes.num_warps or num_warps, wishes.maxnreg, count)
+        wide = [each for each in candidates if each[2] <= most_wide and each[3] >= 2 * _SECTOR_BYTES]
+        groups, widths, elements, row_bytes = roomy[-1] if roomy else wide[0] if wide else candidates[0]
+        ragged = row_bytes % _SECTOR_BYTES != 0
+        split_is_faster = (pixels >= 256 and ragged and not (backward and dropout)) or (
+            pixels >= 1024 and backward and not dropout
+        )
+    # A wish for resident tiles is heard all the same.
+    if candidates and wishes.resident is not False and (wishes.resident or not split_is_faster):
+        # About 64 elements per thread, forward up to 96 and, of tiles in 16 bits, 128: half as many take more
+        # instructions for each.
+        per_warp = (2304 if backward else 4096 if elements > 16384 and itemsize == 2 else 3072) // share
+        num_warps = wishes.num_warps or min(_MOST_WARPS, power_of_2(-(-elements // per_warp)))
+        per_thread = elements // (32 * num_warps)
+        in_16_bits = not backward and itemsize == 2 and (per_thread > 96 or (dropout and pixels >= 256))
+        slices = tuple(
+            max(1, min(rows, rows * width // (256 * num_warps))) if in_16_bits else 1 for width in widths
+        )
+        maxnreg = wishes.maxnreg or (128 if in_16_bits and per_thread > 96 else None)
+        return Plan(True, rows, widths, groups, num_warps, maxnreg, count, slices)
     width = min(64, power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
     if sample_bytes > chunk_bytes:  # L2 does not hold one: chunks would be launches and nothing else

@@ -49,7 +49,15 @@ from .philox import (
     philox_call,
     seed_tensor,
 )
-from .triton_support import is_transformed, jit, launch, refuse_forward_ad, tl, what_is_compiled_for
+from .triton_support import (
+    INTERPRETED,
+    is_transformed,
+    jit,
+    launch,
+    refuse_forward_ad,
+    tl,
+    what_is_compiled_for,
+)
 
 if TYPE_CHECKING:
     from .replacement import Replacement
@@ -111,6 +119,9 @@ def _definition(
 # ----------------------------------------------------------------------------------- kernels: what they share
 
 _FEW = tl.constexpr(4096)  # elements of a tile of which a thread may have one row: 8 for each of 16 warps
+
+# Neither the interpreter nor AMD's GPUs have what `_again` is made of.
+_HOLDS = tl.constexpr(INTERPRETED or torch.version.hip is not None)
 
 # What changes from call to call, or from layer to layer, is no reason to compile again.
 _VARYING = ["offset", "philox_stream", "threshold", "start"]
@@ -339,6 +350,111 @@ def _sums_of_groups(x, GROUPS: tl.constexpr):
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
+@jit
+def _again(x):
+    """x itself, of which the compiler knows nothing: what it made of x is made anew, not held until then."""
+    return x if _HOLDS else tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@jit
+def _slices_of(
+    ptr, p, c, inside, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr, SLICES: tl.constexpr
+):
+    """A part of a tile as it stands in memory, cut by rows: those of p, those p.shape[0] further on, ..."""
+    at = p[:, None] * CHANNELS + c[None, :]
+    found = ()
+    for i in tl.static_range(SLICES):
+        here = ptr + at + i * p.shape[0] * CHANNELS
+        if FULL:
+            found += (tl.load(here),)
+        else:
+            mask = (p + i * p.shape[0] < PIXELS)[:, None] & inside[None, :]
+            found += (tl.load(here, mask=mask, other=0.0),)
+    return found
+
+
+@jit
+def _moments(slices, p, inside, PIXELS: tl.constexpr, FULL: tl.constexpr, SLICES: tl.constexpr):
+    """Of each place in the slices, over them: mean, sum of squares about it (None, of one), number of values.
+
+    Sums are of distances from the first of them: of the squares' bits log2(SLICES) are lost at most.
+    """
+    first = slices[0].to(tl.float32)
+    if FULL:
+        count = SLICES
+    else:
+        rows = tl.maximum(0, tl.minimum(SLICES, (PIXELS - p + p.shape[0] - 1) // p.shape[0]))
+        count = tl.where(inside[None, :], rows[:, None], 0).to(tl.float32)
+    if SLICES == 1:
+        mean, squares = first, None
+    else:
+        sums, squares = tl.zeros_like(first), tl.zeros_like(first)
+        for i in tl.static_range(1, SLICES):
+            distance = slices[i].to(tl.float32) - first
+            if not FULL:
+                distance = tl.where((p + i * p.shape[0] < PIXELS)[:, None], distance, 0.0)
+            sums += distance
+            squares += distance * distance
+        distance = sums / (count if FULL else tl.maximum(count, 1.0))
+        mean, squares = first + distance, tl.maximum(squares - sums * distance, 0.0)
+    return mean, squares, count
+
+
+@jit
+def _by_group(values, member, FILLED: tl.constexpr):
+    """Sums of a tile by group; FILLED: whole groups fill it."""
+    if FILLED:
+        return _sums_of_groups(values, member.shape[1])
+    else:
+        return _to_groups(tl.sum(values, axis=0), member)
+
+
+@jit
+def _total(mean, count, pre, member, PIXELS: tl.constexpr, FILLED: tl.constexpr, SLICES: tl.constexpr):
+    """Sums by group, pre-bias added. Of one slice, what is not there is 0 in the mean."""
+    sums = mean if SLICES == 1 else _rounded_if_few(mean * count)
+    return _by_group(sums, member, FILLED) + _to_groups(PIXELS * pre, member)
+
+
+@jit
+def _squares_about(of_groups, mean, squares, count, pre, member, FILLED: tl.constexpr, SLICES: tl.constexpr):
+    """Sums of squares about the means of the groups."""
+    distance = mean - (_to_channels(of_groups, member) - pre)[None, :]
+    square = _square(distance) * count
+    if SLICES > 1:
+        square += squares
+    return _by_group(square, member, FILLED)
+
+
+@jit
+def _store_y(
+    y_ptr, slices, n, p, c, inside, first, mean, rstd, pre, member, affine, draw, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr, FULL: tl.constexpr, SLICES: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """Stores y of one part of a tile."""
+    weight_ptr, _, scale_ptr, _, scale_stride, _ = affine
+    gain = (1.0 + _vector(scale_ptr, n * scale_stride + c, inside, 0.0)) * _to_channels(rstd, member)
+    q = _vector(weight_ptr, c, inside, 1.0) * gain
+    _, b = _affine_of(n, c, inside, affine)
+    centre = _to_channels(mean, member) - pre
+    at = p[:, None] * CHANNELS + c[None, :]
+    if SLICES > 1:  # for fewer registers; as exact as 16 bits are
+        b -= centre * q
+    for i in tl.static_range(SLICES):
+        # A load keeps the stores above it there: else they are put off to the end, and registers hold all y.
+        # With dropout a slice loads its seed.
+        if i > 0 and i % 4 == 0 and not DROP:
+            q = _vector_again(weight_ptr, c, inside, 1.0) * gain
+        if SLICES > 1:
+            z = _again(slices[i]).to(tl.float32) * q[None, :] + b[None, :]
+        else:
+            z = (slices[i].to(tl.float32) - centre[None, :]) * q[None, :] + b[None, :]
+        rows = p + i * p.shape[0]
+        y = _activation(z, n, rows, first, draw, CHANNELS, SILU, DROP)
+        mask = (rows < PIXELS)[:, None] & inside[None, :]
+        _store(y_ptr + at + i * p.shape[0] * CHANNELS, y, mask, FULL)
+
+
 @jit(do_not_specialize=_VARYING)
 def resident_forward(
     x_ptr,
@@ -366,10 +482,16 @@ def resident_forward(
     WIDTH0: tl.constexpr,
     WIDTH1: tl.constexpr,
     GROUPS: tl.constexpr,
+    SLICES0: tl.constexpr,
+    SLICES1: tl.constexpr,
     SILU: tl.constexpr,
     DROP: tl.constexpr,
 ):
-    """One program: all PIXELS of BUNDLE channels of a sample. GROUPS: a power of two >= BUNDLE / GROUP."""
+    """One program: all PIXELS of BUNDLE channels of a sample. GROUPS: a power of two >= BUNDLE / GROUP.
+
+    A part of the tile that is cut into several SLICES is held in x's 16 bits: one slice after the other is
+    made fp32 for the statistics, and again for y.
+    """
     FULL0: tl.constexpr = PIXELS == ROWS and WIDTH0 <= BUNDLE
     FULL1: tl.constexpr = PIXELS == ROWS and WIDTH0 + WIDTH1 <= BUNDLE
     FILLED: tl.constexpr = FULL0 and WIDTH1 == 0 and WIDTH0 == GROUPS * GROUP
@@ -378,36 +500,28 @@ def resident_forward(
     program = tl.program_id(0)
     n = (program // (CHANNELS // BUNDLE)).to(tl.int64)
     first = (program % (CHANNELS // BUNDLE)) * BUNDLE
-    p = tl.arange(0, ROWS)
     x_ptr += n * (PIXELS * CHANNELS)
     y_ptr += n * (PIXELS * CHANNELS)
 
-    c0, inside0, at0, mask0, member0 = _part(p, first, 0, WIDTH0, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS)
-    x0 = _load(x_ptr + at0, mask0, FULL0)
+    p0 = tl.arange(0, ROWS // SLICES0)
+    c0, inside0, _, _, member0 = _part(p0, first, 0, WIDTH0, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS)
+    x0 = _slices_of(x_ptr, p0, c0, inside0, PIXELS, CHANNELS, FULL0, SLICES0)
     if WIDTH1 > 0:
-        c1, inside1, at1, mask1, member1 = _part(
-            p, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS
-        )
-        x1 = _load(x_ptr + at1, mask1, FULL1)
+        p1 = tl.arange(0, ROWS // SLICES1)
+        c1, inside1, _, _, member1 = _part(p1, first, WIDTH0, WIDTH1, PIXELS, CHANNELS, GROUP, BUNDLE, GROUPS)
+        x1 = _slices_of(x_ptr, p1, c1, inside1, PIXELS, CHANNELS, FULL1, SLICES1)
 
     pre0 = _vector(pre_ptr, n * pre_stride + c0, inside0, 0.0)
-    if FILLED:
-        total = _sums_of_groups(x0, GROUPS) + PIXELS * _to_groups(pre0, member0)
-    else:
-        total = _to_groups(tl.sum(x0, axis=0) + PIXELS * pre0, member0)
+    mean0, squares0, count0 = _moments(x0, p0, inside0, PIXELS, FULL0, SLICES0)
+    total = _total(mean0, count0, pre0, member0, PIXELS, FILLED, SLICES0)
     if WIDTH1 > 0:
         pre1 = _vector(pre_ptr, n * pre_stride + c1, inside1, 0.0)
-        total += _to_groups(tl.sum(x1, axis=0) + PIXELS * pre1, member1)
+        mean1, squares1, count1 = _moments(x1, p1, inside1, PIXELS, FULL1, SLICES1)
+        total += _total(mean1, count1, pre1, member1, PIXELS, False, SLICES1)
     mean = total / (PIXELS * GROUP)
-
-    x0 -= (_to_channels(mean, member0) - pre0)[None, :]
-    if FILLED:
-        squares = _sums_of_groups(_square(x0), GROUPS)
-    else:
-        squares = _to_groups(_sum_of_squares(x0, mask0, FULL0), member0)
+    squares = _squares_about(mean, mean0, squares0, count0, pre0, member0, FILLED, SLICES0)
     if WIDTH1 > 0:
-        x1 -= (_to_channels(mean, member1) - pre1)[None, :]
-        squares += _to_groups(_sum_of_squares(x1, mask1, FULL1), member1)
+        squares += _squares_about(mean, mean1, squares1, count1, pre1, member1, False, SLICES1)
     rstd = tl.rsqrt(squares / (PIXELS * GROUP) + tl.full((), eps, tl.float32))
 
     group = tl.arange(0, GROUPS)
@@ -415,18 +529,15 @@ def resident_forward(
     tl.store(stats_ptr, mean, mask=group < BUNDLE // GROUP)
     tl.store(stats_ptr + 1, rstd, mask=group < BUNDLE // GROUP)
 
-    q0, b0 = _affine_of(n, c0, inside0, affine)
-    z0 = x0 * (q0 * _to_channels(rstd, member0))[None, :] + b0[None, :]
-    _store(y_ptr + at0, _activation(z0, n, p, first, draw, CHANNELS, SILU, DROP), mask0, FULL0)
+    _store_y(
+        y_ptr, x0, n, p0, c0, inside0, first, mean, rstd, pre0, member0, affine, draw, PIXELS, CHANNELS,
+        FULL0, SLICES0, SILU, DROP,
+    )  # fmt: skip
     if WIDTH1 > 0:
-        q1, b1 = _affine_of(n, c1, inside1, affine)
-        z1 = x1 * (q1 * _to_channels(rstd, member1))[None, :] + b1[None, :]
-        _store(
-            y_ptr + at1,
-            _activation(z1, n, p, first + WIDTH0, draw, CHANNELS, SILU, DROP),
-            mask1,
-            FULL1,
-        )
+        _store_y(
+            y_ptr, x1, n, p1, c1, inside1, first + WIDTH0, mean, rstd, pre1, member1, affine, draw, PIXELS,
+            CHANNELS, FULL1, SLICES1, SILU, DROP,
+        )  # fmt: skip
 
 
 @jit
@@ -1004,6 +1115,7 @@ def _forward(
     }
     if plan.resident:
         programs = count * (num_groups // plan.groups)
+        arguments |= {"SLICES0": plan.slices[0], "SLICES1": plan.slices[1]}
         launch(
             resident_forward,
             (programs,),

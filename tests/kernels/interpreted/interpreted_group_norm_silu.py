@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,6 +188,56 @@ def test_one_outlier_does_not_hide_the_rest(algorithm):
     arguments = tensors((1, 8, 16, 16), frozenset({"x", "weight"}))
     arguments["x"][0, 0, 0, 0] = 1e4
     compare(arguments, 2)
+
+
+@pytest.fixture
+def in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every resident tile of a forward pass is cut, in fp32 too, where the definition can be met closely."""
+    plan = module.plan_of
+
+    def cut(*arguments: Any) -> Any:
+        chosen = plan(*arguments)
+        return replace(chosen, slices=tuple(min(chosen.rows, most) for most in (8, 4)))
+
+    monkeypatch.setattr(module, "plan_of", cut)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((2, 32, 8, 8), 4),  # whole groups fill the tile, and pixels its rows
+        ((1, 24, 4, 4), 4),  # two parts
+        ((2, 24, 5, 5), 2),  # two parts, and rows without pixels in every slice
+        ((2, 36, 3, 3), 2),  # channels without a group
+        ((3, 6, 1, 1), 2),  # more slices than pixels would be
+        ((1, 72, 2, 3), 2),
+    ],
+    ids=str,
+)
+def test_a_tile_in_slices_gives_what_the_definition_does(in_slices, shape, groups):
+    compare(tensors(shape), groups)
+    compare(tensors(shape, frozenset({"x", "bias"})), groups, dropout=0.3, seed=5, activation=None)
+    thirty = tensors(shape)
+    thirty["x"] = thirty["x"] / 2 + 30
+    compare(thirty, groups, tolerance=4e-5)
+
+
+def test_an_outlier_in_the_first_slice_does_not_hide_the_rest(in_slices):
+    """It is what the distances of its place are taken from."""
+    arguments = tensors((1, 8, 16, 16), frozenset({"x", "weight"}))
+    arguments["x"][0, 0, 0, 0] = 1e4
+    compare(arguments, 2)
+
+
+@pytest.mark.parametrize(("size", "dropout"), [(32, 0.0), (32, 0.3), (31, 0.0), (16, 0.3)])
+def test_a_tile_that_is_held_in_16_bits_is_rounded_once(size, dropout):
+    """Without a wish; at 32 x 32 a thread has 128 elements. 48 channels are two parts."""
+    for channels, groups in ((32, 4), *([(48, 2)] if size == 16 else [])):
+        plan = module.plan_of(1, channels, size**2, groups, 2, False, dropout > 0)
+        assert plan.resident, channels
+        assert plan.slices[0] > 1, channels
+        arguments = tensors((1, channels, size, size), frozenset({"x", "weight", "bias", "pre_bias"}))
+        compare(arguments, groups, dtype=torch.float16, tolerance=2**-10, dropout=dropout, seed=3)
 
 
 def test_output_and_gradients_repeat_bit_for_bit(algorithm):

@@ -73,12 +73,12 @@ VARIANTS: dict[str, Variant] = {
 WORDS = {
     "ours": OURS,
     "floor": FLOOR,
-    "as-written": AS_WRITTEN,
-    "graph": CAPTURED,
-    "inductor": INDUCTOR,
     "tuned": TUNED,
+    "inductor": INDUCTOR,
     "plain": PLAIN,
     "plain-nchw": PLAIN_NCHW,
+    "as-written": AS_WRITTEN,
+    "graph": CAPTURED,
     "uncompiled": UNCOMPILED,
     "max-autotune": AUTOTUNED,
 }

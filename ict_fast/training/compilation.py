@@ -8,6 +8,8 @@ their gradients are reduced while earlier blocks still compute theirs.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import warnings
 from pathlib import Path
@@ -15,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import ict_kernels
+from ict_fast import networks
 from ict_fast.networks.layers import ResidualBlock
 from ict_fast.version import __version__
 
@@ -84,6 +88,7 @@ def _configure() -> None:
     # channels too. The variable is Inductor's own, to compare.
     layout = os.environ.get("TORCHINDUCTOR_FORCE_LAYOUT_OPT", "1") == "1"
     torch._inductor.config.force_layout_optimization = layout
+    _let_torch_keep_what_autograd_makes()
     # Importing Inductor has set the name to a folder in /tmp unless the user had: that is not kept for long.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
@@ -92,6 +97,32 @@ def _configure() -> None:
     ptxas = Path(torch.__file__).parent / "bin/ptxas"
     if os.access(ptxas, os.X_OK):
         os.environ.setdefault("TRITON_PTXAS_PATH", str(ptxas))
+
+
+def _let_torch_keep_what_autograd_makes() -> None:
+    """Makes a second start trace no backward pass, where torch's cache by itself takes none of these graphs.
+
+    It knows neither entering autocast, whose arguments and surroundings are in its keys, nor autograd's
+    functions, whose code it cannot see; nor what our ops give for a gradient. So that code is in the keys.
+    """
+    inductor, functorch = torch._inductor.config, torch._functorch.config
+    if hasattr(inductor, "unsafe_marked_cacheable_functions"):
+        known = {
+            f"torch.amp.autocast_mode.{name}_autocast": _digest_of_code() for name in ("_enter", "_exit")
+        }
+        inductor.unsafe_marked_cacheable_functions = inductor.unsafe_marked_cacheable_functions | known
+        if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):
+            functorch.autograd_cache_allow_custom_autograd_functions = True
+
+
+@functools.cache
+def _digest_of_code() -> str:
+    """Of the networks' and the kernels' files."""
+    digest = hashlib.sha256()
+    for package in (networks, ict_kernels):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def cache_folder() -> Path:

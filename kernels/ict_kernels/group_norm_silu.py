@@ -375,9 +375,10 @@ def _slices_of(
 
 @jit
 def _moments(slices, p, inside, PIXELS: tl.constexpr, FULL: tl.constexpr, SLICES: tl.constexpr):
-    """Of each place in the slices, over them: mean, sum of squares about it (None, of one), number of values.
+    """Of each place in the slices, over them: mean, sum of squares about it, and how many have a value there.
 
-    Sums are of distances from the first of them: of the squares' bits log2(SLICES) are lost at most.
+    Sums are of distances from the first of them: of the squares' bits log2(SLICES) are lost at most. Of one
+    slice there is no sum of squares.
     """
     first = slices[0].to(tl.float32)
     if FULL:
@@ -386,7 +387,7 @@ def _moments(slices, p, inside, PIXELS: tl.constexpr, FULL: tl.constexpr, SLICES
         rows = tl.maximum(0, tl.minimum(SLICES, (PIXELS - p + p.shape[0] - 1) // p.shape[0]))
         count = tl.where(inside[None, :], rows[:, None], 0).to(tl.float32)
     if SLICES == 1:
-        mean, squares = first, None
+        mean, squares = first, first
     else:
         sums, squares = tl.zeros_like(first), tl.zeros_like(first)
         for i in tl.static_range(1, SLICES):

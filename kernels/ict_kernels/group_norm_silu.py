@@ -418,12 +418,16 @@ def _total(mean, count, pre, member, PIXELS: tl.constexpr, FILLED: tl.constexpr,
 
 
 @jit
-def _squares_about(of_groups, mean, squares, count, pre, member, FILLED: tl.constexpr, SLICES: tl.constexpr):
+def _squares_about(
+    of_groups, mean, squares, count, pre, member,
+    FULL: tl.constexpr, FILLED: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
     """Sums of squares about the means of the groups."""
     distance = mean - (_to_channels(of_groups, member) - pre)[None, :]
-    square = _square(distance) * count
     if SLICES > 1:
-        square += squares
+        square = squares + distance * distance * count
+    else:
+        square = _square(distance) if FULL else tl.where(count > 0.0, _square(distance), 0.0)
     return _by_group(square, member, FILLED)
 
 
@@ -520,9 +524,9 @@ def resident_forward(
         mean1, squares1, count1 = _moments(x1, p1, inside1, PIXELS, FULL1, SLICES1)
         total += _total(mean1, count1, pre1, member1, PIXELS, False, SLICES1)
     mean = total / (PIXELS * GROUP)
-    squares = _squares_about(mean, mean0, squares0, count0, pre0, member0, FILLED, SLICES0)
+    squares = _squares_about(mean, mean0, squares0, count0, pre0, member0, FULL0, FILLED, SLICES0)
     if WIDTH1 > 0:
-        squares += _squares_about(mean, mean1, squares1, count1, pre1, member1, False, SLICES1)
+        squares += _squares_about(mean, mean1, squares1, count1, pre1, member1, FULL1, False, SLICES1)
     rstd = tl.rsqrt(squares / (PIXELS * GROUP) + tl.full((), eps, tl.float32))
 
     group = tl.arange(0, GROUPS)

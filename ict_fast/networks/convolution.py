@@ -5,11 +5,12 @@ convolutions take 10.5 ms forward and 13.6 backward as products, by cuDNN 25.7 a
 channels cuDNN computes 32 in fp32: 2.2 ms forward and 2.6 backward; products with sums over neighbours take
 0.44 and 0.56. The products of windows have not been timed by themselves.
 
-The convolutions of what nearest upsampling gives take 14.0 ms of that step, two forward passes and a backward
+The convolutions of what nearest upsampling gives took 14.0 ms of that step, two forward passes and a backward
 one (384 channels at 64 x 64 7.34, 576 at 32 x 32 4.84, 768 at 16 x 16 1.83: the floor's calls in
 step-NVIDIA-H200-20261127-122218.json). Computed before the upsampling they have 4 taps for 9 and a row and a
-column more, 0.47, 0.50 and 0.56 of the work. That has not been timed, nor has the pass that puts the results
-in place.
+column more, 0.47, 0.50 and 0.56 of the work, and a pass that puts the results in place. With that the three
+blocks take 25.1 ms for 29.8, called one by one: 13.4 for 16.1, 7.9 for 9.8, and 3.7 for 3.9, of which the
+teacher's forward pass is the slower, 1.05 for 0.92 (norm-plans-NVIDIA-H200-20261128.json).
 
 On a CPU products took up to twice as long as oneDNN's convolutions. The gradients of one in fp16, of 16
 images with 64 channels at 32 x 32, took oneDNN 11 s: of fp16 a CPU makes fp32, in 27 ms, and rounds the

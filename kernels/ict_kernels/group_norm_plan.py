@@ -160,10 +160,18 @@ def _plan_for(
     """`plan_of`: resident where a tile fits, else split.
 
     A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
-    128 bytes as long as several tiles fit on a processor. Where none of two sectors fits (32 x 32), rows of
-    one whole sector do; but backward the registers hold one such tile on a processor, whose program waits
-    most of the time. There split was 1.24 to 1.28 times as fast on an H200, but 0.83 times with dropout,
-    whose mask it draws twice.
+    128 bytes as long as several tiles fit on a processor. Forward at 32 x 32, that is a tile that registers
+    hold in 16 bits alone, 128 elements for each of 256 threads: 1.19 and 1.21 times as fast on an H200 as
+    rows of one sector in fp32. Backward, where none of two sectors fits (32 x 32), rows of one whole sector
+    do; but the registers hold one such tile on a processor, whose program waits most of the time. There split
+    was 1.24 to 1.28 times as fast, but 0.83 times with dropout, whose mask it draws twice.
+
+    With dropout, smaller tiles in 16 bits were 1.04 to 1.13 times as fast forward at 16 x 16; at 8 x 8, and
+    without dropout, 0.92 to 1.03 times.
+
+    Rows that end within a sector (576, 960 and 1152 channels at 16 x 16) are split: 1.10 to 1.55 times as
+    fast forward, backward 1.24 and 1.30, with dropout 0.94, so not there; at 8 x 8 0.65.
+    (results/norm-plans-NVIDIA-H200-20261128.json)
 
     A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
     1.14 times as fast there, and once 0.99.

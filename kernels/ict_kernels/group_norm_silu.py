@@ -13,14 +13,14 @@ Group norm: Wu & He, "Group Normalization", ECCV 2018. SiLU: x sigmoid(x).
 Bytes per bf16 element, at least: 4 forward, 6 backward. Two algorithms, chosen by `plan_of`:
 
 - resident: a program holds every pixel of a bundle of neighbouring groups in registers, and reads its input
-  once: 4 and 6 bytes.
+  once: 4 and 6 bytes. Forward it holds large tiles, and those with dropout, in the input's 16 bits.
 - split: a kernel writes partial statistics per block of pixels and channel, a small one merges them, a third
   reads the input again: 6 and 10 bytes. Where L2 is large beside the memory's rate, samples are taken in
   chunks that fit there (`chunk_bytes_of`), and 2 and 4 of the bytes come from it.
 
-On an H200 (benchmarks/RESULTS.md) split reached 84 to 97 % of a copy of its bytes, 78 % with a gradient of
-pre_bias, and resident forward 66 % at 32 x 32; with dropout 36 to 65 % (an earlier forward pass), where
-instructions and memory take turns. See results/analysis.md, which has shapes further from a copy too.
+On an H200 split reached 84 to 97 % of a copy of its bytes, 78 % with a gradient of pre_bias
+(benchmarks/RESULTS.md), and resident forward 79 % at 32 x 32 and 71 with dropout; backward with dropout 31 to
+50 %, where instructions and memory take turns. See results/analysis.md, which has shapes further from a copy.
 
 The kernels work on channels_last; other layouts are converted on the way in and back on the way out. No sum
 is taken in an order that depends on timing: equal inputs give equal bits.

@@ -222,11 +222,10 @@ def _plan_for(
         num_warps = wishes.num_warps or min(_MOST_WARPS, power_of_2(-(-elements // per_warp)))
         per_thread = elements // (32 * num_warps)
         in_16_bits = not backward and itemsize == 2 and (per_thread > 96 or (dropout and pixels >= 256))
-        slices = tuple(
-            max(1, min(rows, rows * width // (256 * num_warps))) if in_16_bits else 1 for width in widths
-        )
+        at_once = 256 * num_warps  # elements: 8 for each thread
+        slices = [min(rows, max(1, rows * width // at_once)) if in_16_bits else 1 for width in widths]
         maxnreg = wishes.maxnreg or (128 if in_16_bits and per_thread > 96 else None)
-        return Plan(True, rows, widths, groups, num_warps, maxnreg, count, slices)
+        return Plan(True, rows, widths, groups, num_warps, maxnreg, count, (slices[0], slices[1]))
     width = min(64, power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
     if sample_bytes > chunk_bytes:  # L2 does not hold one: chunks would be launches and nothing else

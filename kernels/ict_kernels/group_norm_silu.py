@@ -366,10 +366,10 @@ def _slices_of(
     for i in tl.static_range(SLICES):
         here = ptr + at + i * p.shape[0] * CHANNELS
         if FULL:
-            found += (tl.load(here),)
+            found += (tl.load(here),)  # type: ignore[assignment]
         else:
             mask = (p + i * p.shape[0] < PIXELS)[:, None] & inside[None, :]
-            found += (tl.load(here, mask=mask, other=0.0),)
+            found += (tl.load(here, mask=mask, other=0.0),)  # type: ignore[assignment]
     return found
 
 

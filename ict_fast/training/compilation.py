@@ -102,14 +102,14 @@ def _configure() -> None:
 def _let_torch_keep_what_autograd_makes() -> None:
     """Makes a second start trace no backward pass, where torch's cache by itself takes none of these graphs.
 
-    It knows neither entering autocast, whose arguments and surroundings are in its keys, nor autograd's
+    It knows neither entering autocast or inference mode, whose arguments are in its keys, nor autograd's
     functions, whose code it cannot see; nor what our ops give for a gradient. So that code is in the keys.
     """
     inductor, functorch = torch._inductor.config, torch._functorch.config
     if hasattr(inductor, "unsafe_marked_cacheable_functions"):
-        known = {
-            f"torch.amp.autocast_mode.{name}_autocast": _digest_of_code() for name in ("_enter", "_exit")
-        }
+        modes = "torch.amp.autocast_mode._{}_autocast", "torch.autograd.grad_mode._{}_inference_mode"
+        names = [mode.format(way) for mode in modes for way in ("enter", "exit")]
+        known = dict.fromkeys(names, _digest_of_code())
         inductor.unsafe_marked_cacheable_functions = inductor.unsafe_marked_cacheable_functions | known
         if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):
             functorch.autograd_cache_allow_custom_autograd_functions = True

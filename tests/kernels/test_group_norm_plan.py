@@ -48,7 +48,16 @@ def test_every_tile_fits_and_holds_whole_groups(norms_of_networks, backward):
             assert width * itemsize >= 32, norm
             assert width % 8 == 0, norm  # 128-bit accesses, and one Philox call for eight channels
             assert width <= sum(plan.widths) < 1.15 * width, norm
+            large = plan.rows * sum(plan.widths) > 96 * 32 * plan.num_warps
+            drops = norm.dropout and norm.size >= 16
+            cut = itemsize == 2 and not backward and (large or drops)
+            assert (max(plan.slices) > 1) == cut, norm
+            assert large <= cut, f"{norm}: more fp32 than registers hold"
+            assert plan.maxnreg == (128 if large else None), f"{norm}: two programs on a processor"
+            for columns, slices in zip(plan.widths, plan.slices, strict=True):  # 128 bits of each thread
+                assert slices == 1 or plan.rows * columns == slices * 256 * plan.num_warps, norm
         else:
+            assert plan.slices == (1, 1), norm
             assert norm.channels % sum(plan.widths) == 0, norm
             shape = (norm.channels, norm.size**2, norm.num_groups, itemsize, backward, norm.dropout)
             assert plan.chunk == 64

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from forked import ForkedPython
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
+from torch._inductor.codecache import FxGraphHashDetails
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +27,7 @@ from ict_fast.config import Config
 from ict_fast.data.loaders import Batch
 from ict_fast.networks import UNet
 from ict_fast.networks.layers import ResidualBlock
+from ict_fast.training import compilation
 from ict_fast.training.compilation import cache_folder, compile_blocks, compiles
 from ict_fast.training.precision import measure_rounding
 from ict_fast.training.step import TrainStep
@@ -148,6 +151,38 @@ def test_the_compiled_step_has_the_eager_gradients_in_channels_last_and_is_compi
     assert found.nchw == found.copied == []
     assert counters["stats"]["unique_graphs"] == graphs, "no new stage, step or micro-batch recompiles"
     assert not counters["graph_break"]
+    assert counters["aot_autograd"]["autograd_cache_saved"] == graphs
+
+    torch._dynamo.reset()  # as a second start is
+    counters.clear()
+    first, again = (next(_trained(few_blocks, mode, batches)) for mode in ("off", "on"))
+    made = {name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")}
+    assert made == {"hit": graphs, "miss": 0, "bypass": 0}, "nothing is traced or made twice"
+    ours, theirs = (
+        torch.cat([p.grad.flatten() for p in step.network.parameters()]) for step in (again, first)
+    )
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_code_of_networks_or_kernels_that_changes_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch keeps of a graph holds our ops' gradients, whose code is not in it."""
+    (tmp_path / "inside").mkdir()
+    code = tmp_path / "inside/norm.py"
+    keys = []
+    for package in ("networks", "ict_kernels"):
+        monkeypatch.setattr(compilation, package, SimpleNamespace(__path__=[str(tmp_path)]))
+        for text in ("x = 1", "x = 2"):
+            code.write_text(text)
+            compilation._digest_of_code.cache_clear()
+            compile_blocks()
+            key = torch._inductor.config.unsafe_marked_cacheable_functions
+            keys.append(key["torch.amp.autocast_mode._enter_autocast"])
+            assert set(key.values()) == {keys[-1]}
+    compilation._digest_of_code.cache_clear()
+    assert len(set(keys)) == 4
+    assert FxGraphHashDetails.__init__.__code__.co_names.count("save_config_portable"), "it is in every key"
 
 
 @pytest.mark.drill

@@ -132,8 +132,8 @@ def case_of(each: Norm, backward: bool) -> Case:
 
 def cases(full: bool) -> Iterator[Case]:
     """Both directions of every norm; without `full`, one of each algorithm, with everything switched on, and
-    backward one of another network, whose channels 8 does not divide; and the resident tile that has most
-    elements."""
+    backward one of another network, whose channels 8 does not divide; and forward, of resident tiles, that
+    which has most elements and one that is held in fp32."""
     norms = {
         Norm(16, 768, 32, dropout=True, pre_bias=True),
         Norm(32, 384, 32, dropout=True, pre_bias=True, scale_shift=True),
@@ -147,3 +147,4 @@ def cases(full: bool) -> Iterator[Case]:
         yield case_of(each, backward=True)
     if not full:
         yield case_of(Norm(32, 256, 32), backward=False)
+        yield case_of(Norm(16, 384, 32, pre_bias=True, scale_shift=True), backward=False)

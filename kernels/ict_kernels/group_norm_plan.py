@@ -206,7 +206,8 @@ def _plan_for(
             f" groups and {pixels} pixels"
         )
     if candidates:
-        # several programs to a processor: 8,192 elements, or where that is too narrow 16,384
+        # several programs to a processor: 8,192 elements, or where that is too narrow 16,384, and in 16 bits
+        # twice as many
         roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
         wide = [each for each in candidates if each[2] <= most_wide and each[3] >= 2 * _SECTOR_BYTES]
         groups, widths, elements, row_bytes = roomy[-1] if roomy else wide[0] if wide else candidates[0]

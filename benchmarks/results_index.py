@@ -22,6 +22,7 @@ class Entry:
     Attributes:
         commit: that the file's report names.
         older_kernels: whether ict_kernels was other than now, or the report does not say.
+        before: the measured one whose place it has taken, if there is one.
     """
 
     record: dict[str, Any]
@@ -29,6 +30,7 @@ class Entry:
     failed_since: Entry | None = None
     commit: str | None = None
     older_kernels: bool = False
+    before: Entry | None = None
 
     @property
     def rank(self) -> int:
@@ -115,7 +117,7 @@ def _machines(folder: Path) -> dict[str, Machine]:
         for each in report["results"]:
             new, old = Entry(each, file, None, report["commit"], older), results.get(each["name"])
             if old is None or new.rank >= old.rank:
-                results[each["name"]] = new
+                results[each["name"]] = replace(new, before=old if old and old.rank == 2 else None)
             elif new.rank == 1:
                 results[each["name"]] = replace(old, failed_since=new)
         for each in report.get("offered", ()):

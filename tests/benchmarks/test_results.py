@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,27 @@ def test_inductor_is_found_by_both_of_its_names() -> None:
         record = {"times_faster_than": {name: 1.2, f"{name}, other": 2.0}}
         assert goals._step_against("inductor")(record) == 1.2
     assert goals._step_against("inductor")({}) is None
+
+
+def test_what_the_newest_step_did_not_get_to_is_of_an_earlier_one_and_says_so(
+    page: tuple[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(page[1], folder)
+    [step] = folder.glob("step-*.json")
+    report = json.loads(step.read_text())
+    record = next(each for each in report["results"] if each["name"] == "step, imagenet64")
+    ratios = record["times_faster_than"]
+    record["times_faster_than"] = {name: ratio for name, ratio in ratios.items() if "raised" in name}
+    del record["floor"], record["times_the_floor"]
+    report |= {"date": "2099" + report["date"][4:], "commit": "newer"}
+    (folder / step.name.replace("-20", "-newer-20", 1)).write_text(json.dumps(report))
+    render.main(["--results", str(folder)])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert re.search(r"1\.15x \(.*; \w+, older kernels\)", goal_row(text, "step-inductor"))
+    assert "1.04x" in goal_row(text, "step-tuned")
+    assert "older" not in goal_row(text, "step-tuned")
+    assert "not measured" in goal_row(text, "step-floor"), "of other code it would be another floor"
 
 
 def test_a_miss_has_a_place_for_its_analysis_until_somebody_writes_it(

@@ -269,7 +269,14 @@ class RAdamEMA(Optimizer):
 
     def _cohorts(self, params: list[Tensor]) -> list[list[Tensor]]:
         """The parameters with a gradient, by dtype and cohort; a cohort that steps in part is split."""
-        # None for those that begin: whose state was taken away, and who were put in another's place, too.
+        if moved := [p for p in params if p not in self._cohort and "step" in self.state.get(p, {})]:
+            # In another's place, with its state: of how many steps, the host has to read.
+            if any(map(_is_sharded, moved)):
+                raise ValueError(_SHARDED)
+            if _capturing(moved[0].device):
+                raise RuntimeError(_WARM_UP)
+            self._find_cohorts()
+        # None for those that begin: whose state was taken away, too.
         missing = {None} | {self._cohort.get(p) for p in params if p.grad is None}
         unused = max([0, *self._cohort.values()]) + 1
         renamed: dict[int | None, int] = {}
@@ -282,7 +289,16 @@ class RAdamEMA(Optimizer):
                         raise ValueError(_SHARDED)
                     self._cohort[p] = renamed.setdefault(known, unused + len(renamed))
                 cohorts.setdefault((p.dtype, self._cohort[p]), []).append(p)
+        if renamed:
+            self._forget_replaced()
         return list(cohorts.values())
+
+    def _forget_replaced(self) -> None:
+        """Lets go of parameters that are in no group any more."""
+        held = set(self._parameters())
+        for known in (self._cohort, self._plans):
+            for p in known.keys() - held:
+                del known[p]
 
     def _check_shapes(self, params: list[Tensor]) -> None:
         """Raises where a parameter has changed its shape: operations would stop half-way, or broadcast."""
@@ -554,6 +570,7 @@ class RAdamEMA(Optimizer):
 
     def _find_cohorts(self) -> None:
         """The cohorts that the state tells of: equal steps; the host reads them."""
+        self._forget_replaced()
         ranks: dict[float, int] = {}
         for p in self._parameters():
             step = self.state[p].get("step", 0.0) if p in self.state else 0.0

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -316,6 +317,27 @@ def test_a_parameter_whose_state_was_taken_or_that_takes_anothers_place_begins_a
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
         assert float(optimizer.state[a]["step"]) == float(reference.state[b]["step"])
+
+
+def test_a_parameter_that_takes_anothers_place_with_its_state_goes_on_beside_one_that_begins():
+    """As when points of a scene are split or dropped: the old parameter is let go of, too."""
+    ours, theirs = parameters(), parameters()
+    optimizer, reference = RAdamEMA(ours, lr=1e-2), torch.optim.RAdam(theirs, lr=1e-2)
+    replaced = []
+    for step in range(20):
+        for params, stepper in ((ours, optimizer), (theirs, reference)):
+            if step == 10:
+                replaced += [weakref.ref(p) for p in params[:2]]
+                new = [nn.Parameter(p.detach().clone()) for p in params[:2]]
+                del stepper.state[params[0]]
+                stepper.state[new[1]] = stepper.state.pop(params[1])
+                params[:2] = stepper.param_groups[0]["params"][:2] = new
+            set_gradients(params, step)
+            stepper.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+        assert float(optimizer.state[a]["step"]) == float(reference.state[b]["step"])
+    assert [each() for each in replaced] == [None] * 4
 
 
 def test_state_keeps_the_parameters_memory_format():

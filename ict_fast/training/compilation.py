@@ -103,7 +103,7 @@ def _let_torch_keep_what_autograd_makes() -> None:
     """Makes a second start trace no backward pass, where torch's cache by itself takes none of these graphs.
 
     It knows neither entering autocast or inference mode, whose arguments are in its keys, nor autograd's
-    functions, whose code it cannot see; nor what our ops give for a gradient. So that code is in the keys.
+    functions, whose code it cannot see. So that code is in the keys; that of our ops is in their names.
     """
     inductor, functorch = torch._inductor.config, torch._functorch.config
     if hasattr(inductor, "unsafe_marked_cacheable_functions"):

@@ -1,5 +1,6 @@
 """The package alone: what importing it costs and brings, without Triton, and copied into another project."""
 
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from ict_kernels import _ops
 
 PACKAGE = Path(__file__).parents[2] / "kernels/ict_kernels"
 SHARE = 0.3  # of torch's own time
@@ -100,13 +103,28 @@ for _ in range(2):  # neither has taken the other's ops away
         mask = torch.compile(lambda s: a.philox.dropout_keep_mask(x.shape, 0.3, s), backend="aot_eager")
         assert torch.equal(mask(seed), b.philox.dropout_keep_mask(x, 0.3, seed))
         torch._dynamo.reset()
-names = {"ict_kernels", "trainer_third_party_ict_kernels"}
-print(sorted(name for name in names if hasattr(getattr(torch.ops, name), "philox_words")))
+for each in (installed, vendored):
+    name = each._ops.NAMESPACE
+    print(name.removesuffix(name[-8:]), hasattr(getattr(torch.ops, name), "philox_words"))
 """
 
 
 def test_a_copied_folder_and_the_installed_package_live_in_one_process(project):
-    assert run(BOTH, project) == "['ict_kernels', 'trainer_third_party_ict_kernels']"
+    assert run(BOTH, project) == "ict_kernels_ True\ntrainer_third_party_ict_kernels_ True"
+
+
+def test_a_copy_whose_code_differs_has_ops_of_other_names(tmp_path):
+    """torch's caches on disk know them by name: the gradient of another version must not be found there."""
+    shutil.copytree(PACKAGE, tmp_path / "same")
+    shutil.copytree(PACKAGE, tmp_path / "other")
+    with open(tmp_path / "other/group_norm_silu.py", "a") as file:
+        file.write("\n")
+    here, same, other = (
+        runpy.run_path(str(folder / "_ops.py"))["NAMESPACE"]
+        for folder in (PACKAGE, tmp_path / "same", tmp_path / "other")
+    )
+    assert here == same == _ops.NAMESPACE
+    assert other != here
 
 
 AGAIN = """

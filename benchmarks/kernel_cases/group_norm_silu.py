@@ -141,6 +141,9 @@ def cases(full: bool) -> Iterator[Case]:
     }
     if full:
         norms = norms_of("cifar10") | norms_of("imagenet64") | norms_of("imagenet64-ct2023")
+        # Of no network here: 16-bit tiles with rows beyond the image, and the widths of others.
+        norms |= {Norm(31, 256, 32, dropout=True, pre_bias=True, scale_shift=True), Norm(31, 256, 32)}
+        norms |= {Norm(16, 640, 32, dropout=True, pre_bias=True), Norm(16, 640, 32, pre_bias=True)}
     for each in sorted(norms):
         if full or each.channels % 8 == 0:
             yield case_of(each, backward=False)

@@ -13,7 +13,7 @@ import torch
 _TILE_BYTES = 65536  # tiles of twice as much spill (compiled ahead of time)
 _CHUNK_BYTES = 20 * 2**20  # half of an A100's L2
 _UNCHUNKED = 2**62
-_MOST_WARPS = 16  # with more, sums of equal inputs differ: see _FEW in group_norm_silu.py
+_MOST_WARPS = 16  # with more, sums of equal inputs differ: see FEW in group_norm_shared.py
 _GRID_Y = 65535  # of CUDA: samples in a chunk, at most
 _SECTOR_BYTES = 32
 
@@ -169,9 +169,9 @@ def _plan_for(
     With dropout, smaller tiles in 16 bits were 1.04 to 1.13 times as fast forward at 16 x 16; at 8 x 8, and
     without dropout, 0.92 to 1.03 times.
 
-    Rows that end within a sector (576, 960 and 1152 channels at 16 x 16) are split: 1.10 to 1.55 times as
-    fast forward, backward 1.24 and 1.30, with dropout 0.94, so not there; at 8 x 8 0.65.
-    (results/norm-plans-NVIDIA-H200-20261128.json)
+    Where every row that fits ends within a sector (576, 960 and 1152 channels at 16 x 16) split was 1.10 to
+    1.55 times as fast forward, backward 1.24 and 1.30, with dropout 0.94, so not there; at 8 x 8 0.65. Tiles
+    of all channels have no ends of rows. (results/norm-plans-NVIDIA-H200-20261128.json)
 
     A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
     1.14 times as fast there, and once 0.99.
@@ -179,61 +179,122 @@ def _plan_for(
     Where 8 does not divide the channels each element has a dropout draw of its own, and a thread a quarter of
     the elements: with as many as elsewhere kernels spilled, up to 3,144 bytes (compiled ahead of time).
     """
-    rows = power_of_2(pixels)
-    group = channels // num_groups
     share = 4 if dropout and channels % 8 != 0 else 1
+    tile = _resident_tile(wishes, channels, pixels, num_groups, itemsize, backward, dropout, share)
+    if tile is not None and wishes.resident is None:
+        ragged = tile.row_bytes % _SECTOR_BYTES != 0 and tile.groups < num_groups
+        split_is_faster = (pixels >= 256 and ragged and not (backward and dropout)) or (
+            pixels >= 1024 and backward and not dropout
+        )
+        tile = None if split_is_faster else tile
+    if tile is not None and wishes.resident is not False:
+        return _resident_plan(wishes, tile, count, pixels, itemsize, backward, dropout, share)
+    return _split_plan(wishes, count, channels, pixels, itemsize, backward, dropout, share, chunk_bytes)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Of a resident program: whole groups, the parts that their channels are held in, all elements that the
+    parts have place for, and bytes of a row of channels."""
+
+    groups: int
+    widths: tuple[int, int]
+    elements: int
+    row_bytes: int
+
+
+def _resident_tile(
+    wishes: _Wishes,
+    channels: int,
+    pixels: int,
+    num_groups: int,
+    itemsize: int,
+    backward: bool,
+    dropout: bool,
+    share: int,
+) -> _Tile | None:
+    """The best tile that registers hold; None if there is none.
+
+    Raises:
+        ValueError: if there is none, and one is wished for.
+    """
     most_elements = 8192 if share > 1 else 20480 if backward else 32768
-    most_wide = 16384 if backward or itemsize > 2 else 32768
     candidates = []
     for groups in range(1, num_groups + 1):
-        width = groups * group
+        width = groups * (channels // num_groups)
         if num_groups % groups or (
             channels % 8 == 0 and width % 8 != 0 and (dropout or groups != wishes.groups)
         ):
             continue
         widths = parts(width)
-        elements = rows * sum(widths)
-        row_bytes = width * itemsize
-        whole_sectors = row_bytes % _SECTOR_BYTES == 0 or row_bytes >= 2 * _SECTOR_BYTES or width == channels
-        chosen = whole_sectors and elements * itemsize <= _TILE_BYTES and elements <= most_elements
+        tile = _Tile(groups, widths, power_of_2(pixels) * sum(widths), width * itemsize)
+        whole = tile.row_bytes % _SECTOR_BYTES == 0 or width == channels
+        fits = tile.elements * itemsize <= _TILE_BYTES and tile.elements <= most_elements
+        chosen = fits and (whole or tile.row_bytes >= 2 * _SECTOR_BYTES)
         if wishes.groups is not None:
             chosen = groups == wishes.groups
         if chosen:
-            candidates.append((groups, widths, elements, row_bytes))
-    if wishes.resident and not candidates:
-        raise ValueError(
-            f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
-            f" groups and {pixels} pixels"
-        )
-    if candidates:
-        # several programs to a processor: 8,192 elements, or where that is too narrow 16,384, and in 16 bits
-        # twice as many
-        roomy = [each for each in candidates if each[2] <= 8192 and 2 * _SECTOR_BYTES <= each[3] <= 128]
-        wide = [each for each in candidates if each[2] <= most_wide and each[3] >= 2 * _SECTOR_BYTES]
-        groups, widths, elements, row_bytes = roomy[-1] if roomy else wide[0] if wide else candidates[0]
-        ragged = row_bytes % _SECTOR_BYTES != 0
-        split_is_faster = (pixels >= 256 and ragged and not (backward and dropout)) or (
-            pixels >= 1024 and backward and not dropout
-        )
-    # A wish for resident tiles is heard all the same.
-    if candidates and wishes.resident is not False and (wishes.resident or not split_is_faster):
-        # About 64 elements per thread, forward up to 96 and, of tiles in 16 bits, 128: half as many take more
-        # instructions for each.
-        per_warp = (2304 if backward else 4096 if elements > 16384 and itemsize == 2 else 3072) // share
-        num_warps = wishes.num_warps or min(_MOST_WARPS, power_of_2(-(-elements // per_warp)))
-        per_thread = elements // (32 * num_warps)
-        in_16_bits = not backward and itemsize == 2 and (per_thread > 96 or (dropout and pixels >= 256))
-        at_once = 256 * num_warps  # elements: 8 for each thread
-        slices = [min(rows, max(1, rows * width // at_once)) if in_16_bits else 1 for width in widths]
-        maxnreg = wishes.maxnreg or (128 if in_16_bits and per_thread > 96 else None)
-        return Plan(True, rows, widths, groups, num_warps, maxnreg, count, (slices[0], slices[1]))
+            candidates.append((whole, tile))
+    if not candidates:
+        if wishes.resident:
+            raise ValueError(
+                f"no resident tile of {wishes.groups or 'any'} groups for {channels} channels in {num_groups}"
+                f" groups and {pixels} pixels"
+            )
+        return None
+    if pixels >= 256 and not backward and any(whole for whole, _ in candidates):
+        candidates = [each for each in candidates if each[0]]
+    tiles = [tile for _, tile in candidates]
+    # several programs to a processor: 8,192 elements, or where that is too narrow 16,384, and in 16 bits
+    # twice as many
+    most_wide = 16384 if backward or itemsize > 2 else 32768
+    wide = [tile for tile in tiles if tile.elements <= most_wide and tile.row_bytes >= 2 * _SECTOR_BYTES]
+    roomy = [tile for tile in wide if tile.elements <= 8192 and tile.row_bytes <= 128]
+    return roomy[-1] if roomy else wide[0] if wide else tiles[0]
+
+
+def _resident_plan(
+    wishes: _Wishes,
+    tile: _Tile,
+    count: int,
+    pixels: int,
+    itemsize: int,
+    backward: bool,
+    dropout: bool,
+    share: int,
+) -> Plan:
+    rows = power_of_2(pixels)
+    # About 64 elements per thread, forward up to 96 and, of tiles in 16 bits, 128: half as many take more
+    # instructions for each. 128 with dropout and rows beyond the image spilled.
+    large = tile.elements > 16384 and itemsize == 2 and not (dropout and rows > pixels)
+    per_warp = (2304 if backward else 4096 if large else 3072) // share
+    num_warps = wishes.num_warps or min(_MOST_WARPS, power_of_2(-(-tile.elements // per_warp)))
+    per_thread = tile.elements // (32 * num_warps)
+    in_16_bits = not backward and itemsize == 2 and (per_thread > 96 or (dropout and pixels >= 256))
+    at_once = 256 * num_warps  # elements: 8 for each thread
+    slices = [min(rows, max(1, rows * width // at_once)) if in_16_bits else 1 for width in tile.widths]
+    maxnreg = wishes.maxnreg or (128 if in_16_bits and per_thread > 96 else None)
+    return Plan(True, rows, tile.widths, tile.groups, num_warps, maxnreg, count, (slices[0], slices[1]))
+
+
+def _split_plan(
+    wishes: _Wishes,
+    count: int,
+    channels: int,
+    pixels: int,
+    itemsize: int,
+    backward: bool,
+    dropout: bool,
+    share: int,
+    chunk_bytes: int,
+) -> Plan:
     width = min(64, power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
     if sample_bytes > chunk_bytes:  # L2 does not hold one: chunks would be launches and nothing else
         chunk_bytes = _UNCHUNKED
     chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
     elements = 8192 if backward or dropout or itemsize > 2 else 16384
-    rows = min(rows, wishes.rows or elements // share // width)
+    rows = min(power_of_2(pixels), wishes.rows or elements // share // width)
     return Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk)
 
 

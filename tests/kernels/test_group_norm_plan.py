@@ -104,9 +104,17 @@ def test_samples_that_l2_does_not_hold_one_of_are_taken_all_at_once(backward):
         assert chunk(most + 1) == 1
 
 
+def test_rows_that_end_within_a_sector_are_split_only_where_no_tile_is_without_them():
+    """Forward at 16 x 16 in 16 bits. 1152 channels in 32 groups: 72 bytes a group, 288 of four do not fit."""
+    assert not plan_of(8, 1152, 256, 32, 2, False).resident
+    for channels, groups, at_once in ((640, 32, 4), (1280, 32, 2), (24, 8, 8), (40, 8, 8)):
+        plan = plan_of(8, channels, 256, groups, 2, False)
+        assert (plan.resident, plan.groups) == (True, at_once), channels
+
+
 def test_more_warps_than_sums_are_safe_for_are_refused():
-    """`_FEW` elements are 8 for each thread of 16 warps: beyond, lanes would store sums that differ."""
-    few = importlib.import_module("ict_kernels.group_norm_silu")._FEW
+    """`FEW` elements are 8 for each thread of 16 warps: beyond, lanes would store sums that differ."""
+    few = importlib.import_module("ict_kernels.group_norm_shared").FEW
     most = getattr(few, "value", few) // (8 * 32)
     with planned(num_warps=most):
         assert plan_of(8, 256, 1024, 32, 2, False).num_warps == most == 16

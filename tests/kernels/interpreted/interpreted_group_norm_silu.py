@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ict_kernels
-from ict_kernels import GroupNormSiLU, group_norm_silu
+from ict_kernels import GroupNormSiLU, _ops, group_norm_silu
 from ict_kernels.group_norm_plan import planned
 from ict_kernels.philox import dropout_keep_mask
 
@@ -239,6 +239,37 @@ def test_a_tile_that_is_held_in_16_bits_is_rounded_once(size, dropout):
         compare(arguments, groups, dtype=torch.float16, tolerance=2**-10, dropout=dropout, seed=3)
 
 
+@pytest.mark.parametrize("level", [30.0, 4000.0])
+def test_of_two_neighbouring_16_bit_values_the_output_is_within_one_unit_in_the_last_place(level):
+    """The distance from the mean is taken first: of x times a large 1 / std the last bits would be lost."""
+    base = torch.tensor(level, dtype=torch.float16)
+    below = torch.nextafter(base, torch.tensor(0.0, dtype=torch.float16))
+    few = torch.rand(1, 32, 32, 32, generator=torch.Generator().manual_seed(7)) < 0.1
+    x = torch.where(few, below, base).contiguous(memory_format=torch.channels_last)
+    assert module.plan_of(1, 32, 1024, 4, 2, False).slices[0] > 1
+    y = group_norm_silu(x, 4, None, None, activation=None).double()
+    exact = torch.group_norm(x.double(), 4)
+    unit = 2.0 ** (exact.abs().clamp_min(2**-7).log2().floor() - 10)
+    assert float(((y - exact).abs() / unit).max()) < 1.0
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_where_squares_overflow_the_output_is_that_of_an_infinite_variance(size):
+    """In a tile that is cut and in one that is not, as by the definition: silu(bias), not NaN."""
+    x = torch.full((1, 32, size, size), 2e19, dtype=torch.bfloat16).contiguous(
+        memory_format=torch.channels_last
+    )
+    x[:, :, size // 2 :] *= -1
+    assert (module.plan_of(1, 32, size**2, 4, 2, False).slices[0] > 1) == (size == 32)
+    weight, bias = torch.ones(32), torch.linspace(-1.0, 1.0, 32)
+    y = group_norm_silu(x, 4, weight, bias)
+    expected = torch.nn.functional.silu(bias).to(torch.bfloat16)[None, :, None, None].expand_as(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        module._definition(x, 4, weight, bias, 1e-5, *[None] * 3, "silu", 0.0, 0, 0, 0), y
+    )
+
+
 def test_output_and_gradients_repeat_bit_for_bit(algorithm):
     arguments = {name: value.float() for name, value in tensors((2, 24, 5, 3)).items()}
     gradient = torch.randn(2, 24, 5, 3, generator=torch.Generator().manual_seed(3))
@@ -385,17 +416,20 @@ def op_arguments(dropout: bool) -> tuple[Any, ...]:
     return (x.requires_grad_(), 2, *parameters, *drawn, 0, 3 << 16, 9999 if dropout else 0, 1e-5, True)
 
 
+OPS = getattr(torch.ops, _ops.NAMESPACE)
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 def test_traced_by_opcheck_the_ops_pass(dropout):
     arguments = op_arguments(dropout)
-    torch.library.opcheck(torch.ops.ict_kernels.group_norm_silu, arguments)
+    torch.library.opcheck(OPS.group_norm_silu, arguments)
     with torch.no_grad():
-        y, stats = torch.ops.ict_kernels.group_norm_silu(*arguments)
+        y, stats = OPS.group_norm_silu(*arguments)
         x, groups, *others = (each.detach() if isinstance(each, Tensor) else each for each in arguments)
         *tensors, offset, stream, threshold, _, silu = others
         numbers = (offset, stream, threshold, silu, [True, True, True, False, True])
         torch.library.opcheck(
-            torch.ops.ict_kernels.group_norm_silu_backward,
+            OPS.group_norm_silu_backward,
             (torch.randn_like(y), x, stats, groups, *tensors, *numbers),
         )
 

@@ -263,8 +263,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def fir_downsample(x: Tensor, *, padding: int = 1) -> Tensor:
     """Halves the resolution after low-pass filtering with [1, 3, 3, 1] / 8 along both axes.
 
-    The kernel is for even sizes and a padding of 1, and has no derivative by torch.func: for that and for
-    forward-mode derivatives `set_backend("eager")`.
+    The kernel is for even sizes and a padding of 1. It has no forward-mode derivative; what torch.func
+    transforms is computed in PyTorch.
 
     Args:
         x: (N, C, H, W), fp16, bf16, fp32 or float64.
@@ -287,8 +287,7 @@ def fir_downsample(x: Tensor, *, padding: int = 1) -> Tensor:
 def fir_upsample(x: Tensor) -> Tensor:
     """Doubles the resolution: zeros between the pixels, then the filter [1, 3, 3, 1] / 4 along both axes.
 
-    The kernel has no derivative by torch.func: for that and for forward-mode derivatives
-    `set_backend("eager")`.
+    The kernel has no forward-mode derivative; what torch.func transforms is computed in PyTorch.
 
     Args:
         x: (N, C, H, W), fp16, bf16, fp32 or float64.

@@ -45,7 +45,7 @@ from ict_fast.consistency.objective import ConsistencyObjective  # noqa: E402
 from ict_fast.networks import build_network  # noqa: E402
 from ict_fast.networks.casts import TrunkCasts  # noqa: E402
 from ict_fast.networks.layers import NearestUpsample  # noqa: E402
-from ict_kernels import RAdamEMA, backend  # noqa: E402
+from ict_kernels import RAdamEMA, _ops, backend  # noqa: E402
 from ict_kernels.triton_support import record_launches  # noqa: E402
 
 PATH = ROOT / "benchmarks/results/step-counts.json"
@@ -127,21 +127,21 @@ class Counting(TorchDispatchMode):
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
     ) -> Any:
         options = options or {}
-        if function.namespace == "ict_kernels":
-            name = function._schema.name.split("::")[1]
+        if function.namespace == _ops.NAMESPACE:
+            called = function._schema.name.split("::")[1]
             with record_launches() as launches:
-                result = _implementation(name)(*arguments, **options)
+                result = _implementation(called)(*arguments, **options)
             self.kernels.update(launch.kernel.__name__ for launch in launches)
         else:
             result = function(*arguments, **options)
-            name = function._schema.name.split("::")[1]
+            called, name = str(function), function._schema.name.split("::")[1]
             if function.namespace == "prim" or function.is_view or name in _NO_LAUNCH:
                 return result
             self.operations[name] += 1
             if name in ("convolution", "convolution_backward", *_ATTENTION):
                 self.heavy[self._call(_ATTENTION.get(name, name), arguments)] += 1
         tensors, _ = tree_flatten((arguments, options, result))
-        self.bytes_moved[category(str(function))] += sum(
+        self.bytes_moved[category(called)] += sum(
             each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor)
         )
         return result

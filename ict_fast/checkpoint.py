@@ -214,6 +214,12 @@ def open_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Ch
         return _open_whole(path)
     newest = latest_checkpoint(path, warn or _warn_on_standard_error)
     if newest is None:
+        for name, source in (("model.safetensors", "safetensors"), ("model_index.json", "diffusers")):
+            if (path / name).exists():
+                raise InputError(
+                    f"{path}: looks like a model exported as {source};"
+                    f" `ict-fast import {source} {path} --out DIR` makes a checkpoint of it"
+                )
         raise InputError(f"{path}: has no checkpoint; is it the directory of a run that has saved one?")
     return newest
 

@@ -143,7 +143,7 @@ def _overview() -> str:
             "",
             *(f"  {line}" for line in lines),
             "",
-            f"`{PROGRAM} COMMAND --help` lists the options of a command; `{PROGRAM} --version` is all else.",
+            f"`{PROGRAM} COMMAND --help` lists its options; `{PROGRAM} --version` prints the version.",
             f"`{PROGRAM} train` alone trains on handwritten digits, on this machine, in a few minutes.",
         )
     )

@@ -159,7 +159,7 @@ def _seen(option: str, argv: Sequence[str]) -> str:
 def unknown_option(token: str, known: Iterable[str], help_command: str) -> str:
     """The message for an option that does not exist.
 
-    A field without its section (`--lr`) finds its whole name (`--optimizer.lr`).
+    A field without its section (`--lr`), or with another one's, finds its whole name (`--optimizer.lr`).
 
     Args:
         token: what was typed, such as `--training.totl-steps` or `--lr=1`.
@@ -171,9 +171,13 @@ def unknown_option(token: str, known: Iterable[str], help_command: str) -> str:
     wanted = typed.replace("_", "-")
     name = wanted.strip("-")
     fields = {option: option.lstrip("-").split(".")[-1] for option in options}
-    same_field = [option for option in options if fields[option] == name]
+    same_field = [option for option in options if fields[option] == name.split(".")[-1]]
     part_of = sorted((option for option in options if name in fields[option].split("-")), key=len)
-    near = same_field or part_of or difflib.get_close_matches(wanted, options, n=1, cutoff=0.6)
+    near = (
+        difflib.get_close_matches(wanted, same_field, n=1, cutoff=0)
+        or part_of
+        or difflib.get_close_matches(wanted, options, n=1, cutoff=0.6)
+    )
     hint = f'did you mean "{near[0]}"?' if near else f"`{help_command}` lists them"
     return f"unknown option {typed}; {hint}"
 

@@ -649,6 +649,16 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "source"), [("model.safetensors", "safetensors"), ("model_index.json", "diffusers")]
+)
+def test_an_exported_model_is_to_be_imported_first(tmp_path: Path, file: str, source: str) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / file).touch()
+    with pytest.raises(InputError, match=f"`ict-fast import {source} {tmp_path} --out DIR`"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         open_checkpoint(tmp_path / "nowhere")

@@ -514,6 +514,11 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         ("train --preset --dry-run", "--preset needs a value"),
         ("train --preset digits --preset cifar10", "--preset is given 2 times: digits, cifar10; choose one"),
         ("train --lr 3", 'unknown option --lr; did you mean "--optimizer.lr"?'),
+        ("train --training.lr 3", 'unknown option --training.lr; did you mean "--optimizer.lr"?'),
+        (
+            "train --optimiser.name adam",
+            'unknown option --optimiser.name; did you mean "--optimizer.name"?',
+        ),
         ("train --steps 3", 'unknown option --steps; did you mean "--training.total-steps"?'),
         ("train --batch 3", 'unknown option --batch; did you mean "--training.batch-size"?'),
         ("train --total_steps=3", 'unknown option --total_steps; did you mean "--training.total-steps"?'),

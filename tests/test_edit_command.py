@@ -132,7 +132,7 @@ def test_a_folder_gives_every_image_that_prepare_would_take(trained: Path, pictu
         ("stroke RUN --input IN/wide.png", "IN/wide.png: 8x4; the model makes 8x8"),
         ("upscale RUN --input IN/wide.png", "images of 8x4; this model makes 8x8"),
         ("stroke RUN --input IN/in --variants 1000000000000", "of memory; make fewer at a time"),
-        ("upscale RUN --input IN/in", "a whole part"),
+        ("upscale RUN --input IN/in", "smaller by a whole factor"),
         ("upscale RUN --input IN/small.png --sigma 3", "--sigma belongs to stroke"),
         ("colorize RUN --input IN/in", "grey images"),
         ("stroke RUN --input IN/in --labels 1", "unconditional"),

@@ -38,7 +38,7 @@ class EditOptions:
     run: Positional[Run]
     """Folder of a run, whose newest checkpoint is taken, or of one checkpoint."""
     input: Annotated[tuple[Path, ...], arg(metavar="IMAGE|FOLDER ...")]
-    """Images of the model's size (upscale: a whole part of it), or folders of them."""
+    """Images of the model's size (upscale: smaller by a whole factor), or folders of them."""
     mask: Annotated[
         str | None, arg(metavar=f"FILE|{'|'.join(_HOLES)}", help_behavior_hint="(inpaint: required)")
     ] = None

@@ -192,8 +192,8 @@ def upscale(
     resolution, size = model.config.network.resolution, images.shape[-1]
     if images.shape[-2] != size or not 0 < size < resolution or resolution % size:
         raise InputError(
-            f"images of {size}x{images.shape[-2]}; this model makes {resolution}x{resolution}, of which they"
-            " must be a whole part"
+            f"images of {size}x{images.shape[-2]}; this model makes {resolution}x{resolution} of square"
+            " images that are smaller by a whole factor"
         )
     factor = resolution // size
     large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)

@@ -180,6 +180,8 @@ def open_store(path: Path, *, verify: bool = False) -> Store:
         raise InputError(f"{path}: there is no data here; make it with {make}")
     if not path.is_dir():
         raise InputError(f"{path}: is a file; name the folder that `ict-fast prepare` has made")
+    if (path / "checkpoints").is_dir() and not (path / "meta.json").exists():
+        raise InputError(f"{path}: is a run; name a folder of images that `ict-fast prepare` has made")
     meta = _read_meta(path / "meta.json", make)
 
     again = f"delete {path} and make it again with {make}"

@@ -93,6 +93,8 @@ def open_reference(path: Path) -> Reference:
     """
     if path.is_file():
         return _open_archive(path)
+    if path.suffix == ".npz" and not path.exists():
+        raise InputError(f"{path}: there is no such file; docs/data.md has the addresses of published ones")
     store = open_store(path)
     return Reference(
         path=path,

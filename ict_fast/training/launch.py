@@ -28,7 +28,7 @@ def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.devic
     if device not in ("auto", "cuda", "cpu"):
         raise InputError(f"--device is {device}; it must be auto, cuda or cpu")
     if gpus is not None and gpus < 1:
-        raise InputError(f"--gpus is {gpus}; it must be at least 1 (--device cpu trains without a GPU)")
+        raise InputError(f"--gpus is {gpus}; it must be at least 1 (--device cpu runs without a GPU)")
     if device == "cpu":
         if gpus is not None:
             raise InputError(f"--gpus {gpus} and --device cpu exclude each other")
@@ -39,7 +39,7 @@ def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.devic
             f"--gpus is {gpus}, but torch sees {visible} here; choose at most {visible}"
             if visible
             else f"--gpus is {gpus}, but torch sees no GPU here; `ict-fast doctor` says why,"
-            " --device cpu trains without one"
+            " --device cpu runs without one"
         )
     if visible:  # asking a CUDA that is not in use for its current device would start it, on device 0
         return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
@@ -48,7 +48,7 @@ def resolve_device(device: str = "auto", gpus: int | None = None) -> torch.devic
     if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and (found := nvidia_device()):
         raise InputError(
             f"this machine has an NVIDIA device ({found}) that torch cannot use; `ict-fast doctor` says why,"
-            " --device cpu trains without it"
+            " --device cpu runs without it"
         )
     return torch.device("cpu")
 
@@ -69,7 +69,7 @@ def resolve_processes(
         if processes is not None:
             raise InputError(
                 f"--processes is {processes}, but each GPU has one process; --gpus says how many,"
-                " --device cpu trains without"
+                " --device cpu runs without"
             )
         return found, gpus or torch.cuda.device_count()
     if processes is not None and processes < 1:

@@ -220,8 +220,8 @@ def test_labels_reach_the_model(tiny: Config) -> None:
     [
         (lambda m: inpaint(m, torch.zeros(2, 3, 8, 8), torch.zeros(4, 4, dtype=torch.bool)), "must be bool"),
         (lambda m: inpaint(m, torch.zeros(2, 3, 8, 8), torch.zeros(8, 8)), "must be bool"),
-        (lambda m: upscale(m, torch.zeros(2, 3, 3, 3)), "a whole part"),
-        (lambda m: upscale(m, torch.zeros(2, 3, 8, 8)), "a whole part"),
+        (lambda m: upscale(m, torch.zeros(2, 3, 3, 3)), "a whole factor"),
+        (lambda m: upscale(m, torch.zeros(2, 3, 8, 8)), "a whole factor"),
         (lambda m: upscale(m, torch.zeros(2, 1, 4, 4)), "this model takes"),
         (lambda m: colorize(m, torch.zeros(2, 1, 4, 4)), "this model takes"),
         (lambda m: stroke(m, torch.zeros(2, 3, 8, 8), sigma=100.0), "first noise level is 100"),

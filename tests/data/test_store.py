@@ -107,6 +107,13 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path: Path) -> N
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_is_not_taken_for_a_place_of_images(tmp_path: Path) -> None:
+    (tmp_path / "runs/digits/checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="is a run; name a folder of images") as refused:
+        open_store(tmp_path / "runs/digits")
+    assert "prepare digits" not in str(refused.value)
+
+
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     assert open_store(write_store(tmp_path / "a", IMAGES, LABELS, **ABOUT)).num_images == 12

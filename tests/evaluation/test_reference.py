@@ -104,6 +104,11 @@ def test_a_file_of_another_kind_is_not_said_to_hold_a_pickle(tmp_path, content):
         open_reference(path)
 
 
+def test_a_file_that_is_not_there_is_not_to_be_prepared(tmp_path):
+    with pytest.raises(InputError, match=r"cifar10-32x32\.npz: there is no such file; docs/data\.md has"):
+        open_reference(tmp_path / "cifar10-32x32.npz")
+
+
 def test_a_single_array_is_refused(tmp_path):
     np.save(tmp_path / "images.npy", images())
     with pytest.raises(InputError, match=r"images\.npy: is a single array; --reference takes an \.npz"):

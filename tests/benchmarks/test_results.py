@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ goals: Any = importlib.import_module("goals")
 made_up: Any = importlib.import_module("made_up")
 render: Any = importlib.import_module("render")
 results_index: Any = importlib.import_module("results_index")
+categories: Any = importlib.import_module("step_categories")
 
 
 def test_the_committed_page_is_what_the_json_says(tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_every_test_is_of_its_commit_and_of_older_kernels_if_these_have_changed(
     made_up.write_results(tmp_path)
     sources = importlib.import_module("machine").kernel_sources()
     sanitizer = {"name": "compute-sanitizer, memcheck", "counts": {"passed": 1}, "summary": "clean"}
-    kernels = sorted(importlib.import_module("step_categories").OUR_KERNELS - {"fir_up"})
+    kernels = sorted(categories.OUR_KERNELS - {"fir_up"})
     rerun(tmp_path, "tests", [sanitizer | {"kernels": kernels}], kernels=sources)
     text = render.render(results_index.Results(tmp_path), tmp_path / "plots")
     assert "| compute-sanitizer, memcheck | clean; not fir_up | 1111111 |" in text
@@ -297,13 +299,77 @@ def test_the_readmes_figures_are_the_results() -> None:
     noise, one_step = demo["reference"]["noise"], demo["one_step"]["frechet_distance"]
     precision = json.loads((RESULTS / "precision.json").read_text())["stages"][-1]
     bf16, fp16, tf32 = (precision["precisions"][name] for name in ("bf16", "fp16", "tf32"))
+    halves, images = demo["reference"]["halves"] / noise, demo["reference"]["count"]
+    bias = halves * (1 / demo["count"] + 1 / images) / (1 / (images // 2) + 1 / (images - images // 2))
+    features = demo["features"]["num_features"]
+    runs = json.loads((RESULTS / "last-stages.json").read_text())["runs"]
+    last = {(run["precision"], run["seed"]): run["after"]["1281"] for run in runs}
+
+    def raised(precision: str, steps: str = "one_step") -> tuple[float, float]:
+        """Mean difference from fp32 with the same seed, and its standard error."""
+        found = [last[precision, seed][steps] - last["fp32", seed][steps] for seed in range(3)]
+        return statistics.mean(found), statistics.stdev(found) / 3**0.5
+
+    for precision_name in ("bf16", "fp16"):
+        mean, error = raised(precision_name, "two_step")
+        assert mean < 2 * error, "in two steps neither does"
     claims = (
-        f"is {100 * one_step / noise:.2f} % of that of noise",
+        f"to the {images:,} training images, in {features} features of a classifier of the same digits,"
+        f" is {one_step:.2f}, which is {100 * one_step / noise:.2f} % of that of uniform noise",
         f"is at {100 * demo['reference']['gaussian'] / noise:.1f} %",
-        f"two halves of the real digits are {100 * demo['reference']['halves'] / noise:.2f} % apart",
-        f"at N = {precision['num_scales']} it adds {100 * bf16['noise']:.0f} % of the sampling variance",
-        f"takes {100 * (1 - bf16['norm']):.0f} % of its length",
+        f"{100 * halves:.2f} % between two halves of the real digits, {100 * bias:.2f} % at 10,000 samples",
+        f"at N = {precision['num_scales']}, bf16 rounding adds gradient variance equal to"
+        f" {100 * bf16['noise']:.0f} % of the minibatch variance",
+        f"shrinks the mean gradient by {100 * (1 - bf16['norm']):.0f} %",
+        "by {:.3f} ± {:.3f} % of noise (paired".format(*raised("bf16")),
+        "fp16 by {:.3f} ± {:.3f} %; in two".format(*raised("fp16")),
         f"fp16 {100 * fp16['noise']:.1f} % and {100 * (1 - fp16['norm']):.1f} %",
         f"TF32 {100 * tf32['noise']:.1f} % and {100 * (1 - tf32['norm']):.1f} %",
     )
     assert [claim for claim in claims if claim not in readme] == []
+
+
+def test_the_readmes_training_steps_are_those_of_the_files() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| network, batch | commit |")[1].split("\n\n")[0].splitlines()[2:]
+    presets = {"ADM-64": "imagenet64", "NCSN++ (CIFAR-10)": "cifar10"}
+    variants = {
+        "`torch.compile`, raised thresholds": "inductor, raised thresholds",
+        "`torch.compile`, defaults": "inductor",
+        "uncompiled": "torch, uncompiled",
+    }
+    above = [""] * 4
+    rates = []
+    for row in table:
+        found = [cell.strip() for cell in row.strip("|").split("|")]
+        above = [cell or before for cell, before in zip(found[:4], above, strict=True)]
+        network, commit, rate, share = above
+        name, batch = network.rsplit(", ", 1)
+        baseline = found[4].partition(";")[0]
+        (record,) = (
+            result
+            for path in RESULTS.glob("step-NVIDIA-H200-*.json")
+            if (report := json.loads(path.read_text()))["commit"] == commit
+            for result in report["results"]
+            if result.get("preset") == presets[name] and variants[baseline] in result.get("variants", ())
+        )
+        ours, theirs = record["variants"]["ict-fast"], record["variants"][variants[baseline]]
+        copied = sum(
+            each["ms"] for each in theirs["profile"]["top"] if categories.is_copy_of_layout(each["name"])
+        )
+        faster = theirs["ms_per_step"] / ours["ms_per_step"]
+        without = (theirs["ms_per_step"] - copied) / ours["ms_per_step"]
+        assert int(batch) == record["batch_size"]
+        assert rate == f"{ours['images_per_second']:,.0f}"
+        assert share == f"{ours['percent_of_matrix_rate']:.0f} %"
+        assert found[5] == f"{faster:.2f}x ({without:.2f}x)"
+        rates.append(ours["tflop_per_s"])
+    assert [row.split("|")[2].strip() for row in table] == ["2962f72", "e05c118", "", "5a5b081"]
+    (another,) = (
+        report["ceilings"]["matrix_tflop_per_s"]["bf16"]
+        for path in RESULTS.glob("tests-NVIDIA-H200-*.json")
+        if (report := json.loads(path.read_text()))["commit"] == "2962f72"
+    )
+    share = f"{100 * rates[0] / another:.0f} %"
+    text = " ".join(readme.split())
+    assert f"by that of another process, two minutes earlier, the first row is at {share}" in text

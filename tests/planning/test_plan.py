@@ -198,6 +198,30 @@ def test_the_results_count_one_product_more_than_the_plan_for_each_attention() -
     assert said in (ROOT / "docs/planning.md").read_text()
 
 
+def test_the_recipes_quote_the_plan() -> None:
+    cifar10, imagenet64 = (
+        " ".join((ROOT / f"docs/{preset}.md").read_text().split()) for preset in ("cifar10", "imagenet64")
+    )
+    plan = make_plan(presets.get("cifar10"), "h100", 1, results=RESULTS)
+    assert f"`plan` says two days and {sum(plan.memory.values()) / 1e9:.0f} GB" in cifar10
+    assert f"{plan.days:.0f} days" == "2 days"
+    assert f"up to {plan.calibration_seconds / 60:.0f} minutes of that by `plan`" in cifar10
+    rows = re.findall(r"\| `(imagenet64[-a-z]*)`, (\w+)[^|]* ((?:\| [\d., GB]+){4}) \|", imagenet64)
+    assert len(rows) == 4
+    for preset, gpu, figures in rows[:2]:  # each takes half a second
+        plan = make_plan(presets.get(preset), gpu.lower(), 8, results=RESULTS)
+        assert figures.strip("| ").split(" | ") == [
+            f"{sum(plan.memory.values()) / 1e9:.0f} GB",
+            f"{plan.micro_batch}",
+            f"{plan.images_per_second:,.0f}",
+            f"{plan.days:.1f}",
+        ]
+        assert (plan.measured is None) == (gpu != "H200")
+        if (preset, gpu) == ("imagenet64", "H100"):
+            assert f"up to {plan.calibration_seconds / 60:.0f} minutes on eight H100 by `plan`" in imagenet64
+            assert f"{16 * plan.cost.parameters / 1e9:.1f} GB for a checkpoint" in imagenet64
+
+
 def test_communication_that_computing_does_not_hide_costs_time() -> None:
     config = presets.get("imagenet64")
     assert make_plan(config, "h100", 8, mfu=0.5).exposed_seconds == 0

@@ -32,7 +32,7 @@ def ascending_grid(levels: int, device: torch.device | None = None) -> Tensor:
 
 
 class KarrasDenoiser:
-    """Consistency training of 2023 with the L2 norm: uniform indices, a descending grid, weight sigma^-2."""
+    """Consistency training of 2023 with the L2 norm: uniform indices, a descending grid, uniform weight."""
 
     def __init__(self, distillation: bool = True) -> None:
         self.distillation = distillation
@@ -70,7 +70,7 @@ class KarrasDenoiser:
         with torch.no_grad():
             x_t2 = x_start + spread(t2, x_start) * noise
             teacher = self.denoise(target_model, x_t2, t2, **(model_kwargs or {}))[1]
-        return {"loss": (student - teacher).square().flatten(1).mean(1) * t**-2}
+        return {"loss": (student - teacher).square().flatten(1).mean(1)}
 
 
 # -------------------------------------------------------------------------------------------- locuslab/ect

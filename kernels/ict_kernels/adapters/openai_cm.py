@@ -2,8 +2,8 @@
 
 Its convention: images fp32 (N, C, H, W) in [-1, 1]; the grid descends, so index i is the noisier level, the
 student's; weights (N,); the model is called with c_in x and 1000/4 ln(sigma); {"loss": (N,)} is returned. It
-trains by the recipe of 2023 (uniform indices, weight sigma^-2, L1, L2 or LPIPS, an EMA teacher) and shares
-dropout masks on a CPU only.
+trains by the recipe of 2023 (uniform indices, weight 1 in its published commands, L1, L2 or LPIPS, an EMA
+teacher) and shares dropout masks on a CPU only.
 """
 
 import functools

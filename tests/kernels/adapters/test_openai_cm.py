@@ -78,7 +78,7 @@ def test_the_student_is_at_the_noisier_level_and_alone_has_gradients(theirs, net
 
 
 def test_theirs_is_the_recipe_of_2023_and_ours_that_of_2024(theirs, network, images):
-    """Uniform indices, weight sigma^-2, mean of squares, an EMA teacher: named, and gone."""
+    """Uniform indices and weight, mean of squares, an EMA teacher: named, and gone."""
     target = copy.deepcopy(network)
     theirs.KarrasDenoiser().consistency_losses(network, images, 11, target_model=target)
     assert len(target.inputs) == 1  # theirs evaluates the EMA copy

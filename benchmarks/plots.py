@@ -33,8 +33,8 @@ def machine_plots(machine: Machine, folder: Path) -> list[tuple[str, str]]:
     slug = machine.name.translate(NOT_IN_A_NAME)
     made: list[tuple[str, str]] = []
     kinds: tuple[tuple[str, str, Callable[[Machine, Path], str | None]], ...] = (
-        ("The kernels under the memory's roof", "kernels", _kernels),
-        ("Training steps under the matrix units' roof", "steps", _steps),
+        ("The kernels beside a copy's bandwidth", "kernels", _kernels),
+        ("Training steps beside the measured matrix rate", "steps", _steps),
         ("Where a step's time goes", "profile", _profiles),
         ("The run of part train, and digits that it makes in one step", "train", _training),
     )

@@ -110,11 +110,11 @@ def suite_blocks(results: Results, plots: Path) -> Iterator[str]:
     versions = ", ".join(f"{name} {value}" for name, value in signed["versions"].items() if value)
     yield (
         f"{link(suite.file)}, {signed['date'][:10]}, commit {signed['commit']}, {signed['hardware']['cpu']},"
-        f" {signed['hardware']['threads']} threads, {versions}. Measured roofs: a copy"
+        f" {signed['hardware']['threads']} threads, {versions}. Measured peaks: a copy"
         f" {ceiling['copy_gb_per_s']:.1f} GB/s; an fp32 matrix product"
         f" {1000 * ceiling['matrix_tflop_per_s']['fp32']:.0f} GFLOP/s. A copy is of as many bytes as the"
         " operation must move; what fits into the caches is copied faster than the large copy. The product is"
-        " that of torch's BLAS, which oneDNN's convolutions exceed: it is a scale for them, not a roof."
+        " that of torch's BLAS, which oneDNN's convolutions exceed: for them it is a scale, not a bound."
     )
     file = suite_plot(results, plots / "cpu-suite.png")
     if file is not None:

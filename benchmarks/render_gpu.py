@@ -58,15 +58,15 @@ def about(report: Entry) -> str:
     record = report.record
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
     ceilings = record.get("ceilings") or {}
-    roofs = ""
+    peaks = ""
     if ceilings:
         rates = ", ".join(f"{name} {rate:.0f}" for name, rate in ceilings["matrix_tflop_per_s"].items())
-        roofs = (
-            f" Measured roofs: a copy {ceilings['copy_gb_per_s']:.0f} GB/s; matrix products {rates} TFLOP/s."
+        peaks = (
+            f" Measured peaks: a copy {ceilings['copy_gb_per_s']:.0f} GB/s; matrix products {rates} TFLOP/s."
         )
     return (
         f"{link(report.file)}, {record['date'][:10]}, commit {record['commit'] or 'unknown'}, driver"
-        f" {record['hardware'].get('driver')}, {versions}.{roofs}"
+        f" {record['hardware'].get('driver')}, {versions}.{peaks}"
     )
 
 

@@ -64,7 +64,7 @@ def test_the_analysis_of_the_steps_says_what_the_files_say() -> None:
         launches = sum(ours["profile"]["launches"].values())
         claims += [
             f"{matrix:.1f} ms are convolutions, products and attention",
-            f"{kernels - matrix:.1f} passes over memory",
+            f"{kernels - matrix:.1f} memory-bound kernels",
             f"longer by {none:.1f} ({launches:,.0f} launches, {1e3 * none / launches:.1f} us each",
             f"{ours['ms_per_step'] / matrix:.2f} times what",
             f"{floor_figures.floor_ms(record['floor']):.1f} ms, and the step"

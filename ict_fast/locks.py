@@ -12,8 +12,10 @@ from pathlib import Path
 
 from ict_fast.errors import InputError
 
-# Lustre without `-o flock`, NFS without its lock service, some FUSE. Any other error is one.
-_NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
+NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
+"""Of a file system without locks: Lustre without `-o flock`, NFS without its lock service, some FUSE. Any
+other error is one."""
+
 _TRIES = 100
 
 
@@ -35,7 +37,7 @@ def lock_file(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         return False
     return True

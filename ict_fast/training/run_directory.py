@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +18,8 @@ from ict_fast.config import Config, differences, from_dict, to_dict
 from ict_fast.consistency.curriculum import Extension, num_scales, read_extensions
 from ict_fast.consistency.objective import revision
 from ict_fast.durable import replace_durably
-from ict_fast.errors import InputError
+from ict_fast.errors import InputError, TrainingError
+from ict_fast.locks import NO_LOCKS
 from ict_fast.training.initial import RECORD_NAME, Initial, find_initial, settle_initial
 
 LOG_NAME = "log.jsonl"
@@ -178,13 +180,14 @@ def lock(run: Run, warn: Callable[[str], None], patience: float = 0.0) -> Iterat
     Raises:
         InputError: if another process trains there, or has trained there since the run was opened, or the
             directory cannot be written.
+        TrainingError: if the file system fails, or is full and the run has a checkpoint.
     """
     path = run.out / _LOCK_NAME
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise InputError(f"{run.out} cannot be written ({error.strerror}); choose another --out") from None
+        raise _unwritable(run, error) from None
     try:
         try:
             _lock_within(patience, descriptor)
@@ -195,7 +198,10 @@ def lock(run: Run, warn: Callable[[str], None], patience: float = 0.0) -> Iterat
                 " --out"
             ) from None
         except OSError as error:
-            warn(f"{run.out} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
+            unlocked = f"{run.out} cannot be locked ({error.strerror})"
+            if error.errno not in NO_LOCKS:
+                raise TrainingError(unlocked) from None
+            warn(f"{unlocked}: nothing keeps a second run out of it")
         if checkpoint_steps(run.out) != run.steps_seen:
             raise InputError(
                 f"another process has just saved a checkpoint in {run.out}; the same command goes on from it"
@@ -235,19 +241,24 @@ def read_config(path: Path) -> Config:
 def prepare_directory(run: Run) -> None:
     """Writes config.json, and cuts back to the checkpoint's step whatever grows with the run.
 
-    The directory is there and locked.
+    The directory is there and locked. What is as it should be is not written again: a disk may be full.
 
     Raises:
         InputError: if the directory cannot be written.
+        TrainingError: instead, if its disk is full and the run has a checkpoint.
     """
     try:
         if run.initial is None:
             (run.out / RECORD_NAME).unlink(missing_ok=True)
-        replace_durably(run.out / "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode())
+        config, text = run.out / "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode()
+        if not config.exists() or config.read_bytes() != text:
+            replace_durably(config, text)
         for log in (run.out / LOG_NAME, run.out / EVALUATIONS):
             if log.exists():
-                kept = [line for line in log.read_bytes().splitlines() if _step_of(line) <= run.step]
-                replace_durably(log, b"".join(line + b"\n" for line in kept))
+                lines = log.read_bytes()
+                kept = [line + b"\n" for line in lines.splitlines() if _step_of(line) <= run.step]
+                if (content := b"".join(kept)) != lines:
+                    replace_durably(log, content)
         # Those of later steps are another history's.
         for step, snapshot in step_folders(run.out / SNAPSHOTS).items():
             if step > run.step:
@@ -257,7 +268,14 @@ def prepare_directory(run: Run) -> None:
             if number.isdecimal() and int(number) > run.step:
                 grid.unlink()
     except OSError as error:
-        raise InputError(f"{run.out} cannot be written ({error.strerror}); choose another --out") from None
+        raise _unwritable(run, error) from None
+
+
+def _unwritable(run: Run, error: OSError) -> InputError | TrainingError:
+    what = f"{run.out} cannot be written ({error.strerror})"
+    if run.checkpoint is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TrainingError(f"{what}; with room for it the same command resumes at step {run.step:,}")
+    return InputError(f"{what}; choose another --out")
 
 
 def _last_logged_step(log: Path) -> int:

@@ -32,7 +32,7 @@ from ict_fast.training.describe import describe, describe_initial_share
 from ict_fast.training.dry_run import dry_run
 from ict_fast.training.launch import resolve_device
 from ict_fast.training.monitor import Monitor
-from ict_fast.training.run_directory import Run, lock, open_run
+from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
 from ict_fast.training.trainer import train
 from ict_fast.training.world import World
 
@@ -687,6 +687,49 @@ def test_a_file_system_without_locks_is_warned_of(
     monkeypatch.setattr(run_directory.fcntl, "flock", no_locks)
     assert train(one_level, out=tmp_path / "run", device="cpu").exit_code == 0
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_a_lock_that_fails_for_another_reason_ends_the_run(
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*arguments: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", stale)
+    with (
+        pytest.raises(TrainingError, match=r"run cannot be locked \(Stale file handle\)$"),
+        lock(Run(tmp_path / "run", one_level, None), pytest.fail),
+    ):
+        pass
+
+
+def test_a_disk_that_is_full_when_a_run_goes_on_is_no_fault_of_the_command(
+    run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = run
+    opened = open_run(config, out, "auto", None, pytest.fail)
+    log = (out / "log.jsonl").read_bytes()
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_directory, "replace_durably", full)
+    prepare_directory(opened)  # nothing has to change
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 25}\n')
+    cut = r"cannot be written \(No space left on device\); with room for it .* resumes at step 24$"
+    with pytest.raises(TrainingError, match=cut):
+        prepare_directory(opened)
+    monkeypatch.undo()
+    prepare_directory(opened)
+    assert (out / "log.jsonl").read_bytes() == log
+
+    monkeypatch.setattr(run_directory.os, "open", full)
+    with pytest.raises(TrainingError, match=cut), lock(opened, pytest.fail):
+        pass
+    new = replace(opened, checkpoint=None)
+    with pytest.raises(InputError, match=r"No space .*; choose another --out$"), lock(new, pytest.fail):
+        pass
 
 
 def test_an_end_that_could_not_be_saved_is_a_failure(

@@ -15,6 +15,7 @@ import sys
 import time
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import tyro
@@ -232,5 +233,6 @@ def _give_up(error: Exception, code: int) -> int:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print(f"{PROGRAM}: error: {errors.visible(error)}", file=sys.stderr)
+    with suppress(OSError):  # the code says it too
+        print(f"{PROGRAM}: error: {errors.visible(error)}", file=sys.stderr)
     return code

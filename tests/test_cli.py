@@ -1,6 +1,7 @@
 """The command line: what it parses, what it refuses and how, and what it hands to the packages below."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -1029,6 +1030,14 @@ def test_an_interrupt_within_executed_text_is_an_exit_code_too(tmp_path):
     )
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "ict-fast: error: interrupted; nothing more was saved\n"
+
+
+def test_a_full_disk_under_the_output_changes_no_exit_code(trained, tmp_path, monkeypatch):
+    with open("/dev/full", "w") as out, open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        assert main(["train", "--out", str(tmp_path)]) == 0
+        assert main(["train", "--presett", "digits"]) == 2
 
 
 def test_a_broken_pipe_of_something_else_is_a_bug(monkeypatch, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -220,6 +222,17 @@ def run(options: TrainOptions) -> int:
     if result.message and result.exit_code:
         say(result.message)  # to a terminal that may be gone
     elif result.message:
-        print(result.message)
-        print("then: " + ", ".join(shlex.join(["ict-fast", word, str(options.out)]) for word in _AFTERWARDS))
+        _print_result(result.message, options.out)
     return result.exit_code
+
+
+def _print_result(message: str, out: Path) -> None:
+    """On standard output; a full disk there does not undo what is done."""
+    try:
+        print(message)
+        then = ", ".join(shlex.join(["ict-fast", word, str(out)]) for word in _AFTERWARDS)
+        print(f"then: {then}", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

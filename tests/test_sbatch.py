@@ -40,7 +40,8 @@ def job(tmp_path: Path) -> subprocess.Popen:
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_JOB_NODELIST": "node[0-1]",
     }
-    script = f"while [ ! -e task ]; do sleep 0.02; done; source {ROOT / 'docs/train.sbatch'}"
+    begin = "while [ ! -e task ]; do sleep 0.02; done; [ -e old ] && SECONDS=900"
+    script = f"{begin}; source {ROOT / 'docs/train.sbatch'}"
     return subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment)
 
 
@@ -58,13 +59,27 @@ def _queued_again(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("at_the_signal", "queued_again"),
-    [("exit 1", True), ("exit 143", True), ("exit 0", False)],
-    ids=["torchrun that was stopped", "srun that was stopped", "a run that has ended meanwhile"],
+    ("at_the_signal", "is_old", "queued_again"),
+    [
+        ("exit 1", False, True),
+        ("exit 143", False, True),
+        ("exit 0", False, False),
+        (f"{SAVE}; exit 1", True, True),
+        ("exit 1", True, False),
+    ],
+    ids=[
+        "torchrun that was stopped",
+        "srun that was stopped",
+        "a run that has ended meanwhile",
+        "one that has got further",
+        "one that could not be saved",
+    ],
 )
 def test_a_job_that_is_stopped_before_its_end_is_saved_and_queued_again(
-    tmp_path: Path, job: subprocess.Popen, at_the_signal: str, queued_again: bool
+    tmp_path: Path, job: subprocess.Popen, at_the_signal: str, is_old: bool, queued_again: bool
 ) -> None:
+    if is_old:
+        (tmp_path / "old").touch()
     _program(
         tmp_path,
         "task",

@@ -46,6 +46,7 @@ class Lookout:
         self._step, self._steps_reached = 0, 0
         self._doing, self._since = _COMPUTING, time.monotonic()
         self._between_words = min(_MOST_BETWEEN_WORDS, seconds / 10)
+        self._heard: dict[int, tuple[dict[str, Any], float]] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ict-fast-lookout", daemon=True)
 
@@ -78,8 +79,12 @@ class Lookout:
 
     @property
     def is_watched(self) -> bool:
-        """Whether the process is ended when it gets no further; not while it compiles."""
-        return self._steps_reached > 1 or self._doing != _COMPUTING
+        """Whether the process is ended when it gets no further; not while it compiles, nor after its end."""
+        return not self._done.is_set() and (self._steps_reached > 1 or self._doing != _COMPUTING)
+
+    def finish(self) -> None:
+        """No step follows: whatever is still to be closed may take its time."""
+        self._done.set()
 
     def diagnosis(self) -> str:
         """One line: what this process waited for, and which of the others did not come."""
@@ -93,12 +98,13 @@ class Lookout:
 
     def _culprits(self) -> str:
         try:
-            words = self._words()
+            self._listen()
         except (RuntimeError, ValueError):
             return "process 0, which keeps the record of what the others do, does not answer"
-        now, awaits = time.time(), self._doing.startswith(_WAITING)
-        others = {rank: word for rank, word in words.items() if rank != self._rank}
-        silent = {r: w for r, w in others.items() if now - w["time"] > 3 * self._between_words + 1}
+        now, awaits = time.monotonic(), self._doing.startswith(_WAITING)
+        others = {rank: word for rank, (word, _) in self._heard.items() if rank != self._rank}
+        silent_for = {rank: now - since for rank, (_, since) in self._heard.items()}
+        silent = {r: w for r, w in others.items() if silent_for[r] > 3 * self._between_words + 1}
         # Where only the device waits, the host says that it is computing, and so do those that wait with it.
         innocent = (_WAITING,) if awaits else (_WAITING, _COMPUTING)
         behind = {
@@ -115,7 +121,7 @@ class Lookout:
         more = f" and {len(named) - 1} more" if len(named) > 1 else ""
         if silent:
             return (
-                f"process {rank}{more} on {word['host']} has been silent for {now - word['time']:.0f} s,"
+                f"process {rank}{more} on {word['host']} has been silent for {silent_for[rank]:.0f} s,"
                 f" since it was {word['doing']} at step {word['step']:,}"
             )
         return f"process {rank}{more} on {word['host']} is still {word['doing']} at step {word['step']:,}"
@@ -128,13 +134,17 @@ class Lookout:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._done.set()
+        self.finish()
 
     def _watch(self) -> None:
         while not self._done.wait(self._between_words):
             with suppress(RuntimeError):  # who keeps the record may be the one that is stuck
                 self._speak()
-            if self.is_watched and time.monotonic() - self._since > self._seconds + _GRACE:
+            stuck = time.monotonic() - self._since if self.is_watched else 0.0
+            if stuck > self._between_words:
+                with suppress(RuntimeError, ValueError):
+                    self._listen()
+            if stuck > self._seconds + _GRACE:
                 self._give_up()
 
     def _give_up(self) -> NoReturn:
@@ -154,6 +164,13 @@ class Lookout:
             "host": os.uname().nodename,
         }
         self._store.set(str(self._rank), json.dumps(word))
+
+    def _listen(self) -> None:
+        """Notes what is new, and when by the clock of this process: another node's may go wrong."""
+        now = time.monotonic()
+        for rank, word in self._words().items():
+            if rank not in self._heard or self._heard[rank][0] != word:
+                self._heard[rank] = word, now
 
     def _words(self) -> dict[int, dict[str, Any]]:
         self._store.set_timeout(_ANSWER)

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.distributed import HashStore, TCPStore
 
 from ict_fast.config import TrainingConfig
 from ict_fast.errors import HungError
+from ict_fast.training import lookout as lookout_module
 from ict_fast.training import reduction
 from ict_fast.training import world as world_module
 from ict_fast.training.lookout import Lookout
@@ -79,7 +81,7 @@ def test_a_host_that_waits_for_gradients_says_so(monkeypatch: pytest.MonkeyPatch
 
 
 def test_when_all_gpus_hang_no_process_is_accused() -> None:
-    store, lookouts = _outlook(4)
+    _, lookouts = _outlook(4)
     _reach(lookouts, 12)
     for lookout in lookouts:
         assert ": no other is behind, so the GPUs or the network between them are" in lookout.diagnosis()
@@ -95,10 +97,29 @@ def test_when_all_gpus_hang_no_process_is_accused() -> None:
     assert " is still measuring at step 12;" in lookouts[0].diagnosis()
     lookouts[1].reached(11)
     assert "no other is behind" in lookouts[1].diagnosis()
-    # And one that has been silent, as it is when it is stopped.
-    word = {"step": 12, "doing": "computing", "time": time.time() - 100, "host": "node7"}
-    store.set("2", json.dumps(word))
-    assert ": process 2 on node7 has been silent for 100 s" in lookouts[0].diagnosis()
+
+
+def test_who_is_silent_is_found_by_the_clock_of_who_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 1, whose clock is a minute slow, waits as process 0 does; process 2 is behind, then stopped."""
+    clock = [1000.0]
+    monkeypatch.setattr(lookout_module, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    store, lookouts = _outlook(3)
+    lookouts[0].reached(12)
+
+    def speak(rank: int, **word: object) -> None:
+        store.set(str(rank), json.dumps({"host": f"node{rank}", **word}))
+
+    with lookouts[0].waiting("the gradients of all processes"):
+        for is_stopped in (False, False, True):
+            lookouts[0]._speak()
+            speak(1, step=12, doing="waiting for the gradients", time=time.time() - 60)
+            if not is_stopped:
+                speak(2, step=11, doing="computing", time=time.time())
+            found = lookouts[0].diagnosis()
+            if not is_stopped:
+                assert ": process 2 on node2 is still computing at step 11;" in found
+            clock[0] += 100
+    assert ": process 2 on node2 has been silent for 100 s, since it was computing at step 11;" in found
 
 
 def test_whom_a_host_waits_for_is_behind_in_the_same_step() -> None:

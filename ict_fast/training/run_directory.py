@@ -241,24 +241,19 @@ def read_config(path: Path) -> Config:
 def prepare_directory(run: Run) -> None:
     """Writes config.json, and cuts back to the checkpoint's step whatever grows with the run.
 
-    The directory is there and locked. What is as it should be is not written again: a disk may be full.
+    The directory is there and locked.
 
     Raises:
-        InputError: if the directory cannot be written.
-        TrainingError: instead, if its disk is full and the run has a checkpoint.
+        InputError, TrainingError: see `update`.
     """
     try:
         if run.initial is None:
             (run.out / RECORD_NAME).unlink(missing_ok=True)
-        config, text = run.out / "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode()
-        if not config.exists() or config.read_bytes() != text:
-            replace_durably(config, text)
+        update(run, "config.json", (json.dumps(to_dict(run.config), indent=2) + "\n").encode())
         for log in (run.out / LOG_NAME, run.out / EVALUATIONS):
             if log.exists():
-                lines = log.read_bytes()
-                kept = [line + b"\n" for line in lines.splitlines() if _step_of(line) <= run.step]
-                if (content := b"".join(kept)) != lines:
-                    replace_durably(log, content)
+                kept = [line for line in log.read_bytes().splitlines() if _step_of(line) <= run.step]
+                update(run, log.name, b"".join(line + b"\n" for line in kept))
         # Those of later steps are another history's.
         for step, snapshot in step_folders(run.out / SNAPSHOTS).items():
             if step > run.step:
@@ -267,6 +262,21 @@ def prepare_directory(run: Run) -> None:
             number = grid.stem.removeprefix("step-")
             if number.isdecimal() and int(number) > run.step:
                 grid.unlink()
+    except OSError as error:
+        raise _unwritable(run, error) from None
+
+
+def update(run: Run, name: str, content: bytes) -> None:
+    """Writes a file of the run, unless it holds that already: a disk may be full.
+
+    Raises:
+        InputError: if it cannot be written.
+        TrainingError: instead, if its disk is full and the run has a checkpoint.
+    """
+    path = run.out / name
+    try:
+        if not path.exists() or path.read_bytes() != content:
+            replace_durably(path, content)
     except OSError as error:
         raise _unwritable(run, error) from None
 

@@ -170,7 +170,7 @@ def _train(
     if run.finished:
         return _already_finished(run)
     world.decide(lambda: prepare_if_bundled(run.config))
-    store = open_data(run)
+    store = world.together(lambda: open_data(run))
     world.decide(lambda: require_measurement(run.config))
     world.require_equal(store.fingerprint, f"the images of {store.path}")
     with ExitStack() as held, explained():
@@ -186,7 +186,7 @@ def _train_locked(
     begun: list[str] = []
     weights: dict[str, torch.Tensor] | None = None
     if run.initial is not None and run.checkpoint is None:
-        weights, report = initial_weights(run.initial, config)
+        weights, report = world.together(partial(initial_weights, run.initial, config))
         begun = report.lines()
         if world.is_first:
             write_record(out, report)
@@ -204,7 +204,7 @@ def _train_locked(
         chosen = before == "float16" or is_too_coarse(run.checkpoint.state.get("roundings", []))
         if chooses_trunk(train_step) and chosen:
             train_step.set_trunk(torch.float16)
-        train_step.restore(run.checkpoint)
+        world.together(partial(train_step.restore, run.checkpoint))
         now = trunk_name(train_step)
         if before not in (None, now):
             warnings.append(f"the run so far has a trunk in {before}, on this device it goes on in {now}")
@@ -222,21 +222,12 @@ def _train_locked(
         micro_batch, short = world.decide(lambda: choose_micro_batch(config, cost, world.size, memory))
         if short is not None:
             (begun if micro_batch != config.training.micro_batch else warnings).append(short)
-    loader, reason = make_loader(
-        replace(config, training=replace(config.training, micro_batch=micro_batch)),
-        store,
-        device,
-        rank=world.rank,
-        world_size=world.size,
+    sized = replace(config, training=replace(config.training, micro_batch=micro_batch))
+    loader, reason = world.together(
+        lambda: make_loader(sized, store, device, rank=world.rank, world_size=world.size)
     )
     world.decide(lambda: prepare_directory(run))
-    if world.is_first:
-        report_progress(run.step, run.step)
-        utilisation = Utilisation(train_step.network, device, world.size)
-        describe_run(run, utilisation, world.size)
-        monitor = Monitor(run, utilisation, open_tracker(run, warnings.append))
-    else:
-        monitor = Monitor(run, silent=True)
+    monitor = world.together(lambda: _open_monitor(run, train_step, device, warnings))
     with (
         StopRequest() as stop,
         monitor,
@@ -254,7 +245,19 @@ def _train_locked(
         if run.step:
             monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
         evaluations = Evaluations(run, monitor, stop, world.get_on)
-        return _loop(run, train_step, loader, monitor, saver, evaluations, stop)
+        result = _loop(run, train_step, loader, monitor, saver, evaluations, stop)
+        world.finish()  # a tracker may take long to send what it has
+        return result
+
+
+def _open_monitor(run: Run, train_step: TrainStep, device: torch.device, warnings: list[str]) -> Monitor:
+    world = train_step.world
+    if not world.is_first:
+        return Monitor(run, silent=True)
+    report_progress(run.step, run.step)
+    utilisation = Utilisation(train_step.network, device, world.size)
+    describe_run(run, utilisation, world.size)
+    return Monitor(run, utilisation, open_tracker(run, warnings.append))
 
 
 def _memory(device: torch.device) -> int | None:

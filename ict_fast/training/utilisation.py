@@ -7,13 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ict_fast.durable import replace_durably
-from ict_fast.errors import InputError
 from ict_fast.hardware import PeakFlops, peak_flops
 from ict_fast.networks import UNet
 from ict_fast.networks.cost import network_cost
 from ict_fast.training.loss_by_sigma import sigma_edges
-from ict_fast.training.run_directory import Run
+from ict_fast.training.run_directory import Run, update
 
 # Student: forward, and twice that backward. Teacher: forward.
 _FORWARD_PASSES = 4
@@ -55,7 +53,7 @@ def describe_run(run: Run, utilisation: Utilisation, processes: int) -> None:
     """Writes run.json: what the figures of log.jsonl refer to, as of the run's last start.
 
     Raises:
-        InputError: if it cannot be written.
+        InputError, TrainingError: see `update`.
     """
     peak = utilisation.peak
     values = {
@@ -65,8 +63,4 @@ def describe_run(run: Run, utilisation: Utilisation, processes: int) -> None:
         "flops_per_image": utilisation.flops_per_image,
         "peak_flops": None if peak is None else peak._asdict(),
     }
-    path = run.out / "run.json"
-    try:
-        replace_durably(path, (json.dumps(values, indent=1) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+    update(run, "run.json", (json.dumps(values, indent=1) + "\n").encode())

@@ -72,6 +72,11 @@ class World:
         if self._lookout is not None:
             self._lookout.compiles()
 
+    def finish(self) -> None:
+        """This process has done its last step, and waits for no other one any more."""
+        if self._lookout is not None:
+            self._lookout.finish()
+
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """While open, the host waits for what other processes must do as well; `what` is for a diagnosis."""
         return nullcontext() if self._lookout is None else self._lookout.waiting(what)
@@ -96,6 +101,31 @@ class World:
         if isinstance(chosen[0], InputError | TrainingError):
             raise chosen[0]
         return chosen[0]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What each process works out for itself, once all have; `work` must not communicate.
+
+        Raises:
+            InputError, TrainingError: in every process: its own, else that of the first one that has one.
+        """
+        if self.size == 1:
+            return work()
+        failed: InputError | TrainingError | None = None
+        try:
+            result = work()
+        except (InputError, TrainingError) as error:
+            failed = error
+        mine = None if failed is None else (type(failed), f"on {os.uname().nodename}: {failed}")
+        of_all: list[Any] = [None] * self.size
+        with self.waiting("all processes to begin"):
+            dist.all_gather_object(of_all, mine, group=self._hosts)
+        if failed is not None:
+            raise failed
+        for rank, theirs in enumerate(of_all):
+            if theirs is not None:
+                kind, text = theirs
+                raise kind(f"process {rank} {text}")
+        return result
 
     def while_first(self, work: Callable[[], T], what: str, stop: StopRequest) -> T:
         """What process 0 works out, in every process, however long it takes.

@@ -26,7 +26,7 @@ from torch import nn
 from ict_fast.config import TrainingConfig, from_dict
 from ict_fast.data.loaders import Batch, make_loader
 from ict_fast.data.store import open_store
-from ict_fast.errors import InputError, TrainingError
+from ict_fast.errors import HungError, InputError, TrainingError
 from ict_fast.training import graph, precision, trainer
 from ict_fast.training import step as step_module
 from ict_fast.training.graph import CapturedStep
@@ -245,6 +245,14 @@ def disagree(world: World, folder: Path) -> None:
             world.decide(partial(_raise, error))
     assert int(world.add(torch.tensor(world.rank))) == 3
     assert [world.any(world.rank == rank) for rank in range(4)] == [True, True, True, False]
+    assert world.together(lambda: world.rank) == world.rank
+    host = os.uname().nodename
+    for kind in (InputError, HungError):
+        whose = "alone$" if world.rank == 1 else f"^process 1 on {host}: alone$"
+        with pytest.raises(kind, match=whose):
+            world.together(partial(_raise, kind("alone")) if world.rank == 1 else lambda: None)
+    with pytest.raises(InputError, match=f"^all, {world.rank}$"):
+        world.together(partial(_raise, InputError(f"all, {world.rank}")))
     asked = {(1, 2): 143, (0, 2): SAVE, (0, 4): SAVE}
     codes = [world.stop_code(asked.get((world.rank, step))) for step in range(7)]
     assert codes == [None, None, None, 143, None, SAVE, None], "all at one step, that after it was asked for"

@@ -9,20 +9,25 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
 from ict_fast.cli import main
 from ict_fast.config import Config
 from ict_fast.errors import InputError
-from ict_fast.training import trackers
+from ict_fast.training import trackers, trainer
+from ict_fast.training.lookout import Lookout
 from ict_fast.training.loss_by_sigma import sigma_edges
 from ict_fast.training.run_directory import Run
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trackers import chosen_tracker, tagged
 from ict_fast.training.trainer import train
+from ict_fast.training.world import World
 
 
 def _tracked(config: Config, tracker: str, **logging: Any) -> Config:
@@ -103,6 +108,22 @@ def test_weights_and_biases_works_without_a_network(
     for word in (b"loss_by_sigma/00_0.002-0.00484", b"gradient_norm", b"frechet", b"grid"):
         assert (word in content) == (word != b"frechet")
     assert not (out / "tensorboard").exists()
+
+
+def test_a_tracker_that_takes_long_to_end_is_no_hang(
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `wandb.finish` may, in a run of several processes."""
+    lookout, watched = Lookout(0, 2, HashStore(), 60.0), []
+
+    def look(*_: object) -> None:
+        watched.append(lookout.is_watched)
+
+    monkeypatch.setattr(trainer, "open_tracker", lambda *_: SimpleNamespace(figures=look, close=look))
+    monkeypatch.setattr(trainer, "World", partial(World, lookout))
+    config = replace(one_level, training=replace(one_level.training, total_steps=2))
+    train(_tracked(config, "none", log_every=1, grid_every=0), out=tmp_path / "run", device="cpu")
+    assert watched == [True, True, False]
 
 
 class _Recorder:

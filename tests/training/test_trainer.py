@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -730,6 +730,41 @@ def test_a_disk_that_is_full_when_a_run_goes_on_is_no_fault_of_the_command(
     new = replace(opened, checkpoint=None)
     with pytest.raises(InputError, match=r"No space .*; choose another --out$"), lock(new, pytest.fail):
         pass
+
+
+def test_what_one_process_alone_may_meet_is_met_together(
+    run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that are missing on one node, a tracker that process 0 cannot start: see `World.together`."""
+    config, out = run
+    inside, met = [False], []
+
+    def together(self: World, work: Callable[[], Any]) -> Any:
+        inside[0] = True
+        try:
+            return work()
+        finally:
+            inside[0] = False
+
+    def watched(place: object, name: str) -> None:
+        original = getattr(place, name)
+
+        def call(*arguments: object, **options: object) -> object:
+            met.append((name, inside[0]))
+            if name == "open_tracker":
+                raise InputError("the end")
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(place, name, call)
+
+    monkeypatch.setattr(World, "together", together)
+    watched(trainer.TrainStep, "restore")
+    for name in ("open_data", "make_loader", "describe_run", "open_tracker"):
+        watched(trainer, name)
+    with pytest.raises(InputError, match="the end"):
+        train(config, out=out, device="cpu", extend=25)
+    names = ("open_data", "restore", "make_loader", "describe_run", "open_tracker")
+    assert met == [(name, True) for name in names]
 
 
 def test_an_end_that_could_not_be_saved_is_a_failure(

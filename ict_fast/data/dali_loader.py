@@ -36,6 +36,15 @@ def dali_problem() -> str | None:
     return None
 
 
+def require_dali() -> None:
+    """Raises InputError, with what to do, if DALI cannot be used here."""
+    if (problem := dali_problem()) is not None:
+        raise InputError(
+            f'--data.loader is dali, but {problem}: pip install -c constraints.txt -e ".[dali]" (CUDA 13'
+            ' or a CPU; ".[dali-cu12]" for CUDA 12), or choose --data.loader memmap'
+        )
+
+
 def dali_failure(device: torch.device) -> str | None:
     """Why DALI, which can be imported, cannot carry a byte to the device, or None.
 
@@ -65,12 +74,7 @@ class DaliLoader(Loader):
 
     def __init__(self, store: Store, **arguments: Any) -> None:
         super().__init__(store, **arguments)
-        problem = dali_problem()
-        if problem is not None:
-            raise InputError(
-                f'--data.loader is dali, but {problem}: pip install -c constraints.txt -e ".[dali]" (CUDA 13'
-                ' or a CPU; ".[dali-cu12]" for CUDA 12), or choose --data.loader memmap'
-            )
+        require_dali()
         failure = dali_failure(self._device)
         if failure is not None:
             raise InputError(f"--data.loader is dali, but {failure}; choose --data.loader resident or memmap")

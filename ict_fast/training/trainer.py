@@ -14,8 +14,10 @@ import torch
 from ict_fast import torchrun
 from ict_fast.config import Config, LoggingConfig, validate
 from ict_fast.consistency.curriculum import stages
-from ict_fast.data.loaders import Loader, make_loader
+from ict_fast.data.dali_loader import require_dali
+from ict_fast.data.loaders import Loader, choose_loader, make_loader
 from ict_fast.data.order import micro_batch_size
+from ict_fast.data.resident_loader import resident_bytes
 from ict_fast.data.store import Store
 from ict_fast.errors import EXIT_DONE, TrainingError
 from ict_fast.networks.cost import network_cost
@@ -123,6 +125,8 @@ def train(
     micro_batch_size(run.config.training.batch_size, count, run.config.training.micro_batch)
     prepare_if_bundled(run.config)
     open_data(run)
+    if run.config.data.loader == "dali":
+        require_dali()
     require_measurement(run.config)
     with lock(run, lambda text: None):
         pass  # process 0 takes it again, and keeps it
@@ -218,6 +222,8 @@ def _train_locked(
         warnings.append(initial_share)
     micro_batch = config.training.micro_batch
     if memory := _memory(device):
+        if choose_loader(config.data.loader, store, device)[0] == "resident":
+            memory -= resident_bytes(store)
         cost, memory = network_cost(train_step.network), world.least(memory, "the memory of their GPUs")
         micro_batch, short = world.decide(lambda: choose_micro_batch(config, cost, world.size, memory))
         if short is not None:

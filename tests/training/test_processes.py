@@ -33,6 +33,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from ict_fast import torchrun
 from ict_fast.checkpoint import Checkpoint, open_checkpoint
 from ict_fast.config import Config, TrainingConfig, to_dict
+from ict_fast.data import dali_loader
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.networks import switches
 from ict_fast.networks.switches import configure_torch
@@ -585,6 +586,16 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_a_process_starts(
         tiny, out=tmp_path / "run", device="cpu", processes=3
     )
     assert "device: cpu, 2 processes" in dry_run(tiny, out=tmp_path / "run", device="cpu", processes=2)
+
+
+def test_a_loader_that_is_not_installed_is_refused_before_a_process_starts(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "run_processes", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(dali_loader, "dali_problem", lambda: "DALI is not installed")
+    config = replace(tiny, data=replace(tiny.data, loader="dali"))
+    with pytest.raises(InputError, match="loader is dali, but DALI is not installed: pip install"):
+        train(config, out=tmp_path / "run", device="cpu", processes=2)
 
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -569,6 +569,25 @@ def test_memory_that_does_not_suffice_is_one_line(
         train(one_level, out=tmp_path / "run", device="cpu")
 
 
+@pytest.mark.parametrize(("loader", "images"), [("memmap", 0), ("resident", 1797 * (8 * 8 + 8))])
+def test_images_that_a_gpu_holds_leave_less_for_the_micro_batch(
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str, images: int
+) -> None:
+    """Each a byte per pixel, and eight of its label."""
+    left: list[float] = []
+
+    def choose(config: Config, cost: object, gpus: int, memory: float) -> None:
+        left.append(memory)
+        raise InputError("the end")
+
+    monkeypatch.setattr(trainer, "_memory", lambda device: 10**9)
+    monkeypatch.setattr(trainer, "choose_micro_batch", choose)
+    config = replace(one_level, data=replace(one_level.data, loader=loader))
+    with pytest.raises(InputError, match="the end"):
+        train(config, out=tmp_path / "run", device="cpu")
+    assert left == [10**9 - images]
+
+
 def test_a_run_whose_checkpoints_are_all_broken_is_refused(run: tuple[Config, Path]) -> None:
     config, out = run
     for file in out.glob("checkpoints/*/ema.safetensors"):

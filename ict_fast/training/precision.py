@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ict_fast.consistency.curriculum import num_scales
 from ict_fast.data.loaders import Batch, Loader
-from ict_fast.training.step import TrainStep
+from ict_fast.training.step import TrainStep, trunk_dtype
 
 BATCHES = 24
 """The most that a choice takes; it takes fewer where they say the same."""
@@ -163,6 +163,39 @@ def choose_trunk(
         f" (cosine {rounding.cosine:.4f}, at least {_LEAST_COSINE}; noise {rounding.noise:.3f}, at most"
         f" {_MOST_NOISE}; {rounding.batches} batches)"
     )
+
+
+def leave_fp16(step: TrainStep, loader: Loader, number: int) -> str | None:
+    """Goes back to bf16 if activations have outgrown fp16 since it was chosen: no step would be finite again.
+
+    A later stage may choose fp16 once more.
+
+    Args:
+        step: after a step that was skipped.
+        loader: of the run's batches.
+        number: that step's.
+    Returns:
+        A line for the person; None if nothing was changed: fp16 was not chosen, or is not the reason.
+    """
+    config = step.config
+    chosen = config.training.precision == "auto" and step.autocast_dtype is torch.float16
+    if not chosen or trunk_dtype("auto", step.device) is not torch.bfloat16:
+        return None
+    if not _overflows_fp16(step, number, loader.micro_batches(number)):
+        return None
+    step.set_trunk(torch.bfloat16)
+    scales = num_scales(number, config.training.total_steps, config.method)
+    step.roundings.append(
+        {
+            "step": number,
+            "num_scales": scales,
+            "cosine": None,
+            "noise": None,
+            "batches": 0,
+            "fp16_overflows": True,
+        }
+    )
+    return f"N = {scales}: activations overflow fp16 by now, bf16 from here on"
 
 
 def measure_rounding(step: TrainStep, first_step: int, batches: Iterable[Sequence[Batch]]) -> Rounding:

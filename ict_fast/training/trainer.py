@@ -19,7 +19,7 @@ from ict_fast.data.loaders import Loader, choose_loader, make_loader
 from ict_fast.data.order import micro_batch_size
 from ict_fast.data.resident_loader import resident_bytes
 from ict_fast.data.store import Store
-from ict_fast.errors import EXIT_DONE, TrainingError
+from ict_fast.errors import EXIT_DONE, DivergedError, TrainingError
 from ict_fast.networks.cost import network_cost
 from ict_fast.planning.plan import choose_micro_batch
 from ict_fast.screen import duration, say
@@ -39,7 +39,13 @@ from ict_fast.training.initial import initial_weights, write_record
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor
 from ict_fast.training.outcome import RunResult, report_progress
-from ict_fast.training.precision import choice_is_due, choose_trunk, chooses_trunk, is_too_coarse
+from ict_fast.training.precision import (
+    choice_is_due,
+    choose_trunk,
+    chooses_trunk,
+    is_too_coarse,
+    leave_fp16,
+)
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
 from ict_fast.training.run_directory import GRIDS, Run, lock, open_run, prepare_directory
@@ -300,10 +306,20 @@ def _loop(
         is_due = step > run.step and not _is_saved(step, logging) and saver.is_due()
         agreed = world.stop_code(stop.exit_code or (SAVE if is_due else None))
         done, stop_code = step == total, None if agreed == SAVE else agreed
+        compiling = train_step.compiled_blocks if step == run.step else 0
         if step > run.step:
             if done or step % logging.log_every == 0:
                 monitor.record(step, figures(train_step, step))
-                skipped_steps.look(step)
+                try:
+                    skipped_steps.look(step)
+                except DivergedError:
+                    with _between_steps(advance, monitor):
+                        back = leave_fp16(train_step, loader, step - 1)
+                    if back is None:
+                        raise
+                    monitor.warn(back)
+                    if compiling := train_step.compiled_blocks:
+                        world.compiles()
             if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
                 with _between_steps(advance, monitor):
                     save_grid(train_step, step, out / GRIDS / f"step-{step:08d}.png", monitor)
@@ -327,7 +343,7 @@ def _loop(
                 is_saved = True
         if done or stop_code is not None:
             break
-        compiling, started = train_step.compiled_blocks if step == run.step else 0, time.monotonic()
+        started = time.monotonic()
         if compiling:
             monitor.say(f"compiling {compiling} blocks; the first start takes minutes, later ones seconds")
         try:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import weakref
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from ict_fast.checkpoint import open_checkpoint
 from ict_fast.config import Config
 from ict_fast.data.loaders import Batch
+from ict_fast.errors import DivergedError
 from ict_fast.networks import unet
 from ict_fast.planning import make_plan
 from ict_fast.planning.plan import CALIBRATION_PIECES, GRADIENTS_ALIVE, RUNTIME_BYTES
@@ -42,9 +44,10 @@ CPU = torch.device("cpu")
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """auto means bf16, here too."""
     original = step.trunk_dtype
-    monkeypatch.setattr(
-        step, "trunk_dtype", lambda name, device: original("bf16" if name == "auto" else name, device)
-    )
+    for module in (step, precision):
+        monkeypatch.setattr(
+            module, "trunk_dtype", lambda name, device: original("bf16" if name == "auto" else name, device)
+        )
 
 
 def test_the_rounding_is_what_float64_statistics_of_the_gradients_say(
@@ -256,6 +259,56 @@ def test_bf16_stays_where_activations_are_beyond_fp16(
     assert "loss_scale" not in end.tensors("optimizer")
     assert [each["fp16_overflows"] for each in end.state["roundings"]] == 8 * [True], "asked in every stage"
     assert not precision.is_too_coarse(end.state["roundings"]), "nor does a resumed run take fp16"
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+@pytest.mark.parametrize("grow", ["activations", "gradients"])
+def test_a_run_returns_to_bf16_when_activations_outgrow_fp16_and_ends_if_that_is_not_why(
+    one_level: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    grow: str,
+) -> None:
+    config = replace(
+        one_level,
+        network=replace(one_level.network, num_blocks=1, attention_resolutions=()),
+        training=replace(
+            one_level.training, precision="auto", max_skipped_steps=1, total_steps=3, batch_size=2
+        ),
+        logging=replace(one_level.logging, log_every=1, checkpoint_every=2, tracker="none"),
+    )
+    scale, call, original = [1.0], TrainStep.__call__, unet.to_trunk
+
+    def growing(self: TrainStep, number: int, drawn: Any) -> None:
+        if number == 1 and grow == "activations":
+            scale[0] = 3e5
+        if number == 1 and grow == "gradients":
+            next(self.network.parameters()).register_hook(lambda gradient: gradient * math.inf)
+        call(self, number, drawn)
+
+    monkeypatch.setattr(TrainStep, "__call__", growing)
+    monkeypatch.setattr(unet, "to_trunk", lambda x_nchw: original(scale[0] * x_nchw))
+    monkeypatch.setattr(precision, "measure_rounding", lambda *_: Rounding(0.9, 1.0))
+    out = tmp_path / "run"
+    if grow == "gradients":
+        with pytest.raises(DivergedError, match=r"^1 steps in a row up to step 2 had no finite gradient"):
+            train(config, out=out, device="cpu")
+        return
+    train(config, out=out, device="cpu")
+    assert "warning: N = 21: activations overflow fp16 by now, bf16 from here" in capsys.readouterr().err
+    end = open_checkpoint(out)
+    assert end.state["trunk_dtype"] == "bfloat16"
+    assert int(end.tensors("optimizer")["skipped"]) == 1, "step 1, and none in bf16"
+    chosen = [(each["step"], each["num_scales"], each["fp16_overflows"]) for each in end.state["roundings"]]
+    assert chosen == [(0, 11, False), (1, 21, True), (2, 41, True)], "the next stage asks again"
+
+    weights = end.tensors("weights")
+    shutil.rmtree(end.path)
+    train(config, out=out, device="cpu")  # from step 2, at which it went back
+    again = open_checkpoint(out)
+    assert again.state["roundings"] == end.state["roundings"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.tensors("weights").items())
 
 
 def test_the_choice_outlives_another_device_and_is_made_up_for_after_one(

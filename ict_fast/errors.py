@@ -69,6 +69,11 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def is_system_error(error: Exception) -> bool:
+    """Whether a file failed or memory was not to be had: no fault of the input or of the code."""
+    return isinstance(error, OSError) or is_out_of_memory(error)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The hint that follows an unknown name: the nearest right one, or all of them if none is near.
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ict_fast.consistency.model import ConsistencyModel, build_seeded_network
 from ict_fast.consistency.sampling import sample
 from ict_fast.data.pictures import image_grid, save_png, to_uint8
+from ict_fast.errors import is_system_error
 from ict_fast.training.monitor import Monitor, reason
 from ict_fast.training.step import TrainStep
 
@@ -27,7 +26,9 @@ def save_grid(train_step: TrainStep, step: int, path: Path, monitor: Monitor) ->
     try:
         path.parent.mkdir(exist_ok=True)
         save_png(image_grid(to_uint8(sample(averaged_model(train_step), _GRID_IMAGES))), path)
-    except (OSError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not is_system_error(error):
+            raise
         monitor.warn(f"{path} cannot be written ({reason(error)}); training goes on")
         return
     monitor.drew_grid(step, path)

@@ -17,7 +17,7 @@ from ict_fast.checkpoint import mark_best, write_checkpoint, write_whole
 from ict_fast.config import to_dict
 from ict_fast.consistency.objective import revision
 from ict_fast.data.store import Store
-from ict_fast.errors import DivergedError, TrainingError
+from ict_fast.errors import DivergedError, TrainingError, is_system_error
 from ict_fast.training import outcome
 from ict_fast.training.failures import what_may_help
 from ict_fast.training.monitor import Monitor, reason
@@ -30,8 +30,8 @@ class Saver:
     """Copies the state into host memory, and writes the copy in a thread.
 
     The training waits for the copy, and for the checkpoint before if that is still being written. One that
-    cannot be written (a full disk) costs a warning: the older ones stay, and the training goes on. In a run
-    of several processes all compare their states, and process 0 writes.
+    cannot be written (a full disk, no memory) costs a warning: the older ones stay, and the training goes on.
+    In a run of several processes all compare their states, and process 0 writes.
 
     A context manager; at its end nothing is left half-written.
 
@@ -73,7 +73,11 @@ class Saver:
             self.step = step
             return
         self.wait()
-        copies = _on_host(tensors)
+        try:
+            copies = _on_host(tensors)
+        except Exception as error:
+            self._warn(step, error)
+            return
         state = {
             "step": step,
             **self._origin(),
@@ -129,7 +133,11 @@ class Saver:
             return
         self.wait()
         names = self._train_step.averages.power_names
-        copies = _on_host({f"ema-{name}": self._train_step.ema_weights(name) for name in names})
+        try:
+            copies = _on_host({f"ema-{name}": self._train_step.ema_weights(name) for name in names})
+        except Exception as error:
+            self._warn_of_snapshot(step, error)
+            return
         state = {
             "step": step,
             "updates": int(self._train_step.updates()),
@@ -148,28 +156,40 @@ class Saver:
             (step, future), self._writing_snapshot = self._writing_snapshot, None
             try:
                 future.result()
-            except (OSError, TrainingError) as error:
-                self._monitor.warn(
-                    f"the averages of step {step:,} could not be kept ({reason(error)}); `ict-fast ema` will"
-                    " do with the others, training goes on"
-                )
+            except Exception as error:
+                self._warn_of_snapshot(step, error)
         if self._writing is None:
             return
         (step, future), self._writing = self._writing, None
         try:
             future.result()
-        except OSError as error:
-            before = f"the one of step {self.step:,} stays" if self.step else "there is none before it"
-            self._monitor.warn(
-                f"the checkpoint of step {step:,} could not be written ({reason(error)}); {before}, training"
-                " goes on"
-            )
-            return
         except TrainingError as error:
             raise DivergedError(
                 f"{error}: the training has diverged; {what_may_help(self._run.config)}"
             ) from error
+        except Exception as error:
+            self._warn(step, error)
+            return
         self.step = step
+
+    def _warn(self, step: int, error: Exception) -> None:
+        """Of a checkpoint that could not be written; raises what is no error of the system."""
+        if not is_system_error(error):
+            raise error
+        before = f"the one of step {self.step:,} stays" if self.step else "there is none before it"
+        self._monitor.warn(
+            f"the checkpoint of step {step:,} could not be written ({reason(error)}); {before}, training"
+            " goes on"
+        )
+
+    def _warn_of_snapshot(self, step: int, error: Exception) -> None:
+        """As `_warn`, of averages; it does not matter here why they are not finite."""
+        if not is_system_error(error) and not isinstance(error, TrainingError):
+            raise error
+        self._monitor.warn(
+            f"the averages of step {step:,} could not be kept ({reason(error)}); `ict-fast ema` will do with"
+            " the others, training goes on"
+        )
 
     def __enter__(self) -> Saver:
         return self

@@ -1,4 +1,4 @@
-"""The training loop, in one fixed order: log, grid, measurement, snapshot, checkpoint, done?, batch, step."""
+"""The training loop, in one fixed order: log, snapshot, checkpoint, grid, measurement, done?, batch, step."""
 
 from __future__ import annotations
 
@@ -307,29 +307,29 @@ def _loop(
         agreed = world.stop_code(stop.exit_code or (SAVE if is_due else None))
         done, stop_code = step == total, None if agreed == SAVE else agreed
         compiling = train_step.compiled_blocks if step == run.step else 0
-        if step > run.step:
-            if done or step % logging.log_every == 0:
-                monitor.record(step, figures(train_step, step))
-                try:
-                    skipped_steps.look(step)
-                except DivergedError:
-                    with _between_steps(advance, monitor):
-                        back = leave_fp16(train_step, loader, step - 1)
-                    if back is None:
-                        raise
-                    monitor.warn(back)
-                    if compiling := train_step.compiled_blocks:
-                        world.compiles()
-            if world.is_first and logging.grid_every and (done or step % logging.grid_every == 0):
+        if step > run.step and (done or step % logging.log_every == 0):
+            monitor.record(step, figures(train_step, step))
+            try:
+                skipped_steps.look(step)
+            except DivergedError:
                 with _between_steps(advance, monitor):
-                    save_grid(train_step, step, out / GRIDS / f"step-{step:08d}.png", monitor)
+                    back = leave_fp16(train_step, loader, step - 1)
+                if back is None:
+                    raise
+                monitor.warn(back)
+                if compiling := train_step.compiled_blocks:
+                    world.compiles()
         if step > run.step and config.optimizer.power_ema and (done or step % _snapshot_every(config) == 0):
             saver.save_snapshot(step)
         is_saved = step > run.step and (done or agreed is not None or _is_saved(step, logging))
         if stop_code is not None and is_saved and not done:
             monitor.say(f"stopping at step {step:,}, saving it; Ctrl-C again quits without")
-        if is_saved:  # before the measurement, which may crash
+        if is_saved:  # before the picture and the measurement, which may crash
             saver.save(step)
+        is_drawn = bool(logging.grid_every) and (done or step % logging.grid_every == 0)
+        if step > run.step and world.is_first and is_drawn:
+            with _between_steps(advance, monitor):
+                save_grid(train_step, step, out / GRIDS / f"step-{step:08d}.png", monitor)
         if evaluations.is_due(step) and stop_code is None:  # a run that goes on makes up for a missed one
             saver.wait()
             measure = partial(evaluations.measure, step, partial(averaged_model, train_step))

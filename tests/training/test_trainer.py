@@ -27,7 +27,7 @@ from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.consistency import load_model, sample
 from ict_fast.errors import InputError, TrainingError
-from ict_fast.training import run_directory, saving, trainer
+from ict_fast.training import grids, run_directory, saving, trainer
 from ict_fast.training.describe import describe, describe_initial_share
 from ict_fast.training.dry_run import dry_run
 from ict_fast.training.launch import resolve_device
@@ -649,6 +649,63 @@ def test_a_full_disk_costs_a_warning_and_no_training(
     shown = capsys.readouterr().err
     assert shown.count("could not be written (No space left on device); there is none before it") == 2
     assert open_checkpoint(tmp_path / "run").step == 24
+
+
+@pytest.fixture
+def brief(one_level: Config) -> Config:
+    """Four steps of one block at a time, a checkpoint after each."""
+    return replace(
+        one_level,
+        network=replace(one_level.network, num_blocks=1, attention_resolutions=()),
+        training=replace(one_level.training, total_steps=4, batch_size=2),
+        logging=replace(one_level.logging, log_every=1, checkpoint_every=1, tracker="none"),
+    )
+
+
+@pytest.mark.parametrize("place", ["thread", "copy", "picture"])
+def test_memory_that_a_checkpoint_or_a_picture_lacks_costs_a_warning_and_no_training(
+    brief: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    module, name = {
+        "thread": (checkpoint_module, "_encode_state"),
+        "copy": (saving, "_on_host"),
+        "picture": (grids, "sample"),
+    }[place]
+    original, calls = getattr(module, name), []
+
+    def greedy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            torch.empty(2**60)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, greedy)
+    config = replace(brief, logging=replace(brief.logging, grid_every=1, snapshot_every=1))
+    assert train(config, out=tmp_path / "run", device="cpu").exit_code == 0
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "DefaultCPUAllocator: can't allocate memory" in warning
+    drawn = place == "picture"
+    what = "/grids/step-00000002.png cannot be" if drawn else "the checkpoint of step 2 could not be written"
+    assert what in warning
+    kept = [int(path.name.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").glob("step-*")]
+    assert sorted(kept) == ([1, 2, 3, 4] if drawn else [1, 3, 4])
+
+
+def test_a_step_is_saved_before_its_picture_is_drawn(
+    brief: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*arguments: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(grids, "sample", crash)
+    config = replace(brief, logging=replace(brief.logging, grid_every=2))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(config, out=tmp_path / "run", device="cpu")
+    assert open_checkpoint(tmp_path / "run").step == 2
 
 
 def test_the_training_goes_on_while_a_checkpoint_is_written(

@@ -274,6 +274,23 @@ def checkpoint_steps(run: Path) -> frozenset[int]:
     return frozenset(step_folders(run / "checkpoints"))
 
 
+def set_broken_aside(run: Path, step: int) -> None:
+    """Takes away the checkpoints after a step, which are broken: they would count among those to keep.
+
+    The next one that is written deletes them.
+
+    Args:
+        run: the run's directory, which is locked.
+        step: that of its newest whole checkpoint.
+    """
+    folder = run / "checkpoints"
+    for number, path in step_folders(folder).items():
+        if number > step:
+            aside = folder / f"{_UNFINISHED}step-{number:08d}-broken"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+
+
 def _open_whole(path: Path) -> Checkpoint:
     manifest = _read_json(path / _MANIFEST)
     if manifest.get("format") != FORMAT:

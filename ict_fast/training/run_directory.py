@@ -13,7 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ict_fast.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint, step_folders
+from ict_fast.checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    latest_checkpoint,
+    set_broken_aside,
+    step_folders,
+)
 from ict_fast.config import Config, differences, from_dict, to_dict
 from ict_fast.consistency.curriculum import Extension, num_scales, read_extensions
 from ict_fast.consistency.objective import revision
@@ -254,6 +260,7 @@ def prepare_directory(run: Run) -> None:
             if log.exists():
                 kept = [line for line in log.read_bytes().splitlines() if _step_of(line) <= run.step]
                 update(run, log.name, b"".join(line + b"\n" for line in kept))
+        set_broken_aside(run.out, run.step)
         # Those of later steps are another history's.
         for step, snapshot in step_folders(run.out / SNAPSHOTS).items():
             if step > run.step:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from ict_fast import checkpoint as checkpoint_module
 from ict_fast import presets
-from ict_fast.checkpoint import open_checkpoint
+from ict_fast.checkpoint import open_checkpoint, write_checkpoint
 from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.consistency import load_model, sample
@@ -464,6 +464,23 @@ def test_an_altered_newest_checkpoint_falls_back_to_the_one_before(
     whole = finished[1] / "checkpoints/step-00000024/weights.safetensors"
     assert victim.read_bytes() == whole.read_bytes(), "trained again, bit for bit"
     assert [record["step"] for record in _records(out)] == [5, 10, 15, 20, 24], "the log was cut back"
+
+
+def test_a_broken_checkpoint_does_not_push_out_the_whole_one_that_the_run_goes_on_from(
+    run: tuple[Config, Path],
+) -> None:
+    config, out = run
+    (out / "checkpoints/step-00000024/ema.safetensors").unlink()
+    warnings: list[str] = []
+    opened = open_run(config, out, "auto", None, warnings.append)
+    assert "step-00000024/ema.safetensors: missing; passing over" in warnings[0]
+    prepare_directory(opened)
+    again = open_run(config, out, "auto", None, pytest.fail)  # as after a kill
+    assert (opened.step, again.step) == (16, 16)
+    write_checkpoint(out, 28, {"weights": {"a": torch.ones(1)}}, {}, keep=2)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        *("latest", "step-00000016", "step-00000028")
+    ]
 
 
 def test_a_missing_config_file_is_restored_from_the_checkpoint(

@@ -146,6 +146,19 @@ def mark_best(run: Path, step: int, *, keep: int, snapshot_every: int) -> None:
         _delete_old(folder, step, keep, snapshot_every)
 
 
+def make_room(run: Path, *, snapshot_every: int) -> None:
+    """Deletes the checkpoints before the newest whole one, but for the best one and those kept for ever.
+
+    What cannot be read or deleted stays.
+
+    Args:
+        run, snapshot_every: see `write_checkpoint`.
+    """
+    with contextlib.suppress(OSError, InputError):
+        if newest := latest_checkpoint(run, lambda text: None):
+            _delete_old(run / "checkpoints", newest.step, 1, snapshot_every)
+
+
 def write_whole(
     final: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]
 ) -> Path:

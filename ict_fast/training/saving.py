@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ict_fast.checkpoint import mark_best, write_checkpoint, write_whole
+from ict_fast.checkpoint import make_room, mark_best, write_checkpoint, write_whole
 from ict_fast.config import to_dict
 from ict_fast.consistency.objective import revision
 from ict_fast.data.store import Store
@@ -37,10 +38,13 @@ class Saver:
 
     Attributes:
         step: of the newest checkpoint that is known to be on disk, 0 if there is none.
+        failure: why the last one that could not be written could not; in process 0.
     """
 
     def __init__(self, run: Run, store: Store, train_step: TrainStep, monitor: Monitor) -> None:
         self.step = run.step
+        self.failure = ""
+        self._disk_is_full = False
         self._begun = monotonic()
         self._run, self._store, self._train_step, self._monitor = run, store, train_step, monitor
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ict-fast-saver")
@@ -116,6 +120,11 @@ class Saver:
         outcome.report_progress(self._run.step, step)
         return path
 
+    def make_room(self) -> None:
+        """For the last checkpoint, where the disk is too full for it; the newest one before it stays."""
+        if self._disk_is_full:
+            make_room(self._run.out, snapshot_every=self._run.config.logging.snapshot_every)
+
     def mark_best(self, step: int) -> None:
         """The checkpoint of a step, which has been saved, is the best one from now on."""
         if not self._train_step.world.is_first:
@@ -176,9 +185,11 @@ class Saver:
         """Of a checkpoint that could not be written; raises what is no error of the system."""
         if not is_system_error(error):
             raise error
+        self.failure = reason(error)
+        self._disk_is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         before = f"the one of step {self.step:,} stays" if self.step else "there is none before it"
         self._monitor.warn(
-            f"the checkpoint of step {step:,} could not be written ({reason(error)}); {before}, training"
+            f"the checkpoint of step {step:,} could not be written ({self.failure}); {before}, training"
             " goes on"
         )
 

@@ -307,6 +307,7 @@ def _loop(
         agreed = world.stop_code(stop.exit_code or (SAVE if is_due else None))
         done, stop_code = step == total, None if agreed == SAVE else agreed
         compiling = train_step.compiled_blocks if step == run.step else 0
+        is_best = False
         if step > run.step and (done or step % logging.log_every == 0):
             monitor.record(step, figures(train_step, step))
             try:
@@ -378,8 +379,15 @@ def _loop(
         monitor.advance(step)
     saver.wait()
     saved_step = world.decide(lambda: saver.step)  # nobody ends before the checkpoint is written
-    if saved_step != step:
-        raise TrainingError(f"step {step:,} could not be saved; {out} holds step {saved_step:,}")
+    if saved_step != step:  # no later one makes up for it
+        world.decide(saver.make_room)
+        saver.save(step, best=is_best)
+        saver.wait()
+        saved_step, failure = world.decide(lambda: (saver.step, saver.failure))
+        if saved_step != step:
+            raise TrainingError(
+                f"step {step:,} could not be saved ({failure}); {out} holds step {saved_step:,}"
+            )
     if done:
         skipped_steps.require_some(step)
         skipped = int(train_step.optimizer.skipped)

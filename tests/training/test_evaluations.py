@@ -133,6 +133,25 @@ def test_a_step_is_on_the_disk_before_it_is_measured_and_the_best_one_only_if_it
     assert open_checkpoint(out / "checkpoints/best").step == 2
 
 
+def test_the_best_step_is_the_last_one_also_if_the_disk_was_full_at_first(
+    one_level: Config, tmp_path: Path, distances: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write, tried = tmp_path / "run", saving.write_checkpoint, []
+
+    def full(out: Path, step: int, *rest: Any, **options: Any) -> Path:
+        tried.append(step)
+        if tried == [1, 2]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(out, step, *rest, **options)
+
+    monkeypatch.setattr(saving, "write_checkpoint", full)
+    distances(9.0, 3.0)
+    config = replace(one_level, training=replace(one_level.training, total_steps=2, batch_size=2))
+    train(_measured(config, evaluate_every=1, checkpoint_every=1), out=out, device="cpu")
+    assert tried == [1, 2, 2]
+    assert (out / "checkpoints/best").read_text() == "step-00000002\n"
+
+
 def test_a_crash_while_measuring_loses_no_step_that_was_to_be_saved(
     one_level: Config, tmp_path: Path, distances: Callable[..., None]
 ) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from PIL import Image
 
 from ict_fast import checkpoint as checkpoint_module
 from ict_fast import presets
-from ict_fast.checkpoint import open_checkpoint, write_checkpoint
+from ict_fast.checkpoint import checkpoint_steps, open_checkpoint, write_checkpoint
 from ict_fast.cli import main
 from ict_fast.config import Config, to_dict
 from ict_fast.consistency import load_model, sample
@@ -868,6 +869,44 @@ def test_an_end_that_could_not_be_saved_is_a_failure(
         pytest.raises(TrainingError, match="step 24 could not be saved"),
     ):
         train(one_level, out=tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize("capacity", [1, 2])
+def test_on_a_full_disk_the_end_takes_the_place_of_an_older_checkpoint_or_is_a_failure(
+    brief: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capacity: int
+) -> None:
+    """The disk has room for so many checkpoints; the newest whole one is never given up."""
+    out = tmp_path / "run"
+
+    def disk_usage(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=1 << 40 if len(checkpoint_steps(out)) < capacity else 1000)
+
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", disk_usage)
+    if capacity == 2:
+        assert train(brief, out=out, device="cpu").step == 4
+        assert checkpoint_steps(out) == {2, 4}
+    else:
+        needed = r"\(a checkpoint needs \d+\.\d MB and the disk has 0\.0 MB left\)"
+        with pytest.raises(TrainingError, match=rf"^step 4 could not be saved {needed}; .* holds step 1$"):
+            train(brief, out=out, device="cpu")
+    assert open_checkpoint(out).step == (4 if capacity == 2 else 1)
+
+
+def test_no_checkpoint_is_given_up_for_an_end_that_failed_for_another_reason(
+    brief: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = saving.write_checkpoint
+
+    def broken(out: Path, step: int, *rest: Any, **options: Any) -> Path:
+        if step > 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return write(out, step, *rest, **options)
+
+    monkeypatch.setattr(saving, "write_checkpoint", broken)
+    failure = re.escape("step 4 could not be saved (Input/output error)")
+    with pytest.raises(TrainingError, match=f"^{failure}"):
+        train(brief, out=tmp_path / "run", device="cpu")
+    assert checkpoint_steps(tmp_path / "run") == {1, 2}
 
 
 def test_too_many_non_finite_steps_in_a_row_end_the_run(

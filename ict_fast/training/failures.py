@@ -92,10 +92,11 @@ class SkippedSteps:
                 f" changed no weight; {what_may_help(self._config)}"
             )
 
-    def require_some(self, step: int) -> None:
-        """Raises DivergedError where none of a run's steps has changed a weight."""
-        if int(self._train_step.optimizer.skipped) == step:
-            raise DivergedError(
-                f"none of the {step:,} steps had a finite gradient: the weights are those that it began with;"
-                f" {what_may_help(self._config)}"
-            )
+
+def require_update(skipped: int, step: int, config: Config) -> None:
+    """Raises DivergedError where none of a run's steps has changed a weight."""
+    if skipped == step:
+        raise DivergedError(
+            f"none of the {step:,} steps had a finite gradient: the weights are those that it began with;"
+            f" {what_may_help(config)}"
+        )

@@ -88,6 +88,7 @@ class Saver:
             "objective_revision": revision(self._run.config.method),
             "trunk_dtype": trunk_name(self._train_step),
             "roundings": list(self._train_step.roundings),
+            "skipped": int(copies["optimizer"]["skipped"]),
             "versions": {
                 "ict_fast": __version__,
                 "torch": torch.__version__,

@@ -31,7 +31,7 @@ from ict_fast.training.evaluations import (
     require_measurable,
     require_measurement,
 )
-from ict_fast.training.failures import SkippedSteps, closing, explained
+from ict_fast.training.failures import SkippedSteps, closing, explained, require_update
 from ict_fast.training.figures import figures
 from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.grids import averaged_model, save_grid
@@ -389,8 +389,8 @@ def _loop(
                 f"step {step:,} could not be saved ({failure}); {out} holds step {saved_step:,}"
             )
     if done:
-        skipped_steps.require_some(step)
         skipped = int(train_step.optimizer.skipped)
+        require_update(skipped, step, config)
         skips = f", {skipped:,} of them skipped for a gradient that was not finite" if skipped else ""
         code, measured = EXIT_DONE, ""
         if world.decide(lambda: evaluations.is_missing(step)):
@@ -420,6 +420,8 @@ def _snapshot_every(config: Config) -> int:
 
 
 def _already_finished(run: Run) -> RunResult:
+    if run.checkpoint is not None:
+        require_update(run.checkpoint.state.get("skipped", 0), run.step, run.config)
     measured = "" if is_measured(run) else describe_missing(run)
     done = f"{run.out} is finished: {run.step:,} steps are done{measured}"
     return RunResult(run.out, run.step, EXIT_DONE, done)

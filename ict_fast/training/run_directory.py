@@ -27,6 +27,7 @@ from ict_fast.durable import replace_durably
 from ict_fast.errors import InputError, TrainingError
 from ict_fast.locks import NO_LOCKS
 from ict_fast.training.initial import RECORD_NAME, Initial, find_initial, settle_initial
+from ict_fast.training.step import learning_rate
 
 LOG_NAME = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -76,7 +77,8 @@ def open_run(
         out: the directory, there or not.
         resume: "auto" starts or resumes, "never" refuses an existing run, "must" refuses a new one.
         extend: the new total number of steps of an existing run, or None.
-        warn: told of every broken checkpoint that is passed over, and of an extension at which N(k) falls.
+        warn: told of every broken checkpoint that is passed over, and of an extension at which N(k) falls or
+            the learning rate rises.
         init: the run, checkpoint or imported model to begin with, or None for random weights.
     Raises:
         InputError: if the run there, or its checkpoint, is another one's (names each field of science that
@@ -162,15 +164,28 @@ def open_run(
                 " --out starts a new run"
             )
         if extensions and extensions[-1].step == checkpoint.step:
-            total = config.training.total_steps
-            before = num_scales(checkpoint.step - 1, extensions[-1].total_steps, config.method)
-            now = num_scales(checkpoint.step, total, config.method)
-            if now < before:
-                warn(
-                    f"the curriculum is laid over {total:,} steps anew (--extend): N falls from {before} to"
-                    f" {now} at step {checkpoint.step:,}"
-                )
+            _warn_of_extension(extensions[-1], config, warn)
     return Run(out, config, checkpoint, steps_seen, settle_initial(out, checkpoint, init), tuple(extensions))
+
+
+def _warn_of_extension(extension: Extension, config: Config, warn: Callable[[str], None]) -> None:
+    """Says what goes back where a run is extended."""
+    step, total = extension.step, config.training.total_steps
+    before: float = num_scales(step - 1, extension.total_steps, config.method)
+    now: float = num_scales(step, total, config.method)
+    if now < before:
+        warn(
+            f"the curriculum is laid over {total:,} steps anew (--extend): N falls from {before} to {now} at"
+            f" step {step:,}"
+        )
+    planned = replace(config, training=replace(config.training, total_steps=extension.total_steps))
+    before = max(learning_rate(step - 1, planned), learning_rate(step, planned))  # in a warm-up the latter
+    now = learning_rate(step, config)
+    if now > before:
+        warn(
+            f"the learning rate's decay is laid over {total:,} steps anew (--extend): it rises from"
+            f" {before:.3g} to {now:.3g} at step {step:,}"
+        )
 
 
 @contextmanager

@@ -225,6 +225,35 @@ def test_no_other_extension_is_warned_of(
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("step", "decay", "extend", "rates"),
+    [
+        (18, 0.5, 48, "0.000583 to 0.001"),  # 7/12 of 1e-3 was the last one of 24 steps
+        (24, 0.5, 36, "8.33e-05 to 0.000667"),  # from 1/12 to 12/18
+        (18, 0.5, 25, ""),  # from 7/12 to 7/12.5
+        (18, 0.0, 48, ""),
+        (3, 0.5, 48, ""),  # in the warm-up, whatever the plan
+    ],
+)
+def test_an_extension_says_that_the_learning_rate_rises(
+    one_level: Config, tmp_path: Path, step: int, decay: float, extend: int, rates: str
+) -> None:
+    config = replace(
+        one_level,
+        optimizer=replace(one_level.optimizer, lr=1e-3, warmup_steps=8, lr_decay=decay),
+        method=replace(one_level.method, curriculum="fixed"),
+    )
+    state = {"step": step, "config": to_dict(config)}
+    write_checkpoint(tmp_path, step, {"weights": {"a": torch.ones(1)}}, state, keep=2)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    warnings: list[str] = []
+    open_run(config, tmp_path, "auto", extend, warnings.append)
+    assert warnings == rates.count("to") * [
+        f"the learning rate's decay is laid over {extend} steps anew (--extend): it rises from {rates} at"
+        f" step {step}"
+    ]
+
+
 def test_what_has_no_effect_is_warned_of_in_one_line(
     one_level: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

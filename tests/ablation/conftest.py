@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from ict_fast import presets
 from ict_fast.ablation.variants import variants_of
 from ict_fast.config import to_dict
+
+sys.path.append(str(Path(__file__).parent))  # for small_presets.py
 
 Distances = Mapping[str, Sequence[float | None]]
 

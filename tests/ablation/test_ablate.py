@@ -13,6 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from forked import ForkedPython
+from small_presets import small
 
 from ict_fast import cli, presets
 from ict_fast.ablation import one_run, runs
@@ -23,31 +25,31 @@ from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.objective import revision
 from ict_fast.errors import InputError, TrainingError
 
-WORDS = ("ablate", "--only", "ict", "l2", "--seeds", "1", "--total-steps", "32", "--count", "64")
+WORDS = ("ablate", "--only", "ict", "l2", "--seeds", "1", "--total-steps", "48", "--count", "64")
+COMMAND = Path(__file__).with_name("small_presets.py")
 
 
-def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ict_fast", *WORDS, "--device", "cpu", *words]
-    return subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The presets of the runs are those of the command line."""
+    monkeypatch.setattr(presets, "get", small(presets.get))
 
 
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """(folder, exit code of a first call that was sent SIGTERM, standard output of a second one)."""
+    """(folder, exit code of a first call that was sent SIGTERM, output of a second one)."""
     folder = tmp_path_factory.mktemp("ablation")
-    first = _start(folder)
+    first = ForkedPython([COMMAND, *WORDS, "--device", "cpu"], folder / "first.txt", folder)
     log = folder / "runs/ablation/ict/seed-0/run/log.jsonl"
     deadline = time.monotonic() + 120
     while not log.exists() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    _, complaint = first.communicate(timeout=120)
+    complaint, _ = first.communicate(timeout=120)
     assert "the same command goes on" in complaint
-    second = _start(folder)
-    output, complaint = second.communicate(timeout=240)
-    assert second.returncode == 0, complaint
+    second = ForkedPython([COMMAND, *WORDS, "--device", "cpu"], folder / "second.txt", folder)
+    output, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, output
     return folder, first.returncode, output
 
 
@@ -69,7 +71,7 @@ def test_the_report_holds_every_run_and_names_what_differs(ablation: tuple[Path,
         assert 0 < run["one_step"]["relative_to_noise"] < 10
         config = json.loads((folder / f"runs/ablation/{name}/seed-0/run/config.json").read_text())
         assert config["method"]["metric"] == ("l2" if name == "l2" else "pseudo-huber")
-        assert config["training"]["total_steps"] == 32
+        assert config["training"]["total_steps"] == 48
     assert "squared L2 instead of Pseudo-Huber" in output
     assert (folder / "runs/ablation/ablation.png").exists()
 
@@ -88,7 +90,7 @@ def test_a_finished_ablation_runs_nothing_again(
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("--total-steps", "30"), "training.total_steps 32, now it is 30"),
+        (("--total-steps", "47"), "training.total_steps 48, now it is 47"),
         (("--count", "65"), "--count 64, now it is 65"),
         (("--only", "l3"), "--only names l3, which is no variant"),
         (("--only", "l3"), "--list shows them"),

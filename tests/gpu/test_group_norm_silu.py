@@ -145,6 +145,18 @@ def test_any_other_shape(shape, dtype):
     assert ours["y"].is_contiguous()
 
 
+@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize(("level", "share"), [(30.0, 0.1), (4000.0, 0.1), (1000.0, 0.0)])
+def test_of_two_neighbouring_16_bit_values_or_one_the_output_is_as_exact_as_16_bits(level, share, size):
+    """A fused multiply-add rounds once: x times a large 1 / std would not cancel the mean's product."""
+    base = torch.tensor(level, dtype=torch.float16)
+    below = torch.nextafter(base, torch.tensor(0.0, dtype=torch.float16))
+    few = torch.rand(2, 256, size, size, generator=torch.Generator().manual_seed(7)) < share
+    x = torch.where(few, below, base).cuda().contiguous(memory_format=torch.channels_last)
+    y = group_norm_silu(x, GROUPS, None, None, activation=None)
+    check({"y": y}, {"y": group_norm_silu(x.double(), GROUPS, None, None, activation=None)})
+
+
 def test_a_group_too_long_for_a_tile_may_have_one_pixel():
     x = torch.randn(2, 40_000, device="cuda")
     weight = torch.rand(40_000, device="cuda") + 0.5

@@ -127,7 +127,7 @@ class MethodConfig:
     sigma_data: float = 0.5
     """Standard deviation of the data, in images scaled to [-1, 1]."""
     s0: int = 10
-    """What the curriculum starts with: the number of intervals, N - 1; with square-root of levels, N."""
+    """Number of intervals, N - 1, that the curriculum starts with; for square-root of levels, N."""
     s1: int = 1280
     """Number of intervals the curriculum ends with."""
     curriculum: Literal["doubling", "square-root", "fixed"] = "doubling"

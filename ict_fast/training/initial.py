@@ -18,7 +18,7 @@ from torch import Tensor
 from ict_fast.checkpoint import Checkpoint, open_checkpoint
 from ict_fast.config import Config, from_dict
 from ict_fast.consistency.model import build_seeded_network
-from ict_fast.durable import replace_durably, sha256_file
+from ict_fast.durable import sha256_file
 from ict_fast.errors import InputError
 
 RECORD_NAME = "init.json"
@@ -208,15 +208,6 @@ def initial_weights(initial: Initial, config: Config) -> tuple[dict[str, Tensor]
         tuple(_notes(config, source, checkpoint.state)),
     )
     return {name: theirs[name] if name in loaded else tensor for name, tensor in ours.items()}, report
-
-
-def write_record(out: Path, report: Report) -> None:
-    """Writes the run's init.json.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    replace_durably(out / RECORD_NAME, (json.dumps(report.record(), indent=1) + "\n").encode())
 
 
 def _why(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,7 +36,7 @@ from ict_fast.training.failures import SkippedSteps, closing, explained, require
 from ict_fast.training.figures import figures
 from ict_fast.training.graph import CapturedStep, require_capturable
 from ict_fast.training.grids import averaged_model, save_grid
-from ict_fast.training.initial import initial_weights, write_record
+from ict_fast.training.initial import RECORD_NAME, initial_weights
 from ict_fast.training.launch import StopRequest, configure_torch, resolve_processes
 from ict_fast.training.monitor import Monitor
 from ict_fast.training.outcome import RunResult, report_progress
@@ -48,7 +49,7 @@ from ict_fast.training.precision import (
 )
 from ict_fast.training.processes import MAX_RESTARTS, run_processes
 from ict_fast.training.run_data import open_data, prepare_if_bundled
-from ict_fast.training.run_directory import GRIDS, Run, lock, open_run, prepare_directory
+from ict_fast.training.run_directory import GRIDS, Run, lock, open_run, prepare_directory, update
 from ict_fast.training.saving import Saver, trunk_name
 from ict_fast.training.step import TrainStep, describe_trunk, trunk_dtype
 from ict_fast.training.trackers import chosen_tracker, open_tracker
@@ -198,8 +199,8 @@ def _train_locked(
     if run.initial is not None and run.checkpoint is None:
         weights, report = world.together(partial(initial_weights, run.initial, config))
         begun = report.lines()
-        if world.is_first:
-            write_record(out, report)
+        record = (json.dumps(report.record(), indent=1) + "\n").encode()
+        world.decide(lambda: update(run, RECORD_NAME, record))
     world.require_equal(
         str(trunk_dtype(config.training.precision, device)),
         "the dtypes of the GPUs (--training.precision auto)",
@@ -257,9 +258,10 @@ def _train_locked(
         if run.step:
             monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
         evaluations = Evaluations(run, monitor, stop, world.get_on)
-        result = _loop(run, train_step, loader, monitor, saver, evaluations, stop)
-        world.finish()  # a tracker may take long to send what it has
-        return result
+        try:
+            return _loop(run, train_step, loader, monitor, saver, evaluations, stop)
+        finally:
+            world.finish()  # a tracker may take long to send what it has
 
 
 def _open_monitor(run: Run, train_step: TrainStep, device: torch.device, warnings: list[str]) -> Monitor:

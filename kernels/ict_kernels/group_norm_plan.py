@@ -1,6 +1,7 @@
 """Which algorithm computes a group norm of some shape, and with which tiles: measured facts as rules.
 
-The algorithms are group_norm_silu.py's. `plan_of` chooses, and `planned` overrides it to time others.
+The algorithms are those of group_norm_resident.py and group_norm_split.py. `plan_of` chooses, and `planned`
+overrides it to time others.
 """
 
 from collections.abc import Iterator
@@ -169,9 +170,10 @@ def _plan_for(
     With dropout, smaller tiles in 16 bits were 1.04 to 1.13 times as fast forward at 16 x 16; at 8 x 8, and
     without dropout, 0.92 to 1.03 times.
 
-    Where every row that fits ends within a sector (576, 960 and 1152 channels at 16 x 16) split was 1.10 to
-    1.55 times as fast forward, backward 1.24 and 1.30, with dropout 0.94, so not there; at 8 x 8 0.65. Tiles
-    of all channels have no ends of rows. (results/norm-plans-NVIDIA-H200-20261128.json)
+    Where the chosen rows end within a sector (576, 960 and 1152 channels at 16 x 16) split was 1.10 to 1.55
+    times as fast forward, backward 1.24 and 1.30, with dropout 0.94, so not there; at 8 x 8 0.65. Forward a
+    tile of whole sectors is chosen before; backward those of 80 channels spill. Tiles of all channels have no
+    ends of rows. (results/norm-plans-NVIDIA-H200-20261128.json)
 
     A split tile has 64 elements per thread; forward in 16 bits and without dropout 128, which was 1.04 to
     1.14 times as fast there, and once 0.99.

@@ -4,7 +4,7 @@
 from .philox import interleave4, philox_call
 from .triton_support import jit, tl
 
-# Elements of a tile of which a thread may have one row: 8 for each of 16 warps.
+# Elements of a tile of which a thread may have one row: 8 for each thread of 16 warps.
 FEW = tl.constexpr(4096)
 
 # What changes from call to call, or from layer to layer, is no reason to compile again.

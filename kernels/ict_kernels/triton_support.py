@@ -1,6 +1,7 @@
 """Triton where it is installed, and stand-ins that let the kernels' files be imported where it is not.
 
-Kernels are `@jit` functions in the file of their op, beside the eager definition that says what they compute.
+Kernels are `@jit` functions in the file of their op, beside the eager definition that says what they compute;
+those of group norm are in files of their own.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""docs/extending.md: its Python runs, and the flags, fields and files that it names are there."""
+"""docs/extending.md: its Python runs, and the flags and files that it names are there."""
 
 from __future__ import annotations
 

@@ -41,6 +41,8 @@ _OPTIONS_OF_OTHERS = ("amsgrad", "momentum_decay")
 
 _STATE = ("exp_avg", "exp_avg_sq", "ema", "step")
 
+_BEGINS = -1  # the cohort of parameters that have made no step yet
+
 _WARM_UP = (
     "RAdamEMA.step() must make its state or its tables of addresses, which a CUDA graph cannot record:"
     " take one step with gradients for the same parameters before the capture"
@@ -231,7 +233,7 @@ class RAdamEMA(Optimizer):
 
     def _average_of(self, p: Tensor) -> Tensor:
         if "step" not in self.state[p]:
-            self._cohort.pop(p, None)
+            self._cohort[p] = _BEGINS
         return self._state_of(p)["ema"]
 
     @torch.no_grad()
@@ -276,14 +278,14 @@ class RAdamEMA(Optimizer):
             if _capturing(moved[0].device):
                 raise RuntimeError(_WARM_UP)
             self._find_cohorts()
-        # None for those that begin: whose state was taken away, too.
-        missing = {None} | {self._cohort.get(p) for p in params if p.grad is None}
+        # Those that begin, too: whose state was taken away, or only made to be looked at.
+        missing = {_BEGINS} | {self._cohort.get(p) for p in params if p.grad is None}
         unused = max([0, *self._cohort.values()]) + 1
-        renamed: dict[int | None, int] = {}
+        renamed: dict[int, int] = {}
         cohorts: dict[tuple[torch.dtype, int], list[Tensor]] = {}
         for p in params:
             if p.grad is not None:
-                known = self._cohort.get(p) if "step" in self.state[p] else None
+                known = self._cohort[p] if "step" in self.state[p] else _BEGINS
                 if known in missing:
                     if _is_sharded(p):  # put in the place of one that was not, as accelerate does
                         raise ValueError(_SHARDED)

@@ -214,12 +214,15 @@ def test_the_gradient_norm_is_over_all_parameters():
     assert float(optimizer.grad_norm) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_the_step_never_waits_for_the_host():
+@pytest.mark.parametrize("ema_is_looked_at", [False, True])
+def test_the_step_never_waits_for_the_host(ema_is_looked_at):
     # Meta tensors have no values: whatever reads one on the host, in Python or in C++, fails.
     with torch.device("meta"):
         params = [nn.Parameter(torch.empty(shape)) for shape in ((3, 4), (5,), ())]
         optimizer = RAdamEMA(params, lr=torch.tensor(1e-2), weight_decay=0.1, ema_decay=torch.tensor(0.99))
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+        if ema_is_looked_at:
+            list(optimizer.ema_parameters())
         for _ in range(8):
             for p in params:
                 p.grad = torch.empty_like(p)

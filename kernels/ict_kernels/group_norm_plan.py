@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -143,21 +144,29 @@ def plan_of(
     Raises:
         ValueError: where x cannot be computed as wished.
     """
-    return _plan_for(_wishes, count, channels, pixels, num_groups, itemsize, backward, dropout, chunk_bytes)
+    shape = count, channels, pixels, num_groups, itemsize, backward, dropout
+    return _plan_for(_wishes, chunk_bytes, *shape)
+
+
+class _Shape(NamedTuple):
+    """What `plan_of` is asked about."""
+
+    samples: int
+    channels: int
+    pixels: int
+    num_groups: int
+    itemsize: int
+    backward: bool
+    dropout: bool
+
+    @property
+    def share(self) -> int:
+        """A thread has one in so many of the elements that it has elsewhere."""
+        return 4 if self.dropout and self.channels % 8 != 0 else 1
 
 
 @lru_cache(4096)
-def _plan_for(
-    wishes: _Wishes,
-    count: int,
-    channels: int,
-    pixels: int,
-    num_groups: int,
-    itemsize: int,
-    backward: bool,
-    dropout: bool,
-    chunk_bytes: int,
-) -> Plan:
+def _plan_for(wishes: _Wishes, chunk_bytes: int, *given: int) -> Plan:
     """`plan_of`: resident where a tile fits, else split.
 
     A resident tile bundles groups until a row of it fills at least two of memory's 32-byte sectors, and up to
@@ -181,17 +190,17 @@ def _plan_for(
     Where 8 does not divide the channels each element has a dropout draw of its own, and a thread a quarter of
     the elements: with as many as elsewhere kernels spilled, up to 3,144 bytes (compiled ahead of time).
     """
-    share = 4 if dropout and channels % 8 != 0 else 1
-    tile = _resident_tile(wishes, channels, pixels, num_groups, itemsize, backward, dropout, share)
+    shape = _Shape._make(given)
+    tile = _resident_tile(wishes, shape)
     if tile is not None and wishes.resident is None:
-        ragged = tile.row_bytes % _SECTOR_BYTES != 0 and tile.groups < num_groups
-        split_is_faster = (pixels >= 256 and ragged and not (backward and dropout)) or (
-            pixels >= 1024 and backward and not dropout
+        ragged = tile.row_bytes % _SECTOR_BYTES != 0 and tile.groups < shape.num_groups
+        split_is_faster = (shape.pixels >= 256 and ragged and not (shape.backward and shape.dropout)) or (
+            shape.pixels >= 1024 and shape.backward and not shape.dropout
         )
         tile = None if split_is_faster else tile
     if tile is not None and wishes.resident is not False:
-        return _resident_plan(wishes, tile, count, pixels, itemsize, backward, dropout, share)
-    return _split_plan(wishes, count, channels, pixels, itemsize, backward, dropout, share, chunk_bytes)
+        return _resident_plan(wishes, tile, shape)
+    return _split_plan(wishes, shape, chunk_bytes)
 
 
 @dataclass(frozen=True)
@@ -205,22 +214,14 @@ class _Tile:
     row_bytes: int
 
 
-def _resident_tile(
-    wishes: _Wishes,
-    channels: int,
-    pixels: int,
-    num_groups: int,
-    itemsize: int,
-    backward: bool,
-    dropout: bool,
-    share: int,
-) -> _Tile | None:
+def _resident_tile(wishes: _Wishes, shape: _Shape) -> _Tile | None:
     """The best tile that registers hold; None if there is none.
 
     Raises:
         ValueError: if there is none, and one is wished for.
     """
-    most_elements = 8192 if share > 1 else 20480 if backward else 32768
+    _, channels, pixels, num_groups, itemsize, backward, dropout = shape
+    most_elements = 8192 if shape.share > 1 else 20480 if backward else 32768
     candidates = []
     for groups in range(1, num_groups + 1):
         width = groups * (channels // num_groups)
@@ -255,48 +256,31 @@ def _resident_tile(
     return roomy[-1] if roomy else wide[0] if wide else tiles[0]
 
 
-def _resident_plan(
-    wishes: _Wishes,
-    tile: _Tile,
-    count: int,
-    pixels: int,
-    itemsize: int,
-    backward: bool,
-    dropout: bool,
-    share: int,
-) -> Plan:
+def _resident_plan(wishes: _Wishes, tile: _Tile, shape: _Shape) -> Plan:
+    samples, _, pixels, _, itemsize, backward, dropout = shape
     rows = power_of_2(pixels)
     # About 64 elements per thread, forward up to 96 and, of tiles in 16 bits, 128: half as many take more
     # instructions for each. 128 with dropout and rows beyond the image spilled.
     large = tile.elements > 16384 and itemsize == 2 and not (dropout and rows > pixels)
-    per_warp = (2304 if backward else 4096 if large else 3072) // share
+    per_warp = (2304 if backward else 4096 if large else 3072) // shape.share
     num_warps = wishes.num_warps or min(_MOST_WARPS, power_of_2(-(-tile.elements // per_warp)))
     per_thread = tile.elements // (32 * num_warps)
     in_16_bits = not backward and itemsize == 2 and (per_thread > 96 or (dropout and pixels >= 256))
     at_once = 256 * num_warps  # elements: 8 for each thread
     slices = [min(rows, max(1, rows * width // at_once)) if in_16_bits else 1 for width in tile.widths]
     maxnreg = wishes.maxnreg or (128 if in_16_bits and per_thread > 96 else None)
-    return Plan(True, rows, tile.widths, tile.groups, num_warps, maxnreg, count, (slices[0], slices[1]))
+    return Plan(True, rows, tile.widths, tile.groups, num_warps, maxnreg, samples, (slices[0], slices[1]))
 
 
-def _split_plan(
-    wishes: _Wishes,
-    count: int,
-    channels: int,
-    pixels: int,
-    itemsize: int,
-    backward: bool,
-    dropout: bool,
-    share: int,
-    chunk_bytes: int,
-) -> Plan:
+def _split_plan(wishes: _Wishes, shape: _Shape, chunk_bytes: int) -> Plan:
+    samples, channels, pixels, _, itemsize, backward, dropout = shape
     width = min(64, power_of_2(channels))
     sample_bytes = channels * pixels * itemsize * (2 if backward else 1)
     if sample_bytes > chunk_bytes:  # L2 does not hold one: chunks would be launches and nothing else
         chunk_bytes = _UNCHUNKED
-    chunk = min(count, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
+    chunk = min(samples, _GRID_Y, max(1, (wishes.chunk_bytes or chunk_bytes) // sample_bytes))
     elements = 8192 if backward or dropout or itemsize > 2 else 16384
-    rows = min(power_of_2(pixels), wishes.rows or elements // share // width)
+    rows = min(power_of_2(pixels), wishes.rows or elements // shape.share // width)
     return Plan(False, rows, (width, 0), 0, wishes.num_warps or 4, wishes.maxnreg, chunk)
 
 

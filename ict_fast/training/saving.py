@@ -189,10 +189,7 @@ class Saver:
         self.failure = reason(error)
         self._disk_is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         before = f"the one of step {self.step:,} stays" if self.step else "there is none before it"
-        self._monitor.warn(
-            f"the checkpoint of step {step:,} could not be written ({self.failure}); {before}, training"
-            " goes on"
-        )
+        self._monitor.warn(f"the checkpoint of step {step:,} could not be written ({self.failure}); {before}")
 
     def _warn_of_snapshot(self, step: int, error: Exception) -> None:
         """As `_warn`, of averages; it does not matter here why they are not finite."""
@@ -200,7 +197,7 @@ class Saver:
             raise error
         self._monitor.warn(
             f"the averages of step {step:,} could not be kept ({reason(error)}); `ict-fast ema` will do with"
-            " the others, training goes on"
+            " the others"
         )
 
     def __enter__(self) -> Saver:

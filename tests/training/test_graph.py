@@ -229,7 +229,7 @@ def test_a_graph_and_the_gradients_in_it_are_gone_while_the_device_has_other_wor
             seen.append(("replay", number))
 
     monkeypatch.setattr(precision, "measure_rounding", measure)
-    monkeypatch.setattr("ict_fast.training.trainer.save_grid", draw)
+    monkeypatch.setattr("ict_fast.training.loop.save_grid", draw)
     training = replace(one_level.training, precision="auto", total_steps=48)
     config = replace(one_level, training=training, logging=replace(one_level.logging, grid_every=22))
     train(config, out=tmp_path / "plain", device="cpu")

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """RAdam and the exponential moving average of the weights, in one step that never waits for the host.
 
 With g the gradient, t the step, b1, b2 = betas (Liu et al., "On the variance of the adaptive learning rate
@@ -19,7 +18,6 @@ Bytes per fp32 parameter, at least: 20 read (p, g, m, v, ema) and 16 written. Th
 all gradients are finite must be known before the first value is written, so g is read once more.
 """
 
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .backend import use_triton
-from .triton_support import jit, launch, tl
+from .radam_ema_kernels import launch_norm, launch_scalars, launch_update
+from .radam_ema_tables import STATE, Plan, fits, misfit
 
 # Switches of torch.optim.RAdam that change the mathematics; a state dict that has one set is not ours to
 # continue.
@@ -38,8 +37,6 @@ _FOREIGN_OPTIONS = (*_FOREIGN_SWITCHES, "foreach", "capturable", "differentiable
 
 # What Adam and NAdam of torch keep in their groups, and RAdam does not; their moments have the same names.
 _OPTIONS_OF_OTHERS = ("amsgrad", "momentum_decay")
-
-_STATE = ("exp_avg", "exp_avg_sq", "ema", "step")
 
 _BEGINS = -1  # the cohort of parameters that have made no step yet
 
@@ -133,8 +130,8 @@ class RAdamEMA(Optimizer):
         # share the step's scalars. The host keeps the cohorts; to read `step` would be a synchronisation.
         self._cohort: dict[Tensor, int] = {}
         # The kernels' tables, by a cohort's first parameter; those that CUDA graphs read stay for good.
-        self._plans: dict[Tensor, _Plan] = {}
-        self._captured: dict[int, _Plan] = {}
+        self._plans: dict[Tensor, Plan] = {}
+        self._captured: dict[int, Plan] = {}
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -306,7 +303,7 @@ class RAdamEMA(Optimizer):
         """Raises where a parameter has changed its shape: operations would stop half-way, or broadcast."""
         for p in params:
             shape, state = p.shape, self.state[p]
-            for name in _STATE[:3]:
+            for name in STATE[:3]:
                 if name in state and state[name].shape != shape:
                     raise RuntimeError(
                         f"a parameter of shape {tuple(shape)} has {name} of shape {tuple(state[name].shape)}:"
@@ -314,7 +311,7 @@ class RAdamEMA(Optimizer):
                         " del optimizer.state[parameter]"
                     )
             if p.grad is not None and p.grad.shape != shape:
-                raise _misfit(p.grad, p)
+                raise misfit(p.grad, p)
 
     def _inspect(self, grads: list[Tensor]) -> tuple[Tensor | None, Tensor]:
         """(1 / grad_scale or None, whether this step may happen); updates the three public figures."""
@@ -407,17 +404,20 @@ class RAdamEMA(Optimizer):
         self, cohorts: list[tuple[dict[str, Any], list[Tensor]]], by_kernels: list[bool]
     ) -> None:
         """The step where kernels may take some cohorts; those that they do not take go to `_update`."""
-        planned: list[tuple[dict[str, Any], _Plan, list[Tensor], Tensor]] = []
-        written = [self.grad_norm, self.last_step_skipped, self.skipped]
+        capturing = _capturing(self.grad_norm.device)
+        planned: list[tuple[dict[str, Any], Plan, list[Tensor], Tensor]] = []
+        figures = [self.grad_norm, self.last_step_skipped, self.skipped]
+        scaler = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
+        written = list(figures)
         others: list[tuple[dict[str, Any], list[Tensor]]] = []
         for (group, params), by_kernel in zip(cohorts, by_kernels, strict=True):
-            plan = self._plan(params) if by_kernel else None
+            plan = self._plan(params, capturing) if by_kernel else None
             if plan is None:
                 self._check_shapes(params)
                 others.append((group, params))
             else:
                 grads = plan.gradients_of(params)
-                planned.append((group, plan, grads, plan.find(grads)))
+                planned.append((group, plan, grads, plan.find(grads, capturing)))
                 written += [t for p in params for t in (p, self.state[p]["ema"])]
         partials = None
         if others:
@@ -428,68 +428,34 @@ class RAdamEMA(Optimizer):
             partials = self.grad_norm.new_empty(sum(len(plan.chunks) for _, plan, _, _ in planned))
             done = 0
             for _, plan, _, gradients in planned:
-                _launch_norm(plan, gradients, partials[done:])
+                launch_norm(plan, gradients, partials[done:])
                 done += len(plan.chunks)
         for group, plan, _, gradients in planned:
-            _launch_update(group, plan, gradients, self._launch_scalars(group, plan, partials))
+            scalars = launch_scalars(group, plan, partials, *figures, *scaler)
+            launch_update(group, plan, gradients, scalars)
             partials = None  # the first launch has settled for all whether the step happens
         # By address, where autograd does not see it: a graph that has saved one of these must not be used.
         torch.autograd.graph.increment_version(written)
 
-    def _plan(self, params: list[Tensor]) -> "_Plan | None":
+    def _plan(self, params: list[Tensor], capturing: bool) -> Plan | None:
         """The tables of a cohort, made anew where a tensor has moved; None if the kernels do not take it."""
-        capturing = _capturing(params[0].device)
         if capturing and any("ema" not in self.state[p] for p in params):
             raise RuntimeError(_WARM_UP)
         states = [self._state_of(p) for p in params]
         # In every step, for hundreds of parameters: lists, the fastest that Python has.
         addresses = [[p.data_ptr() for p in params]]
-        addresses += [[state[name].data_ptr() for state in states] for name in _STATE]
+        addresses += [[state[name].data_ptr() for state in states] for name in STATE]
         places = (addresses, [p.shape for p in params], [p.stride() for p in params])
         plan = self._plans.get(params[0])
         if plan is None or plan.places != places:
-            if not all(map(_fits, params, states)):
+            if not all(map(fits, params, states)):
                 return None
             if capturing:
                 raise RuntimeError(_WARM_UP)
-            plan = self._plans[params[0]] = _Plan(params, states, places)
+            plan = self._plans[params[0]] = Plan(params, states, places)
         if capturing:
             self._captured[id(plan)] = plan
         return plan
-
-    def _launch_scalars(self, group: dict[str, Any], plan: "_Plan", partials: Tensor | None) -> Tensor:
-        """The cohort's scalars; with `partials`, also the verdict on the step and the public figures."""
-        device = self.grad_norm.device
-
-        def there(name: str) -> Tensor | None:
-            given = getattr(self, name, None)
-            return None if given is None else given.to(device, torch.float32)
-
-        lr, decay = group["lr"], group["ema_decay"]
-        scalars = self.grad_norm.new_empty(_NUM_SCALARS)
-        launch(
-            _scalars_kernel,
-            (1,),
-            scalars_ptr=scalars,
-            step_ptr=plan.first_step,
-            lr_ptr=lr.to(device) if isinstance(lr, Tensor) else None,
-            lr_bits=0 if isinstance(lr, Tensor) else _bits(lr),
-            decay_ptr=decay.to(device) if isinstance(decay, Tensor) else None,
-            decay_bits=0 if isinstance(decay, Tensor) else _bits(decay),
-            beta1_bits=_bits(group["betas"][0]),
-            beta2_bits=_bits(group["betas"][1]),
-            max_norm_bits=None if group["max_norm"] is None else _bits(group["max_norm"]),
-            grad_scale_ptr=there("grad_scale"),
-            found_inf_ptr=there("found_inf"),
-            partials_ptr=partials,
-            num_partials=0 if partials is None else len(partials),
-            grad_norm_ptr=self.grad_norm,
-            last_step_skipped_ptr=self.last_step_skipped,
-            skipped_ptr=self.skipped,
-            BLOCK=4096,
-            num_warps=8,
-        )
-        return scalars
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's."""
@@ -556,13 +522,13 @@ class RAdamEMA(Optimizer):
         for p in self._parameters():
             state: dict[str, Any] = self.state.get(p, {})
             held = sorted(state.keys() - {"ema"})
-            missing = [name for name in ("step", *_STATE[:2]) if name not in state]
+            missing = [name for name in ("step", *STATE[:2]) if name not in state]
             if held and missing:
                 has = f"the state has {', '.join(held)} without {' and '.join(missing)}"
                 return f"{has}: it is of another optimizer"
             if held and torch.as_tensor(state["step"]).numel() != 1:
                 return f"a step is one number, and here a tensor of shape {tuple(state['step'].shape)}"
-            wrong = [name for name in _STATE[:3] if name in state and state[name].shape != p.shape]
+            wrong = [name for name in STATE[:3] if name in state and state[name].shape != p.shape]
             if wrong:
                 return (
                     f"{wrong[0]} of shape {tuple(state[wrong[0]].shape)} does not fit a parameter of shape"
@@ -644,378 +610,8 @@ def _scalar_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-# ------------------------------------------------------------------------------------------------ the kernels
-# The tensors of a cohort are reached by tables of addresses, in chunks of at most _CHUNK_SIZE elements:
-#   tensors    int64 [tensors, 6]: addresses of p, exp_avg, exp_avg_sq, ema and step; number of elements
-#   gradients  int64 [tensors]: addresses of the gradients, which may move from step to step
-#   chunks     int32 [chunks, 2]: tensor, and which of its chunks
-
-_CHUNK_SIZE = 8192
-_CHUNK = tl.constexpr(_CHUNK_SIZE)
-_COLUMNS = tl.constexpr(6)
-_NORM_BLOCK = 4096
-_UPDATE_BLOCK = 1024
-
-_HEALTHY = tl.constexpr(0)
-_UNSCALE = tl.constexpr(1)
-_SIZE = tl.constexpr(2)
-_RECTIFIED = tl.constexpr(3)
-_DECAY = tl.constexpr(4)
-_REST = tl.constexpr(5)
-_STEP = tl.constexpr(6)
-_NUM_SCALARS = 8
-
-
-@jit
-def _this_chunk(tensors_ptr, chunks_ptr):
-    """(tensor, first element, number of elements) of this program's chunk; 0 elements in an empty tensor."""
-    program = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(chunks_ptr + 2 * program).to(tl.int64)
-    start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * _CHUNK
-    numel = tl.load(tensors_ptr + tensor * _COLUMNS + 5)
-    return tensor, start, tl.minimum(numel - start, _CHUNK).to(tl.int32)
-
-
-@jit
-def _pointer(address, ALIGNED: tl.constexpr):
-    """To the fp32 at an address; `ALIGNED`, which is to 16 bytes, lets a thread load 128 bits at once."""
-    if ALIGNED:
-        # The rounding keeps the compiler from merging this pointer with an unaligned one to the same address.
-        return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(tl.float32)), 16)
-    return address.to(tl.pointer_type(tl.float32))
-
-
-@jit
-def _norm_kernel(partials_ptr, gradients_ptr, tensors_ptr, chunks_ptr, BLOCK: tl.constexpr):
-    """The sum of squares of each chunk of the gradients."""
-    tensor, start, count = _this_chunk(tensors_ptr, chunks_ptr)
-    address = tl.load(gradients_ptr + tensor)
-    offsets = tl.arange(0, BLOCK)
-    whole = count // BLOCK * BLOCK
-    squares = tl.zeros((BLOCK,), tl.float32)
-    if address % 16 == 0:
-        g_ptr = _pointer(address, True) + start
-        for block in range(0, whole, BLOCK):
-            g = tl.load(g_ptr + block + offsets)
-            squares += g * g
-    else:
-        g_ptr = _pointer(address, False) + start
-        for block in range(0, whole, BLOCK):
-            g = tl.load(g_ptr + block + offsets)
-            squares += g * g
-    if whole < count:
-        g_ptr = _pointer(address, False) + start + whole
-        g = tl.load(g_ptr + offsets, mask=offsets < count - whole, other=0.0)
-        squares += g * g
-    tl.store(partials_ptr + tl.program_id(0), tl.sum(squares, axis=0))
-
-
-@jit
-def _float64(bits):
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@jit
-def _one_minus_power(beta, step):
-    """1 - beta^step in fp64; the floor stands for beta = 0."""
-    return 1.0 - tl.exp(step * tl.log(tl.maximum(beta, 1e-300)))
-
-
-# A schedule changes these: no value of them, nor its width, may ask for machine code of its own.
-@jit(do_not_specialize=["lr_bits", "decay_bits", "beta1_bits", "beta2_bits"])
-def _scalars_kernel(
-    scalars_ptr,
-    step_ptr,
-    lr_ptr,
-    lr_bits: tl.int64,
-    decay_ptr,
-    decay_bits: tl.int64,
-    beta1_bits: tl.int64,
-    beta2_bits: tl.int64,
-    max_norm_bits,
-    grad_scale_ptr,
-    found_inf_ptr,
-    partials_ptr,
-    num_partials,
-    grad_norm_ptr,
-    last_step_skipped_ptr,
-    skipped_ptr,
-    BLOCK: tl.constexpr,
-):
-    """`_inspect`'s verdict, where there are partial sums to judge by, and `step_size`; one program.
-
-    Python's floats come as the bits of their fp64 value, since a launch would round them to fp32.
-    """
-    one = tl.full((), 1.0, tl.float64)
-    unscale = one
-    if grad_scale_ptr is not None:
-        unscale = one / tl.load(grad_scale_ptr).to(tl.float64)
-    if partials_ptr is not None:
-        offsets = tl.arange(0, BLOCK)
-        squares = tl.zeros((BLOCK,), tl.float32)
-        for block in range(0, num_partials, BLOCK):
-            squares += tl.load(partials_ptr + block + offsets, mask=block + offsets < num_partials, other=0.0)
-        norm = tl.sqrt(tl.sum(squares, axis=0).to(tl.float64)) * unscale
-        norm = norm.to(tl.float32)
-        healthy = tl.abs(norm) < float("inf")
-        if found_inf_ptr is not None:
-            healthy = healthy & (tl.load(found_inf_ptr) == 0.0)
-        skip = 1 - healthy.to(tl.int32)
-        tl.store(grad_norm_ptr, norm)
-        tl.store(last_step_skipped_ptr, skip.to(tl.int1))
-        tl.store(skipped_ptr, tl.load(skipped_ptr) + skip)
-    else:
-        norm = tl.load(grad_norm_ptr)
-        healthy = tl.load(last_step_skipped_ptr).to(tl.int32) == 0
-    if max_norm_bits is not None:
-        max_norm = _float64(max_norm_bits)
-        unscale *= max_norm / tl.maximum(norm.to(tl.float64), max_norm)
-    if lr_ptr is not None:
-        lr = tl.load(lr_ptr).to(tl.float64)
-    else:
-        lr = _float64(lr_bits)
-    if decay_ptr is not None:
-        decay = tl.load(decay_ptr).to(tl.float64)
-    else:
-        decay = _float64(decay_bits)
-
-    step = tl.load(step_ptr).to(tl.float64) + 1.0
-    beta2 = _float64(beta2_bits)
-    correction1 = _one_minus_power(_float64(beta1_bits), step)
-    correction2 = _one_minus_power(beta2, step)
-    rho_inf = 2.0 / (1.0 - beta2) - 1.0
-    rho = rho_inf - 2.0 * step * (1.0 - correction2) / correction2
-    rectified = rho > 5.0
-    variance = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
-    adaptive = tl.sqrt(tl.where(rectified, variance, one)) * tl.sqrt(correction2)
-    size = lr / correction1 * tl.where(rectified, adaptive, one)
-
-    tl.store(scalars_ptr + _HEALTHY, healthy.to(tl.float32))
-    tl.store(scalars_ptr + _UNSCALE, unscale.to(tl.float32))
-    tl.store(scalars_ptr + _SIZE, size.to(tl.float32))
-    tl.store(scalars_ptr + _RECTIFIED, rectified.to(tl.float32))
-    rounded = decay.to(tl.float32)
-    tl.store(scalars_ptr + _DECAY, rounded)
-    tl.store(scalars_ptr + _REST, 1.0 - rounded)
-    tl.store(scalars_ptr + _STEP, step.to(tl.float32))
-
-
-@jit
-def _update_block(
-    p_ptr, m_ptr, v_ptr, ema_ptr, g_ptr, offsets, mask,
-    unscale, size, rectified, decay, rest, weight1, beta2, weight2, eps, penalty,
-    PENALTY: tl.constexpr, FROM_G: tl.constexpr,
-):  # fmt: skip
-    """`_update` of one block."""
-    p = tl.load(p_ptr + offsets, mask)
-    m = tl.load(m_ptr + offsets, mask)
-    v = tl.load(v_ptr + offsets, mask)
-    ema = tl.load(ema_ptr + offsets, mask)
-    g = tl.load(g_ptr + offsets, mask) * unscale
-    if PENALTY:
-        g += penalty * p
-    # As torch.lerp.
-    if FROM_G:
-        m = g - (g - m) * (1.0 - weight1)
-    else:
-        m += weight1 * (g - m)
-    v = v * beta2 + weight2 * g * g
-    denominator = tl.where(rectified, tl.sqrt_rn(v) + eps, 1.0)
-    p -= size * tl.div_rn(m, denominator)
-    ema = ema * decay + rest * p
-    tl.store(p_ptr + offsets, p, mask)
-    tl.store(m_ptr + offsets, m, mask)
-    tl.store(v_ptr + offsets, v, mask)
-    tl.store(ema_ptr + offsets, ema, mask)
-
-
-@jit
-def _update_kernel(
-    scalars_ptr, gradients_ptr, tensors_ptr, chunks_ptr, weight1, beta2, weight2, eps, penalty,
-    PENALTY: tl.constexpr, FROM_G: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One chunk's new p, m, v and ema, and with a tensor's first chunk its step; nothing if unhealthy."""
-    if tl.load(scalars_ptr + _HEALTHY) == 0.0:
-        return
-    unscale = tl.load(scalars_ptr + _UNSCALE)
-    size = tl.load(scalars_ptr + _SIZE)
-    rectified = tl.load(scalars_ptr + _RECTIFIED) != 0.0
-    decay = tl.load(scalars_ptr + _DECAY)
-    rest = tl.load(scalars_ptr + _REST)
-    weight1 = tl.full((), weight1, tl.float32)
-    beta2 = tl.full((), beta2, tl.float32)
-    weight2 = tl.full((), weight2, tl.float32)
-    eps = tl.full((), eps, tl.float32)
-    penalty = tl.full((), penalty, tl.float32)
-
-    tensor, start, count = _this_chunk(tensors_ptr, chunks_ptr)
-    row_ptr = tensors_ptr + tensor * _COLUMNS
-    p_ptr = _pointer(tl.load(row_ptr), ALIGNED) + start
-    m_ptr = _pointer(tl.load(row_ptr + 1), ALIGNED) + start
-    v_ptr = _pointer(tl.load(row_ptr + 2), ALIGNED) + start
-    ema_ptr = _pointer(tl.load(row_ptr + 3), ALIGNED) + start
-    if start == 0:
-        tl.store(_pointer(tl.load(row_ptr + 4), False), tl.load(scalars_ptr + _STEP))
-    address = tl.load(gradients_ptr + tensor)
-    offsets = tl.arange(0, BLOCK)
-    whole = count // BLOCK * BLOCK
-    # Gradients in the buckets of DDP begin anywhere. A branch inside the loop would be merged into one load.
-    if address % 16 == 0:
-        for block in range(0, whole, BLOCK):
-            _update_block(
-                p_ptr, m_ptr, v_ptr, ema_ptr, _pointer(address, True) + start, block + offsets, None,
-                unscale, size, rectified, decay, rest, weight1, beta2, weight2, eps, penalty, PENALTY, FROM_G,
-            )  # fmt: skip
-    else:
-        for block in range(0, whole, BLOCK):
-            _update_block(
-                p_ptr, m_ptr, v_ptr, ema_ptr, _pointer(address, False) + start, block + offsets, None,
-                unscale, size, rectified, decay, rest, weight1, beta2, weight2, eps, penalty, PENALTY, FROM_G,
-            )  # fmt: skip
-    if whole < count:
-        _update_block(
-            p_ptr, m_ptr, v_ptr, ema_ptr, _pointer(address, False) + start, whole + offsets,
-            whole + offsets < count,
-            unscale, size, rectified, decay, rest, weight1, beta2, weight2, eps, penalty, PENALTY, FROM_G,
-        )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------- tables and launches
-
-
-class _Plan:
-    """The tables of one cohort.
-
-    Attributes:
-        places: addresses of p and of its state, shapes and strides of p, that the tables were made from.
-        tensors, chunks: as the kernels read them.
-        aligned: whether p, exp_avg, exp_avg_sq and ema all begin at multiples of 16 bytes.
-        first_step: `step` of the first parameter, which is that of all.
-    """
-
-    def __init__(
-        self, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], places: tuple[list[Any], ...]
-    ) -> None:
-        self.device = params[0].device
-        self.places = places
-        addresses, *_ = places
-        rows = torch.tensor([*addresses, [p.numel() for p in params]], device="cpu").T.contiguous()
-        counts = torch.tensor([max(1, -(-p.numel() // _CHUNK_SIZE)) for p in params], device="cpu")
-        tensor = torch.repeat_interleave(torch.arange(len(params), device="cpu"), counts)
-        chunk = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
-        chunks = torch.stack([tensor, chunk], 1).to(torch.int32)
-        self.tensors = _to_send(rows, self.device).to(self.device, non_blocking=True)
-        self.chunks = _to_send(chunks, self.device).to(self.device, non_blocking=True)
-        self.aligned = all(address % 16 == 0 for column in addresses[:-1] for address in column)
-        self.first_step = states[0]["step"]
-        self._addresses: list[int] = []
-        self._gradients = torch.zeros(len(params), dtype=torch.int64, device=self.device)
-
-    def gradients_of(self, params: list[Tensor]) -> list[Tensor]:
-        """The gradients, each as `_as_stored` has it."""
-        # In every step, for hundreds of parameters: nothing is called for a gradient that is as it should be.
-        return [
-            g if g.stride() == strides and g.shape == shape and g.dtype is torch.float32 else _as_stored(g, p)
-            for p, shape, strides in zip(params, *self.places[1:], strict=True)
-            if (g := p.grad) is not None
-        ]
-
-    def find(self, grads: list[Tensor]) -> Tensor:
-        """The table of the gradients, written anew when one has moved; the host never waits for that."""
-        addresses = [g.data_ptr() for g in grads]
-        if _capturing(self.device):
-            # A table of the graph's own, since later steps rewrite the other; its addresses are arguments of
-            # recorded launches, for there is no host memory that lives as long as the graph.
-            table = torch.zeros_like(self._gradients)
-            torch._foreach_add_(list(table.unbind()), addresses)
-            return table
-        if addresses != self._addresses:
-            table = torch.tensor(addresses, device="cpu")
-            self._gradients.copy_(_to_send(table, self.device), non_blocking=True)
-            self._addresses = addresses
-        return self._gradients
-
-
-def _launch_norm(plan: _Plan, gradients: Tensor, partials: Tensor) -> None:
-    """One sum of squares per chunk, into the first places of `partials`."""
-    launch(
-        _norm_kernel,
-        (len(plan.chunks),),
-        partials_ptr=partials,
-        gradients_ptr=gradients,
-        tensors_ptr=plan.tensors,
-        chunks_ptr=plan.chunks,
-        BLOCK=_NORM_BLOCK,
-        elements=_NORM_BLOCK,
-    )
-
-
-def _launch_update(group: dict[str, Any], plan: _Plan, gradients: Tensor, scalars: Tensor) -> None:
-    beta1, beta2 = group["betas"]
-    launch(
-        _update_kernel,
-        (len(plan.chunks),),
-        scalars_ptr=scalars,
-        gradients_ptr=gradients,
-        tensors_ptr=plan.tensors,
-        chunks_ptr=plan.chunks,
-        weight1=1.0 - beta1,
-        beta2=float(beta2),
-        weight2=1.0 - beta2,
-        eps=float(group["eps"]),
-        penalty=float(group["weight_decay"]),
-        PENALTY=group["weight_decay"] != 0.0,
-        FROM_G=1.0 - beta1 >= 0.5,
-        ALIGNED=plan.aligned,
-        BLOCK=_UPDATE_BLOCK,
-        elements=_UPDATE_BLOCK,
-    )
-
-
-def _fits(p: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether the kernels take a parameter: fp32, without gaps, its state of its shape and order."""
-    # The state was made dense, so what is stored like it is dense too.
-    return all(t.dtype == torch.float32 and t.device == p.device for t in (p, *state.values())) and all(
-        _stored_alike(state[name], p) for name in _STATE[:3]
-    )
-
-
-def _stored_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether the elements of one index lie at the same place in both."""
-    if a.shape != b.shape:
-        return False
-    return a.stride() == b.stride() or all(
-        size <= 1 or one == other for size, one, other in zip(b.shape, a.stride(), b.stride(), strict=True)
-    )
-
-
-def _misfit(grad: Tensor, p: Tensor) -> RuntimeError:
-    return RuntimeError(
-        f"a parameter of shape {tuple(p.shape)} has a gradient of shape {tuple(grad.shape)}, of before it"
-        " changed its shape: set or clear that too"
-    )
-
-
-def _as_stored(grad: Tensor, p: Tensor) -> Tensor:
-    """The gradient in the parameter's order of storage and dtype: itself where it already is."""
-    if grad.dtype == p.dtype and _stored_alike(grad, p):
-        return grad
-    if grad.shape != p.shape:
-        raise _misfit(grad, p)
-    return torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
-
-
 def _capturing(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):  # the question is of the current device's stream
         return torch.cuda.is_current_stream_capturing()
-
-
-def _to_send(values: Tensor, device: torch.device) -> Tensor:
-    """Where a copy need not be waited for: torch keeps pinned memory until the copies of it are made."""
-    return values.pin_memory() if device.type == "cuda" else values
-
-
-def _bits(value: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ict_kernels import RAdamEMA, radam_ema, set_backend
+from ict_kernels import RAdamEMA, radam_ema_kernels, set_backend
 
 SHAPES = ((64, 32, 3, 3), (64,), (96, 64, 1, 1), (33, 31), (), (7,), (0,), (1023,), (4097,), (20001,))
 STATE = ("exp_avg", "exp_avg_sq", "ema")
@@ -111,13 +111,13 @@ def test_the_default_device_may_be_the_gpu(request):
 
 def test_three_launches_whatever_the_number_of_parameters(monkeypatch):
     names: list[str] = []
-    launch = radam_ema.launch
+    launch = radam_ema_kernels.launch
 
     def note(kernel: Any, *arguments: Any, **named: Any) -> None:
         names.append(kernel.fn.__name__)
         launch(kernel, *arguments, **named)
 
-    monkeypatch.setattr(radam_ema, "launch", note)
+    monkeypatch.setattr(radam_ema_kernels, "launch", note)
     optimizer = RAdamEMA(make(SHAPES * 20))
     set_gradients(optimizer.param_groups[0]["params"], 0)
     optimizer.step()

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ict_kernels import RAdamEMA, radam_ema, set_backend
-from ict_kernels.radam_ema import _STATE, step_size
+from ict_kernels import RAdamEMA, radam_ema, radam_ema_kernels, radam_ema_tables, set_backend
+from ict_kernels.radam_ema import step_size
+from ict_kernels.radam_ema_tables import STATE
 
 _specification = importlib.util.spec_from_file_location(
     "contract", Path(__file__).parents[1] / "test_radam_ema.py"
@@ -43,14 +44,21 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched so far."""
     names: list[str] = []
-    launch = radam_ema.launch
+    launch = radam_ema_kernels.launch
 
     def note(kernel: Any, *arguments: Any, **named: Any) -> None:
         names.append(kernel.fn.__name__)
         launch(kernel, *arguments, **named)
 
-    monkeypatch.setattr(radam_ema, "launch", note)
+    monkeypatch.setattr(radam_ema_kernels, "launch", note)
     return names
+
+
+def scalars_of(optimizer: RAdamEMA, plan: radam_ema_tables.Plan, partials: Tensor | None) -> Tensor:
+    figures = (optimizer.grad_norm, optimizer.last_step_skipped, optimizer.skipped)
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    group = optimizer.param_groups[0]
+    return radam_ema_kernels.launch_scalars(group, plan, partials, *figures, grad_scale, None)
 
 
 def make(shapes: Any = SIZES) -> list[nn.Parameter]:
@@ -66,7 +74,7 @@ def set_gradients(params: list[nn.Parameter], step: int) -> None:
 
 def values(optimizer: RAdamEMA) -> list[Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [t.detach().clone() for p in params for t in (p, *(optimizer.state[p][name] for name in _STATE))]
+    return [t.detach().clone() for p in params for t in (p, *(optimizer.state[p][name] for name in STATE))]
 
 
 def stepped(backend: str, optimizer: RAdamEMA) -> list[Tensor]:
@@ -179,8 +187,8 @@ def test_the_scalars_are_those_of_step_size(betas, done):
     optimizer = RAdamEMA([p], lr=3e-4, betas=betas, ema_decay=0.9999)
     list(optimizer.ema_parameters())
     optimizer.state[p]["step"].fill_(done)
-    plan = optimizer._plan([p])
-    scalars = optimizer._launch_scalars(optimizer.param_groups[0], plan, torch.tensor([9.0, 16.0])).double()
+    plan = optimizer._plan([p], False)
+    scalars = scalars_of(optimizer, plan, torch.tensor([9.0, 16.0])).double()
     size, rectified = step_size(torch.tensor(done + 1.0, dtype=torch.float64), 3e-4, *betas)
     assert scalars[0] == 1
     assert scalars[1] == 1
@@ -199,9 +207,9 @@ def test_the_factor_of_the_gradients_brings_their_norm_down(max_norm, factor):
     optimizer = RAdamEMA([p], max_norm=max_norm)
     optimizer.grad_scale = torch.tensor(2.0)
     list(optimizer.ema_parameters())
-    plan = optimizer._plan([p])
+    plan = optimizer._plan([p], False)
     for partials in (torch.tensor([36.0, 64.0]), None):
-        scalars = optimizer._launch_scalars(optimizer.param_groups[0], plan, partials)
+        scalars = scalars_of(optimizer, plan, partials)
         assert scalars[0] == 1
         assert scalars[1] == torch.tensor(factor / 2)
     assert optimizer.grad_norm == 5
@@ -243,7 +251,7 @@ def test_nothing_beside_the_tensors_is_touched(offset):
     optimizer = RAdamEMA(params, lr=1e-2)
     memories = [(memory, views)]
     list(optimizer.ema_parameters())
-    for name in _STATE[:3]:
+    for name in STATE[:3]:
         memory, views = sliced([optimizer.state[p][name] for p in params])
         memories.append((memory, views))
         for p, view in zip(params, views, strict=True):
@@ -310,8 +318,8 @@ def test_strides_of_size_one_do_not_cost_a_copy():
     p = torch.zeros(6, 4, 1, 1)
     grad = torch.zeros(6, 4, 1, 1).to(memory_format=torch.channels_last)
     assert p.stride() != grad.stride()
-    assert radam_ema._as_stored(grad, p) is grad
-    assert radam_ema._as_stored(torch.zeros(6, 1, 4, 1).transpose(1, 2), p).shape == p.shape
+    assert radam_ema_tables.as_stored(grad, p) is grad
+    assert radam_ema_tables.as_stored(torch.zeros(6, 1, 4, 1).transpose(1, 2), p).shape == p.shape
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 3e19])
@@ -436,7 +444,7 @@ def test_a_parameter_that_changes_shape_is_refused_and_nothing_is_written(change
     p.data = guarded(p.detach())
     optimizer = RAdamEMA([p, other], lr=1e-2)
     list(optimizer.ema_parameters())
-    for name in _STATE[:3]:
+    for name in STATE[:3]:
         optimizer.state[p][name] = guarded(optimizer.state[p][name])
     set_gradients([p, other], 0)
     stepped(backend, optimizer)
@@ -447,7 +455,7 @@ def test_a_parameter_that_changes_shape_is_refused_and_nothing_is_written(change
     wrong, message = "exp_avg", "of its new shape, or none"
     if change == "gradient":
         wrong, message = "a gradient", "set or clear that"
-        for name in _STATE[:3]:
+        for name in STATE[:3]:
             optimizer.state[p][name] = guarded(torch.zeros(16, 16))
     else:
         set_gradients([p, other], 1)
@@ -468,8 +476,8 @@ def test_kernels_leave_a_step_alone_that_is_on_another_device():
     p = make(((7,),))[0]
     optimizer = RAdamEMA([p])
     state = optimizer._state_of(p)
-    assert radam_ema._fits(p, state)
-    assert not radam_ema._fits(p, state | {"step": state["step"].to("meta")})
+    assert radam_ema_tables.fits(p, state)
+    assert not radam_ema_tables.fits(p, state | {"step": state["step"].to("meta")})
 
 
 def test_the_tables_are_made_on_the_host_whatever_torchs_default_device():

@@ -7,7 +7,7 @@ and beyond", ICLR 2020, algorithm 2; eps, and rho > 5 where the paper has 4, as 
     rho <- rho_inf - 2 t b2^t / (1 - b2^t)      rho_inf = 2 / (1 - b2) - 1
     r   <- sqrt((rho - 4)(rho - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho))
     p   <- p - lr m / (1 - b1^t) * (r sqrt(1 - b2^t) / (sqrt(v) + eps) if rho > 5 else 1)
-    ema <- decay ema + (1 - decay) p
+    ema <- ema + (1 - decay) (p - ema)          as torch.lerp, which begins from p where decay < 1/2
 
 With a max_norm, g is first multiplied by min(1, max_norm / norm), norm the L2 norm over all gradients.
 
@@ -101,8 +101,7 @@ class RAdamEMA(Optimizer):
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to sqrt(v).
         weight_decay: L2 penalty, added to the gradient as torch.optim.RAdam does by default.
-        ema_decay: decay of the average, in [0, 1]; a float or a 0-dim device tensor. Rounded to fp32 for
-            parameters of fp32 and less.
+        ema_decay: decay of the average, in [0, 1]; a float or a 0-dim device tensor.
         max_norm: the L2 norm over all gradients (of every group) that clipping brings a larger one down to,
             as torch.nn.utils.clip_grad_norm_, but on the device and in the same pass; None: no clipping.
     Raises:
@@ -358,8 +357,8 @@ class RAdamEMA(Optimizer):
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         dtype = _scalar_dtype(params[0])
         size, rectified = step_size(steps[0].to(torch.float64) + 1.0, group["lr"], beta1, beta2)
-        decay = torch.as_tensor(group["ema_decay"], dtype=torch.float64, device=size.device).to(dtype)
-        rest = 1.0 - decay  # of the rounded decay: the average of a constant must be that constant
+        decay = torch.as_tensor(group["ema_decay"], dtype=torch.float64, device=size.device)
+        rest = (1.0 - decay).to(dtype)
 
         if _may_look(params[0].device) and dtype == params[0].dtype:
             if healthy:
@@ -374,8 +373,7 @@ class RAdamEMA(Optimizer):
                 else:
                     change = torch._foreach_mul(m, (-size).to(dtype))
                 torch._foreach_add_(params, change)
-                torch._foreach_mul_(ema, decay)
-                torch._foreach_add_(ema, torch._foreach_mul(params, rest))
+                torch._foreach_lerp_(ema, params, float(rest))
                 torch._foreach_add_(steps, 1.0)
             return
 
@@ -390,8 +388,7 @@ class RAdamEMA(Optimizer):
         new_p = torch._foreach_div(new_m, denominator)
         torch._foreach_mul_(new_p, (-size).to(dtype))
         torch._foreach_add_(new_p, params)
-        new_ema = torch._foreach_mul(ema, decay)
-        torch._foreach_add_(new_ema, torch._foreach_mul(new_p, rest))
+        new_ema = [torch.lerp(e.to(dtype), p.to(dtype), rest) for e, p in zip(ema, new_p, strict=True)]
 
         _add_scalar_(steps, healthy.to(torch.float32))
         for new, old in ((new_p, params), (new_m, m), (new_v, v), (new_ema, ema)):

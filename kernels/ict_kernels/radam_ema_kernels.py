@@ -157,9 +157,8 @@ def _scalars_kernel(
     tl.store(scalars_ptr + _UNSCALE, unscale.to(tl.float32))
     tl.store(scalars_ptr + _SIZE, size.to(tl.float32))
     tl.store(scalars_ptr + _RECTIFIED, rectified.to(tl.float32))
-    rounded = decay.to(tl.float32)
-    tl.store(scalars_ptr + _DECAY, rounded)
-    tl.store(scalars_ptr + _REST, 1.0 - rounded)
+    tl.store(scalars_ptr + _DECAY, decay.to(tl.float32))
+    tl.store(scalars_ptr + _REST, (1.0 - decay).to(tl.float32))
     tl.store(scalars_ptr + _STEP, step.to(tl.float32))
 
 
@@ -185,7 +184,8 @@ def _update_block(
     v = v * beta2 + weight2 * g * g
     denominator = tl.where(rectified, tl.sqrt_rn(v) + eps, 1.0)
     p -= size * tl.div_rn(m, denominator)
-    ema = ema * decay + rest * p
+    # As torch.lerp: ema * decay, rounded, would be off to the same side in every step.
+    ema = tl.where(rest < 0.5, ema, p) + tl.where(rest < 0.5, rest, -decay) * (p - ema)
     tl.store(p_ptr + offsets, p, mask)
     tl.store(m_ptr + offsets, m, mask)
     tl.store(v_ptr + offsets, v, mask)

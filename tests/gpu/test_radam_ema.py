@@ -109,6 +109,22 @@ def test_the_default_device_may_be_the_gpu(request):
     assert float(optimizer.grad_norm) == pytest.approx(19**0.5)
 
 
+def test_an_average_over_many_steps_is_as_close_as_torch_lerps():
+    """A product ema * decay, rounded by itself, errs to the same side in each of 1 / (1 - decay) steps."""
+    [p] = make(((4096,),))
+    optimizer = RAdamEMA([p], lr=1e-4, ema_decay=0.9999)
+    exact, lerped = p.detach().double(), p.detach().clone()
+    generator = torch.Generator("cuda").manual_seed(0)
+    for _ in range(1000):
+        p.grad = torch.randn(p.shape, generator=generator, device="cuda")
+        optimizer.step()
+        exact.lerp_(p.detach().double(), 1e-4)
+        lerped.lerp_(p.detach(), 1e-4)
+    [average] = optimizer.ema_parameters()
+    ours, theirs = ((each - exact).square().mean().sqrt() for each in (average, lerped))
+    assert ours <= 1.2 * theirs
+
+
 def test_three_launches_whatever_the_number_of_parameters(monkeypatch):
     names: list[str] = []
     launch = radam_ema_kernels.launch

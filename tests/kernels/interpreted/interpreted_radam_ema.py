@@ -144,7 +144,6 @@ def test_one_step_is_the_exact_and_the_eager_one_to_two_ulps(settings, after):
     for index, p in enumerate(params):
         at = slice(5 * index, 5 * index + 4)
         lr, betas, eps, wd, decay = settings.values()
-        decay = float(torch.tensor(decay, dtype=torch.float32))  # see RAdamEMA
         for a, e, (value, magnitude) in zip(
             ours[at],
             theirs[at],
@@ -195,9 +194,24 @@ def test_the_scalars_are_those_of_step_size(betas, done):
     assert float(scalars[2]) == pytest.approx(float(size), rel=1.2e-7)
     assert scalars[3] == rectified
     assert scalars[4] == torch.tensor(0.9999)
-    assert scalars[4] + scalars[5] == 1, "the average of a constant is that constant"
+    assert scalars[5] == torch.tensor(1 - 0.9999)
     assert scalars[6] == done + 1
     assert optimizer.grad_norm == 5
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.25])
+def test_an_average_over_many_steps_is_as_close_as_torch_lerps(decay):
+    p = nn.Parameter(torch.rand(256, generator=torch.Generator().manual_seed(0)))
+    optimizer = RAdamEMA([p], lr=0.0, ema_decay=decay)
+    [average] = optimizer.ema_parameters()
+    average += 1e-3 * torch.rand(256, generator=torch.Generator().manual_seed(1))
+    exact, lerped = average.double(), average.clone()
+    p.grad = torch.ones_like(p)
+    for _ in range(200):
+        optimizer.step()
+        exact.lerp_(p.detach().double(), 1 - decay)
+        lerped.lerp_(p.detach(), 1 - decay)
+    assert torch.linalg.vector_norm(average - exact) <= 1.2 * torch.linalg.vector_norm(lerped - exact)
 
 
 @pytest.mark.parametrize(("max_norm", "factor"), [(2.0, 0.4), (5.0, 1.0), (7.0, 1.0), (None, 1.0)])

@@ -7,10 +7,12 @@ from .group_norm_shared import (
     VARYING,
     activated,
     affine_of,
-    centre_of,
+    biased,
+    centred,
     dropout_scale,
     dropped,
     load,
+    pre_of_means,
     rounded,
     rounded_if_few,
     silu_backward,
@@ -86,6 +88,22 @@ def _slices_of(
             mask = (p + i * p.shape[0] < PIXELS)[:, None] & inside[None, :]
             found += (tl.load(here, mask=mask, other=0.0),)  # type: ignore[assignment]
     return found
+
+
+@jit
+def _biased_slices(
+    slices, x_ptr, pre, p, inside, PIXELS: tl.constexpr, FULL: tl.constexpr, SLICES: tl.constexpr
+):  # fmt: skip
+    """The slices as `biased` has them, 0 where no pixel is; and `pre_of_means`."""
+    if x_ptr.dtype.element_ty == tl.float32:
+        found = ()
+        for i in tl.static_range(SLICES):
+            x = biased(slices[i], x_ptr, pre)
+            if not FULL:
+                x = tl.where((p + i * p.shape[0] < PIXELS)[:, None] & inside[None, :], x, 0.0)
+            found += (x,)  # type: ignore[assignment]
+        slices = found
+    return slices, pre_of_means(x_ptr, pre)
 
 
 @jit
@@ -230,10 +248,14 @@ def resident_forward(
         x1 = _slices_of(x_ptr, p1, c1, inside1, PIXELS, CHANNELS, FULL1, SLICES1)
 
     pre0 = vector(pre_ptr, n * pre_stride + c0, inside0, 0.0)
+    if pre_ptr is not None:
+        x0, pre0 = _biased_slices(x0, x_ptr, pre0, p0, inside0, PIXELS, FULL0, SLICES0)
     mean0, squares0, count0 = _moments(x0, p0, inside0, PIXELS, FULL0, SLICES0)
     total = _total(mean0, count0, pre0, member0, PIXELS, FILLED, SLICES0)
     if WIDTH1 > 0:
         pre1 = vector(pre_ptr, n * pre_stride + c1, inside1, 0.0)
+        if pre_ptr is not None:
+            x1, pre1 = _biased_slices(x1, x_ptr, pre1, p1, inside1, PIXELS, FULL1, SLICES1)
         mean1, squares1, count1 = _moments(x1, p1, inside1, PIXELS, FULL1, SLICES1)
         total += _total(mean1, count1, pre1, member1, PIXELS, False, SLICES1)
     mean = total / (PIXELS * GROUP)
@@ -260,6 +282,7 @@ def resident_forward(
 
 @jit
 def _first_half(
+    x_ptr,
     x,
     dy,
     n,
@@ -282,9 +305,8 @@ def _first_half(
     [GROUPS, 2], those of q dz and q dz x_hat. Each pair is summed side by side, so that threads wait for each
     other once."""
     dy = dropped(dy, n, p, first, draw, CHANNELS, DROP)
-    centre, rstd = centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
+    x, rstd = centred(x, x_ptr, stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = affine_of(n, c, inside, affine)
-    x -= centre[None, :]
     z = x * (q * rstd)[None, :] + b[None, :]
     dz = silu_backward(z, dy, SILU)
     s1, s2 = tl.split(tl.sum(tl.join(rounded_if_few(dz), rounded_if_few(dz * x)), axis=0))
@@ -326,14 +348,14 @@ def _second_half(
 
     x, read again, comes from L1 or L2: held with dz, the largest tiles spill.
     """
-    centre, rstd = centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, _ = affine_of(n, c, inside, affine)
     # Without a policy of its own the load would be taken for the first one, and x be held.
     if FULL:
         x = tl.load(x_ptr + at, eviction_policy="evict_first").to(tl.float32)
     else:
         x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    x -= centre[None, :]
+    again: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    x, rstd = centred(x, x_ptr, stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS, again)
     of_channels = tl.sum(tl.where(member[:, :, None], rounded(means)[None, :, :], 0.0), axis=1)
     u, v = tl.split(of_channels)
     dx = dz * (q * (rstd * dropout_scale(draw, DROP)))[None, :] - (
@@ -410,12 +432,12 @@ def resident_backward(
         tl.debug_barrier()
 
     dz0, s10, s20, means = _first_half(
-        x0, dy0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine, draw,
+        x_ptr, x0, dy0, n, p, c0, inside0, first, member0, stats_ptr, pre_ptr, pre_stride, affine, draw,
         CHANNELS, GROUP, SILU, DROP,
     )  # fmt: skip
     if WIDTH1 > 0:
         dz1, s11, s21, means1 = _first_half(
-            x1, dy1, n, p, c1, inside1, first + WIDTH0, member1, stats_ptr, pre_ptr, pre_stride,
+            x_ptr, x1, dy1, n, p, c1, inside1, first + WIDTH0, member1, stats_ptr, pre_ptr, pre_stride,
             affine, draw, CHANNELS, GROUP, SILU, DROP,
         )  # fmt: skip
         means += means1

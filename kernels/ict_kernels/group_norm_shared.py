@@ -76,10 +76,39 @@ def pair_of_group(ptr, n, c, inside, GROUP: tl.constexpr, CHANNELS: tl.constexpr
 
 
 @jit
-def centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP: tl.constexpr, CHANNELS: tl.constexpr):
-    """(m, rstd) with x_hat = (x - m) rstd, per channel."""
+def biased(x, x_ptr, pre):
+    """x + pre, where x is fp32: of a pre-bias that takes most of x away, the mean of x would not keep enough.
+
+    16 bits are left alone, since they are further apart than what their mean loses.
+    """
+    if x_ptr.dtype.element_ty == tl.float32:
+        x += pre[None, :]
+    return x
+
+
+@jit
+def pre_of_means(x_ptr, pre):
+    """The pre-bias where `biased` does not add it: it goes to the means of the channels then."""
+    if x_ptr.dtype.element_ty == tl.float32:
+        pre = tl.zeros_like(pre)
+    return pre
+
+
+@jit
+def centred(
+    x, x_ptr, stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+    AGAIN: tl.constexpr = False,
+):  # fmt: skip
+    """x_hat / rstd of a tile, and rstd per channel. AGAIN: as `vector_again`."""
     mean, rstd = pair_of_group(stats_ptr, n, c, inside, GROUP, CHANNELS)
-    return mean - vector(pre_ptr, n * pre_stride + c, inside, 0.0), rstd
+    if pre_ptr is not None:
+        if AGAIN:
+            pre = vector_again(pre_ptr, n * pre_stride + c, inside, 0.0)
+        else:
+            pre = vector(pre_ptr, n * pre_stride + c, inside, 0.0)
+        x = biased(x, x_ptr, pre)
+        mean -= pre_of_means(x_ptr, pre)
+    return x - mean[None, :], rstd
 
 
 @jit

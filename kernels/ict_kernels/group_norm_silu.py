@@ -241,10 +241,13 @@ def _forward(
         "elements": elements,
         "like": like,
     }
+    to_x, to_means = (pre_bias, None) if x.dtype == torch.float32 else (None, pre_bias)  # see `biased`
     statistics: dict[str, Any] = {
         "x_ptr": x,
         "mean_ptr": partial[0],
         "squares_ptr": partial[1],
+        "pre_ptr": to_x,
+        "pre_stride": _row_stride(pre_bias),
         **{name: value for name, value in tile.items() if name != "GROUP"},
         **over_tiles,
     }
@@ -253,7 +256,7 @@ def _forward(
         "like": like,
         "mean_ptr": partial[0],
         "squares_ptr": partial[1],
-        "pre_ptr": pre_bias,
+        "pre_ptr": to_means,
         "stats_ptr": stats,
         "pre_stride": _row_stride(pre_bias),
         "pixels": pixels,

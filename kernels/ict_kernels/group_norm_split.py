@@ -5,7 +5,8 @@ from .group_norm_shared import (
     VARYING,
     activated,
     affine_of,
-    centre_of,
+    biased,
+    centred,
     dropout_scale,
     dropped,
     load,
@@ -45,6 +46,8 @@ def split_statistics(
     x_ptr,
     mean_ptr,
     squares_ptr,
+    pre_ptr,
+    pre_stride,
     pixels,
     start,
     CHANNELS: tl.constexpr,
@@ -52,10 +55,13 @@ def split_statistics(
     WIDTH: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Mean and centred sum of squares of each channel over ROWS pixels."""
+    """Mean and centred sum of squares of each channel over ROWS pixels, as `biased` has them."""
     n, place, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
     _, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     x = load(x_ptr + n * pixels * CHANNELS + base + at, mask, FULL)
+    if pre_ptr is not None:
+        x = biased(x, x_ptr, vector(pre_ptr, n * pre_stride + c, inside, 0.0))
+        x = x if FULL else tl.where(mask, x, 0.0)
     mean = tl.sum(x, axis=0) / tl.minimum(pixels - block * ROWS, ROWS).to(tl.float32)
     squares = sum_of_squares(x - mean[None, :], mask, FULL)
     tl.store(mean_ptr + place + c, mean, mask=inside)
@@ -85,6 +91,10 @@ def merge_statistics(
     base = local * blocks * CHANNELS + group * GROUP
     count = tl.full((), pixels, tl.float32) * GROUP
 
+    # Sums of distances from one of the means lose fewer bits than sums of means.
+    first = tl.load(mean_ptr + base)
+    if pre_ptr is not None:
+        first += tl.load(pre_ptr + n * pre_stride + group * GROUP).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, entries, BLOCK):
         e = begin + tl.arange(0, BLOCK)
@@ -93,8 +103,8 @@ def merge_statistics(
         size = tl.minimum(pixels - block * ROWS, ROWS).to(tl.float32)
         mean = tl.load(mean_ptr + at, mask=e < entries, other=0.0)
         mean += vector(pre_ptr, n * pre_stride + group * GROUP + j, e < entries, 0.0)
-        total += tl.where(e < entries, mean * size, 0.0)
-    group_mean = tl.sum(total, axis=0) / count
+        total += tl.where(e < entries, (mean - first) * size, 0.0)
+    group_mean = first + tl.sum(total, axis=0) / count
 
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, entries, BLOCK):
@@ -148,9 +158,9 @@ def split_apply(
     p, c, inside, base, at, mask = _tile(pixels, block, first, CHANNELS, ROWS, WIDTH)
     base += n * pixels * CHANNELS
     x = load(x_ptr + base + at, mask, FULL)
-    centre, rstd = centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
+    x, rstd = centred(x, x_ptr, stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = affine_of(n, c, inside, affine)
-    z = (x - centre[None, :]) * (q * rstd)[None, :] + b[None, :]
+    z = x * (q * rstd)[None, :] + b[None, :]
     store(y_ptr + base + at, activated(z, n, p, first, draw, CHANNELS, SILU, DROP), mask, FULL)
 
 
@@ -196,9 +206,8 @@ def split_backward(
     x, dy = load(x_ptr + base + at, mask, FULL), load(dy_ptr + base + at, mask, FULL)
     tl.debug_barrier()  # see resident_backward
     dy = dropped(dy, n, p, first, draw, CHANNELS, DROP)
-    centre, rstd = centre_of(stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
+    x, rstd = centred(x, x_ptr, stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = affine_of(n, c, inside, affine)
-    x -= centre[None, :]
     z = x * (q * rstd)[None, :] + b[None, :]
     dz = silu_backward(z, dy, SILU)
     if dx_ptr is None:

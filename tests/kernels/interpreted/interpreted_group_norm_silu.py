@@ -253,6 +253,29 @@ def test_of_two_neighbouring_16_bit_values_the_output_is_within_one_unit_in_the_
     assert float(((y - exact).abs() / unit).max()) < 1.0
 
 
+@pytest.mark.parametrize("level", [30.0, 4000.0])
+def test_split_the_mean_of_neighbouring_16_bit_values_is_rounded_once(level):
+    """Sums of means would lose the last bits of it, and times a large 1 / std these show."""
+    base = torch.tensor(level, dtype=torch.float16)
+    below = torch.nextafter(base, torch.tensor(0.0, dtype=torch.float16))
+    few = torch.rand(1, 256, 64, 64, generator=torch.Generator().manual_seed(7)) < 0.1
+    x = torch.where(few, below, base).contiguous(memory_format=torch.channels_last)
+    with planned(resident=False):
+        _, stats = module._forward(x, 32, *[None] * 7, 0, 0, 0, 1e-5, False)
+    mean = x.double().reshape(32, -1).mean(1)
+    half_a_unit = 2.0 ** (math.floor(math.log2(level)) - 24)
+    assert float((stats[0, :, 0] - mean).abs().max()) <= 1.05 * half_a_unit
+
+
+@pytest.mark.parametrize("offset", [1.0, 100.0, 1e4])
+def test_a_pre_bias_that_takes_an_offset_away_costs_no_bits_in_fp32(algorithm, offset):
+    """As in the definition, which adds it to x first. Gradients too; rows without pixels, and two parts."""
+    arguments = tensors((2, 24, 5, 3), frozenset({"x", "weight"}))
+    arguments["pre_bias"] = torch.linspace(-offset, offset, 24, dtype=torch.float64).float()
+    x = (arguments["x"].float() - arguments["pre_bias"][:, None, None]).double()
+    compare(arguments | {"x": x, "pre_bias": arguments["pre_bias"].double()}, 4, tolerance=4e-6)
+
+
 @pytest.mark.parametrize("size", [8, 32])
 def test_where_squares_overflow_the_output_is_that_of_an_infinite_variance(size):
     """In a tile that is cut and in one that is not, as by the definition: silu(bias), not NaN."""

@@ -9,8 +9,8 @@ class, in which both are one call of `group_norm_silu`, with the embedding, scal
 - EDM's UNetBlock (also ECT's).
 
 So parameters, names, hooks on blocks and state dicts are what they were; a deep copy stays replaced; a pickle
-holds the original classes. Each block is tried on a small input: where the result is not the original's, it
-is left alone, and the report says so.
+holds the original classes. Blocks of other code bases are tried on a small input, and everywhere so is a norm
+or SiLU whose class is not torch's: where the result is another, they are left alone, and the report says so.
 """
 
 import copy
@@ -247,7 +247,8 @@ def _why_not(module: nn.Module, norms: list[str], pattern: Pattern) -> str | Non
     for name, norm in zip(norms, map(module.get_submodule, norms), strict=True):
         if isinstance(norm, _Replaced):
             return "replaced before"
-        silent = [norm, *_passed_over(module, name)]
+        act = _silu_after(module, name)
+        silent = [norm, *([] if act is None else [act]), *_block_around(module, name)]
         for each in silent:
             if any(getattr(each, hooks) for hooks in _HOOKS):
                 return f"the {'norm' if each is norm else type(each).__name__} has hooks, which would not run"
@@ -255,22 +256,29 @@ def _why_not(module: nn.Module, norms: list[str], pattern: Pattern) -> str | Non
             return "its forward pass was replaced by something else before"
         if type(norm).forward is not nn.GroupNorm.forward and (reason := _is_another_norm(norm)):
             return reason
+        if act is not None and type(act).forward is not nn.SiLU.forward and (reason := _is_no_silu(act)):
+            return reason
     return None
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _passed_over(module: nn.Module, norm: str) -> list[nn.Module]:
-    """What else than a norm is called no more: the SiLU after it, and a block's Sequential about both."""
+def _silu_after(module: nn.Module, norm: str) -> nn.Module | None:
+    """The SiLU that follows a norm, where it is a module."""
     prefix, _, name = norm.rpartition(".")
     parent = module.get_submodule(prefix)
     if isinstance(parent, nn.Sequential):
         names = list(parent._modules)
-        act = parent.get_submodule(names[names.index(name) + 1])
-        return [act] if parent is module else [act, parent]
-    nonlinearity = getattr(module, "nonlinearity", None)  # of diffusers' block
-    return [nonlinearity] if isinstance(nonlinearity, nn.Module) else []
+        return parent.get_submodule(names[names.index(name) + 1])
+    acts = (getattr(module, each, None) for each in ("nonlinearity", "conv_act"))  # diffusers' block and end
+    return next((act for act in acts if isinstance(act, nn.Module)), None)
+
+
+def _block_around(module: nn.Module, norm: str) -> list[nn.Module]:
+    """A block's Sequential about a norm, which is called no more."""
+    parent = module.get_submodule(norm.rpartition(".")[0])
+    return [parent] if isinstance(parent, nn.Sequential) and parent is not module else []
 
 
 def _is_another_norm(norm: Any) -> str | None:
@@ -283,3 +291,19 @@ def _is_another_norm(norm: Any) -> str | None:
     except Exception as error:
         return f"{type(norm).__name__} could not be tried: {error}"
     return None if same else f"{type(norm).__name__} computes something else than group norm"
+
+
+def _is_no_silu(act: nn.Module) -> str | None:
+    """Why a class's own forward pass is not SiLU, by trying it: further from 0 than a block's trial gets."""
+    name = type(act).__name__
+    if act.state_dict():
+        return f"{name} has parameters of its own"
+    try:
+        x = torch.linspace(-5.3, 5.3, 1024, device="cpu").sinh().reshape(2, 8, 8, 8)  # -100 to 100
+        with torch.no_grad():
+            expected = F.silu(x)
+            given = act(x)  # perhaps in place
+            same = given.shape == x.shape and torch.allclose(given, expected, rtol=1e-4, atol=1e-4)
+    except Exception as error:
+        return f"{name} could not be tried: {error}"
+    return None if same else f"{name} computes something else than SiLU"

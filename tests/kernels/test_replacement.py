@@ -6,6 +6,7 @@ import io
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -414,6 +415,108 @@ def test_another_norm_of_that_name_is_left():
     assert report.left["0"].startswith("GroupNorm32 could not be tried")
 
 
+class GainSiLU(nn.SiLU):
+    """EDM2's, which keeps the variance."""
+
+    def forward(self, input):
+        return super().forward(input) / 0.596
+
+
+class ClippedSiLU(nn.SiLU):
+    """Another function far from 0 alone, where a norm of untrained weights does not get to."""
+
+    def forward(self, input):
+        return super().forward(input).clamp(max=20.0)
+
+
+class LearntSiLU(nn.SiLU):
+    """SiLU only until it is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, input):
+        return input * torch.sigmoid(self.beta * input)
+
+
+def named_silu(forward) -> nn.Module:
+    return type("SiLU", (nn.Module,), {"forward": lambda self, x: forward(x)})()
+
+
+class UNet2DModel(nn.Module):
+    """The end of diffusers' U-Nets."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv_norm_out, self.conv_act = nn.GroupNorm(2, 8), act
+
+    def forward(self, x):
+        return self.conv_act(self.conv_norm_out(x))
+
+
+def guided_with(act: nn.Module) -> nn.Module:
+    block = theirs.ResBlock(8, 12, 0.0)
+    block.in_layers[1], block.out_layers[1] = act, copy.deepcopy(act)
+    return block
+
+
+def diffusers_with(act: nn.Module) -> nn.Module:
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    block = resnet.ResnetBlock2D(in_channels=8, temb_channels=12, groups=4)
+    block.nonlinearity = act
+    return block
+
+
+PLACES = {
+    "Sequential": lambda act: nn.Sequential(nn.GroupNorm(2, 8), act),
+    "UNet2DModel": UNet2DModel,
+    "ResBlock": guided_with,
+    "ResnetBlock2D": diffusers_with,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "act", [GainSiLU(), ClippedSiLU(), named_silu(lambda x: x * torch.sigmoid(1.702 * x)), LearntSiLU()]
+)
+def test_an_activation_that_is_no_silu_is_left(act, place):
+    network = PLACES[place](act)
+    classes = [type(each) for each in network.modules()]
+    report = GroupNormSiLU.replace_in(network)
+    assert [type(each) for each in network.modules()] == classes
+    why = "has parameters of its own" if isinstance(act, LearntSiLU) else "computes something else than SiLU"
+    assert set(report.left.values()) == {f"{type(act).__name__} {why}"}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_silu_of_another_class_that_computes_it_is_replaced(place):
+    """guided-diffusion's."""
+    report = GroupNormSiLU.replace_in(PLACES[place](named_silu(lambda x: x * torch.sigmoid(x))))
+    assert (list(report.changed), report.left) == ([""], {})
+
+
+def test_an_edm_block_whose_activation_is_another_function_is_left(monkeypatch):
+    silu = F.silu
+    functions = SimpleNamespace(**vars(F) | {"silu": lambda x: silu(x) / 0.596})
+    monkeypatch.setitem(UNetBlock.forward.__globals__, "F", functions)
+    report = GroupNormSiLU.replace_in(UNetBlock(8, 8, 6))
+    assert report.left == dict.fromkeys(
+        ("norm0", "norm1"), "UNetBlock is another one than this package knows"
+    )
+
+
+def test_the_end_of_a_unet_whose_silu_has_hooks_or_was_patched_is_left():
+    network = UNet2DModel(nn.SiLU())
+    handle = network.conv_act.register_forward_pre_hook(lambda _, given: (2 * given[0],))
+    assert GroupNormSiLU.replace_in(network).left == {
+        "conv_norm_out": "the SiLU has hooks, which would not run"
+    }
+    handle.remove()
+    network.conv_act.forward = F.relu
+    assert "replaced by something else" in GroupNormSiLU.replace_in(network).left["conv_norm_out"]
+
+
 def test_norms_with_hooks_and_patched_blocks_are_left():
     network = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
     for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
@@ -455,13 +558,8 @@ def test_norms_without_a_silu_are_left_and_named():
 
 
 def test_a_silu_that_serves_in_other_places_too_is_left():
-    class UNet2DModel(nn.Module):  # with one SiLU for every place, as older diffusers has
-        def __init__(self):
-            super().__init__()
-            self.conv_norm_out, self.conv_act = nn.GroupNorm(2, 8), nn.SiLU()
-            self.time_embedding = nn.Sequential(nn.Linear(8, 8), self.conv_act)
-
-    network = UNet2DModel()
+    network = UNet2DModel(nn.SiLU())
+    network.time_embedding = nn.Sequential(nn.Linear(8, 8), network.conv_act)  # as older diffusers has it
     report = GroupNormSiLU.replace_in(network)
     assert report.left == {"conv_norm_out": "its SiLU is used in other places too"}
     assert type(network.conv_act) is nn.SiLU

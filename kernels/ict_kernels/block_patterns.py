@@ -109,7 +109,7 @@ def _fused(norm: Any, x: Tensor, dropout: Any = None, **between: Any) -> Tensor:
 
 def _is_seeded(dropout: Any) -> bool:
     """Whether a dropout layer's mask is a function that the norm's kernel can compute."""
-    return isinstance(dropout, SeededDropout) and dropout.training and dropout.p > 0.0
+    return isinstance(dropout, SeededDropout) and dropout.training and 0.0 < dropout.p < 1.0
 
 
 def _run(sequential: nn.Sequential, x: Tensor, first: int = 0) -> Tensor:

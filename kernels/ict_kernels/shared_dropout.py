@@ -150,6 +150,8 @@ class SeededDropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
+        if self.p == 1.0:  # which is no share of 65,536 that leaves something to scale
+            return x * 0.0
         source, layer = self._ict_dropout
         keep = dropout_keep_mask(x, self.p, source.on(x.device), layer=layer)
         # As torch multiplies: what is dropped and not finite is NaN, and not 0. Through uint8: see the
@@ -181,8 +183,6 @@ def seed_dropout(network: nn.Module, seed: int | None = None) -> DropoutSeed:
             continue
         if type(module) is not nn.Dropout:
             source.left[name] = f"{type(module).__name__} is a dropout of its own"
-        elif module.p >= 1.0:
-            source.left[name] = "p = 1 drops everything"
         else:
             source._modules.append((module, nn.Dropout))
             module.__class__ = SeededDropout

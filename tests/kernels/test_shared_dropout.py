@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ict_kernels import SharedDropout, seed_dropout
+from ict_kernels import GroupNormSiLU, SharedDropout, seed_dropout
 from ict_kernels.philox import dropout_keep_mask
 
 CPU = torch.device("cpu")
@@ -192,6 +192,34 @@ def test_what_is_not_finite_is_dropped_as_torchs_dropout_drops_it(dtype, bad):
         torch.testing.assert_close(x.grad, keep.to(dtype) / share)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_probability_that_becomes_1_drops_everything_as_torchs_does(replaced):
+    """By the layer, and after a norm whose kernel draws the mask otherwise."""
+    net = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Dropout(0.3))
+    expected = copy.deepcopy(net)
+    seed_dropout(net)
+    if replaced:
+        assert GroupNormSiLU.replace_in(net).changed
+    net[2].p = expected[2].p = 1.0
+    outcomes = []
+    for each in (net, expected):
+        x = torch.linspace(-1, 1, 32).reshape(2, 4, 4).requires_grad_()
+        y = each(x)
+        outcomes.append((y, *torch.autograd.grad(y.sum(), [x, each[0].weight])))
+    assert all(map(torch.equal, *outcomes))
+    assert torch.equal(outcomes[0][0], torch.zeros(2, 4, 4))
+    net[2].p = 0.5
+    assert 0 < net(x).count_nonzero() < 32
+
+
+def test_a_layer_that_begins_by_dropping_everything_is_seeded_for_later(x):
+    net = network(1.0)
+    assert seed_dropout(net).layers == ["1", "3"]
+    assert not net(x).any()
+    net[3].p = 0.5
+    assert torch.equal(net(x), net(x))
+
+
 def test_masks_stay_until_the_seed_advances_and_differ_between_layers(x):
     net = network()
     seed = seed_dropout(net)
@@ -298,5 +326,5 @@ def test_other_dropouts_are_left_and_named():
         pass
 
     seed = seed_dropout(nn.Sequential(Special(0.3), nn.Dropout(1.0), nn.Dropout(0.0)))
-    assert seed.left == {"0": "Special is a dropout of its own", "1": "p = 1 drops everything"}
-    assert seed.layers == ["2"]
+    assert seed.left == {"0": "Special is a dropout of its own"}
+    assert seed.layers == ["1", "2"]

@@ -12,7 +12,7 @@ generator between the passes, which leaves a GPU's masks different. Two ways to 
 
     seed = seed_dropout(network)                 # a step that is compiled as a whole, CUDA graphs, activation
     ...                                          # checkpointing: masks are a function of a seed (philox.py)
-    seed.advance()                               # before each step
+    seed.advance()                               # before each step, and between micro-batches
 """
 
 from collections.abc import Callable
@@ -128,7 +128,12 @@ class DropoutSeed:
         return self.seed
 
     def advance(self) -> None:
-        """New masks from now on: call it before each step, outside of compiled code and captured graphs."""
+        """New masks from now on: call it before each step, outside of compiled code and captured graphs.
+
+        Also between the micro-batches of a step: a mask depends on a sample's place in the tensor, so without
+        it the i-th samples of all micro-batches have the same. After the backward pass, which may draw the
+        masks again (activation checkpointing, norms of `GroupNormSiLU.replace_in`).
+        """
         self.seed[1] += 1
 
     def undo(self) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from itertools import combinations
 
 import pytest
 import torch
@@ -276,6 +277,26 @@ def test_a_recomputation_has_the_same_masks(x):
     expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
     loss = checkpoint(net, x, use_reentrant=False, preserve_rng_state=False).square().sum()
     assert all(map(torch.equal, torch.autograd.grad(loss, list(net.parameters())), expected))
+
+
+def test_micro_batches_have_masks_of_their_own_if_the_seed_advances_after_each_backward_pass():
+    """Teacher, student and the student's recomputation share one; the gradient is that of all masks."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.25))
+    seed = seed_dropout(net, seed=5)
+    images, expected, masks = torch.randn(3, 6, 4), torch.zeros(8, 4), []
+    for step, micro_batch in enumerate(images):
+        with torch.no_grad():
+            teacher = net(micro_batch)
+        student = checkpoint(net, micro_batch, use_reentrant=False)
+        assert torch.equal(student, teacher)
+        student.sum().backward()
+        seed.advance()
+        keep = dropout_keep_mask((6, 8), 0.25, torch.tensor([5, step]))
+        assert torch.equal(student != 0, keep)
+        expected += (keep / 0.75).T @ micro_batch
+        masks.append(keep)
+    torch.testing.assert_close(net[0].weight.grad, expected)
+    assert not any(torch.equal(a, b) for a, b in combinations(masks, 2))
 
 
 def test_a_whole_step_compiles_and_sees_the_seed_advance(x):

@@ -377,7 +377,8 @@ def sample_noise_levels(
             step 0: one that stays the same in a loop draws the same in every step.
         offset: number of this call's first sample in the global batch, so that levels do not depend on
             micro-batch or rank.
-        device: default: that of a tensor `num_scales` or `seed`, else the CPU.
+        device: default: that of a tensor `num_scales` or `seed`, else the CPU. Tensors that lie elsewhere are
+            copied to a device given here, for which the host waits.
         indices: "lognormal" or "uniform".
         weighting: "inverse-gap", 1/(sigma_next - sigma), or "uniform", 1.
         scales: the values that a *tensor* num_scales may take. One outside them gives index 0 and NaN for
@@ -386,10 +387,16 @@ def sample_noise_levels(
         NoiseLevels(index, sigma, sigma_next, weight): int64 and fp32, each (batch,).
     Raises:
         ValueError: for a parameter out of range.
+        RuntimeError: if `num_scales` and `seed` are tensors of two devices, and no `device` is given.
     Source:
         Song & Dhariwal 2024, sections 3.1 (weight) and 3.5 (distribution).
     """
     if device is None:
+        if isinstance(num_scales, Tensor) and isinstance(seed, Tensor) and num_scales.device != seed.device:
+            raise RuntimeError(
+                f"num_scales is on {num_scales.device} and seed on {seed.device}: put them on one device, or"
+                " give device="
+            )
         on_device = next((t for t in (num_scales, seed) if isinstance(t, Tensor)), None)
         device = "cpu" if on_device is None else on_device.device
     device = torch.device(device)

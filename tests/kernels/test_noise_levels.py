@@ -173,6 +173,20 @@ def test_a_tensor_num_scales_is_one_integer(num_scales):
         sample_noise_levels(4, num_scales, seed=1)
 
 
+@pytest.mark.parametrize("devices", [("cpu", "meta"), ("meta", "cpu")])
+def test_tensors_on_two_devices_are_refused_unless_it_is_said_where_the_levels_go(devices):
+    num_scales, seed = (
+        torch.tensor(11, device=devices[0]),
+        torch.zeros(2, dtype=torch.int64, device=devices[1]),
+    )
+    message = (
+        f"num_scales is on {devices[0]} and seed on {devices[1]}: put them on one device, or give device="
+    )
+    with pytest.raises(RuntimeError, match=message):
+        sample_noise_levels(4, num_scales, seed=seed)
+    assert sample_noise_levels(4, num_scales, seed=seed, device="meta").sigma.device.type == "meta"
+
+
 def test_a_first_call_in_inference_mode_leaves_tables_that_a_compiled_step_can_record(monkeypatch):
     monkeypatch.setattr(noise_levels, "_tables", {})
     with torch.inference_mode():

@@ -291,7 +291,7 @@ def test_parameters_that_join_late_or_pause_have_their_own_step_as_in_torch():
             set_gradients(params, step)
             if step < 7:
                 params[1].grad = None
-            if step % 3 == 0:
+            if step % 3 == 2:  # first beside one that it began with, and that goes on
                 params[2].grad = None
             stepper.step()
     for a, b in zip(ours, theirs, strict=True):
@@ -341,6 +341,39 @@ def test_a_parameter_that_takes_anothers_place_with_its_state_goes_on_beside_one
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
         assert float(optimizer.state[a]["step"]) == float(reference.state[b]["step"])
     assert [each() for each in replaced] == [None] * 4
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_parameter_that_is_replaced_is_let_go_of(with_state):
+    params = parameters()
+    optimizer = RAdamEMA(params, lr=1e-2)
+    for step in range(2):
+        if step == 1:
+            replaced, params[0] = weakref.ref(params[0]), nn.Parameter(params[0].detach().clone())
+            state = optimizer.state.pop(optimizer.param_groups[0]["params"][0])
+            if with_state:
+                optimizer.state[params[0]] = state
+            optimizer.param_groups[0]["params"][0] = params[0]
+        set_gradients(params, step)
+        optimizer.step()
+    assert replaced() is None
+
+
+def test_a_parameter_that_takes_anothers_place_with_its_state_does_so_before_a_capture(monkeypatch):
+    """To find of how many steps its state is, the host reads, and a graph cannot hold that."""
+    params = parameters()
+    optimizer = RAdamEMA(params, lr=1e-2)
+    set_gradients(params, 0)
+    optimizer.step()
+    new = nn.Parameter(params[0].detach().clone())
+    optimizer.state[new] = optimizer.state.pop(params[0])
+    params[0] = optimizer.param_groups[0]["params"][0] = new
+    set_gradients(params, 1)
+    before = bits(optimizer)
+    monkeypatch.setattr(radam_ema, "_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="before the capture"):
+        optimizer.step()
+    assert bits(optimizer) == before
 
 
 def test_state_keeps_the_parameters_memory_format():
@@ -734,6 +767,10 @@ def test_sharded_parameters_are_refused_also_those_that_come_in_the_place_of_oth
             RAdamEMA(network.parameters())
         optimizer.param_groups[0]["params"] = list(network.parameters())
         network(torch.ones(1, 3)).sum().backward()
+        with pytest.raises(ValueError, match="DTensor"):
+            optimizer.step()
+        for p in network.parameters():  # with a state, they do not begin
+            optimizer.state[p] = {"step": torch.zeros(())}
         with pytest.raises(ValueError, match="DTensor"):
             optimizer.step()
     finally:

@@ -112,6 +112,20 @@ def test_rows_that_end_within_a_sector_are_split_only_where_no_tile_is_without_t
         assert (plan.resident, plan.groups) == (True, at_once), channels
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_row_of_a_tile_is_of_up_to_128_bytes_where_several_tiles_fit_on_a_processor(backward):
+    """256 channels in 32 groups, of which one has rows of 16 bytes."""
+    for pixels, itemsize, groups in ((64, 2, 8), (64, 4, 4), (256, 2, 4)):  # of the last 8 do not fit
+        assert plan_of(8, 256, pixels, 32, itemsize, backward).groups == groups
+
+
+def test_with_dropout_a_tile_with_rows_beyond_the_image_has_fewer_elements_per_thread():
+    """As many as elsewhere spilled."""
+    for size, dropout, warps in ((32, True, 8), (31, True, 16), (31, False, 8)):
+        plan = plan_of(1, 32, size**2, 4, 2, False, dropout)
+        assert (plan.resident, plan.rows, plan.num_warps) == (True, 1024, warps)
+
+
 def test_more_warps_than_sums_are_safe_for_are_refused():
     """`FEW` elements are 8 for each thread of 16 warps: beyond, lanes would store sums that differ."""
     few = importlib.import_module("ict_kernels.group_norm_shared").FEW
@@ -130,11 +144,13 @@ def test_the_plan_has_a_tile_for_any_shape():
         (1, 40_000, 1, 1),
         (2, 30, 1_000_003, 5),
         (10**6, 2, 1, 2),
+        (10**6, 192, 4096, 32),
     ):
         for itemsize in (2, 4):
             for backward in (False, True):
                 chosen = plan_of(count, channels, pixels, groups, itemsize, backward)
                 assert 1 <= chosen.chunk <= count
+                assert chosen.resident or chosen.chunk <= 65535, "the second axis of CUDA's grids"
                 assert chosen.rows * sum(chosen.widths) * itemsize <= 65536
                 if chosen.resident:
                     assert chosen.rows >= pixels

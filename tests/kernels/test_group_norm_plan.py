@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ict_kernels.group_norm_plan import chunk_bytes_of, plan_of, planned
+from ict_kernels.group_norm_plan import chunk_bytes_of, parts, plan_of, planned
 
 # What is split at each resolution, and backward all at 32 x 32 that has no dropout; everything else of the
 # networks is resident, and backward 576 channels at 16 x 16 if they have dropout.
@@ -157,6 +157,12 @@ def test_the_plan_has_a_tile_for_any_shape():
                     assert sum(chosen.widths) >= chosen.groups * (channels // groups)
 
 
+def test_channels_are_held_in_the_fewest_parts_that_waste_the_least():
+    assert [parts(width) for width in (1, 2, 3, 15, 16, 17, 72, 96, 120)] == [
+        *((1, 0), (2, 0), (2, 1), (16, 0), (16, 0), (16, 1), (64, 8), (64, 32), (128, 0))
+    ]
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
     ("channels", "groups", "size"),
@@ -188,6 +194,8 @@ def test_a_plan_can_be_overridden(norms_of_networks):
         with planned(groups=16):  # by itself it would be split
             assert cases.plan_of(small, backward).groups == 16
             assert cases.case_of(small, backward).launches[0].arguments["BUNDLE"] == 16 * 18
+            with planned(groups=16, maxnreg=96):
+                assert cases.plan_of(small, backward).maxnreg == 96
             with planned(num_warps=2):
                 assert cases.plan_of(small, backward).groups < 16
                 assert cases.case_of(small, backward).launches[0].num_warps == 2

@@ -847,11 +847,15 @@ def test_a_disk_that_is_full_when_a_run_goes_on_is_no_fault_of_the_command(
     prepare_directory(opened)
     assert (out / "log.jsonl").read_bytes() == log
 
-    monkeypatch.setattr(run_directory.os, "open", full)
-    with pytest.raises(TrainingError, match=cut), lock(opened, pytest.fail):
-        pass
+    def over_quota(*arguments: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    for failing, message in ((full, cut), (over_quota, r"Disk quota exceeded\); with room for it .* 24$")):
+        monkeypatch.setattr(run_directory.os, "open", failing)
+        with pytest.raises(TrainingError, match=message), lock(opened, pytest.fail):
+            pass
     new = replace(opened, checkpoint=None)
-    with pytest.raises(InputError, match=r"No space .*; choose another --out$"), lock(new, pytest.fail):
+    with pytest.raises(InputError, match=r"exceeded\); choose another --out$"), lock(new, pytest.fail):
         pass
 
 
@@ -900,15 +904,18 @@ def test_an_end_that_could_not_be_saved_is_a_failure(
         train(one_level, out=tmp_path / "run", device="cpu")
 
 
-@pytest.mark.parametrize("capacity", [1, 2])
+@pytest.mark.parametrize(("capacity", "quota"), [(1, False), (2, False), (2, True)])
 def test_on_a_full_disk_the_end_takes_the_place_of_an_older_checkpoint_or_is_a_failure(
-    brief: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capacity: int
+    brief: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capacity: int, quota: bool
 ) -> None:
-    """The disk has room for so many checkpoints; the newest whole one is never given up."""
+    """The disk, or its user, has room for so many checkpoints; the newest whole one is never given up."""
     out = tmp_path / "run"
 
     def disk_usage(path: Path) -> SimpleNamespace:
-        return SimpleNamespace(free=1 << 40 if len(checkpoint_steps(out)) < capacity else 1000)
+        is_full = len(checkpoint_steps(out)) >= capacity
+        if quota and is_full:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return SimpleNamespace(free=1000 if is_full else 1 << 40)
 
     monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", disk_usage)
     if capacity == 2:

@@ -1040,6 +1040,15 @@ def test_a_full_disk_under_the_output_changes_no_exit_code(trained, tmp_path, mo
         assert main(["train", "--presett", "digits"]) == 2
 
 
+def test_a_reader_that_has_left_before_the_result_is_no_error_either(trained, tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["train", "--out", str(tmp_path)]) == 141
+    assert len(trained) == 1
+
+
 def test_a_broken_pipe_of_something_else_is_a_bug(monkeypatch, tmp_path):
     def train(config, **options):
         raise BrokenPipeError("a worker has died")

@@ -160,6 +160,17 @@ def test_no_more_batches_are_taken_than_the_verdict_needs(
     assert found.batches == taken
 
 
+def test_the_error_of_the_noise_is_the_jackknifes_where_that_is_exact() -> None:
+    """Of pairs of opposite gradients of one length, where no mean depends on which batch is left out."""
+    (along, across), signs = torch.eye(2, 8), torch.tensor([1.0, -1.0]).repeat(3)[:, None]
+    sizes = torch.tensor([0.1, 0.2, 0.4]).repeat_interleave(2)[:, None]
+    found, _ = _measured(signs * along, signs * (along + sizes * across))
+    noises = sizes.flatten().double().square().numpy()
+    without = (noises.sum() - noises) / 5
+    assert found.noise == pytest.approx(noises.mean())
+    assert found.noise_error == pytest.approx((5 / 6 * ((without - without.mean()) ** 2).sum()) ** 0.5)
+
+
 def test_batches_whose_gradient_is_not_finite_do_not_count() -> None:
     generator = torch.Generator().manual_seed(2)
     exact, error = (torch.randn(24, 500, generator=generator) for _ in range(2))
@@ -259,6 +270,22 @@ def test_bf16_stays_where_activations_are_beyond_fp16(
     assert "loss_scale" not in end.tensors("optimizer")
     assert [each["fp16_overflows"] for each in end.state["roundings"]] == 8 * [True], "asked in every stage"
     assert not precision.is_too_coarse(end.state["roundings"]), "nor does a resumed run take fp16"
+
+
+@pytest.mark.parametrize("loss", [1.0, math.inf, math.nan])
+def test_activations_that_overflow_in_one_process_have_overflowed_for_all(loss: float) -> None:
+    """Each sees the loss of its own images; were fp16 some processes' choice, their states would differ."""
+    asked: list[bool] = []
+    train_step: Any = SimpleNamespace(
+        autocast_dtype=torch.bfloat16,
+        seed_and_step=torch.zeros(2, dtype=torch.int64),
+        set_trunk=lambda dtype: None,
+        compute=lambda batches: torch.tensor([loss]),
+        reduction=SimpleNamespace(clear=lambda: None),
+        world=SimpleNamespace(any=lambda here: asked.append(here) or True),  # in another one
+    )
+    assert precision._overflows_fp16(train_step, 3, [])
+    assert asked == [not math.isfinite(loss)]
 
 
 @pytest.mark.usefixtures("like_a_gpu")

@@ -272,6 +272,19 @@ def test_bf16_stays_where_activations_are_beyond_fp16(
     assert not precision.is_too_coarse(end.state["roundings"]), "nor does a resumed run take fp16"
 
 
+@pytest.mark.parametrize(("asked", "auto"), [("fp16", torch.bfloat16), ("auto", torch.float16)])
+def test_fp16_that_was_not_chosen_is_not_left(
+    one_level: Config, monkeypatch: pytest.MonkeyPatch, asked: Any, auto: torch.dtype
+) -> None:
+    """It was asked for, or the GPU has no bf16."""
+    monkeypatch.setattr(precision, "trunk_dtype", lambda name, device: auto)
+    monkeypatch.setattr(precision, "_overflows_fp16", lambda *_: pytest.fail("the batch was tried"))
+    config = replace(one_level, training=replace(one_level.training, precision=asked))
+    train_step: Any = SimpleNamespace(config=config, autocast_dtype=torch.float16, device=CPU)
+    loader: Any = SimpleNamespace(micro_batches=lambda number: [])
+    assert precision.leave_fp16(train_step, loader, 3) is None
+
+
 @pytest.mark.parametrize("loss", [1.0, math.inf, math.nan])
 def test_activations_that_overflow_in_one_process_have_overflowed_for_all(loss: float) -> None:
     """Each sees the loss of its own images; were fp16 some processes' choice, their states would differ."""

@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -541,6 +542,8 @@ def test_a_run_that_lost_its_checkpoints_says_that_it_starts_again(
 
 def test_two_processes_do_not_train_in_one_directory(one_level: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
+    out.mkdir()
+    (out / ".lock").write_text("12345678901234\n")  # of one that is gone
     with lock(Run(out, one_level, None), pytest.fail):
         with pytest.raises(InputError, match=rf"another process \(number {os.getpid()}\) is training in"):
             train(one_level, out=out, device="cpu")
@@ -782,6 +785,24 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(
     for name in ("weights", "ema", "optimizer"):
         file = f"checkpoints/step-00000005/{name}.safetensors"
         assert (tmp_path / "late" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_a_checkpoint_by_the_clock_is_not_due_while_one_is_written(
+    one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training would wait for it."""
+    clock, writing = [0.0], Future[Path]()
+    monkeypatch.setattr(saving, "monotonic", lambda: clock[0])
+    config = replace(one_level, logging=replace(one_level.logging, checkpoint_minutes=2))
+    train_step: Any = SimpleNamespace(world=World())
+    with saving.Saver(Run(tmp_path, config, None), None, train_step, None) as saver:  # type: ignore[arg-type]
+        clock[0] = 119.0
+        assert not saver.is_due()
+        clock[0], saver._writing = 121.0, (1, writing)
+        assert not saver.is_due()
+        writing.set_result(tmp_path)
+        assert saver.is_due()
+        assert not saver.is_due(), "once"
 
 
 def test_a_file_system_that_fails_ends_the_training_and_is_no_bad_input(

@@ -293,6 +293,20 @@ def test_where_squares_overflow_the_output_is_that_of_an_infinite_variance(size)
     )
 
 
+@pytest.mark.parametrize(("channels", "pixels"), [(600, 2), (2, 33)])
+def test_partial_sums_are_merged_in_several_rounds(channels, pixels):
+    """A group of 1,200 partial statistics and of 600 channels; 33 blocks of pixels."""
+    with planned(resident=False, rows=1):
+        compare(tensors((1, channels, pixels, 1)), 1)
+
+
+def test_samples_are_summed_in_several_rounds():
+    rows, sums = torch.randn(3, 7, 10, generator=torch.Generator().manual_seed(8)), torch.empty(3, 10)
+    pointers = {f"to{k}_ptr": each for k, each in enumerate(sums)}
+    module.launch(module.sum_samples, (2, 3), from_ptr=rows, **pointers, rows=7, CHANNELS=10, ROWS=4, WIDTH=8)
+    torch.testing.assert_close(sums, rows.sum(1))
+
+
 def test_output_and_gradients_repeat_bit_for_bit(algorithm):
     arguments = {name: value.float() for name, value in tensors((2, 24, 5, 3)).items()}
     gradient = torch.randn(2, 24, 5, 3, generator=torch.Generator().manual_seed(3))

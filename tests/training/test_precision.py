@@ -160,6 +160,15 @@ def test_no_more_batches_are_taken_than_the_verdict_needs(
     assert found.batches == taken
 
 
+def test_each_batch_is_a_sign_that_a_process_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them may take longer than a process may be silent."""
+    signs: list[World] = []
+    monkeypatch.setattr(World, "get_on", lambda self: signs.append(self))
+    exact = torch.randn(24, 8, generator=torch.Generator().manual_seed(4))
+    _, taken = _measured(exact, exact)
+    assert len(signs) == taken >= 6
+
+
 def test_the_error_of_the_noise_is_the_jackknifes_where_that_is_exact() -> None:
     """Of pairs of opposite gradients of one length, where no mean depends on which batch is left out."""
     (along, across), signs = torch.eye(2, 8), torch.tensor([1.0, -1.0]).repeat(3)[:, None]
@@ -214,7 +223,10 @@ def test_the_choice_is_made_at_the_borders_of_stages_lasts_and_is_resumed(
     monkeypatch.setattr(precision, "measure_rounding", measure)
     monkeypatch.setattr(step, "compiles", lambda *_: True)  # as it is said, without the minutes
     monkeypatch.setattr(step, "compile_blocks", lambda *_, **__: 5)
+    not_watched: list[World] = []
+    monkeypatch.setattr(World, "compiles", lambda self: not_watched.append(self))
     train(config, out=tmp_path / "whole", device="cpu")
+    assert len(not_watched) == 1, "the step after the switch may take minutes, too"
     assert measured == [0, 3, 6, 9, 12], "every third step begins a stage; after the switch none is measured"
     said = capsys.readouterr().err
     assert "N = 81: bf16 stays (cosine 1.0000" in said
@@ -289,16 +301,19 @@ def test_fp16_that_was_not_chosen_is_not_left(
 def test_activations_that_overflow_in_one_process_have_overflowed_for_all(loss: float) -> None:
     """Each sees the loss of its own images; were fp16 some processes' choice, their states would differ."""
     asked: list[bool] = []
+    cleared: list[bool] = []
     train_step: Any = SimpleNamespace(
         autocast_dtype=torch.bfloat16,
         seed_and_step=torch.zeros(2, dtype=torch.int64),
         set_trunk=lambda dtype: None,
         compute=lambda batches: torch.tensor([loss]),
-        reduction=SimpleNamespace(clear=lambda: None),
+        reduction=SimpleNamespace(clear=lambda: cleared.append(True)),
         world=SimpleNamespace(any=lambda here: asked.append(here) or True),  # in another one
     )
     assert precision._overflows_fp16(train_step, 3, [])
     assert asked == [not math.isfinite(loss)]
+    assert train_step.seed_and_step.tolist() == [0, 3], "with the noise of that step, in a resumed run too"
+    assert cleared, "no gradient of what may not be used stays"
 
 
 @pytest.mark.usefixtures("like_a_gpu")
@@ -330,12 +345,17 @@ def test_a_run_returns_to_bf16_when_activations_outgrow_fp16_and_ends_if_that_is
     monkeypatch.setattr(TrainStep, "__call__", growing)
     monkeypatch.setattr(unet, "to_trunk", lambda x_nchw: original(scale[0] * x_nchw))
     monkeypatch.setattr(precision, "measure_rounding", lambda *_: Rounding(0.9, 1.0))
+    monkeypatch.setattr(step, "compiles", lambda *_: True)  # as it is said, without the minutes
+    monkeypatch.setattr(step, "compile_blocks", lambda *_, **__: 5)
+    not_watched: list[World] = []
+    monkeypatch.setattr(World, "compiles", lambda self: not_watched.append(self))
     out = tmp_path / "run"
     if grow == "gradients":
         with pytest.raises(DivergedError, match=r"^1 steps in a row up to step 2 had no finite gradient"):
             train(config, out=out, device="cpu")
         return
     train(config, out=out, device="cpu")
+    assert len(not_watched) == 2, "to fp16, and back"
     assert "warning: N = 21: activations overflow fp16 by now, bf16 from here" in capsys.readouterr().err
     end = open_checkpoint(out)
     assert end.state["trunk_dtype"] == "bfloat16"

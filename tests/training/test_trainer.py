@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +34,7 @@ from ict_fast.training.describe import describe, describe_initial_share
 from ict_fast.training.dry_run import dry_run
 from ict_fast.training.launch import resolve_device
 from ict_fast.training.monitor import Monitor
+from ict_fast.training.outcome import RunResult
 from ict_fast.training.run_directory import Run, lock, open_run, prepare_directory
 from ict_fast.training.trainer import train
 from ict_fast.training.world import World
@@ -570,6 +571,32 @@ def test_the_lock_of_a_lost_node_is_waited_for(
         monkeypatch.setattr(run_directory.time, "sleep", sleep)
         with lock(run, pytest.fail, 60.0):
             assert waited == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("restarts", "timeout", "patience"), [(0, 600.0, 0.0), (1, 600.0, 120.0), (1, 60.0, 30.0)]
+)
+def test_a_lock_is_waited_for_after_a_restart_and_for_less_than_the_other_processes_wait(
+    one_level: Config, monkeypatch: pytest.MonkeyPatch, restarts: int, timeout: float, patience: float
+) -> None:
+    told: list[Any] = []
+
+    def begin(config: Config, out: Path, *rest: Any) -> RunResult:
+        told.extend(rest)
+        return RunResult(out, 0, 0, "")
+
+    for name, stand_in in (
+        ("launched", lambda: True),
+        ("require_launched", lambda *_: None),
+        ("joined", lambda *_: nullcontext(World())),
+        ("local_rank", lambda: 0),
+        ("_train", begin),
+    ):
+        monkeypatch.setattr(trainer, name, stand_in)
+    monkeypatch.setattr(trainer.torchrun, "restarts", lambda: restarts)
+    train(one_level, device="cpu", resume="never", collective_timeout=timeout)
+    assert told[2] == ("auto" if restarts else "never")
+    assert told[-1] == patience
 
 
 def test_a_run_that_moved_on_between_reading_and_locking_is_not_trained_from_the_older_checkpoint(

@@ -18,6 +18,7 @@ from ict_fast.config import Config, to_dict
 from ict_fast.errors import InputError
 from ict_fast.training.dry_run import dry_run
 from ict_fast.training.initial import find_initial, initial_weights
+from ict_fast.training.run_directory import open_run, prepare_directory
 from ict_fast.training.step import TrainStep
 from ict_fast.training.trainer import train
 
@@ -188,6 +189,16 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same(
     train(short, out=out, device="cpu")  # --init was forgotten, its record was not
     ours, theirs = (open_checkpoint(path).path / "ema.safetensors" for path in (out, whole))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_run_that_begins_at_random_is_not_taken_for_one_that_ended_while_it_was_made(
+    short: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "init.json").write_text("{}")  # of an --init whose config.json was never written
+    prepare_directory(open_run(short, tmp_path, "auto", None, pytest.fail))
+    opened = open_run(short, tmp_path, "auto", None, pytest.fail)  # as after a kill
+    assert opened.initial is None
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_dry_run_reports_it(trained: Path, short: Config, tmp_path: Path) -> None:

@@ -147,6 +147,13 @@ def test_scale_and_shift_may_be_halves_of_one_tensor(algorithm):
     assert torch.equal(chunked, y)
 
 
+def test_scale_shift_and_pre_bias_may_have_the_samples_side_by_side(algorithm):
+    arguments = tensors((3, 16, 4, 4))
+    for name in ("scale", "shift", "pre_bias"):
+        arguments[name] = arguments[name].t().contiguous().t()
+    compare(arguments, 4)
+
+
 def test_parameters_may_be_of_another_dtype(algorithm):
     arguments = tensors((2, 16, 4, 4))
     x = arguments.pop("x").half().requires_grad_()

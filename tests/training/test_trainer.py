@@ -1143,10 +1143,14 @@ def test_progress_that_cannot_be_shown_never_ends_a_run(
 
 
 def test_a_trunk_in_another_arithmetic_is_said(
-    run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+    run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, out = run
     state = out / "checkpoints/step-00000024/state.json"
     assert json.loads(state.read_text())["trunk_dtype"] == "float32"
     train(config, out=out, device="cpu", extend=25)
     assert "goes on in" not in capsys.readouterr().err
+    monkeypatch.setattr(trainer, "trunk_name", lambda train_step: "bfloat16")
+    train(config, out=out, device="cpu", extend=26)
+    warning = "warning: the run so far has a trunk in float32, on this device it goes on in bfloat16\n"
+    assert warning in capsys.readouterr().err

@@ -248,9 +248,9 @@ def _resident_tile(wishes: _Wishes, shape: _Shape) -> _Tile | None:
     if pixels >= 256 and not backward and any(whole for whole, _ in candidates):
         candidates = [each for each in candidates if each[0]]
     tiles = [tile for _, tile in candidates]
-    # several programs to a processor: 8,192 elements, or where that is too narrow 16,384, and in 16 bits
-    # twice as many
-    most_wide = 16384 if backward or itemsize > 2 else 32768
+    # several programs to a processor: 8,192 elements, or where that is too narrow 16,384, and forward, where
+    # 16 bits are held as they are, twice as many
+    most_wide = 16384 if backward else 32768
     wide = [tile for tile in tiles if tile.elements <= most_wide and tile.row_bytes >= 2 * _SECTOR_BYTES]
     roomy = [tile for tile in wide if tile.elements <= 8192 and tile.row_bytes <= 128]
     return roomy[-1] if roomy else wide[0] if wide else tiles[0]

@@ -1125,13 +1125,6 @@ def test_a_gpu_that_torch_cannot_use_is_never_passed_over_in_silence(monkeypatch
         resolve_device("auto", 8)
 
 
-def test_non_finite_state_is_never_checkpointed(tmp_path: Path) -> None:
-    tensors = {"weights": {"w": torch.tensor([1.0, torch.nan])}, "ema": {}, "optimizer": {}}
-    with pytest.raises(TrainingError, match="w"):
-        checkpoint_module.write_checkpoint(tmp_path, 1, tensors, {"step": 1}, keep=2)
-    assert not list(tmp_path.glob("checkpoints/step-*"))
-
-
 def test_progress_that_cannot_be_shown_never_ends_a_run(
     one_level: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

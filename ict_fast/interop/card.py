@@ -26,8 +26,8 @@ _TAGS = {"consistency": "consistency-model", "denoiser": "diffusion", "noise-pre
 
 def model_card(
     checkpoint: Checkpoint, config: Config, weights: str, form: str, usage: str | None = None
-) -> str:
-    """The text of the card.
+) -> bytes:
+    """The card, as a file.
 
     Args:
         checkpoint: what is exported.
@@ -114,7 +114,7 @@ def model_card(
     lines += ["", "## Data", "", *_data(config, state, source is not None, origin is None)]
     lines += ["", "## Metrics", "", *metrics]
     lines += ["", "## Configuration", "", "```json", json.dumps(to_dict(config), indent=1), "```", ""]
-    return "\n".join(lines)
+    return "\n".join(lines).encode(errors="replace")  # paths may hold bytes that are no letters
 
 
 def _usage() -> str:

@@ -121,7 +121,7 @@ def export_diffusers(checkpoint: Checkpoint, out: Path, weights: str = "ema") ->
     files |= {
         "unet/config.json": encode_json(unet),
         "model_index.json": encode_json(index),
-        "README.md": model_card(checkpoint, config, weights, "diffusers", usage).encode(),
+        "README.md": model_card(checkpoint, config, weights, "diffusers", usage),
     }
     write_folder(out, files)
     if reason:

@@ -44,7 +44,7 @@ def export_safetensors(checkpoint: Checkpoint, out: Path, weights: str = "ema") 
     files = {
         WEIGHTS_FILE: encode(tensors),
         CONFIG_FILE: encode_json(description),
-        "README.md": model_card(checkpoint, model.config, weights, "safetensors").encode(),
+        "README.md": model_card(checkpoint, model.config, weights, "safetensors"),
     }
     write_folder(out, files)
     return sorted(files)

@@ -257,6 +257,21 @@ def test_the_card_says_that_the_run_was_extended(trained: Path, tmp_path: Path) 
     assert "Until step 8 its curriculum was one for 12 steps (`--extend`)." in card
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_store_whose_name_is_no_text_is_exported_too(trained: Path, tmp_path: Path, form: str) -> None:
+    store = tmp_path / "fa\udce7ade"  # as Python reads bytes of Latin-1
+    store.mkdir()
+    (store / "meta.json").write_text(json.dumps({"source": f"folder {store.name}", "recipe": "as they are"}))
+    model = open_checkpoint(trained)
+    state = copy.deepcopy(model.state)
+    state["config"]["data"]["path"] = str(store)
+    folder = write_checkpoint(tmp_path, model.step, {"ema": model.tensors("ema")}, state, keep=2)
+    FORMS[form][0](open_checkpoint(folder), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "Store `fa?ade`" in card
+    assert "source: folder fa?ade" in card
+
+
 def test_an_import_takes_another_second_sigma(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
 from ict_fast.commands.arguments import Ema, Run, group_of
+from ict_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class ExportOptions:
     """The averaged weights, which sample and evaluate use, or the trained ones themselves."""
     ema: Ema = None
     """Take another average that the run keeps (--optimizer.ema-decays, --optimizer.power-ema)."""
+    license: Annotated[str | None, arg(metavar="ID", help_behavior_hint="(default: none)")] = None
+    """License that the model card names, as model hubs spell it, such as cc-by-4.0."""
 
 
 def run(options: ExportOptions) -> int:
@@ -33,8 +37,14 @@ def run(options: ExportOptions) -> int:
     results.require_run(options.run)
     results.require_place(options.out, "--out")
     if options.ema is not None and options.weights != "ema":
-        raise errors.InputError(
+        raise InputError(
             f"--ema {options.ema} is an average, and --weights {options.weights} are none; choose one of them"
+        )
+    # It stands in YAML as it is.
+    if options.license is not None and not re.fullmatch(r"[A-Za-z][A-Za-z0-9.+-]*", options.license):
+        raise InputError(
+            f"--license is {options.license!r}; it must be one word of letters, digits, dots and dashes, such"
+            " as cc-by-4.0"
         )
 
     from ict_fast.checkpoint import open_checkpoint
@@ -46,11 +56,11 @@ def run(options: ExportOptions) -> int:
     if options.form == "safetensors":
         from ict_fast.interop.export import export_safetensors
 
-        lines = [", ".join(export_safetensors(checkpoint, options.out, group))]
+        lines = [", ".join(export_safetensors(checkpoint, options.out, group, options.license))]
     else:
         from ict_fast.interop.diffusers import export_diffusers
 
-        lines = export_diffusers(checkpoint, options.out, group)
+        lines = export_diffusers(checkpoint, options.out, group, options.license)
     print(f"{options.run}, step {checkpoint.step:,}: {options.out}")
     for line in lines:
         print(f"  {line}")

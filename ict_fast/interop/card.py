@@ -25,7 +25,12 @@ _TAGS = {"consistency": "consistency-model", "denoiser": "diffusion", "noise-pre
 
 
 def model_card(
-    checkpoint: Checkpoint, config: Config, weights: str, form: str, usage: str | None = None
+    checkpoint: Checkpoint,
+    config: Config,
+    weights: str,
+    form: str,
+    usage: str | None = None,
+    license_id: str | None = None,
 ) -> bytes:
     """The card, as a file.
 
@@ -35,6 +40,7 @@ def model_card(
         weights: which group of tensors, as in `export_safetensors`.
         form: "safetensors" or "diffusers".
         usage: how to sample from it, in Markdown; by default with ict-fast.
+        license_id: for the front matter, as model hubs spell it; None to name none.
     Raises:
         InputError: if the checkpoint's record of extensions is altered; see `check_state` for the others.
     """
@@ -61,6 +67,7 @@ def model_card(
         "---",
         f"library_name: {'diffusers' if form == 'diffusers' else 'ict-fast'}",
         "pipeline_tag: unconditional-image-generation",
+        *([] if license_id is None else [f"license: {license_id}"]),
         "tags:",
         f"- {_TAGS[kind]}",
         "- ict-fast",

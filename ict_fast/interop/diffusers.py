@@ -73,7 +73,9 @@ def second_step(method: MethodConfig) -> SecondStep:
     return best
 
 
-def export_diffusers(checkpoint: Checkpoint, out: Path, weights: str = "ema") -> list[str]:
+def export_diffusers(
+    checkpoint: Checkpoint, out: Path, weights: str = "ema", license_id: str | None = None
+) -> list[str]:
     """Writes a folder that diffusers loads, with a card that says how.
 
     Args:
@@ -81,6 +83,7 @@ def export_diffusers(checkpoint: Checkpoint, out: Path, weights: str = "ema") ->
         out: a new folder, or an empty one.
         weights: "ema" for the averaged weights, "ema-NAME" for a further average, "weights" for the trained
             ones themselves.
+        license_id: for the card's front matter, as model hubs spell it; None to name none.
     Returns:
         what a person should know, a line each.
     Raises:
@@ -121,7 +124,7 @@ def export_diffusers(checkpoint: Checkpoint, out: Path, weights: str = "ema") ->
     files |= {
         "unet/config.json": encode_json(unet),
         "model_index.json": encode_json(index),
-        "README.md": model_card(checkpoint, config, weights, "diffusers", usage),
+        "README.md": model_card(checkpoint, config, weights, "diffusers", usage, license_id),
     }
     write_folder(out, files)
     if reason:

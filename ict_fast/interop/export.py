@@ -25,7 +25,9 @@ from ict_fast.interop.layouts import meta_network
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
-def export_safetensors(checkpoint: Checkpoint, out: Path, weights: str = "ema") -> list[str]:
+def export_safetensors(
+    checkpoint: Checkpoint, out: Path, weights: str = "ema", license_id: str | None = None
+) -> list[str]:
     """Writes `model.safetensors`, `config.json` and a card.
 
     Args:
@@ -33,6 +35,7 @@ def export_safetensors(checkpoint: Checkpoint, out: Path, weights: str = "ema") 
         out: a new folder, or an empty one.
         weights: "ema" for the averaged weights, "ema-NAME" for a further average, "weights" for the trained
             ones themselves.
+        license_id: for the card's front matter, as model hubs spell it; None to name none.
     Returns:
         the files' names.
     Raises:
@@ -44,7 +47,7 @@ def export_safetensors(checkpoint: Checkpoint, out: Path, weights: str = "ema") 
     files = {
         WEIGHTS_FILE: encode(tensors),
         CONFIG_FILE: encode_json(description),
-        "README.md": model_card(checkpoint, model.config, weights, "safetensors"),
+        "README.md": model_card(checkpoint, model.config, weights, "safetensors", license_id=license_id),
     }
     write_folder(out, files)
     return sorted(files)

@@ -45,6 +45,18 @@ def require_place(folder: Path, option: str) -> None:
         raise InputError(f"{option} is {folder}, but {nearest} cannot be written; choose another place")
 
 
+def require_weights_place(folder: Path, option: str) -> None:
+    """Raises InputError unless weights can be written into `folder`, see `require_place`, and read again."""
+    require_place(folder, option)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # safetensors opens no such path
+        raise InputError(
+            f"{option} is {folder}, a name that is not UTF-8, and weights in such a place cannot be read"
+            " again; choose another place"
+        ) from None
+
+
 def require_file_place(file: Path, option: str, name: str) -> None:
     """Raises InputError unless `file` can be written.
 

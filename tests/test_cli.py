@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -648,6 +649,31 @@ def test_a_place_that_is_a_file_is_refused(capsys, trained, model, run_folder, t
     assert f"{file} is not a folder; choose another place" in said
     assert file.read_text() == "precious"
     assert trained == model.calls == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --out {place}",
+        "ablate --out {place}",
+        "ema {run} --decay 0.9 --out {place}",
+        "import edm {run} --out {place}",
+        "export safetensors {run} --out {place}",
+    ],
+)
+def test_a_place_where_weights_could_not_be_read_is_refused(capsys, trained, run_folder, tmp_path, words):
+    place = tmp_path / "caf\udce9/run"  # as Python names a folder whose name is not UTF-8
+    place.parent.mkdir()
+    written = place.with_name("one.safetensors")
+    written.write_bytes(safetensors.torch.save({"one": torch.ones(1)}))
+    with pytest.raises(safetensors.SafetensorError, match="not valid UTF-8"):
+        safetensors.torch.load_file(written)
+    assert refused(capsys, *words.format(place=place, run=run_folder).split()) == (
+        f"--out is {tmp_path}/caf\\udce9/run, a name that is not UTF-8, and weights in such a place cannot be"
+        " read again; choose another place"
+    )
+    assert not place.exists()
+    assert trained == []
 
 
 def test_a_place_that_cannot_be_written_is_refused(capsys, trained, monkeypatch, tmp_path):

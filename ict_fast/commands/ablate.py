@@ -77,7 +77,7 @@ def run(options: AblateOptions) -> int:
         print_table(_list(variants))
         return errors.EXIT_DONE
     out = options.out if options.out is not None else Path("runs/ablation")
-    results.require_place(out, "--out")
+    results.require_weights_place(out, "--out")
     ours = (out / "ablation.json").exists() or any(out.glob("*/seed-*"))
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise InputError(f"{out} is not empty and holds no ablation; choose another --out")

@@ -36,7 +36,7 @@ def run(options: EmaOptions) -> int:
     results.require_run(options.run)
     asked = f"sigma-rel-{options.sigma_rel}" if options.decay is None else f"decay-{options.decay}"
     out = options.out if options.out is not None else options.run / "ema" / asked
-    results.require_place(out, "--out")
+    results.require_weights_place(out, "--out")
     if out.is_dir() and any(out.iterdir()) and not _is_reconstruction(out):
         raise InputError(f"--out is {out}, which holds something else; name a folder that is not there yet")
 

@@ -35,7 +35,7 @@ class ExportOptions:
 def run(options: ExportOptions) -> int:
     """Runs the command; returns its exit code."""
     results.require_run(options.run)
-    results.require_place(options.out, "--out")
+    results.require_weights_place(options.out, "--out")
     if options.ema is not None and options.weights != "ema":
         raise InputError(
             f"--ema {options.ema} is an average, and --weights {options.weights} are none; choose one of them"

@@ -51,7 +51,7 @@ def run(options: ImportOptions) -> int:
     name = options.path.stem if options.path.suffix else options.path.name
     out = Path("imported") / name if options.out is None else options.out
     _check_options(options)
-    results.require_place(out, "--out")
+    results.require_weights_place(out, "--out")
     if not options.path.exists():
         raise InputError(f"{options.path}: does not exist")
 

@@ -200,7 +200,7 @@ def run(options: TrainOptions) -> int:
         raise InputError(
             f"--collective-timeout is {options.collective_timeout:g}; it must be 1 to 1,000,000 seconds"
         )
-    results.require_place(options.out, "--out")
+    results.require_weights_place(options.out, "--out")
     arguments: dict[str, Any] = {
         name: getattr(options, name)
         for name in ("out", "device", "gpus", "processes", "resume", "extend", "init")

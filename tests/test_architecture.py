@@ -24,6 +24,7 @@ FLOORS: dict[str, float] = {
     "ict_fast.report": 1,
     "ict_fast.interop": 1,
     "ict_fast.consistency": 2,
+    "ict_fast.evaluate_command": 2,
     "ict_fast.networks": 3,
     "ict_fast.data": 3,
     "ict_kernels": 4,

@@ -24,6 +24,7 @@ from ict_fast import __main__ as program
 from ict_fast import cli, presets, torchrun
 from ict_fast.cli import main
 from ict_fast.config import Config, differences, to_dict
+from ict_fast.data.prepare import DIGITS_FINGERPRINT
 from ict_fast.errors import HungError, InputError, TrainingError
 
 COMMANDS = tuple(cli.COMMANDS)
@@ -476,6 +477,26 @@ def test_a_stopped_run_gives_its_exit_code_and_message_on(monkeypatch, tmp_path,
     stand_in(monkeypatch, "ict_fast.training.trainer", train=lambda config, **options: result)
     assert main(["train", "--out", str(tmp_path)]) == 143
     assert capsys.readouterr() == ("", "stopped and saved\n")
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "words", "features"),
+    [
+        (DIGITS_FINGERPRINT, [], ""),
+        ("0" * 64, [], " --features FILE.pt"),  # grey images of 8x8, and not the digits
+        ("0" * 64, ["--logging.evaluate-features", "my net.pt"], " --features 'my net.pt'"),
+    ],
+)
+def test_what_to_type_after_training_has_the_features_that_the_images_need(
+    trained, tmp_path, capsys, fingerprint, words, features
+):
+    checkpoint = tmp_path / "checkpoints/step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"step": 3, "data_fingerprint": fingerprint}))
+    assert main(["train", "--out", str(tmp_path), *words]) == 0
+    then = capsys.readouterr().out.splitlines()[-1]
+    evaluate = f"ict-fast evaluate {tmp_path}{features}"
+    assert then == f"then: ict-fast sample {tmp_path}, {evaluate}, ict-fast report {tmp_path}"
 
 
 @pytest.mark.parametrize(

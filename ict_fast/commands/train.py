@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +31,6 @@ from ict_fast.errors import InputError, TrainingError
 
 DEFAULT_PRESET = "digits"
 SECTIONS = ("data", "network", "method", "optimizer", "training", "logging")
-_AFTERWARDS = ("sample", "evaluate", "report")
 
 
 @dataclass(frozen=True)
@@ -222,16 +222,27 @@ def run(options: TrainOptions) -> int:
     if result.message and result.exit_code:
         say(result.message)  # to a terminal that may be gone
     elif result.message:
-        _print_result(result.message, options.out)
+        _print_result(result.message, options.out, config)
     return result.exit_code
 
 
-def _print_result(message: str, out: Path) -> None:
+def _newest_state(run: Path) -> dict[str, Any]:
+    """state.json of its newest checkpoint; empty if none can be read."""
+    for file in sorted(run.glob("checkpoints/step-*/state.json"), reverse=True):
+        with suppress(OSError, ValueError, RecursionError):
+            if isinstance(state := json.loads(file.read_bytes()), dict):
+                return state
+    return {}
+
+
+def _print_result(message: str, out: Path, config: Config) -> None:
     """On standard output; a full disk there does not undo what is done."""
+    from ict_fast.evaluate_command import evaluate_command
+
+    sample, report = (shlex.join(["ict-fast", word, str(out)]) for word in ("sample", "report"))
     try:
         print(message)
-        then = ", ".join(shlex.join(["ict-fast", word, str(out)]) for word in _AFTERWARDS)
-        print(f"then: {then}", flush=True)
+        print(f"then: {sample}, {evaluate_command(out, config, _newest_state(out))}, {report}", flush=True)
     except BrokenPipeError:
         raise
     except OSError:

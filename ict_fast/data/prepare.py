@@ -14,6 +14,9 @@ from ict_fast.data.sources.source import Source
 from ict_fast.data.store import is_taken, open_store, place, write_store
 from ict_fast.errors import InputError
 
+DIGITS_FINGERPRINT = "d2565e4b836aebf8ef7a1c8b3d4a3f4db10d5723ecc72b26abe7b43d4682f51a"
+"""Of the store that `prepare_digits` makes."""
+
 # Beyond the share that is allowed, so many are still looked for: a person wants the list, not its first line.
 _LISTED_AT_LEAST = 1000
 

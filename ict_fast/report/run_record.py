@@ -13,6 +13,7 @@ from ict_fast.checkpoint import checkpoint_steps, pointed_name
 from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.curriculum import Extension, Stage, read_extensions, stages_trained
 from ict_fast.errors import InputError
+from ict_fast.evaluate_command import evaluate_command
 from ict_fast.screen import is_figure
 
 _FIGURES = (
@@ -175,12 +176,9 @@ def read_run(path: Path) -> RunRecord:
         missing=missing,
     )
     if record.evaluation is None and not record.evaluations:
-        network = config.network
-        digits = (network.resolution, network.image_channels) == (8, 1)  # for which features are at hand
-        features = "" if digits else " --features FILE.pt"
-        features += " --reference DATA" if record.is_imported else ""
-        command = f"ict-fast evaluate {shlex.quote(str(path))}{features}"
-        missing.append(f"metrics: the run was not measured; `{command}` does it")
+        missing.append(
+            f"metrics: the run was not measured; `{evaluate_command(path, config, state)}` does it"
+        )
     return record
 
 

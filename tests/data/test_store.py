@@ -17,7 +17,7 @@ import pytest
 
 from ict_fast import cli, presets, screen
 from ict_fast.data import store as store_module
-from ict_fast.data.prepare import prepare_digits
+from ict_fast.data.prepare import DIGITS_FINGERPRINT, prepare_digits
 from ict_fast.data.store import open_store, write_store
 from ict_fast.errors import InputError
 from ict_fast.locks import BusyError, WriterLock
@@ -421,6 +421,7 @@ def test_digits_are_scikit_learns(tmp_path: Path) -> None:
     source = load_digits()
     assert store.images.shape == (1797, 8, 8, 1)
     assert store.num_classes == 10
+    assert store.fingerprint == DIGITS_FINGERPRINT
     np.testing.assert_array_equal(store.labels, source.target)
     # 16 is full white in the source; half a grey level is the most that rounding may cost.
     assert np.abs(store.images[..., 0] / 255 - source.images / 16).max() <= 0.5 / 255 + 1e-12

@@ -15,6 +15,7 @@ from PIL import Image
 from ict_fast import presets
 from ict_fast.config import Config, to_dict
 from ict_fast.consistency.curriculum import num_scales
+from ict_fast.data.prepare import DIGITS_FINGERPRINT
 from ict_fast.report import curves
 
 BUCKETS = 6
@@ -90,7 +91,7 @@ def run(tmp_path: Path, config: Config) -> Path:
     state = {
         "step": 400,
         "config": to_dict(config),
-        "data_fingerprint": "d2565e4b",
+        "data_fingerprint": DIGITS_FINGERPRINT,
         "trunk_dtype": "bfloat16",
         "versions": {"ict_fast": "0.1.0", "torch": "2.13.0"},
     }

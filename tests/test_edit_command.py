@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -109,9 +110,21 @@ def test_what_is_read_is_never_overwritten(
 def test_a_folder_gives_every_image_that_prepare_would_take(trained: Path, pictures: Path) -> None:
     for name in ("c.jfif", "d.JPE"):
         shutil.copy(pictures / "in/a.png", pictures / "in" / name)
+    # And nothing that is no file, though it is named like an image.
+    (pictures / "in/folder.png").mkdir()
+    (pictures / "in/gone.png").symlink_to("nothing.png")
+    os.mkfifo(pictures / "in/pipe.png")
     words = "stroke RUN --input IN/in --sigma 2 --steps 1 --out IN/edited.npz"
     assert _edit(trained, pictures, words) == 0
     assert len(np.load(pictures / "edited.npz")["arr_0"]) == 4
+
+
+def test_no_image_is_read_that_prepare_would_find_too_large(
+    trained: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("ict_fast.data.sources.folder_files.MAX_ENCODED_BYTES", 10)
+    assert _edit(trained, pictures, "stroke RUN --input IN/in/a.png --out IN/edited.png") == 2
+    assert f"{pictures}/in/a.png: a file of more than 10 bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -127,12 +140,13 @@ def test_a_folder_gives_every_image_that_prepare_would_take(trained: Path, pictu
         ("inpaint RUN --input IN/in --mask IN/white.png", "IN/white.png: is white everywhere"),
         ("inpaint RUN --input IN/text.png --mask left", "not an image"),
         ("inpaint RUN --input IN/nothing.png --mask left", "does not exist"),
+        ("stroke RUN --input IN/pipe.png", "--input IN/pipe.png: is no file"),
         ("stroke RUN --input IN/in/a.png IN/small.png", "images of one size"),
         ("stroke RUN --input IN/small.png", "IN/small.png: 4x4; the model makes 8x8"),
         ("stroke RUN --input IN/wide.png", "IN/wide.png: 8x4; the model makes 8x8"),
         ("upscale RUN --input IN/wide.png", "images of 8x4; this model makes 8x8"),
         ("stroke RUN --input IN/in --variants 1000000000000", "of memory; make fewer at a time"),
-        ("upscale RUN --input IN/in", "smaller by a whole factor"),
+        ("upscale RUN --input IN/in", "square images that are smaller by a whole factor, such as 4x4"),
         ("upscale RUN --input IN/small.png --sigma 3", "--sigma belongs to stroke"),
         ("colorize RUN --input IN/in", "grey images"),
         ("stroke RUN --input IN/in --labels 1", "unconditional"),
@@ -145,6 +159,7 @@ def test_a_folder_gives_every_image_that_prepare_would_take(trained: Path, pictu
 def test_what_cannot_be_edited_is_one_line(
     trained: Path, pictures: Path, capsys: pytest.CaptureFixture, words: str, reason: str
 ) -> None:
+    os.mkfifo(pictures / "pipe.png")  # which would be waited for
     assert _edit(trained, pictures, f"{words} --out IN/edited.png") == 2
     error = capsys.readouterr().err
     assert reason.replace("IN", str(pictures)) in error

@@ -149,14 +149,19 @@ def _files(given: tuple[Path, ...]) -> list[Path]:
     files: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
+            # What is no file is passed over: a pipe would be waited for.
+            inside = sorted(
+                entry
+                for entry in path.iterdir()
+                if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()
+            )
             if not inside:
                 raise InputError(f"--input {path}: a folder without images")
             files += inside
-        elif path.exists():
+        elif path.is_file():
             files.append(path)
         else:
-            raise InputError(f"--input {path}: does not exist")
+            raise InputError(f"--input {path}: {'is no file' if path.exists() else 'does not exist'}")
     return files
 
 
@@ -165,12 +170,13 @@ def _read(files: list[Path], image_channels: int) -> torch.Tensor:
     import numpy as np
     import torch
 
+    from ict_fast.data.sources.folder_files import read_file
     from ict_fast.data.sources.image_decoding import RejectedImage, decode_image
 
     arrays = []
     for file in files:
         try:
-            picture = np.asarray(decode_image(file.read_bytes(), image_channels))
+            picture = np.asarray(decode_image(read_file(file), image_channels))
         except RejectedImage as error:
             raise InputError(f"{file}: {error}") from None
         arrays.append(picture.reshape(*picture.shape[:2], image_channels))

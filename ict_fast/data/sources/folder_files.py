@@ -68,17 +68,27 @@ class FolderFiles:
         """As `EncodedFiles.read`. A file that may not be read is a bad image: the others may be good."""
         path = self.root / self.names[index]
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-                raise RejectedImage("not a file")
-            with path.open("rb") as file:
-                content = file.read(MAX_ENCODED_BYTES + 1)
+            return read_file(path)
         except OSError as error:
             if error.errno in _OF_THE_FILE and self.root.is_dir():  # if not, all of them have gone
                 raise RejectedImage(f"cannot be read: {error.strerror or error}") from error
             raise OSError(error.errno, error.strerror, str(path)) from error  # `read` does not name it
-        if len(content) > MAX_ENCODED_BYTES:
-            raise RejectedImage(f"a file of more than {MAX_ENCODED_BYTES} bytes")
-        return content
+
+
+def read_file(path: Path) -> bytes:
+    """The content of an image's file.
+
+    Raises:
+        RejectedImage: it is no file, or too large.
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise RejectedImage("not a file")
+    with path.open("rb") as file:
+        content = file.read(MAX_ENCODED_BYTES + 1)
+    if len(content) > MAX_ENCODED_BYTES:
+        raise RejectedImage(f"a file of more than {MAX_ENCODED_BYTES} bytes")
+    return content
 
 
 def folder_source(root: Path, *, crop: str, resolution: int, image_channels: int) -> ImageSource:

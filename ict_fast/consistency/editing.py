@@ -191,9 +191,10 @@ def upscale(
     """
     resolution, size = model.config.network.resolution, images.shape[-1]
     if images.shape[-2] != size or not 0 < size < resolution or resolution % size:
+        largest = next((half for half in range(resolution // 2, 0, -1) if resolution % half == 0), 1)
         raise InputError(
             f"images of {size}x{images.shape[-2]}; this model makes {resolution}x{resolution} of square"
-            " images that are smaller by a whole factor"
+            f" images that are smaller by a whole factor, such as {largest}x{largest}"
         )
     factor = resolution // size
     large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)

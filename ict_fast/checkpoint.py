@@ -227,14 +227,19 @@ def open_checkpoint(path: Path, warn: Callable[[str], None] | None = None) -> Ch
         return _open_whole(path)
     newest = latest_checkpoint(path, warn or _warn_on_standard_error)
     if newest is None:
-        for name, source in (("model.safetensors", "safetensors"), ("model_index.json", "diffusers")):
-            if (path / name).exists():
-                raise InputError(
-                    f"{path}: looks like a model exported as {source};"
-                    f" `ict-fast import {source} {path} --out DIR` makes a checkpoint of it"
-                )
+        refuse_export(path)
         raise InputError(f"{path}: has no checkpoint; is it the directory of a run that has saved one?")
     return newest
+
+
+def refuse_export(path: Path) -> None:
+    """Raises InputError, with the command that imports it, if a folder without a checkpoint is an export."""
+    for name, source in (("model.safetensors", "safetensors"), ("model_index.json", "diffusers")):
+        if (path / name).exists():
+            raise InputError(
+                f"{path}: looks like a model exported as {source};"
+                f" `ict-fast import {source} {path} --out DIR` makes a checkpoint of it"
+            )
 
 
 def pointed_name(pointer: Path) -> str:

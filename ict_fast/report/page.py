@@ -156,6 +156,8 @@ def _configuration(record: RunRecord) -> str:
     words = f"{changed} fields differ from the preset and are marked"
     if changed < 2:
         words = "One field differs from the preset and is marked" if changed else "All is as the preset says"
+    if record.is_imported:
+        words = "What its file does not tell is a default"
     sections: dict[str, list[Field]] = {}
     for field in record.fields:
         sections.setdefault(field.section, []).append(field)

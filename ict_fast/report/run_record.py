@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ict_fast import presets
-from ict_fast.checkpoint import checkpoint_steps, pointed_name
+from ict_fast.checkpoint import checkpoint_steps, pointed_name, refuse_export
 from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.curriculum import Extension, Stage, read_extensions, stages_trained
 from ict_fast.errors import InputError
@@ -150,12 +150,16 @@ def read_run(path: Path) -> RunRecord:
     """
     if not path.is_dir():
         raise InputError(f"{path}: is not a folder; name the folder of a run")
+    if not checkpoint_steps(path):
+        refuse_export(path)
     missing: list[str] = []
     state = _newest_state(path)
+    # What only a training leaves is not missing of an imported model.
+    of_training: list[str] = [] if "imported" in state else missing
     if not _is_step(state.get("step", 0)):
         missing.append("the step of the newest checkpoint: its state.json is damaged")
         state["step"] = 0
-    stored = _json(path / "config.json", missing, "the configuration") or state.get("config")
+    stored = _json(path / "config.json", of_training, "the configuration") or state.get("config")
     if not isinstance(stored, dict):
         raise InputError(f"{path}: holds no run (no config.json, no checkpoint); name the folder of a run")
     config = from_dict(stored, str(path / "config.json"))
@@ -163,11 +167,11 @@ def read_run(path: Path) -> RunRecord:
     record = RunRecord(
         path=path,
         config=config,
-        fields=_fields(config, missing),
-        log=_lines(path / "log.jsonl", missing, "curves"),
+        fields=_fields(config, config if "imported" in state else _preset(config, missing)),
+        log=_lines(path / "log.jsonl", of_training, "curves"),
         evaluations=_lines(path / "evaluations.jsonl", missing),
         evaluation=_json(evaluation, None, "metrics"),
-        grids=_grids(path / "grids", missing),
+        grids=_grids(path / "grids", of_training),
         state=state,
         initial=_json(path / "init.json", None, "what it began with") or _initial(state),
         extensions=_extensions(state, config, missing),
@@ -203,14 +207,18 @@ def _pointed(file: Path) -> str:
         return ""
 
 
-def _fields(config: Config, missing: list[str]) -> list[Field]:
+def _preset(config: Config, missing: list[str]) -> Config:
     try:
-        preset = presets.get(config.preset)
+        return presets.get(config.preset)
     except InputError:
         preset = presets.DIGITS  # that of `train` alone
         missing.append(
             f"the preset {config.preset!r}: changed fields are shown against those of {preset.preset}"
         )
+        return preset
+
+
+def _fields(config: Config, preset: Config) -> list[Field]:
     ours, theirs = to_dict(config), to_dict(preset)
     return [
         Field(section, name, value, theirs[section][name])

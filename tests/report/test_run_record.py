@@ -71,12 +71,20 @@ def test_the_command_of_a_scripts_run_needs_no_preset_of_its_name(
 def test_of_an_imported_model_no_training_is_told(run: Path) -> None:
     file = run / "checkpoints/step-00000400/state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"step": 0, "imported": {"file": "a.pkl"}}))
-    for name in ("log.jsonl", "evaluations.jsonl", "checkpoints/evaluation.json"):
+    values = json.loads(file.read_text())
+    values["config"]["preset"] = "imported"
+    file.write_text(json.dumps(values))
+    for name in ("log.jsonl", "evaluations.jsonl", "checkpoints/evaluation.json", "config.json"):
         (run / name).unlink()
-    text = page(read_run(run))
+    shutil.rmtree(run / "grids")
+    record = read_run(run)
+    (metrics,) = record.missing
+    assert re.search(r"`ict-fast evaluate \S+ --reference DATA` does it", metrics)
+    text = page(record)
     assert "not trained here" in text
     assert "Repeat it" not in text
-    assert re.search(r"`ict-fast evaluate \S+ --reference DATA` does it", text)
+    assert "<mark>" not in text, "there is no preset that a field could differ from"
+    assert "from the preset" not in text
 
 
 def test_the_command_of_a_run_that_began_with_another_means_its_configuration(
@@ -327,6 +335,19 @@ def test_a_run_that_cannot_be_written_is_told_of_the_option(
     assert main(["report", str(run)]) == 2
     error = capsys.readouterr().err
     assert f"--out (by default in the run) is {run}, but {run} cannot be written; choose another" in error
+
+
+@pytest.mark.parametrize(
+    ("form", "file"), [("safetensors", "model.safetensors"), ("diffusers", "model_index.json")]
+)
+def test_an_exported_model_is_said_to_be_one(run: Path, tmp_path: Path, form: str, file: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"format": "ict-fast"}))
+    (tmp_path / file).touch()
+    said = rf"looks like a model exported as {form}; `ict-fast import {form} {tmp_path} --out DIR` makes"
+    with pytest.raises(InputError, match=said):
+        read_run(tmp_path)
+    (run / file).touch()  # a run is one all the same
+    assert read_run(run).step == 400
 
 
 def test_the_command_line_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,7 @@ def save_samples(
 
     from ict_fast.data.pictures import image_grid, save_png
     from ict_fast.durable import flush_directory, replacing
+    from ict_fast.screen import say
 
     with _writing(out):
         if not _is_folder(out) and out.suffix == ".png":
@@ -182,13 +183,20 @@ def save_samples(
             from PIL import Image
 
             out.mkdir(parents=True, exist_ok=True)
-            for number, image in enumerate(images):
-                save_png(
-                    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image),
-                    out / _image_name(number),
-                    flush=False,
-                )
-                progress(number + 1)
+            done = 0
+            try:
+                for image in images:
+                    save_png(
+                        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image),
+                        out / _image_name(done),
+                        flush=False,
+                    )
+                    done += 1
+                    progress(done)
+            except BaseException:
+                if done:  # a part of them looks like all of them
+                    say(f"{done:,} of {len(images):,} images are in {out}")
+                raise
             flush_directory(out)
 
 

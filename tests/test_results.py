@@ -80,6 +80,25 @@ def test_a_folder_of_pictures_is_flushed_once_and_no_picture_is_seen_in_part(
     assert np.array_equal(np.asarray(Image.open(out / "000000.png")), images[0])
 
 
+def test_a_folder_that_was_interrupted_is_said_to_hold_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, images = tmp_path / "pictures", np.zeros((1200, 8, 8, 1), np.uint8)
+
+    def stop(done: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_samples(images, None, out, stop)
+    assert len(list(out.iterdir())) == 3
+    assert capsys.readouterr().err == f"3 of 1,200 images are in {out}\n"
+    monkeypatch.setattr(os, "replace", lambda source, target: os.close(-1))
+    with pytest.raises(InputError, match="Bad file descriptor"):
+        save_samples(images, None, tmp_path / "none")
+    assert capsys.readouterr().err == "", "there is nothing to tell of"
+
+
 def test_more_pixels_than_there_is_room_for_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -323,8 +323,14 @@ def partial_store(out: Path, source: Source, *, restart: bool = False) -> Iterat
     try:
         if is_taken(out):  # since the caller looked
             raise BusyError(f"{out}: another process has just written it; run the same command again")
+        is_new = not folder.exists()
         folder.mkdir(exist_ok=True)
-        store = PartialStore(out, folder, lock, source, restart)
+        try:
+            store = PartialStore(out, folder, lock, source, restart)
+        except BaseException:
+            if is_new:  # there is nothing to go on with
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         try:
             yield store
         finally:

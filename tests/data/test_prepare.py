@@ -513,14 +513,21 @@ def test_work_with_other_options_is_kept_until_the_person_says_otherwise(
         assert content(tmp_path / "b") == content(prepare(Numbers(**change), tmp_path / "c"))
 
 
-def test_a_disk_too_small_is_noticed_before_anything_is_read(
+def test_a_disk_too_small_is_noticed_before_anything_is_read_or_left_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    images = interrupted(tmp_path / "b") / "images.npy"
+    begun = images.read_bytes()
     monkeypatch.setattr(partial_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     source = Numbers()
     with pytest.raises(InputError, match=r"needs 4\.93e-06 GB and the disk has 1e-07 GB left"):
         prepare(source, tmp_path / "a")
     assert source.reads == []
+    assert list(tmp_path.iterdir()) == [images.parent]
+    monkeypatch.setattr(partial_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=-(10**6)))
+    with pytest.raises(InputError, match="and the disk has"):
+        prepare(source, tmp_path / "b")
+    assert images.read_bytes() == begun, "what an earlier one has made stays"
 
 
 def test_a_disk_that_fills_up_is_one_line_and_a_rerun_completes(tmp_path: Path) -> None:

@@ -233,6 +233,8 @@ def _layout(file: Path, opened: ParquetFile, image_column: str | None, label_col
     kind = schema.field(image).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind, image = kind.field("bytes").type, f"{image}.bytes"
+    if pa.types.is_null(kind):
+        raise InputError(f"{file}: column {image} is empty; the images themselves must be in the file")
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise InputError(
             f"{file}: column {image} is of {kind}; it must be binary, or a struct with binary bytes"
@@ -265,10 +267,12 @@ def _labels(file: Path, opened: ParquetFile, column: str | None, rows: int) -> n
     found = opened.read(columns=[column], use_threads=False).column(0)
     if found.null_count:
         raise InputError(f"{file}: {found.null_count:,} rows have no {column}")
-    labels = found.to_numpy().astype(np.int64)
+    labels = found.to_numpy()
     if rows and labels.min() < 0:
         raise InputError(f"{file}: column {column} has label {labels.min()}, which means that there is none")
-    return labels
+    if rows and labels.max() >= 2**63:
+        raise InputError(f"{file}: column {column} has label {labels.max()}; labels are below 2^63")
+    return labels.astype(np.int64)
 
 
 @functools.lru_cache(maxsize=1)

@@ -168,6 +168,16 @@ def test_a_row_without_an_image_is_rejected_and_not_the_file(tmp_path: Path) -> 
             {},
             "column label has label -1, which means that there is none",
         ),
+        (
+            {"image": ENCODED[:1], "label": pa.array([2**63 + 1], pa.uint64())},
+            {},
+            "column label has label 9223372036854775809; labels are below 2\\^63",
+        ),
+        (
+            {"image": [{"bytes": None, "path": "a.png"}]},
+            {},
+            "column image.bytes is empty; the images themselves must be in the file",
+        ),
         ({"image": ENCODED[:1], "label": [3]}, {}, "column label has label 3; there are at most 3 classes"),
         ({"image": pa.array([], pa.binary())}, {}, "has no images"),
     ],

@@ -102,6 +102,11 @@ def real_halves(reference: dict[str, Any]) -> str:
     return "real, half to half"
 
 
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """1 image, 2,000 images; `nouns` where they are not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else nouns or f'{noun}s'}"
+
+
 def print_table(table: Table) -> None:
     """A table on standard output."""
     console = Console()

@@ -718,6 +718,11 @@ def test_samples_go_beside_the_run_as_a_grid(model, run_folder, capsys):
     assert capsys.readouterr().out == f"64 images in 1 step: {run_folder}/samples.png\n"
 
 
+def test_one_sample_is_not_several(model, run_folder, capsys):
+    assert main(["sample", str(run_folder), "--count", "1", "--steps", "2"]) == 0
+    assert capsys.readouterr().out == f"1 image in 2 steps: {run_folder}/samples.png\n"
+
+
 def test_samples_of_a_checkpoint_go_to_its_run(model, run_folder):
     for where in (run_folder / "checkpoints" / "step-00000003", run_folder / "checkpoints"):
         assert main(["sample", str(where)]) == 0

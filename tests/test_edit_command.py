@@ -79,7 +79,9 @@ def test_a_grid_has_what_was_given_on_top(
     np.testing.assert_array_equal(top, given)
 
 
-def test_a_folder_gets_a_picture_each(trained: Path, pictures: Path) -> None:
+def test_a_folder_gets_a_picture_each(trained: Path, pictures: Path, capsys: pytest.CaptureFixture) -> None:
+    assert _edit(trained, pictures, "stroke RUN --input IN/in/a.png --out IN/out") == 0
+    assert capsys.readouterr().out == f"stroke: 1 image, 1 of each: {pictures}/out\n"
     assert _edit(trained, pictures, "stroke RUN --input IN/in --out IN/out") == 0
     assert sorted(path.name for path in (pictures / "out").iterdir()) == ["000000.png", "000001.png"]
 

@@ -20,7 +20,7 @@ from ict_fast.commands.arguments import (
     valid_steps,
 )
 from ict_fast.errors import InputError, TrainingError, did_you_mean
-from ict_fast.screen import live_line
+from ict_fast.screen import counted, live_line
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,7 @@ def run(options: EditOptions) -> int:
                 out,
                 lambda done: progress(done / total, f"writing {total:,} images"),
             )
-    print(f"{options.how}: {len(files)} images, {options.variants} of each: {out}")
+    print(f"{options.how}: {counted(len(files), 'image')}, {options.variants} of each: {out}")
     return errors.EXIT_DONE
 
 

@@ -106,12 +106,17 @@ def _contents(folder: Path) -> str:
     """What a prepared store holds, so that a person sees what is missing from it."""
     from ict_fast.data.sources.class_folders import first_few
     from ict_fast.data.store import open_store
+    from ict_fast.screen import counted
 
     store = open_store(folder)
     size, colour = store.resolution, "grey" if store.image_channels == 1 else "RGB"
-    text = f"{store.num_images:,} images of {size}x{size} {colour}"
+    text = f"{counted(store.num_images, 'image')} of {size}x{size} {colour}"
     classes = store.meta["classes"]
-    text += f" in {len(classes):,} classes: {first_few(classes)}" if classes else " without classes"
+    text += (
+        f" in {counted(len(classes), 'class', 'classes')}: {first_few(classes)}"
+        if classes
+        else " without classes"
+    )
     rejected = store.meta.get("rejected", 0)
     text += f"; {rejected:,} could not be used, see {folder / 'rejected.txt'}" if rejected else ""
     return text + "".join(f"; {count:,} {remark}" for remark, count in store.meta.get("remarks", {}).items())

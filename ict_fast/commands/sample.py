@@ -22,7 +22,7 @@ from ict_fast.commands.arguments import (
     valid_steps,
 )
 from ict_fast.errors import InputError
-from ict_fast.screen import live_line
+from ict_fast.screen import counted, live_line
 
 
 @dataclass(frozen=True)
@@ -98,5 +98,5 @@ def run(options: SampleOptions) -> int:
             out,
             lambda done: progress(done / options.count, f"writing {options.count:,} images"),
         )
-    print(f"{options.count} images in {steps} step{'s' if steps > 1 else ''}: {out}")
+    print(f"{counted(options.count, 'image')} in {counted(steps, 'step')}: {out}")
     return errors.EXIT_DONE

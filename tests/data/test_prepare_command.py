@@ -193,6 +193,13 @@ def test_a_packed_folder_gives_the_same_store_as_the_folder() -> None:
     assert stores[1].meta["source"] == "images of the archive photos.zip"
 
 
+def test_one_image_of_one_class_is_not_several(capsys) -> None:
+    draw(Path("photos/cat/a.png"), (8, 8))
+    words = "prepare folder photos --resolution 8 --processes 1 --out data/photos"
+    assert main(words.split()) == 0
+    assert capsys.readouterr().out == "folder: data/photos, 1 image of 8x8 RGB in 1 class: cat\n"
+
+
 def test_enlarged_and_oriented_images_are_counted(capsys) -> None:
     draw(Path("photos/small.png"), (7, 30))
     draw(Path("photos/large.png"), (30, 30))
@@ -204,8 +211,8 @@ def test_enlarged_and_oriented_images_are_counted(capsys) -> None:
     for _ in range(2):  # prepared, verified
         assert main([*words.split(), "data/photos"]) == 0
         assert capsys.readouterr().out == (
-            "folder: data/photos, 5 images of 8x8 RGB without classes; 1 have an EXIF orientation, which is"
-            " not applied; 1 were enlarged\n"
+            "folder: data/photos, 5 images of 8x8 RGB without classes; 1 enlarged; 1 with an EXIF"
+            " orientation, which is not applied\n"
         )
 
 

@@ -92,6 +92,6 @@ class ImageSource:
                 rejected[index] = str(reason)
             else:
                 pixels[index - start] = np.asarray(cropped).reshape(pixels.shape[1:])
-                remarks["were enlarged"] += min(image.size) < self.resolution
-                remarks["have an EXIF orientation, which is not applied"] += is_oriented(image)
+                remarks["enlarged"] += min(image.size) < self.resolution
+                remarks["with an EXIF orientation, which is not applied"] += is_oriented(image)
         return pixels, rejected

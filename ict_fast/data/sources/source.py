@@ -54,7 +54,7 @@ class Source(Protocol):
         """The items start, ..., stop - 1.
 
         Args:
-            remarks: counts what the person should know of items that can be used: "were enlarged".
+            remarks: counts what the person should know of items that can be used: "enlarged".
         Returns:
             uint8 (stop - start, H, W, C), and for each item that cannot be used its index (start <= index <
             stop) and why; its pixels are ignored.

@@ -41,19 +41,20 @@ class Images:
     def array(self) -> np.ndarray:
         """
         Raises:
-            InputError: an .npz of which this part is damaged.
+            InputError: the file cannot be read any more, or this part of an .npz is damaged.
         """
         if self._array is None:
-            if self.path.suffix == ".npz":
-                try:
+            try:
+                if self.path.suffix == ".npz":
                     with np.load(self.path, allow_pickle=False) as archive:
                         self._array = archive["arr_0"]
-                except DAMAGED_ZIP as error:
-                    raise InputError(
-                        f"{self.path}: arr_0 is damaged ({error}); get the file again"
-                    ) from error
-            else:
-                self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+                else:
+                    self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+            except DAMAGED_ZIP as error:
+                part = "arr_0" if self.path.suffix == ".npz" else "its array"
+                raise InputError(f"{self.path}: {part} is damaged ({error}); get the file again") from error
         return self._array
 
     def __len__(self) -> int:

@@ -139,6 +139,12 @@ def test_an_array_that_is_damaged_is_refused_when_it_is_read(tmp_path, write, na
         assert open_reference(path).images.array.size
 
 
+@pytest.mark.parametrize("name", ["real.npz", "images.npy"])
+def test_images_that_go_away_are_said_to_be_unreadable(tmp_path, name):
+    with pytest.raises(InputError, match=rf"{name}: cannot be read: No such file"):
+        _ = Images(tmp_path / name, (4, 8, 8, 1)).array
+
+
 def test_another_crop_recipe_is_refused_unless_told_to(tmp_path):
     ours = store(tmp_path / "ours", "8x8 grey, center-crop")
     theirs = open_reference(store(tmp_path / "theirs", "8x8 grey, center-crop-dhariwal"))

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -121,13 +119,6 @@ class Work:
             "features": features,
             **({} if probabilities is None else {"probabilities": probabilities}),
         }
-
-    def __getstate__(self) -> dict[str, Any]:
-        # As bytes: torch would send the tensors through shared memory, of which containers have little.
-        return {**self.__dict__, "model": pickle.dumps(self.model)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({**state, "model": pickle.loads(state["model"])})
 
     def _reference(self, chunk: Chunk, device: torch.device, advance: Advance) -> Arrays:
         assert self.images is not None

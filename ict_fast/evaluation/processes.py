@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -30,7 +32,7 @@ def compute_chunks(
         devices: one for each process; a single one is that of this process, where the model is.
         report: called with what is done, of the sum of the chunks' costs, and what is being done.
     Raises:
-        InputError, TrainingError: what a process raised; or a process that was killed, by its signal.
+        InputError, TrainingError, OSError: what a process raised; or one that was killed, by its signal.
     """
     todo = finished.missing(chunks)
     total, done = sum(chunk.cost for chunk in chunks), 0
@@ -78,36 +80,42 @@ def _in_processes(
     work.model.to("cpu")
     processes, pipes = [], []
     try:
-        for number, place in enumerate(devices):
-            here, there = context.Pipe(duplex=False)
-            share = list(todo[number :: len(devices)])
-            given = (work, share, finished, place, threads, there)
-            process = context.Process(target=_serve, args=given, daemon=True)
+        for place in devices:
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(place, threads, there), daemon=True)
             with deaf_to_interrupts():
                 process.start()
             there.close()  # so that the end of the process is the end of the pipe
             processes.append(process)
             pipes.append(here)
+        _send_work(pickle.dumps((work, finished)), todo, pipes)
         open_pipes = list(pipes)
         while open_pipes:
             for pipe in wait(open_pipes):
                 assert isinstance(pipe, Connection)
                 try:
-                    kind, value = pipe.recv()
-                except EOFError:
+                    answer = pipe.recv()
+                except (EOFError, ConnectionError):
                     open_pipes.remove(pipe)
                     _require_success(pipes.index(pipe), processes[pipes.index(pipe)])
                     continue
-                if kind == "done":
-                    advance(*value)
-                else:
-                    raise {"InputError": InputError}.get(kind, TrainingError)(value)
+                if isinstance(answer, Exception):
+                    raise answer
+                advance(*answer)
     finally:
         for process in processes:
             process.terminate()
         for process in processes:
             process.join()
         work.model.to(device)
+
+
+def _send_work(given: bytes, todo: Sequence[Chunk], pipes: Sequence[Connection]) -> None:
+    """Each process takes it once it is up; as an argument of its start it would be waited for, one by one."""
+    for number, pipe in enumerate(pipes):
+        with suppress(ConnectionError):  # why it has ended is found when it is listened to
+            pipe.send_bytes(given)
+            pipe.send(list(todo[number :: len(pipes)]))
 
 
 def _require_success(number: int, process: Any) -> None:
@@ -118,33 +126,31 @@ def _require_success(number: int, process: Any) -> None:
         raise TrainingError(f"process {number} of the evaluation {how}; the same command continues")
 
 
-def _serve(
-    work: Work,
-    share: Sequence[Chunk],
-    finished: Finished,
-    device: torch.device,
-    threads: int,
-    pipe: Connection,
-) -> None:
-    """Runs in each process."""
+def _serve(device: torch.device, threads: int, pipe: Connection) -> None:
+    """Runs in each process.
+
+    Args:
+        pipe: brings the work, and then this process's share of the chunks; takes what is done, or an error.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C of the terminal is for the parent, which ends us
-    torch.set_num_threads(threads)
-    configure_torch(device, deterministic=False)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
+        work, finished = pipe.recv()
+        share = pipe.recv()
+    except (EOFError, OSError):  # OSError: its end came within a message
+        return
+    try:
+        torch.set_num_threads(threads)
+        configure_torch(device, deterministic=False)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         work.model.to(device).eval()
         for chunk in share:
-            arrays = work.compute(
-                chunk,
-                device,
-                lambda cost, chunk=chunk: pipe.send(("done", (cost, chunk))),  # type: ignore[misc]
-            )
+            arrays = work.compute(chunk, device, lambda cost, chunk=chunk: pipe.send((cost, chunk)))
             finished.keep(chunk, arrays)
-    except (InputError, TrainingError) as error:
-        pipe.send((type(error).__name__, str(error)))
-    except BrokenPipeError:
+    except ConnectionError:
         pass  # the parent was killed: nobody waits for the rest
+    except (InputError, TrainingError, OSError) as error:
+        pipe.send(error)
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        pipe.send(("TrainingError", f"a process of the evaluation failed: {text}"))
+        pipe.send(TrainingError(f"a process of the evaluation failed: {text}"))

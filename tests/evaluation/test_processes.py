@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ict_fast.cli import main
 from ict_fast.config import Config
 from ict_fast.consistency import ConsistencyModel, sample_pixels
-from ict_fast.errors import InputError, TrainingError
+from ict_fast.errors import DivergedError, InputError, TrainingError
 from ict_fast.evaluation import chunks, discard_work, evaluate, processes
 from ict_fast.evaluation.chunks import Chunk, Finished, Work, generated_chunks, reference_chunks
+from ict_fast.evaluation.feature_networks import DigitsNetwork
 from ict_fast.evaluation.measured_reference import MeasuredReference, cache_files, keep, read_cached
 from ict_fast.evaluation.reference import Images, Reference
 from ict_fast.evaluation.statistics import Statistics
@@ -208,6 +209,77 @@ def test_a_killed_process_ends_the_evaluation_which_then_continues(
     assert multiprocessing.active_children() == []
     assert len(list(tmp_path.glob("*/1-steps*.npz"))) >= 1
     assert measure(work_folder=tmp_path) == measure()
+
+
+class MetByAll:
+    """Is unpickled, as None, once so many processes are at it, at most a minute after the first one."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._meeting = (
+            "import os, pathlib, time\n"
+            f"folder, end = pathlib.Path({str(folder)!r}), time.monotonic() + 60\n"
+            "(folder / str(os.getpid())).touch()\n"
+            f"while len(list(folder.iterdir())) < {number}:\n"
+            "    assert time.monotonic() < end, 'no other process has come so far'\n"
+            "    time.sleep(0.02)\n"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (self._meeting,)
+
+
+def test_the_processes_start_at_the_same_time_however_large_the_work_is(tiny: Config, tmp_path: Path) -> None:
+    """Each gets it when it is up: nobody waits until another one has imported torch and read all."""
+    for name in ("met", "kept"):
+        (tmp_path / name).mkdir()
+    labels: Any = MetByAll(tmp_path / "met", 2)
+    work = Work(ConsistencyModel(tiny), DigitsNetwork(), labels, 0, None, np.arange(10**6))
+    parts, kept = [Chunk(1, 0, 2), Chunk(1, 2, 2)], Finished(tmp_path / "kept")
+    processes.compute_chunks(work, parts, kept, [torch.device("cpu")] * 2, lambda done, text: None)
+    assert kept.missing(parts) == []
+
+
+def test_a_reference_that_goes_away_is_one_line_of_its_process(
+    model: ConsistencyModel, digits_store: Path, inception: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    reference = tmp_path / "real.npz"
+    np.savez(reference, arr_0=np.load(digits_store / "images.npy")[:64])
+    with pytest.raises(InputError, match=r"real\.npz: cannot be read: No such file"):
+        evaluate(
+            model,
+            reference,
+            count=8,
+            features=inception,
+            devices=["cpu"] * 2,
+            progress=lambda *_: reference.unlink(missing_ok=True),
+        )
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(116, "Stale file handle", "net.pt"), OSError(116, "Stale file handle", "net.pt")),
+        (InputError("no images"), InputError("no images")),
+        (DivergedError("NaN"), DivergedError("NaN")),
+        (MemoryError(), TrainingError("a process of the evaluation failed: MemoryError")),
+        (BrokenPipeError(), None),  # the parent was killed
+    ],
+)
+def test_a_process_tells_what_has_ended_it(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: Exception | None
+) -> None:
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    work = SimpleNamespace(model=nn.Linear(1, 1), compute=fail)
+    given, answers = iter([(work, None), [Chunk(1, 0, 2)]]), []
+    pipe: Any = SimpleNamespace(recv=lambda: next(given), send=answers.append)
+    processes._serve(torch.device("cpu"), torch.get_num_threads(), pipe)
+    expected = [] if told is None else [told]
+    assert [(type(answer), answer.args) for answer in answers] == [(type(e), e.args) for e in expected]
 
 
 def test_chunks_of_other_code_or_other_numbers_of_threads_are_not_taken(

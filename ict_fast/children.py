@@ -14,15 +14,15 @@ _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
-    """While open, what this thread spawns begins with SIGINT blocked, until it unblocks it.
+def deaf_to_interrupts(*others: signal.Signals) -> Iterator[None]:
+    """While open, what this thread spawns begins with SIGINT, and `others`, blocked, until it unblocks them.
 
     Ctrl-C, which a terminal sends to all, would make each of them complain while it imports torch. A SIGINT
     to this process meanwhile needs another thread to arrive at, if it is not to wait.
     """
     # The first start of any process would start it too, and that unblocks SIGINT again.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *others})
     try:
         yield
     finally:

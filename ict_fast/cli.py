@@ -25,6 +25,7 @@ from ict_fast import errors, torchrun
 from ict_fast.commands import COMMANDS
 from ict_fast.commands.train import TrainOptions, default_options
 from ict_fast.errors import HungError, InputError, TrainingError, did_you_mean
+from ict_fast.interruption import Interrupted
 from ict_fast.version import __version__
 
 PROGRAM = "ict-fast"
@@ -71,6 +72,10 @@ def _main(argv: Sequence[str] | None) -> int:
         return _complain(error, errors.EXIT_FAILED)
     except TrainingError as error:
         return _give_up(error, errors.EXIT_FAILED)
+    except Interrupted as stop:
+        with suppress(OSError):
+            print(f"{PROGRAM}: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         return _complain(TrainingError("interrupted; nothing more was saved"), errors.EXIT_SIGINT)
     except BrokenPipeError:

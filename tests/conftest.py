@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,14 @@ def pytest_collection_finish() -> None:
 def bf16_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions in bf16 are in bf16, also on a processor where the networks take them in fp32."""
     monkeypatch.setattr(backend, "_CPU_CONVOLVES_BADLY", frozenset([torch.float16]))
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests are in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ FLOORS: dict[str, float] = {
     "ict_fast.config": 5,
     "ict_fast.durable": 5,
     "ict_fast.hardware": 5,
+    "ict_fast.interruption": 5,
     "ict_fast.locks": 5,
     "ict_fast.restricted_unpickler": 5,
     "ict_fast.screen": 5,

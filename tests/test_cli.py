@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -990,8 +991,9 @@ def test_evaluate_hands_its_features_and_a_device_for_each_process_on(model, run
     assert len(call["devices"]) == 2
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_evaluate_keeps_what_is_done_until_the_same_command_has_finished(
-    model, run_folder, monkeypatch, capsys
+    model, run_folder, monkeypatch, capsys, ctrl_c, number, code
 ):
     finished = sys.modules["ict_fast.evaluation"].evaluate
     folders = []
@@ -1000,10 +1002,10 @@ def test_an_interrupted_evaluate_keeps_what_is_done_until_the_same_command_has_f
         folders.append(options["work_folder"])
         (options["work_folder"] / "part").mkdir()
         (options["work_folder"] / "part/chunk").write_text("done")
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", interrupted)
-    assert main(["evaluate", str(run_folder), "--reference", "real"]) == 130
+    assert main(["evaluate", str(run_folder), "--reference", "real"]) == code
     assert capsys.readouterr().err == "ict-fast: interrupted; the same command continues\n"
     assert (folders[0] / "part/chunk").exists()
     assert not (run_folder / "checkpoints/evaluation.json").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +25,7 @@ from ict_fast.commands.arguments import (
     valid_steps,
 )
 from ict_fast.errors import InputError
+from ict_fast.interruption import interruptible
 from ict_fast.screen import live_line, print_table, say
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class EvaluateOptions:
     """Number of processes that share the CPU (--device cpu)."""
 
 
+@interruptible("the same command continues")
 def run(options: EvaluateOptions) -> int:
     """Runs the command; returns its exit code."""
     sigmas, steps = options.sigmas or (), _steps(options)
@@ -133,29 +134,25 @@ def run(options: EvaluateOptions) -> int:
             " another file it stays"
         )
 
-    try:
-        with live_line() as progress, results.unfinished(out) as folder:
-            result = evaluate(
-                model,
-                reference,
-                steps=steps,
-                sigmas=sigmas or None,
-                count=options.count,
-                seed=options.seed,
-                progress=progress,
-                features=options.features,
-                features_sha256=options.features_sha256,
-                allow_other_recipe=options.allow_other_recipe,
-                devices=_devices(device, count),
-                work_folder=folder,
-            )
-            about = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step}
-            result = {**about, **record_of(options.ema), **result}
-            results.write(out, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
-            discard_work(folder)
-    except KeyboardInterrupt:
-        print("ict-fast: interrupted; the same command continues", file=sys.stderr)
-        return errors.EXIT_SIGINT
+    with live_line() as progress, results.unfinished(out) as folder:
+        result = evaluate(
+            model,
+            reference,
+            steps=steps,
+            sigmas=sigmas or None,
+            count=options.count,
+            seed=options.seed,
+            progress=progress,
+            features=options.features,
+            features_sha256=options.features_sha256,
+            allow_other_recipe=options.allow_other_recipe,
+            devices=_devices(device, count),
+            work_folder=folder,
+        )
+        about = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step}
+        result = {**about, **record_of(options.ema), **result}
+        results.write(out, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+        discard_work(folder)
     for warning in result.get("warnings", ()):
         say(f"ict-fast: warning: {warning}")
     print_table(table(result))

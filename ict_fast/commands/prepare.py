@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ict_fast import errors, results
+from ict_fast.interruption import interruptible
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class PrepareOptions:
     """cifar10: get the archive from its authors first, into PATH (default: data); its MD5 is checked."""
 
 
+@interruptible("the same command continues")
 def run(options: PrepareOptions) -> int:
     """Runs the command; returns its exit code."""
     from ict_fast.data.sources import catalogue
@@ -78,26 +79,22 @@ def run(options: PrepareOptions) -> int:
     results.require_place(out, "--out")
     catalogue.check_place(options.source, options.path, out)
 
-    try:
-        if options.source == "digits":
-            from ict_fast.data.prepare import prepare_digits
+    if options.source == "digits":
+        from ict_fast.data.prepare import prepare_digits
 
-            prepare_digits(out)
-        else:
-            from ict_fast.data.prepare import prepare_store
+        prepare_digits(out)
+    else:
+        from ict_fast.data.prepare import prepare_store
 
-            source = catalogue.open_source(options.source, given)
-            max_rejected = 0.01 if options.max_rejected is None else options.max_rejected
-            prepare_store(
-                source,
-                out,
-                processes=options.processes,
-                max_rejected=max_rejected,
-                restart=options.restart,
-            )
-    except KeyboardInterrupt:
-        print("ict-fast: interrupted; the same command continues", file=sys.stderr)
-        return errors.EXIT_SIGINT
+        source = catalogue.open_source(options.source, given)
+        max_rejected = 0.01 if options.max_rejected is None else options.max_rejected
+        prepare_store(
+            source,
+            out,
+            processes=options.processes,
+            max_rejected=max_rejected,
+            restart=options.restart,
+        )
     print(f"{options.source}: {out}, {_contents(out)}")
     return errors.EXIT_DONE
 

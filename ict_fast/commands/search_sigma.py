@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ict_fast.commands.arguments import (
     valid_steps,
 )
 from ict_fast.errors import InputError
+from ict_fast.interruption import interruptible
 from ict_fast.screen import live_line, say
 
 if TYPE_CHECKING:
@@ -118,19 +118,28 @@ def run(options: SearchSigmaOptions) -> int:
     model = load_model(checkpoint.path, weights=group).to(device)
     check_interval((options.low, options.high), model.config.method)  # before the reference takes hours
     reference = options.reference or training_data(model)
-    with results.only_writer(out):
-        return _search(options, checkpoint, model, reference, out)
+    partial = out.with_name(f"{out.name}.partial")
+
+    def kept() -> str:
+        return f"what was tried is in {partial}" if partial.exists() else "nothing was tried yet"
+
+    with interruptible(kept), results.only_writer(out):
+        return _search(options, checkpoint, model, reference, out, partial)
 
 
 def _search(
-    options: SearchSigmaOptions, checkpoint: Checkpoint, model: ConsistencyModel, reference: Path, out: Path
+    options: SearchSigmaOptions,
+    checkpoint: Checkpoint,
+    model: ConsistencyModel,
+    reference: Path,
+    out: Path,
+    partial: Path,
 ) -> int:
     """Searches, says what was found and writes it; returns the exit code."""
     from ict_fast.evaluation import DistanceToReference
     from ict_fast.evaluation.reference import labels_as_in
     from ict_fast.evaluation.sigma_search import search_sampling_sigmas
 
-    partial = out.with_name(f"{out.name}.partial")
     with live_line() as progress:
         progress(0.0, "measuring the real images")
         distance = DistanceToReference(
@@ -165,24 +174,19 @@ def _search(
             results.write(partial, trace(searches))
 
     partial.unlink(missing_ok=True)
-    try:
-        with live_line() as progress:  # whose clock begins after the reference
-            searches = search_sampling_sigmas(
-                model,
-                distance.to,
-                count=options.count,
-                steps=options.steps,
-                interval=(options.low, options.high),
-                tolerance=options.tolerance,
-                labels=labels_as_in(distance.reference, model.config.network.num_classes, options.count),
-                seed=options.seed,
-                progress=progress,
-                tried=keep,
-            )
-    except KeyboardInterrupt:
-        kept = f"what was tried is in {partial}" if partial.exists() else "nothing was tried yet"
-        print(f"ict-fast: interrupted; {kept}", file=sys.stderr)
-        return errors.EXIT_SIGINT
+    with live_line() as progress:  # whose clock begins after the reference
+        searches = search_sampling_sigmas(
+            model,
+            distance.to,
+            count=options.count,
+            steps=options.steps,
+            interval=(options.low, options.high),
+            tolerance=options.tolerance,
+            labels=labels_as_in(distance.reference, model.config.network.num_classes, options.count),
+            seed=options.seed,
+            progress=progress,
+            tried=keep,
+        )
     sigmas = [search.best[0] for search in searches]
     for number, search in enumerate(searches, start=2):
         for sigma, measured in sorted(search.tried):

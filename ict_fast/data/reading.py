@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import pickle
+import signal
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -85,7 +86,7 @@ def _start_worker() -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve, args=(theirs,), daemon=True)
-    with deaf_to_interrupts():
+    with deaf_to_interrupts(signal.SIGTERM):  # which schedulers send to all: it is the parent's
         worker.start()
     theirs.close()
     return ours, worker

@@ -83,7 +83,7 @@ def _in_processes(
         for place in devices:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(place, threads, there), daemon=True)
-            with deaf_to_interrupts():
+            with deaf_to_interrupts(signal.SIGTERM):  # which schedulers send to all: it is the parent's
                 process.start()
             there.close()  # so that the end of the process is the end of the pipe
             processes.append(process)
@@ -104,7 +104,7 @@ def _in_processes(
                 advance(*answer)
     finally:
         for process in processes:
-            process.terminate()
+            process.kill()  # it holds nothing that could be left half-done
         for process in processes:
             process.join()
         work.model.to(device)

@@ -186,7 +186,10 @@ print(moment)
     assert moments > 20
 
 
-def test_an_interrupted_command_says_that_it_can_be_continued(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_says_that_it_can_be_continued(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     (tmp_path / "images").mkdir()
     for index in range(600):  # 12 s of one core at 1024 pixels
         Image.new("RGB", (8, 8), (index % 256, 0, 0)).save(tmp_path / f"images/{index:03d}.png")
@@ -199,9 +202,9 @@ def test_an_interrupted_command_says_that_it_can_be_continued(tmp_path: Path) ->
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests may be in the background
     )  # fmt: skip
     wait_until(lambda: journalled(out) > 0 or running.poll() is not None)
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+    os.killpg(running.pid, number)  # as a terminal and a scheduler do: to all of its processes
     said, complained = running.communicate(timeout=60)
-    assert running.returncode == 130, complained
+    assert running.returncode == code, complained
     assert said == ""
     assert complained == "ict-fast: interrupted; the same command continues\n"
     assert not out.exists()

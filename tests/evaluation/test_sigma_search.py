@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -190,8 +191,15 @@ def test_an_imported_model_is_not_to_be_imported_from_a_file_inside_its_folder(
     assert said in line
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_search_keeps_every_candidate_and_the_result_before(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    ctrl_c: None,
+    number: signal.Signals,
+    code: int,
 ) -> None:
     measure, calls = DistanceToReference.to, 0
 
@@ -199,15 +207,15 @@ def test_an_interrupted_search_keeps_every_candidate_and_the_result_before(
         nonlocal calls
         calls += 1
         if calls == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return measure(self, images)
 
     monkeypatch.setattr(DistanceToReference, "to", interrupted)
     out = tmp_path / "search.json"
     out.write_text("an earlier search")
     words = ["search-sigma", str(trained), "--count", "8", "--low", "0.2", "--high", "4", "--tolerance", "4"]
-    assert main([*words, "--out", str(out)]) == 130
-    assert capsys.readouterr().err.endswith(f"interrupted; what was tried is in {out}.partial\n")
+    assert main([*words, "--out", str(out)]) == code
+    assert capsys.readouterr().err.endswith(f"ict-fast: interrupted; what was tried is in {out}.partial\n")
     [search] = json.loads((tmp_path / "search.json.partial").read_text())["searches"]
     assert len(search["tried"]) == 2
     assert out.read_text() == "an earlier search"

@@ -151,7 +151,8 @@ def _search(
             progress=progress,
         )
 
-    for warning in (*distance.warnings, *distance.too_few(options.count)):  # before what may take an hour
+    warnings = [*distance.warnings, *distance.too_few(options.count)]
+    for warning in warnings:  # before what may take an hour
         say(f"warning: {warning}")
 
     def trace(searches: list[SigmaSearch]) -> bytes:
@@ -162,10 +163,12 @@ def _search(
             "sigmas": [search.best[0] for search in searches],
             "searches": [search.as_dict() for search in searches],
             "not_searched": list(range(len(searches) + 2, options.steps + 1)),
+            "searched": [options.low, options.high],
+            "tolerance": options.tolerance,
             "count": options.count,
             "seed": options.seed,
-            "reference_path": str(reference),
-            "reference_fingerprint": distance.reference.fingerprint,
+            "warnings": warnings,
+            **distance.provenance,
         }
         return (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
 

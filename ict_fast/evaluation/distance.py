@@ -19,6 +19,7 @@ from ict_fast.evaluation.measured_reference import (
     read_cached,
 )
 from ict_fast.evaluation.processes import compute_chunks
+from ict_fast.evaluation.provenance import provenance
 from ict_fast.evaluation.reference import check_reference, open_reference
 from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums, too_few
 
@@ -33,6 +34,7 @@ class DistanceToReference:
     Attributes:
         reference: what is compared with.
         warnings: what could not be checked of it.
+        provenance: see there; of the model that it was made for.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class DistanceToReference:
         self._device = next(model.parameters()).device
         resolution = model.config.network.resolution
         self._network = choose_network(self.reference, resolution, features, features_sha256)
+        self.provenance = provenance(model, self.reference, self._network, self._device)
         if self.reference.statistics is not None:
             self._statistics, self._count = self.reference.statistics, None
         else:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +20,6 @@ from ict_fast.evaluation.chunks import (
     Work,
     generated_chunks,
     reference_chunks,
-    weights_sha256,
     work_part,
 )
 from ict_fast.evaluation.feature_networks import (
@@ -48,10 +45,10 @@ from ict_fast.evaluation.metrics import (
     noise_images,
 )
 from ict_fast.evaluation.processes import compute_chunks, threads_each
+from ict_fast.evaluation.provenance import provenance
 from ict_fast.evaluation.reference import Reference, check_reference, labels_as_in, open_reference
 from ict_fast.evaluation.statistics import Statistics, frechet_distance, statistics, sums, too_few
 from ict_fast.evaluation.table import key
-from ict_fast.version import __version__
 
 Progress = Callable[[float, str], None]
 
@@ -74,6 +71,7 @@ def evaluate(
     features_sha256: str | None = None,
     allow_other_recipe: bool = False,
     devices: Sequence[torch.device | str] = (),
+    checked: Callable[[dict[str, Any]], None] | None = None,
     work_folder: Path | None = None,
     reference_cache: Path | None = None,
 ) -> dict[str, Any]:
@@ -100,6 +98,8 @@ def evaluate(
         devices: one for each process that shares the work; none for this process, where the model is. The
             processes import the caller's main module, so a script must guard its call by
             `if __name__ == "__main__"`.
+        checked: called before anything is sampled, once nothing is left to refuse, with what the result will
+            say of itself beside its numbers: steps, sigmas, count, seed, and see `provenance`.
         work_folder: an existing folder, in which the same call finds what an earlier one has finished, until
             `discard_work`.
         reference_cache: a folder to keep what is computed of a reference that is no store, or one that
@@ -155,6 +155,15 @@ def evaluate(
     of_model = {number: generated_chunks(number, count) for number in steps}
     chunks = [*of_reference, *(chunk for part in of_model.values() for chunk in part)]
     places = [torch.device(place) for place in devices] or [next(model.parameters()).device]
+    about = {
+        "steps": list(steps),
+        "sigmas": None if sigmas is None else list(sigmas),
+        "count": count,
+        "seed": seed,
+        **provenance(model, opened, network, places[0]),
+    }
+    if checked is not None:
+        checked(about)
     training = model.training
     with ExitStack() as stack:
         if work_folder is None and len(places) > 1:
@@ -195,23 +204,10 @@ def evaluate(
     return {
         **results,
         "reference": {**comparison, "count": measured.count, "kind": opened.kind, "recipe": opened.recipe},
-        "steps": list(steps),
-        "sigmas": None if sigmas is None else list(sigmas),
-        "count": count,
-        "seed": seed,
-        "features": _about(network),
+        **about,
         "precision_recall_neighbours": NEIGHBOURS,
         "not_available": _not_available(network, measured, count),
         "warnings": [*warnings, *too_few(network.num_features, count, measured.count)],
-        "model_sha256": weights_sha256(model),
-        "reference_path": str(reference),
-        "reference_fingerprint": opened.fingerprint,
-        "device": _device_name(places[0]),
-        "versions": {
-            "ict_fast": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "torchmetrics", "numpy", "scikit-learn")},
-        },
     }
 
 
@@ -283,13 +279,6 @@ def _checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(steps))
 
 
-def _about(network: FeatureNetwork) -> dict[str, Any]:
-    accuracy = {"accuracy": network.accuracy} if isinstance(network, DigitsNetwork) else {}
-    path = {"path": str(network.path)} if isinstance(network, TorchScriptNetwork) else {}
-    about = {"name": network.name, **accuracy, **path, "num_features": network.num_features}
-    return {**about, "sha256": network.sha256}
-
-
 def _not_available(network: FeatureNetwork, measured: MeasuredReference, count: int) -> dict[str, str]:
     """Why a measure is missing from the result."""
     missing = {}
@@ -301,7 +290,3 @@ def _not_available(network: FeatureNetwork, measured: MeasuredReference, count: 
     if isinstance(network, TorchScriptNetwork) and not network.has_probabilities:
         missing["inception_score"] = "the features file gives no probabilities of classes"
     return missing
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

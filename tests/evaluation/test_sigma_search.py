@@ -99,6 +99,7 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     assert main(["search-sigma", str(trained), *words, "--out", str(out)]) == 0
     printed, result = capsys.readouterr().out, json.loads(out.read_text())
     [search] = result["searches"]
+    assert (result["searched"], result["tolerance"]) == ([0.2, 4.0], 4.0)
     assert len(search["tried"]) == evaluations(0.2, 4.0, 4.0)
     best = min(search["tried"], key=lambda pair: pair["distance"])
     assert result["sigmas"] == [best["sigma"]] == [search["sigma"]]
@@ -120,11 +121,12 @@ def test_the_command_writes_its_trace_and_says_what_to_type(
     # The command that it prints measures the same, but for the sigma's further digits.
     [command] = [line.partition(": ")[2] for line in printed.splitlines() if line.startswith("measure with")]
     _, *evaluated = shlex.split(command)
-    measured = tmp_path / "search-evaluation.json"
     assert main([*evaluated, "--count", "64", "--seed", "3"]) == 0
-    assert json.loads(measured.read_text())["two_step"]["frechet_distance"] == pytest.approx(
-        best["distance"], rel=1e-3
-    )
+    measured = json.loads((tmp_path / "search-evaluation.json").read_text())
+    assert measured["two_step"]["frechet_distance"] == pytest.approx(best["distance"], rel=1e-3)
+    # Both say of what, by the same names.
+    for key in ("features", "model_sha256", "reference_fingerprint", "device", "versions", "warnings"):
+        assert result[key] == measured[key]
 
 
 def test_the_command_for_evaluate_compares_with_what_the_search_did(monkeypatch: pytest.MonkeyPatch) -> None:

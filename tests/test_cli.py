@@ -876,32 +876,64 @@ def test_evaluate_writes_its_measures_beside_the_checkpoint(model, run_folder, c
     assert capsys.readouterr().out == f"the table\nwritten: {written}\n"
 
 
-def test_a_measurement_of_few_samples_says_what_it_replaces(model, run_folder, capsys):
-    written = run_folder / "checkpoints/evaluation.json"
-    for before, warned in (("{}", False), ("[", False), ('{"count": 9}', False), ('{"count": 5000}', True)):
-        written.write_text(before)
-        assert main(["evaluate", str(run_folder), "--reference", "real", "--count", "10"]) == 0
-        said = f"warning: {written} is of 5,000 samples, and is replaced by a measurement of 10"
-        assert (said in capsys.readouterr().err.replace("\n", " ")) == warned
+MEASURED = {
+    "steps": [1, 2], "sigmas": None, "count": 5000, "features": {"name": "net.pt", "sha256": "ab"},
+    "reference_path": "real.npz", "reference_fingerprint": "cd", "model_sha256": "ef", "checkpoint": "step-9",
+}  # fmt: skip
 
 
-def test_a_measurement_at_other_noise_levels_says_what_it_replaces(model, run_folder, capsys):
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("", None),
+        ("[]", None),
+        ({}, None),
+        ({"count": 9}, None),
+        (MEASURED, None),
+        (MEASURED | {"count": 4999, "steps": [2]}, None),
+        (MEASURED | {"count": 5001}, "5,001 samples (now 5,000)"),
+        (MEASURED | {"steps": [1, 2, 4, 8]}, "--steps 4,8 too"),
+        (MEASURED | {"sigmas": [0.8]}, "other noise levels"),
+        (MEASURED | {"features": {"name": "a.pt", "sha256": "a"}}, "other features (a.pt)"),
+        (MEASURED | {"reference_path": "b", "reference_fingerprint": "b"}, "another reference (b)"),
+        (MEASURED | {"checkpoint": "step-8", "model_sha256": "e"}, "other weights (step-8)"),
+        (MEASURED | {"count": 5001, "sigmas": [0.8]}, "5,001 samples (now 5,000), other noise levels"),
+    ],
+)
+def test_an_evaluation_says_what_is_lost_with_the_one_that_it_replaces(
+    model, run_folder, monkeypatch, capsys, before, said
+):
+    finished = sys.modules["ict_fast.evaluation"].evaluate
+
+    def checked(asked, reference, **options):
+        options["checked"](MEASURED)
+        return finished(asked, reference, **options)
+
+    monkeypatch.setattr(sys.modules["ict_fast.evaluation"], "evaluate", checked)
     written = run_folder / "checkpoints/evaluation.json"
-    for before, given, warned in (
-        ("", "0.8", False),
-        ("[]", "0.8", False),
-        ('{"count": 9}', "0.8", True),
-        ('{"sigmas": [0.8]}', "0.8", False),
-        ('{"sigmas": [0.3]}', "0.8", True),
-        ('{"sigmas": [0.3]}', None, True),
-        ('{"sigmas": null}', None, False),
-        ('{"count": 9}', None, False),
-    ):
-        written.write_text(before)
-        sigmas = [] if given is None else ["--sigmas", given]
-        assert main(["evaluate", str(run_folder), "--reference", "real", *sigmas]) == 0
-        said = f"warning: {written} was measured at other noise levels, and is replaced;"
-        assert (said in capsys.readouterr().err.replace("\n", " ")) == warned
+    written.write_text(before if isinstance(before, str) else json.dumps(before))
+    assert main(["evaluate", str(run_folder), "--reference", "real"]) == 0
+    warning = (
+        f"ict-fast: warning: {written} was measured with {said}, and will be replaced; with --out another"
+        " file it stays\n"
+    )
+    assert capsys.readouterr().err == ("" if said is None else warning)
+
+
+@pytest.mark.parametrize("given", [None, "0.8"])
+def test_a_measurement_that_does_not_say_its_noise_levels_is_at_the_methods(
+    model, run_folder, monkeypatch, capsys, given
+):
+    now = MEASURED | {"sigmas": None if given is None else [0.8]}
+    monkeypatch.setattr(
+        sys.modules["ict_fast.evaluation"],
+        "evaluate",
+        lambda asked, reference, checked, **options: checked(now) or {},
+    )
+    written = run_folder / "checkpoints/evaluation.json"
+    written.write_text('{"count": 9}')
+    assert main(["evaluate", str(run_folder), "--reference", "real"]) == 0
+    assert ("other noise levels" in capsys.readouterr().err) == (given is not None)
 
 
 def test_evaluate_writes_where_it_is_told(model, run_folder, capsys, tmp_path):

@@ -121,18 +121,12 @@ def run(options: EvaluateOptions) -> int:
         "evaluation.json",
         (options.reference, options.features),
     )
-    before = _measured_in(out)
-    larger = before.get("count")
-    if options.count is not None and type(larger) is int and larger > options.count:
-        say(
-            f"ict-fast: warning: {out} is of {larger:,} samples, and is replaced by a measurement of"
-            f" {options.count:,}; with --out another file it stays"
-        )
-    if before and (before.get("sigmas") or None) != (list(sigmas) or None):
-        say(
-            f"ict-fast: warning: {out} was measured at other noise levels, and is replaced; with --out"
-            " another file it stays"
-        )
+
+    def warn(now: dict[str, Any]) -> None:
+        lost = _lost(_measured_in(out), now)
+        if lost:
+            text = f"{out} was measured with {', '.join(lost)}, and will be replaced"
+            say(f"ict-fast: warning: {errors.visible(text)}; with --out another file it stays")
 
     with live_line() as progress, results.unfinished(out) as folder:
         result = evaluate(
@@ -147,6 +141,7 @@ def run(options: EvaluateOptions) -> int:
             features_sha256=options.features_sha256,
             allow_other_recipe=options.allow_other_recipe,
             devices=_devices(device, count),
+            checked=warn,
             work_folder=folder,
         )
         about = {"checkpoint": Path(checkpoint.path).name, "step": checkpoint.step}
@@ -187,6 +182,35 @@ def _measured_in(out: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return result if isinstance(result, dict) else {}
+
+
+def _lost(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a measurement holds that the one that replaces it will not.
+
+    Args:
+        before: as it was written; empty if there is none. What it does not say is taken to be the same.
+        now: see `checked` of `evaluate`.
+    """
+
+    def is_other(name: str) -> bool:
+        return name in before and before[name] != now[name]
+
+    lost = []
+    count, steps, features = (before.get(name) for name in ("count", "steps", "features"))
+    if type(count) is int and count > now["count"]:
+        lost.append(f"{count:,} samples (now {now['count']:,})")
+    missing = [number for number in steps if number not in now["steps"]] if isinstance(steps, list) else []
+    if missing:
+        lost.append(f"--steps {','.join(map(str, missing))} too")
+    if before and (before.get("sigmas") or None) != now["sigmas"]:
+        lost.append("other noise levels")
+    if isinstance(features, dict) and features.get("sha256") != now["features"]["sha256"]:
+        lost.append(f"other features ({features.get('name')})")
+    if is_other("reference_fingerprint"):
+        lost.append(f"another reference ({before.get('reference_path')})")
+    if is_other("model_sha256"):
+        lost.append(f"other weights ({before.get('checkpoint')})")
+    return lost
 
 
 def _devices(first: torch.device, count: int) -> list[torch.device]:

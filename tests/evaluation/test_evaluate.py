@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ict_fast.cli import main
 from ict_fast.config import Config
 from ict_fast.consistency import load_model, sample
 from ict_fast.data.pictures import to_uint8
@@ -150,6 +151,23 @@ def test_sigmas_that_the_model_cannot_be_sampled_at_are_refused_first(
     monkeypatch.setattr(evaluate_module, "choose_network", lambda *_: pytest.fail("too late"))
     with pytest.raises(InputError, match=said):
         evaluate(RemembersDigits(), store, steps=steps, sigmas=sigmas)
+
+
+def test_what_is_replaced_is_said_of_a_poorer_measurement_and_not_of_a_refused_or_an_equal_one(
+    trained, inception, tmp_path, capsys
+):
+    def measured(code, *words):
+        words = ["--count", "16", "--features", str(inception), "--out", str(tmp_path / "o.json"), *words]
+        assert main(["evaluate", str(trained), *words]) == code
+        said = capsys.readouterr().err
+        return [line for line in said.splitlines() if "replaced" in line]
+
+    assert measured(0) == measured(0) == []
+    before = (tmp_path / "o.json").read_text()
+    assert measured(2, "--sigmas", "100") == []
+    assert (tmp_path / "o.json").read_text() == before
+    [line] = measured(0, "--steps", "1")
+    assert "o.json was measured with --steps 2 too, and will be replaced; " in line
 
 
 def test_by_default_10000_images_are_sampled(store, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ict_fast.errors import InputError, TrainingError
 
 _FOLDER = "ICT_FAST_OUTCOMES"
 _PROGRESS = "progress"
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class RunResult:
         step: steps done.
         exit_code: 0 finished, 130 or 143 saved and stopped by a signal.
         message: one line for the person.
+        stop_code: 130 or 143 if this process was sent a signal, even one that found the run done.
     """
 
     out: Path
     step: int
     exit_code: int
     message: str
+    stop_code: int | None = None
 
 
 def report_to(folder: Path) -> None:
@@ -51,6 +55,12 @@ def report_error(rank: int, error: Exception, *, hung: bool = False) -> None:
 def report_result(rank: int, result: RunResult) -> None:
     """How `train` ended."""
     _write(rank, {**asdict(result), "out": str(result.out)})
+
+
+def await_process_0() -> None:
+    """Waits until process 0 has reported how it ended."""
+    while not (Path(os.environ[_FOLDER]) / "0.json").exists():
+        time.sleep(_POLL_SECONDS)
 
 
 def report_progress(began: int, saved: int) -> None:

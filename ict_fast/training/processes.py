@@ -230,5 +230,8 @@ def _work(work: Callable[[bool], RunResult], first: bool, folder: str, parent: i
         os._exit(EXIT_FAILED)
     if rank == 0:
         outcome.report_result(rank, result)
-    if result.exit_code:  # to return would be to wait for the agent, which waits for the end of this process
-        raise SystemExit(result.exit_code)
+    # After a signal, to return may be to wait for the agent, which waits for the end of this process. Or the
+    # agent has got none: who leaves then without an error keeps it waiting, and with one ends the others.
+    if code := result.exit_code or result.stop_code:
+        outcome.await_process_0()
+        raise SystemExit(code)

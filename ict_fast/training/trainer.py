@@ -248,9 +248,10 @@ def _train_locked(
             monitor.say(f"resuming at step {run.step:,} of {config.training.total_steps:,}")
         evaluations = Evaluations(run, monitor, stop, world.get_on)
         try:
-            return run_loop(run, train_step, loader, monitor, saver, evaluations, stop)
+            result = run_loop(run, train_step, loader, monitor, saver, evaluations, stop)
         finally:
             world.finish()  # a tracker may take long to send what it has
+    return replace(result, stop_code=stop.exit_code)
 
 
 def _open_monitor(run: Run, train_step: TrainStep, device: torch.device, warnings: list[str]) -> Monitor:

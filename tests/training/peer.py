@@ -275,6 +275,16 @@ def crash(first: bool) -> RunResult:
     raise ZeroDivisionError("a bug")
 
 
+def done_but_asked_to_stop(first: bool) -> RunResult:
+    """Process 1 has been sent SIGTERM; process 0, which has not, takes two seconds longer to end."""
+    if os.environ["RANK"] == "1":
+        return RunResult(Path(), 1, 0, "all steps are done", stop_code=143)
+    while not Path(os.environ["ICT_FAST_OUTCOMES"], "1.pid").exists():
+        time.sleep(0.05)
+    time.sleep(2)
+    return RunResult(Path(), 1, 0, "all steps are done")
+
+
 if __name__ == "__main__":
     task, size, folder, *arguments, rank = sys.argv[1:]
     if task == "default":  # finds the others as torchrun's processes do

@@ -397,6 +397,29 @@ def test_a_signal_saves_in_all_processes_and_the_same_command_resumes(
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("whom", ["all", 1, pytest.param(0, marks=pytest.mark.drill)])
+def test_a_signal_after_the_last_step_ends_a_run_that_is_done(
+    config: Config, tmp_path: Path, command: Command, whom: str | int
+) -> None:
+    """To the launcher, which passes it on, or to one process alone; each notes it while the end is saved."""
+    config = replace(
+        config,
+        training=replace(config.training, total_steps=8),
+        logging=replace(config.logging, grid_every=8),  # after the line of the last step
+    )
+    out = tmp_path / "run"
+    process = command(config, out, "--processes", "2")
+    _wait(process, lambda: "step 8/8" in process.output())
+    workers = _workers(process.pid)
+    os.kill(process.pid if isinstance(whom, str) else workers[whom], signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]  # torch's agent would wait for 120
+    assert process.returncode == 0, output
+    assert output.count("8 steps are done") == 1
+    assert "warning" not in output, "no second attempt"
+    assert open_checkpoint(out).step == 8
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
 def test_a_ctrl_c_while_the_processes_start_ends_them_in_one_line(
     config: Config, tmp_path: Path, command: Command
 ) -> None:
@@ -775,6 +798,17 @@ def test_a_run_that_saves_between_its_losses_goes_on_whatever_lies_beside_its_ch
         run_processes(crashed, 2, out=tmp_path / "run", step=4000, warn=warned.append, max_restarts=2)
     assert [line.rpartition(" ")[2] for line in warned] == ["4,100", "4,200", "4,300", "4,300"]
     assert threads == {"6"}
+
+
+def test_a_process_that_a_signal_has_met_alone_leaves_after_the_result_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent ends all others when one leaves, and what is not told by then is lost."""
+    monkeypatch.syspath_prepend(PEER.parent)  # the spawned process imports the function by its module's name
+    peer = importlib.import_module("peer")
+    warned: list[str] = []
+    result = run_processes(peer.done_but_asked_to_stop, 2, out=tmp_path, warn=warned.append)
+    assert (result.exit_code, result.message, warned) == (0, "all steps are done", [])
 
 
 def crashed(first: bool) -> RunResult:

@@ -289,6 +289,21 @@ def differences(ours: Config, theirs: Config) -> list[tuple[str, Any, Any]]:
     ]
 
 
+def with_science_of(config: Config, other: Config) -> Config:
+    """`config` with the fields of science of `other`; not validated."""
+    sections = {}
+    for section in dataclasses.fields(Config):
+        theirs = getattr(other, section.name)
+        if dataclasses.is_dataclass(theirs):
+            science = {
+                name: value
+                for name, value in vars(theirs).items()
+                if f"{section.name}.{name}" not in EXECUTION_FIELDS
+            }
+            sections[section.name] = dataclasses.replace(getattr(config, section.name), **science)
+    return dataclasses.replace(config, **sections)
+
+
 def unused_fields(config: Config) -> dict[str, str]:
     """The fields that do nothing under this configuration, by dotted name, and what makes it so."""
     network, method, logging = config.network, config.method, config.logging

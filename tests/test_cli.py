@@ -1180,9 +1180,8 @@ def test_a_new_run_can_be_like_another_one_but_for_what_is_given(
     monkeypatch.chdir(tmp_path)
     like = dataclasses.replace(presets.get("cifar10"), preset="cifar10")
     like = dataclasses.replace(like, network=dataclasses.replace(like.network, channels=64, dropout=0.1))
-    for folder, config in (("one", like), ("other", presets.get("digits"))):
-        Path(folder).mkdir()
-        (Path(folder) / "config.json").write_text(json.dumps(to_dict(config)))
+    Path("one").mkdir()
+    Path("one/config.json").write_text(json.dumps(to_dict(like)))
 
     asked: list[Config] = []
     options, _ = cli.COMMANDS["train"]
@@ -1191,13 +1190,10 @@ def test_a_new_run_can_be_like_another_one_but_for_what_is_given(
     assert main([*words, "--out", "new"]) == 0
     assert [name for name, _, _ in differences(like, asked[0])] == ["network.dropout"]
     assert asked[0].data.path == "data/mine"
-    # A run that is there goes on with its own options.
-    assert main(["train", "--like", "one", "--out", "other"]) == 0
-    assert asked[1] == presets.get("digits")
-
     for given, said in (
         (["--like", "one"], "--like one: --out must name the folder of the new run"),
         (["--like", "nowhere", "--out", "new"], "--like nowhere: there is no run"),
+        (["--like", "one", "--out", "./one"], "--like one: --out names the same run, which goes on without"),
         (
             ["--like", "one", "--out", "new", "--preset", "digits"],
             "--preset is digits, and --like one a",
@@ -1206,3 +1202,39 @@ def test_a_new_run_can_be_like_another_one_but_for_what_is_given(
         assert main(["train", *given]) == 2
         assert said in capsys.readouterr().err
     assert not Path("new").exists()
+
+
+def test_a_run_that_is_like_another_goes_on_and_one_that_is_not_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def begun(folder: str, like: Config, total_steps: int = 6, **optimizer: float) -> None:
+        training = dataclasses.replace(like.training, total_steps=total_steps)
+        changed = dataclasses.replace(like.optimizer, **optimizer)
+        Path(folder).mkdir()
+        config = dataclasses.replace(like, training=training, optimizer=changed)
+        (Path(folder) / "config.json").write_text(json.dumps(to_dict(config)))
+
+    digits = presets.get("digits")
+    begun("one", digits)
+    begun("extended", digits, 9, lr=0.005)
+    begun("logged", dataclasses.replace(digits, logging=dataclasses.replace(digits.logging, log_every=3)))
+    dry = ["train", "--device", "cpu", "--dry-run"]
+    command = [*dry, "--like", "one", "--optimizer.lr", "0.005", "--out", "extended"]
+    assert main(command) == main([*command, "--extend", "12"]) == 0, "the command that began it"
+    assert main([*dry, "--like", "one", "--out", "logged"]) == 0
+    capsys.readouterr()
+    for words in (dry, ["train", "--device", "cpu"]):
+        line = refused(capsys, *words, "--like", "one", "--out", "extended", "--extend", "12")
+        assert "the run in extended differs in optimizer.lr (there 0.005, asked 0.002); another --out" in line
+
+    asked: list[Config] = []
+    options, _ = cli.COMMANDS["train"]
+    monkeypatch.setitem(cli.COMMANDS, "train", (options, lambda given: asked.append(given.config()) or 0))
+    assert main(["train", "--like", "one", "--out", "logged"]) == 0
+    assert asked[0].logging.log_every == 3, "how it executes is the run's own"
+    begun("grown", dataclasses.replace(digits, network=dataclasses.replace(digits.network, channels=32)))
+    Path("grown/init.json").touch()
+    assert main(["train", "--like", "one", "--init", "gone", "--out", "grown"]) == 0
+    assert asked[1].network.channels == 32, "that of what it began with"

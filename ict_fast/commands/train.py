@@ -26,6 +26,7 @@ from ict_fast.config import (
     TrainingConfig,
     from_dict,
     validate,
+    with_science_of,
 )
 from ict_fast.errors import InputError, TrainingError
 
@@ -100,8 +101,9 @@ def default_options(
 
     Args:
         preset, out, data, init, like: the options of these names, where they are given. A run that begins
-            with `init` has the network of that, but for dropout; a new one that is to be `like` another has
-            that one's options instead of the preset's.
+            with `init` has the network of that, but for dropout; one that is to be `like` another has that
+            one's options instead of the preset's. A run that is there keeps its own for how it executes, and
+            its number of steps; what else differs is refused when it is opened.
     Raises:
         InputError: if there is no such preset, or it is not the run's, or there is no run to resume and no
             checkpoint at `init`, or none to be `like`.
@@ -110,18 +112,16 @@ def default_options(
     folder = Path(out or f"runs/{base.preset}")
     config = _resumed_config(folder, init)
     if config is None:
-        config = base
-        if init is not None:
-            theirs, mine = network_of(Path(init)), config.network
-            network = dataclasses.replace(
-                theirs, dropout=mine.dropout, dropout_max_resolution=mine.dropout_max_resolution
-            )
-            config = dataclasses.replace(config, network=network)
+        config = base if init is None else _with_network(base, network_of(Path(init)))
     elif preset not in (None, config.preset):
         raise InputError(
             f"--preset is {preset}, but the run in {folder} has the preset {config.preset}; without --preset"
             " it goes on, another --out starts a new run"
         )
+    elif like is not None:
+        asked = base if init is None else _with_network(base, config.network)
+        training = dataclasses.replace(asked.training, total_steps=config.training.total_steps)
+        config = with_science_of(config, dataclasses.replace(asked, training=training))
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(Path(data))))
     sections = {section: getattr(config, section) for section in SECTIONS}
@@ -135,9 +135,22 @@ def _config_of(run: Path, out: str | None, preset: str | None) -> Config:
         raise InputError(f"--like {run}: there is no run, or it cannot be read")
     if out is None:
         raise InputError(f"--like {run}: --out must name the folder of the new run")
+    if run.resolve() == Path(out).resolve():
+        raise InputError(
+            f"--like {run}: --out names the same run, which goes on without --like; a new one needs another"
+        )
     if preset not in (None, config.preset):
         raise InputError(f"--preset is {preset}, and --like {run} a run of {config.preset}; give one of them")
     return config
+
+
+def _with_network(config: Config, network: NetworkConfig) -> Config:
+    """`config` with another network, but for dropout."""
+    mine = config.network
+    network = dataclasses.replace(
+        network, dropout=mine.dropout, dropout_max_resolution=mine.dropout_max_resolution
+    )
+    return dataclasses.replace(config, network=network)
 
 
 def network_of(path: Path) -> NetworkConfig:

@@ -55,6 +55,12 @@ EXECUTION_FIELDS = frozenset(
     }
 )
 
+MOST_STEPS = 10_000
+"""The most steps that a sample can be made with."""
+
+MOST_IMAGES = 10**9
+"""The most images that files can number, or a measurement take."""
+
 WIDTHS = "numbers from 0.01 to 0.288"
 """The relative widths that a power-function average may have, in words."""
 
@@ -375,7 +381,8 @@ def validate(config: Config) -> None:
     ):
         _require(number >= 0, name, number, "0 or more")
     _require(training.seed < 2**63, "training.seed", training.seed, "below 2^63")
-    # Far above any use, and below what exhausts the memory before it can be refused.
+    # Far above any use, and below what exhausts the memory before it can be refused, or is too much for fp32:
+    # a large c swallows every distance. A rho of 10^6 is the log-uniform grid already.
     for name, number, most in (
         ("network.resolution", network.resolution, 4096),
         ("network.num-classes", network.num_classes, 10**6),
@@ -383,6 +390,17 @@ def validate(config: Config) -> None:
         ("network.channel-mult", max(network.channel_mult, default=1), 64),
         ("network.num-blocks", network.num_blocks, 64),
         ("training.batch-size", training.batch_size, 2**20),
+        ("network.embedding-scale", network.embedding_scale, 10**6),
+        ("method.p-std", method.p_std, 1000),
+        ("method.sigma-max", method.sigma_max, 10**6),
+        ("method.rho", method.rho, 10**6),
+        ("method.sigma-data", method.sigma_data, 10**6),
+        ("method.huber-c", method.huber_c or 0, 1000),
+        ("optimizer.lr", optimizer.lr, 3e38),
+        ("optimizer.eps", optimizer.eps, 10**6),
+        ("optimizer.weight-decay", optimizer.weight_decay, 10**6),
+        ("logging.evaluate-steps", max(logging.evaluate_steps, default=1), MOST_STEPS),
+        ("logging.evaluate-count", logging.evaluate_count, MOST_IMAGES),
     ):
         _require(number <= most, name, number, f"at most {most:,}")
     _require(network.image_channels in (1, 3), "network.image-channels", network.image_channels, "1 or 3")
@@ -431,18 +449,18 @@ def validate(config: Config) -> None:
     _require(method.s1 >= method.s0, "method.s1", method.s1, f"at least method.s0 = {method.s0}")
     if method.curriculum == "square-root":
         _require(method.s0 >= 2, "method.s0", method.s0, "at least 2 with the square-root curriculum")
-    _require(
-        method.sigma_min < method.second_sigma < method.sigma_max,
-        "method.second-sigma",
-        method.second_sigma,
-        "between method.sigma-min and method.sigma-max",
-    )
     _require(method.s1 <= 2**20, "method.s1", method.s1, "at most 2^20")
     _require(
         0 < method.sigma_min < method.sigma_max,
         "method.sigma-min",
         method.sigma_min,
         f"between 0 and method.sigma-max = {method.sigma_max}",
+    )
+    _require(
+        method.sigma_min < method.second_sigma < method.sigma_max,
+        "method.second-sigma",
+        method.second_sigma,
+        f"between method.sigma-min = {method.sigma_min} and method.sigma-max = {method.sigma_max}",
     )
     boundary = method.boundary_sigma
     _require(
@@ -454,12 +472,16 @@ def validate(config: Config) -> None:
     for name, value in (
         ("method.rho", method.rho),
         ("method.p-std", method.p_std),
-        ("method.sigma-data", method.sigma_data),
         ("optimizer.lr", optimizer.lr),
         ("optimizer.eps", optimizer.eps),
     ):
         _require(value > 0 and math.isfinite(value), name, value, "positive")
-    _require(method.huber_c is None or method.huber_c > 0, "method.huber-c", method.huber_c, "positive")
+    # Below, their squares vanish in fp32.
+    for name, value, least in (
+        ("method.sigma-data", method.sigma_data, 1e-6),
+        ("method.huber-c", method.huber_c, 1e-9),
+    ):
+        _require(value is None or value >= least, name, value, f"at least {least:g}")
     _require(0 <= optimizer.lr_decay <= 1, "optimizer.lr-decay", optimizer.lr_decay, "in [0, 1]")
     _require(
         0 <= optimizer.warmup_steps <= training.total_steps,
@@ -513,11 +535,17 @@ def _validate_levels(method: MethodConfig) -> None:
     low, high = (math.log(sigma) for sigma in (method.sigma_min, method.sigma_max))
     try:
         ends = [math.exp(log / method.rho) for log in (low, high)]
-        first_gap = (ends[0] + (ends[1] - ends[0]) / method.s1) ** method.rho - method.sigma_min
+        # By the grid's formula at the ends too, or its rounding alone may part them from their neighbours.
+        bottom, second, last_but_one, top = (
+            (ends[0] + index / method.s1 * (ends[1] - ends[0])) ** method.rho
+            for index in (0, 1, method.s1 - 1, method.s1)
+        )
+        first_gap = second - max(bottom, method.sigma_min)
+        last_gap = min(top, method.sigma_max) - last_but_one
     except OverflowError:
-        first_gap = 0.0
+        first_gap = last_gap = 0.0
     _require(
-        first_gap > 1e-6 * method.sigma_min,
+        first_gap > 1e-6 * method.sigma_min and last_gap > 1e-9 * method.sigma_max,
         "method.rho",
         method.rho,
         f"such that {method.s1 + 1} noise levels differ between {method.sigma_min} and {method.sigma_max}",
@@ -527,7 +555,8 @@ def _validate_levels(method: MethodConfig) -> None:
         mass[1] - mass[0] > 1e-6,
         "method.p-mean",
         method.p_mean,
-        f"within reach of the noise levels: ln sigma runs from {low:.1f} to {high:.1f}",
+        f"within reach of the noise levels with method.p-std = {method.p_std}: ln sigma runs from"
+        f" {low:.1f} to {high:.1f}",
     )
 
 

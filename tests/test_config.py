@@ -4,13 +4,15 @@ import ast
 import dataclasses
 import inspect
 import json
+from contextlib import suppress
 
 import pytest
 
 from ict_fast import config as config_module
 from ict_fast import presets
-from ict_fast.config import Config, differences, from_dict, to_dict, validate
+from ict_fast.config import Config, MethodConfig, differences, from_dict, to_dict, validate
 from ict_fast.errors import InputError
+from ict_kernels.noise_levels import noise_level_grid
 
 SECTIONS = ("data", "network", "method", "optimizer", "training", "logging")
 # What a resumed run may change (DESIGN.md, "Rerunning"), written out a second time.
@@ -117,10 +119,20 @@ def another(name, value):
         ("network.dropout_max_resolution", -1),
         ("network.embedding_scale", 0.0),
         ("network.embedding_scale", float("inf")),
+        ("network.embedding_scale", 1e300),
         ("method.p_mean", float("nan")),
         ("method.p_std", 0.0),
         ("method.rho", 0.0),
         ("method.rho", float("inf")),
+        ("method.rho", 1e14),
+        ("method.rho", 1e20),
+        ("method.p_std", 1e300),
+        ("method.sigma_max", 1e300),
+        ("method.sigma_min", 1e300),
+        ("method.sigma_data", 1e20),
+        ("method.sigma_data", 1e-300),
+        ("method.huber_c", 1e20),
+        ("method.huber_c", 1e-300),
         ("method.sigma_data", -0.5),
         ("method.sigma_min", 0.0),
         ("method.sigma_max", float("inf")),
@@ -133,6 +145,9 @@ def another(name, value):
         ("method.teacher_ema", 1.0),
         ("optimizer.lr", 0.0),
         ("optimizer.lr", float("nan")),
+        ("optimizer.lr", 1e300),
+        ("optimizer.eps", 1e300),
+        ("optimizer.weight_decay", 1e300),
         ("optimizer.clip_norm", -1.0),
         ("optimizer.warmup_steps", -1),
         ("optimizer.warmup_steps", 10**6),
@@ -150,7 +165,9 @@ def another(name, value):
         ("optimizer.power_ema", (0.05, 0.05)),
         ("logging.evaluate_every", -1),
         ("logging.evaluate_count", 1),
+        ("logging.evaluate_count", 10**20),
         ("logging.evaluate_steps", ()),
+        ("logging.evaluate_steps", (1, 99_999_999_999)),
         ("logging.evaluate_steps", (1, 0)),
         ("logging.power_ema_every", -1),
         ("training.total_steps", 0),
@@ -187,8 +204,20 @@ def test_the_message_says_the_value_and_what_would_be_right():
 
 def test_a_sigma_min_above_sigma_max_is_refused():
     config = changed("method.sigma_max", 1.0, changed("method.sigma_min", 2.0))
-    with pytest.raises(InputError, match=r"--method\.(sigma-min|second-sigma) is"):
+    with pytest.raises(InputError, match=r"--method\.sigma-min is 2\.0; it must be between 0 and .* = 1\.0"):
         validate(config)
+
+
+@pytest.mark.parametrize("exponent", range(-30, 7))
+@pytest.mark.parametrize("sigma_max", [0.0021, 1.0, 80.0, 1e6])
+def test_every_grid_that_is_accepted_can_be_made(exponent, sigma_max):
+    rho = 10.0**exponent
+    method = MethodConfig(rho=rho, sigma_max=sigma_max, second_sigma=0.002 + (sigma_max - 0.002) / 2)
+    if -1 <= exponent <= 6:
+        validate(Config(method=method))
+    with suppress(InputError):
+        validate(Config(method=method))
+        noise_level_grid(method.s1 + 1, sigma_min=method.sigma_min, sigma_max=sigma_max, rho=rho)
 
 
 @pytest.mark.parametrize("name", presets.names())

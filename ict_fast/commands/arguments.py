@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from ict_fast.config import MOST_IMAGES, MOST_STEPS
 from ict_fast.errors import InputError
 
 Device = Literal["auto", "cuda", "cpu"]
@@ -19,9 +20,6 @@ Ema = Annotated[
 Sigmas = Annotated[
     tuple[float, ...] | None, arg(metavar="SIGMA ...", help_behavior_hint="(default: the method's)")
 ]
-
-_MOST_STEPS = 10_000
-_MOST_IMAGES = 10**9
 
 
 def group_of(ema: str | None) -> str:
@@ -43,8 +41,8 @@ def at_least(least: int, name: str, value: int) -> None:
 def valid_steps(least: int, values: Sequence[int]) -> None:
     """Raises InputError unless --steps are numbers of network evaluations that a sample can be made with."""
     at_least(least, "steps", min(values, default=0))
-    if max(values) > _MOST_STEPS:
-        raise InputError(f"--steps is {max(values)}; it must be at most {_MOST_STEPS}")
+    if max(values) > MOST_STEPS:
+        raise InputError(f"--steps is {max(values)}; it must be at most {MOST_STEPS}")
 
 
 def valid_sigmas(values: Sequence[float], steps: Sequence[int]) -> None:
@@ -64,8 +62,8 @@ def valid_sigmas(values: Sequence[float], steps: Sequence[int]) -> None:
 def valid_count(least: int, value: int) -> None:
     """Raises InputError unless --count is a number of images that files can number."""
     at_least(least, "count", value)
-    if value > _MOST_IMAGES:
-        raise InputError(f"--count is {value}; it must be at most {_MOST_IMAGES}")
+    if value > MOST_IMAGES:
+        raise InputError(f"--count is {value}; it must be at most {MOST_IMAGES}")
 
 
 def valid_seed(value: int) -> None:

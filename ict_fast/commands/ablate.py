@@ -21,11 +21,13 @@ from ict_fast.ablation.variants import (
     preset_names,
     variants_of,
 )
-from ict_fast.commands.arguments import Device, at_least
+from ict_fast.commands.arguments import Device, at_least, valid_count
 from ict_fast.config import Config
 from ict_fast.errors import InputError, did_you_mean
 from ict_fast.hardware import usable_cores
 from ict_fast.screen import print_table, say
+
+_MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ def run(options: AblateOptions) -> int:
     """Runs the command; returns its exit code."""
     for name in ("seeds", "total_steps"):
         at_least(1, name.replace("_", "-"), getattr(options, name))
+    if options.seeds > _MOST_SEEDS:
+        raise InputError(f"--seeds is {options.seeds}; it must be at most {_MOST_SEEDS:,}")
     if options.count is not None:
-        at_least(2, "count", options.count)
+        valid_count(2, options.count)
     if options.parallel is not None:
         at_least(1, "parallel", options.parallel)
     base = _base(presets.get(options.preset), options.total_steps)

@@ -104,7 +104,7 @@ def commands(report: dict[str, Any]) -> list[str]:
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """For a terminal: the variants, and the claims."""
+    """For a terminal: the variants, and the claims that these bear on, if there are any."""
     steps = report["base"]["training"]["total_steps"]
     variants = Table(title=f"Fréchet distance in % of noise, mean ± standard error, {steps:,} steps")
     for name in ("variant", "seeds", "one step", "two steps"):
@@ -123,4 +123,4 @@ def tables(report: dict[str, Any]) -> list[Table]:
         for claim in verdict_rows(report, required=required):
             claims.add_row(*claim)
         claims.add_section()
-    return [variants, claims]
+    return [variants, claims] if claims.row_count else [variants]

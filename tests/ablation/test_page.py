@@ -55,6 +55,12 @@ def test_tables_show_every_variant_and_claim(made_report: Made, tmp_path: Path) 
     assert "3 of 3 diverged" in text
 
 
+def test_variants_that_no_claim_is_about_have_one_table(made_report: Made, tmp_path: Path) -> None:
+    text = _printed(made_report({"ict": [0.1]}), tmp_path)
+    assert "iCT" in text
+    assert "What is claimed" not in text
+
+
 def test_no_heading_is_repeated(made_report: Made, tmp_path: Path) -> None:
     report = made_report(_distances(2))
     text, section = _printed(report, tmp_path), ablation_page.section(report)

@@ -706,6 +706,21 @@ def test_a_place_that_cannot_be_written_is_refused(capsys, trained, monkeypatch,
     assert trained == []
 
 
+def test_a_run_is_planned_or_found_finished_where_nothing_can_be_written(
+    capsys, trained, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+    assert main(["train", "--dry-run", "--device", "cpu", "--out", str(tmp_path / "new")]) == 0
+    assert (
+        f"\nout: not here: --out is {tmp_path}/new, but {tmp_path} cannot be written;"
+        in capsys.readouterr().out
+    )
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run/checkpoints/step-00000003").mkdir(parents=True)
+    assert main(["train", "--out", str(tmp_path / "run")]) == 0
+    assert len(trained) == 1, "it may be finished"
+
+
 # --- sample ------------------------------------------------------------------------------------------------
 
 

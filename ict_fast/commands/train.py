@@ -213,7 +213,6 @@ def run(options: TrainOptions) -> int:
         raise InputError(
             f"--collective-timeout is {options.collective_timeout:g}; it must be 1 to 1,000,000 seconds"
         )
-    results.require_weights_place(options.out, "--out")
     arguments: dict[str, Any] = {
         name: getattr(options, name)
         for name in ("out", "device", "gpus", "processes", "resume", "extend", "init")
@@ -222,8 +221,13 @@ def run(options: TrainOptions) -> int:
         from ict_fast.training.dry_run import dry_run
 
         print(dry_run(config, **arguments))
+        try:
+            _require_place(options.out)
+        except InputError as error:  # a run may be planned elsewhere
+            print(f"out: not here: {error}")
         return errors.EXIT_DONE
 
+    _require_place(options.out)
     from ict_fast.screen import say
     from ict_fast.training.trainer import train
 
@@ -237,6 +241,11 @@ def run(options: TrainOptions) -> int:
     elif result.message:
         _print_result(result.message, options.out, config)
     return result.exit_code
+
+
+def _require_place(out: Path) -> None:
+    if not any(out.glob("checkpoints/step-*")):  # a finished run is never written to
+        results.require_weights_place(out, "--out")
 
 
 def _newest_state(run: Path) -> dict[str, Any]:

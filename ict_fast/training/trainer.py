@@ -55,7 +55,6 @@ from ict_fast.training.world import (
 
 # After the loss of a node: Linux's NFS server keeps its locks for 90 s.
 _LEASE_SECONDS = 120.0
-_POWER_SNAPSHOTS = 64  # in a run, where --logging.power-ema-every does not say otherwise
 
 
 def train(

@@ -246,13 +246,18 @@ def test_a_tile_that_is_held_in_16_bits_is_rounded_once(size, dropout):
         compare(arguments, groups, dtype=torch.float16, tolerance=2**-10, dropout=dropout, seed=3)
 
 
+def of_two_neighbours(level: float, *shape: int) -> Tensor:
+    """In fp16; a tenth is the smaller one."""
+    base = torch.tensor(level, dtype=torch.float16)
+    below = torch.nextafter(base, torch.tensor(0.0, dtype=torch.float16))
+    few = torch.rand(shape, generator=torch.Generator().manual_seed(7)) < 0.1
+    return torch.where(few, below, base).contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("level", [30.0, 4000.0])
 def test_of_two_neighbouring_16_bit_values_the_output_is_within_one_unit_in_the_last_place(level):
     """The distance from the mean is taken first: of x times a large 1 / std the last bits would be lost."""
-    base = torch.tensor(level, dtype=torch.float16)
-    below = torch.nextafter(base, torch.tensor(0.0, dtype=torch.float16))
-    few = torch.rand(1, 32, 32, 32, generator=torch.Generator().manual_seed(7)) < 0.1
-    x = torch.where(few, below, base).contiguous(memory_format=torch.channels_last)
+    x = of_two_neighbours(level, 1, 32, 32, 32)
     assert module.plan_of(1, 32, 1024, 4, 2, False).slices[0] > 1
     y = group_norm_silu(x, 4, None, None, activation=None).double()
     exact = torch.group_norm(x.double(), 4)
@@ -263,10 +268,7 @@ def test_of_two_neighbouring_16_bit_values_the_output_is_within_one_unit_in_the_
 @pytest.mark.parametrize("level", [30.0, 4000.0])
 def test_split_the_mean_of_neighbouring_16_bit_values_is_rounded_once(level):
     """Sums of means would lose the last bits of it, and times a large 1 / std these show."""
-    base = torch.tensor(level, dtype=torch.float16)
-    below = torch.nextafter(base, torch.tensor(0.0, dtype=torch.float16))
-    few = torch.rand(1, 256, 64, 64, generator=torch.Generator().manual_seed(7)) < 0.1
-    x = torch.where(few, below, base).contiguous(memory_format=torch.channels_last)
+    x = of_two_neighbours(level, 1, 256, 64, 64)
     with planned(resident=False):
         _, stats = module._forward(x, 32, *[None] * 7, 0, 0, 0, 1e-5, False)
     mean = x.double().reshape(32, -1).mean(1)

@@ -292,6 +292,16 @@ def checkpoint_steps(run: Path) -> frozenset[int]:
     return frozenset(step_folders(run / "checkpoints"))
 
 
+def newest_state(run: Path) -> dict[str, Any]:
+    """state.json of a run's newest checkpoint, unverified; empty if none can be read."""
+    for step in sorted(checkpoint_steps(run), reverse=True):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            state = json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_bytes())
+            if isinstance(state, dict):
+                return state
+    return {}
+
+
 def set_broken_aside(run: Path, step: int) -> None:
     """Takes away the checkpoints after a step, which are broken: they would count among those to keep.
 

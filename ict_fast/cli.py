@@ -74,7 +74,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return _give_up(error, errors.EXIT_FAILED)
     except Interrupted as stop:
         with suppress(OSError):
-            print(f"{PROGRAM}: {stop}", file=sys.stderr)
+            print(f"{PROGRAM}: {errors.visible(str(stop))}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return _complain(TrainingError("interrupted; nothing more was saved"), errors.EXIT_SIGINT)

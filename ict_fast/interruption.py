@@ -33,22 +33,25 @@ def interruptible(kept: str | Callable[[], str]) -> Iterator[None]:
     Raises:
         Interrupted: by either.
     """
-    code, heard = EXIT_SIGINT, -math.inf
+    code, heard, before = EXIT_SIGINT, -math.inf, {}
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal code, heard
-        before, heard = heard, time.monotonic()
-        if heard - before > 1.0:  # timeout(1) sends it twice, and the second one would meet the clearing up
-            code = EXIT_SIGTERM
+        last, heard = heard, time.monotonic()
+        if (
+            heard - last > 1.0
+        ):  # timeout(1) sends two, others one of each: the second would meet the clearing up
+            code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
             raise KeyboardInterrupt
 
-    previous = None
     with suppress(ValueError):  # not in the main thread: whoever started us owns the signals
-        previous = signal.signal(signal.SIGTERM, stop)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as by nohup
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(kept if isinstance(kept, str) else kept(), code) from None
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)

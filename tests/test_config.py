@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import inspect
 import json
-from contextlib import suppress
 
 import pytest
 
@@ -208,16 +207,18 @@ def test_a_sigma_min_above_sigma_max_is_refused():
         validate(config)
 
 
-@pytest.mark.parametrize("exponent", range(-30, 7))
+@pytest.mark.parametrize("exponent", [-30, -8, -5, -4, -3, -2, *range(-1, 7)])
 @pytest.mark.parametrize("sigma_max", [0.0021, 1.0, 80.0, 1e6])
 def test_every_grid_that_is_accepted_can_be_made(exponent, sigma_max):
     rho = 10.0**exponent
     method = MethodConfig(rho=rho, sigma_max=sigma_max, second_sigma=0.002 + (sigma_max - 0.002) / 2)
     if -1 <= exponent <= 6:
         validate(Config(method=method))
-    with suppress(InputError):
+    try:
         validate(Config(method=method))
-        noise_level_grid(method.s1 + 1, sigma_min=method.sigma_min, sigma_max=sigma_max, rho=rho)
+    except InputError:
+        return
+    noise_level_grid(method.s1 + 1, sigma_min=method.sigma_min, sigma_max=sigma_max, rho=rho)
 
 
 @pytest.mark.parametrize("name", presets.names())

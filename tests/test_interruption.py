@@ -31,20 +31,25 @@ def test_both_signals_unwind_what_is_inside_and_say_what_was_kept(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_second_of_two_sigterms_does_not_disturb_the_clearing_up() -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_of_two_signals_does_not_disturb_the_clearing_up(
+    ctrl_c: None, first: signal.Signals, second: signal.Signals
+) -> None:
     done = []
 
     @interruptible("the same command continues")
     def work() -> None:
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(first)
         finally:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(second)
             done.append("cleared up")
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted) as raised:
         work()
     assert done == ["cleared up"]
+    assert raised.value.exit_code == 128 + first
 
 
 def test_a_sigterm_that_a_library_has_swallowed_can_be_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def valid_steps(least: int, values: Sequence[int]) -> None:
     """Raises InputError unless --steps are numbers of network evaluations that a sample can be made with."""
     at_least(least, "steps", min(values, default=0))
     if max(values) > MOST_STEPS:
-        raise InputError(f"--steps is {max(values)}; it must be at most {MOST_STEPS}")
+        raise InputError(f"--steps is {max(values)}; it must be at most {MOST_STEPS:,}")
 
 
 def valid_sigmas(values: Sequence[float], steps: Sequence[int]) -> None:
@@ -63,7 +63,7 @@ def valid_count(least: int, value: int) -> None:
     """Raises InputError unless --count is a number of images that files can number."""
     at_least(least, "count", value)
     if value > MOST_IMAGES:
-        raise InputError(f"--count is {value}; it must be at most {MOST_IMAGES}")
+        raise InputError(f"--count is {value}; it must be at most {MOST_IMAGES:,}")
 
 
 def valid_seed(value: int) -> None:

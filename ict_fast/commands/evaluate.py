@@ -190,10 +190,15 @@ def _lost(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     Args:
         before: as it was written; empty if there is none. What it does not say is taken to be the same.
         now: see `checked` of `evaluate`.
+    Returns:
+        In words, a part each.
     """
 
     def is_other(name: str) -> bool:
         return name in before and before[name] != now[name]
+
+    def named(what: str, name: Any) -> str:
+        return f"{what} ({name})" if name else what
 
     lost = []
     count, steps, features = (before.get(name) for name in ("count", "steps", "features"))
@@ -205,11 +210,11 @@ def _lost(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if before and (before.get("sigmas") or None) != now["sigmas"]:
         lost.append("other noise levels")
     if isinstance(features, dict) and features.get("sha256") != now["features"]["sha256"]:
-        lost.append(f"other features ({features.get('name')})")
+        lost.append(named("other features", features.get("name")))
     if is_other("reference_fingerprint"):
-        lost.append(f"another reference ({before.get('reference_path')})")
+        lost.append(named("another reference", before.get("reference_path")))
     if is_other("model_sha256"):
-        lost.append(f"other weights ({before.get('checkpoint')})")
+        lost.append(named("other weights", before.get("checkpoint")))
     return lost
 
 

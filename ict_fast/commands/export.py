@@ -40,11 +40,10 @@ def run(options: ExportOptions) -> int:
         raise InputError(
             f"--ema {options.ema} is an average, and --weights {options.weights} are none; choose one of them"
         )
-    # It stands in YAML as it is.
-    if options.license is not None and not re.fullmatch(r"[A-Za-z][A-Za-z0-9.+-]*", options.license):
+    if options.license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", options.license):
         raise InputError(
-            f"--license is {options.license!r}; it must be one word of letters, digits, dots and dashes, such"
-            " as cc-by-4.0"
+            f"--license is {options.license!r}; it must be one word of letters, digits, dots, dashes and"
+            " pluses, such as cc-by-4.0"
         )
 
     from ict_fast.checkpoint import open_checkpoint

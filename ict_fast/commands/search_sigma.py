@@ -104,6 +104,17 @@ def run(options: SearchSigmaOptions) -> int:
         (options.reference, options.features),
     )
 
+    written: list[Path] = []  # the trace, once something has been tried
+
+    def kept() -> str:
+        return f"what was tried is in {written[0]}" if written else "nothing was tried yet"
+
+    with interruptible(kept):
+        return _search(options, group, out, written)
+
+
+def _search(options: SearchSigmaOptions, group: str, out: Path, written: list[Path]) -> int:
+    """Searches, says what was found and writes it; returns the exit code."""
     from ict_fast.checkpoint import open_checkpoint
     from ict_fast.consistency import load_model
     from ict_fast.evaluation.reference import training_data
@@ -118,24 +129,19 @@ def run(options: SearchSigmaOptions) -> int:
     model = load_model(checkpoint.path, weights=group).to(device)
     check_interval((options.low, options.high), model.config.method)  # before the reference takes hours
     reference = options.reference or training_data(model)
-    partial = out.with_name(f"{out.name}.partial")
-
-    def kept() -> str:
-        return f"what was tried is in {partial}" if partial.exists() else "nothing was tried yet"
-
-    with interruptible(kept), results.only_writer(out):
-        return _search(options, checkpoint, model, reference, out, partial)
+    with results.only_writer(out):
+        return _search_alone(options, checkpoint, model, reference, out, written)
 
 
-def _search(
+def _search_alone(
     options: SearchSigmaOptions,
     checkpoint: Checkpoint,
     model: ConsistencyModel,
     reference: Path,
     out: Path,
-    partial: Path,
+    written: list[Path],
 ) -> int:
-    """Searches, says what was found and writes it; returns the exit code."""
+    """As `_search`; nobody else writes there meanwhile."""
     from ict_fast.evaluation import DistanceToReference
     from ict_fast.evaluation.reference import labels_as_in
     from ict_fast.evaluation.sigma_search import search_sampling_sigmas
@@ -175,7 +181,9 @@ def _search(
     def keep(searches: list[SigmaSearch]) -> None:
         with suppress(InputError):  # there may be room at the end
             results.write(partial, trace(searches))
+            written[:] = [partial]
 
+    partial = out.with_name(f"{out.name}.partial")
     partial.unlink(missing_ok=True)
     with live_line() as progress:  # whose clock begins after the reference
         searches = search_sampling_sigmas(

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -248,23 +247,15 @@ def _require_place(out: Path) -> None:
         results.require_weights_place(out, "--out")
 
 
-def _newest_state(run: Path) -> dict[str, Any]:
-    """state.json of its newest checkpoint; empty if none can be read."""
-    for file in sorted(run.glob("checkpoints/step-*/state.json"), reverse=True):
-        with suppress(OSError, ValueError, RecursionError):
-            if isinstance(state := json.loads(file.read_bytes()), dict):
-                return state
-    return {}
-
-
 def _print_result(message: str, out: Path, config: Config) -> None:
     """On standard output; a full disk there does not undo what is done."""
+    from ict_fast.checkpoint import newest_state
     from ict_fast.evaluate_command import evaluate_command
 
     sample, report = (shlex.join(["ict-fast", word, str(out)]) for word in ("sample", "report"))
     try:
         print(message)
-        print(f"then: {sample}, {evaluate_command(out, config, _newest_state(out))}, {report}", flush=True)
+        print(f"then: {sample}, {evaluate_command(out, config, newest_state(out))}, {report}", flush=True)
     except BrokenPipeError:
         raise
     except OSError:

@@ -88,6 +88,7 @@ def _in_processes(
             there.close()  # so that the end of the process is the end of the pipe
             processes.append(process)
             pipes.append(here)
+        # As bytes: torch would send the tensors through shared memory, of which containers have little.
         _send_work(pickle.dumps((work, finished)), todo, pipes)
         open_pipes = list(pipes)
         while open_pipes:
@@ -102,6 +103,8 @@ def _in_processes(
                 if isinstance(answer, Exception):
                     raise answer
                 advance(*answer)
+        if finished.missing(todo):
+            raise TrainingError("a process of the evaluation ended early; the same command continues")
     finally:
         for process in processes:
             process.kill()  # it holds nothing that could be left half-done
@@ -130,6 +133,7 @@ def _serve(device: torch.device, threads: int, pipe: Connection) -> None:
     """Runs in each process.
 
     Args:
+        device, threads: to compute on, and with how many threads.
         pipe: brings the work, and then this process's share of the chunks; takes what is done, or an error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C of the terminal is for the parent, which ends us

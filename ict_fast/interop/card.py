@@ -67,7 +67,7 @@ def model_card(
         "---",
         f"library_name: {'diffusers' if form == 'diffusers' else 'ict-fast'}",
         "pipeline_tag: unconditional-image-generation",
-        *([] if license_id is None else [f"license: {license_id}"]),
+        *([] if license_id is None else [f'license: "{license_id}"']),  # quoted: YAML's `no` is a truth value
         "tags:",
         f"- {_TAGS[kind]}",
         "- ict-fast",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ict_fast import presets
-from ict_fast.checkpoint import checkpoint_steps, pointed_name, refuse_export
+from ict_fast.checkpoint import checkpoint_steps, newest_state, pointed_name, refuse_export
 from ict_fast.config import Config, from_dict, to_dict
 from ict_fast.consistency.curriculum import Extension, Stage, read_extensions, stages_trained
 from ict_fast.errors import InputError
@@ -153,7 +153,7 @@ def read_run(path: Path) -> RunRecord:
     if not checkpoint_steps(path):
         refuse_export(path)
     missing: list[str] = []
-    state = _newest_state(path)
+    state = newest_state(path)
     # What only a training leaves is not missing of an imported model.
     of_training: list[str] = [] if "imported" in state else missing
     if not _is_step(state.get("step", 0)):
@@ -235,14 +235,6 @@ def _flag(option: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [option, *map(str, value)]
     return [option, str(value)]
-
-
-def _newest_state(path: Path) -> dict[str, Any]:
-    for step in sorted(checkpoint_steps(path), reverse=True):
-        state = _json(path / "checkpoints" / f"step-{step:08d}" / "state.json", None, "")
-        if state is not None:
-            return state
-    return {}
 
 
 def _json(file: Path, missing: list[str] | None, what: str) -> dict[str, Any] | None:

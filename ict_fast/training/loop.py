@@ -40,6 +40,13 @@ def run_loop(
 ) -> RunResult:
     """Steps until the run is done or stopped, and saves what it ends with.
 
+    Args:
+        run, train_step: the run, and its state at `run.step`.
+        loader: the batches, by step.
+        monitor, saver, evaluations: take the figures, the checkpoints and the measurements.
+        stop: hears the signals.
+    Returns:
+        How it ended, with a line for the person.
     Raises:
         TrainingError: too many steps in a row without a finite gradient, or the end could not be saved.
     """

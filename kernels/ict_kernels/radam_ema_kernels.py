@@ -105,7 +105,7 @@ def _scalars_kernel(
     skipped_ptr,
     BLOCK: tl.constexpr,
 ):
-    """`_inspect`'s verdict, where there are partial sums to judge by, and `step_size`; one program.
+    """The verdict of `RAdamEMA._inspect`, if there are sums to judge by, and `step_size`; one program.
 
     Python's floats come as the bits of their fp64 value, since a launch would round them to fp32.
     """
@@ -168,7 +168,7 @@ def _update_block(
     unscale, size, rectified, decay, rest, weight1, beta2, weight2, eps, penalty,
     PENALTY: tl.constexpr, FROM_G: tl.constexpr,
 ):  # fmt: skip
-    """`_update` of one block."""
+    """`RAdamEMA._update` of one block."""
     p = tl.load(p_ptr + offsets, mask)
     m = tl.load(m_ptr + offsets, mask)
     v = tl.load(v_ptr + offsets, mask)
@@ -267,7 +267,16 @@ def launch_scalars(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> Tensor:
-    """The cohort's scalars; with `partials`, also the verdict on the step and the optimizer's figures."""
+    """The step's scalars of a cohort; with `partials`, also the verdict on it and the optimizer's figures.
+
+    Args:
+        group: the optimizer's group, for lr, betas, ema_decay and max_norm.
+        partials: the sums of squares of all chunks of all cohorts; None once the step has been judged.
+        grad_norm, last_step_skipped, skipped: 0-dim, see RAdamEMA; written with `partials`, else read.
+        grad_scale, found_inf: 0-dim or None, see RAdamEMA.
+    Returns:
+        fp32 (8,), by the places from _HEALTHY to _STEP.
+    """
     device = grad_norm.device
     lr, decay = group["lr"], group["ema_decay"]
     scalars = grad_norm.new_empty(_NUM_SCALARS)

@@ -47,7 +47,7 @@ class Plan:
         self._gradients = torch.zeros(len(params), dtype=torch.int64, device=self.device)
 
     def gradients_of(self, params: list[Tensor]) -> list[Tensor]:
-        """The gradients, each as `as_stored` has it."""
+        """The gradients, each as `as_stored` has it; raises what that raises."""
         # In every step, for hundreds of parameters: nothing is called for a gradient that is as it should be.
         return [
             g if g.stride() == strides and g.shape == shape and g.dtype is torch.float32 else as_stored(g, p)
@@ -89,6 +89,7 @@ def _stored_alike(a: Tensor, b: Tensor) -> bool:
 
 
 def misfit(grad: Tensor, p: Tensor) -> RuntimeError:
+    """To be raised for a gradient of another shape than its parameter's."""
     return RuntimeError(
         f"a parameter of shape {tuple(p.shape)} has a gradient of shape {tuple(grad.shape)}, of before it"
         " changed its shape: set or clear that too"
@@ -96,7 +97,11 @@ def misfit(grad: Tensor, p: Tensor) -> RuntimeError:
 
 
 def as_stored(grad: Tensor, p: Tensor) -> Tensor:
-    """The gradient in the parameter's order of storage and dtype: itself where it already is."""
+    """The gradient in the parameter's order of storage and dtype: itself where it already is.
+
+    Raises:
+        RuntimeError: if it has another shape.
+    """
     if grad.dtype == p.dtype and _stored_alike(grad, p):
         return grad
     if grad.shape != p.shape:

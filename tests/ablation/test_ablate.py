@@ -97,7 +97,7 @@ def test_a_finished_ablation_runs_nothing_again(
         (("--preset", "imagenet64-ct2023"), "--preset is imagenet64-ct2023, which is not iCT"),
         (("--seeds", "0"), "--seeds is 0"),
         (("--seeds", "9" * 20), f"--seeds is {'9' * 20}; it must be at most 10,000"),
-        (("--count", "9" * 20), f"--count is {'9' * 20}; it must be at most 1000000000"),
+        (("--count", "9" * 20), f"--count is {'9' * 20}; it must be at most 1,000,000,000"),
         (("--parallel", "0"), "--parallel is 0"),
     ],
 )

@@ -243,6 +243,21 @@ def test_the_processes_start_at_the_same_time_however_large_the_work_is(tiny: Co
     assert kept.missing(parts) == []
 
 
+def test_a_process_that_ends_without_its_share_and_without_an_error_is_not_taken_for_done(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(**_: Any) -> SimpleNamespace:
+        return SimpleNamespace(start=lambda: None, kill=lambda: None, join=lambda: None, exitcode=0)
+
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=ended)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda method: context)
+    work = Work(ConsistencyModel(tiny), DigitsNetwork(), None, 0, None, None)
+    with pytest.raises(TrainingError, match="ended early; the same command continues"):
+        processes.compute_chunks(
+            work, [Chunk(1, 0, 2)], Finished(tmp_path), [torch.device("cpu")] * 2, lambda done, text: None
+        )
+
+
 def test_a_reference_that_goes_away_is_one_line_of_its_process(
     model: ConsistencyModel, digits_store: Path, inception: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

@@ -227,6 +227,22 @@ def test_an_interrupted_search_keeps_every_candidate_and_the_result_before(
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_search_that_is_interrupted_before_it_has_tried_anything_names_no_older_trace(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    ctrl_c: None,
+) -> None:
+    monkeypatch.setattr(
+        DistanceToReference, "__init__", lambda *_, **options: signal.raise_signal(signal.SIGINT)
+    )
+    out, partial = tmp_path / "search.json", tmp_path / "search.json.partial"
+    partial.write_text("what an earlier one has tried")
+    assert main(["search-sigma", str(trained), "--count", "4", "--out", str(out)]) == 130
+    assert capsys.readouterr().err.endswith("ict-fast: interrupted; nothing was tried yet\n")
+
+
 def test_a_search_that_leaves_the_next_step_no_interval_keeps_what_it_has_found(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

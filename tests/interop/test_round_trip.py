@@ -281,12 +281,12 @@ def test_the_card_names_the_license_that_is_given_and_else_none(
     assert main([*words, str(tmp_path / "one"), "--license", "cc-by-4.0"]) == 0
     cards = [(tmp_path / name / "README.md").read_text() for name in ("none", "one")]
     front, rest = cards[1].removeprefix("---\n").split("\n---\n", 1)
-    assert "license: cc-by-4.0" in front.splitlines()
-    front = front.replace("license: cc-by-4.0\n", "")
+    assert 'license: "cc-by-4.0"' in front.splitlines()
+    front = front.replace('license: "cc-by-4.0"\n', "")
     assert f"---\n{front}\n---\n{rest}" == cards[0]
-    for wrong in ("cc by", "a\ntags: b", "4.0", ""):
+    for wrong in ("cc by", "a\ntags: b", ".5", ""):
         assert main([*words, str(tmp_path / "wrong"), "--license", wrong]) == 2
-    assert "; it must be one word of letters, digits, dots and dashes, such as cc-by-4.0" in (
+    assert "; it must be one word of letters, digits, dots, dashes and pluses, such as cc-by-4.0" in (
         capsys.readouterr().err
     )
     assert not (tmp_path / "wrong").exists()

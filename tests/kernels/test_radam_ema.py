@@ -808,8 +808,8 @@ def test_the_average_of_a_constant_is_that_constant_and_without_decay_the_parame
     assert torch.equal(average, p.detach())
     optimizer.state[p]["ema"].fill_(0.7)
     optimizer.step()
-    if decay == 0.0:
-        assert torch.equal(average, p.detach())
+    expected = torch.full((3,), 0.7).lerp(p.detach(), 1 - decay)
+    torch.testing.assert_close(average, expected, rtol=0.0 if decay in (0.0, 1.0) else 1e-6, atol=0.0)
 
 
 def test_whether_a_graph_is_recorded_is_asked_of_the_parameters_gpu(monkeypatch):

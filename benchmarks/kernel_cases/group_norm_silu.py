@@ -144,7 +144,7 @@ def cases(full: bool) -> Iterator[Case]:
         # Of no network here: 16-bit tiles with rows beyond the image, and the widths of others.
         norms |= {Norm(31, 256, 32, dropout=True, pre_bias=True, scale_shift=True), Norm(31, 256, 32)}
         norms |= {Norm(16, 640, 32, dropout=True, pre_bias=True), Norm(16, 640, 32, pre_bias=True)}
-        # A pre-bias of fp32 is added in another place. The first has most registers of all.
+        # A pre-bias of fp32 is added in another place; the first of these takes all registers there are.
         norms |= {Norm(8, 576, 32, dropout=True, pre_bias=True, fp32=True)}
         norms |= {Norm(64, 192, 32, pre_bias=True, scale_shift=True, fp32=True)}
     for each in sorted(norms):

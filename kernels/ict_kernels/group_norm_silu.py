@@ -235,6 +235,7 @@ def _forward(
         return y, stats
     blocks, pieces = -(-pixels // plan.rows), -(-channels // plan.widths[0])
     partial = torch.empty(2, plan.chunk, blocks, channels, dtype=torch.float32, device=x.device)
+    rest = torch.empty(plan.chunk, num_groups, dtype=torch.float32, device=x.device)
     over_tiles: dict[str, Any] = {
         "num_warps": plan.num_warps,
         "maxnreg": plan.maxnreg,
@@ -258,6 +259,7 @@ def _forward(
         "squares_ptr": partial[1],
         "pre_ptr": to_means,
         "stats_ptr": stats,
+        "rest_ptr": rest,
         "pre_stride": _row_stride(pre_bias),
         "pixels": pixels,
         "eps": eps,
@@ -270,7 +272,7 @@ def _forward(
         samples = min(plan.chunk, count - start)
         launch(split_statistics, (blocks * pieces, samples), start=start, **statistics)
         launch(merge_statistics, (num_groups, samples), start=start, **merge)
-        launch(split_apply, (blocks * pieces, samples), start=start, **arguments, **over_tiles)
+        launch(split_apply, (blocks * pieces, samples), start=start, rest_ptr=rest, **arguments, **over_tiles)
     return y, stats
 
 

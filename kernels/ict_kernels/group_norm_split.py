@@ -74,6 +74,7 @@ def merge_statistics(
     squares_ptr,
     pre_ptr,
     stats_ptr,
+    rest_ptr,
     pre_stride,
     pixels,
     start,
@@ -83,7 +84,8 @@ def merge_statistics(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mean and rstd of one group from its blocks and channels (Chan, Golub & LeVeque, 1983)."""
+    """Mean and rstd of one group from its blocks and channels (Chan, Golub & LeVeque, 1983), and the rest of
+    the mean: what it lost when it was rounded."""
     group, local = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = local + start
     blocks = (pixels + ROWS - 1) // ROWS
@@ -104,7 +106,11 @@ def merge_statistics(
         mean = tl.load(mean_ptr + at, mask=e < entries, other=0.0)
         mean += vector(pre_ptr, n * pre_stride + group * GROUP + j, e < entries, 0.0)
         total += tl.where(e < entries, (mean - first) * size, 0.0)
-    group_mean = first + tl.sum(total, axis=0) / count
+    distance = tl.sum(total, axis=0) / count
+    group_mean = first + distance
+    # Knuth's TwoSum.
+    added = group_mean - first
+    rest = (first - (group_mean - added)) + (distance - added)
 
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, entries, BLOCK):
@@ -121,6 +127,7 @@ def merge_statistics(
     at = (n * (CHANNELS // GROUP) + group) * 2
     tl.store(stats_ptr + at, group_mean)
     tl.store(stats_ptr + at + 1, rstd)
+    tl.store(rest_ptr + local * (CHANNELS // GROUP) + group, rest)
 
 
 @jit(do_not_specialize=VARYING)
@@ -128,6 +135,7 @@ def split_apply(
     x_ptr,
     y_ptr,
     stats_ptr,
+    rest_ptr,
     weight_ptr,
     bias_ptr,
     scale_ptr,
@@ -151,7 +159,10 @@ def split_apply(
     SILU: tl.constexpr,
     DROP: tl.constexpr,
 ):
-    """y, from the statistics of the groups."""
+    """y, from the statistics of the groups.
+
+    Where a group is nearly constant rstd is large, and the rest of its mean shows in 16 bits.
+    """
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     draw = (seed_ptr, offset_ptr, offset, philox_stream, threshold)
     n, _, block, first = _place(pixels, start, CHANNELS, ROWS, WIDTH)
@@ -160,7 +171,9 @@ def split_apply(
     x = load(x_ptr + base + at, mask, FULL)
     x, rstd = centred(x, x_ptr, stats_ptr, pre_ptr, pre_stride, n, c, inside, GROUP, CHANNELS)
     q, b = affine_of(n, c, inside, affine)
-    z = x * (q * rstd)[None, :] + b[None, :]
+    q *= rstd
+    b -= q * tl.load(rest_ptr + (n - start) * (CHANNELS // GROUP) + c // GROUP, mask=inside, other=0.0)
+    z = x * q[None, :] + b[None, :]
     store(y_ptr + base + at, activated(z, n, p, first, draw, CHANNELS, SILU, DROP), mask, FULL)
 
 

@@ -154,15 +154,7 @@ def test_of_two_neighbouring_16_bit_values_or_one_the_output_is_as_exact_as_16_b
     few = torch.rand(2, 256, size, size, generator=torch.Generator().manual_seed(7)) < share
     x = torch.where(few, below, base).cuda().contiguous(memory_format=torch.channels_last)
     y = group_norm_silu(x, GROUPS, None, None, activation=None)
-    exact = group_norm_silu(x.double(), GROUPS, None, None, activation=None)
-    if size < 64:
-        check({"y": y}, {"y": exact})
-    else:  # split: its blocks of pixels agree on a mean in fp32, whose last bit is worth half a unit of y's
-        groups = x.double().reshape(2, GROUPS, -1)
-        moved = 2.0**-23 * level * groups.var(2, correction=0).add(1e-5).rsqrt()
-        unit = torch.finfo(y.dtype).eps * exact.abs().clamp_min(2**-7)
-        limit = unit.reshape(2, GROUPS, -1) + moved[:, :, None]
-        assert bool(((y.double() - exact).abs().reshape(2, GROUPS, -1) <= limit).all())
+    check({"y": y}, {"y": group_norm_silu(x.double(), GROUPS, None, None, activation=None)})
 
 
 def test_a_group_too_long_for_a_tile_may_have_one_pixel():

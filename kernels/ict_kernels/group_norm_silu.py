@@ -254,6 +254,7 @@ def _forward(
     }
     merge: dict[str, Any] = {
         "num_warps": 2,
+        "maxnreg": 64,  # else ptxas aims for 32, and spills for it
         "like": like,
         "mean_ptr": partial[0],
         "squares_ptr": partial[1],

@@ -111,6 +111,8 @@ def merge_statistics(
     # Knuth's TwoSum.
     added = group_mean - first
     rest = (first - (group_mean - added)) + (distance - added)
+    tl.store(rest_ptr + local * (CHANNELS // GROUP) + group, rest)
+    tl.store(stats_ptr + (n * (CHANNELS // GROUP) + group) * 2, group_mean)
 
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, entries, BLOCK):
@@ -124,10 +126,7 @@ def merge_statistics(
         mean -= group_mean
         total += tl.where(e < entries, squares + mean * mean * size, 0.0)
     rstd = tl.rsqrt(tl.sum(total, axis=0) / count + tl.full((), eps, tl.float32))
-    at = (n * (CHANNELS // GROUP) + group) * 2
-    tl.store(stats_ptr + at, group_mean)
-    tl.store(stats_ptr + at + 1, rstd)
-    tl.store(rest_ptr + local * (CHANNELS // GROUP) + group, rest)
+    tl.store(stats_ptr + (n * (CHANNELS // GROUP) + group) * 2 + 1, rstd)
 
 
 @jit(do_not_specialize=VARYING)
